@@ -1,0 +1,113 @@
+"""What a run is: one frozen, validated tree of settings. `polar_deploy.recipes` reads and writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Triple = tuple[float, float, float]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Normalize(_Frozen):
+    """Input normalisation, `(rgb / 255 - mean) / std` a channel."""
+
+    mean: Triple
+    std: tuple[Positive, Positive, Positive]
+
+
+class Budget(_Frozen):
+    """Upper bounds on the compressed network's cost, each as a share of the full network's (0 < share < 1)."""
+
+    macs: OpenShare | None = None
+    params: OpenShare | None = None
+    latency: OpenShare | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Budget:
+        if not self.asked():
+            raise ValueError("a budget names at least one of macs, params, latency")
+        return self
+
+    def asked(self) -> dict[str, float]:
+        """The bounds that were set, by the name of the cost."""
+        return {name: share for name, share in self.model_dump().items() if share is not None}
+
+
+class Verdict(_Frozen):
+    """When the compressed engine counts as good: accuracy in points, latency as a speed-up over the full engine."""
+
+    max_drop: NonNegative = 1.0
+    min_speedup: Positive = 1.02
+    batch: Annotated[int, Field(ge=1)] = 1
+
+
+class Training(_Frozen):
+    """How both networks are trained. Epochs default to what the data set needs (`EPOCHS`)."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    full_epochs: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Positive = 0.1
+    gated_lr: Positive | None = None  # None: `lr`, or a fifth of it where the gated run starts from the full weights
+    momentum: Share = 0.9
+    weight_decay: NonNegative = 5e-4
+    warmup: Share = 0.05  # share of the run
+    label_smoothing: Share = 0.0
+    flip: bool | None = None  # None: what suits the data set
+    crop_padding: Annotated[int, Field(ge=0)] | None = None  # pixels; None: what suits the data set
+    cutout: Annotated[int, Field(ge=0)] = 0  # pixels a side; 0: off
+    start: Literal["full", "scratch"] = "full"  # weights that the gated run starts from
+    distill: Share = 0.5  # share of the loss that the full network teaches in the gated run
+    distill_temperature: Positive = 2.0
+    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else off
+    channels_last: bool = True
+    final: bool = False  # True: train on 100 % of the training set, no validation split
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: torch's own choice
+
+
+class Gates(_Frozen):
+    """How gates learn. `start` and `freeze` are shares of the gated run."""
+
+    mode: Literal["batch", "sample"] = "batch"
+    blocks: bool = True
+    start: Share = 0.05
+    freeze: Share = 0.5
+    polarization: NonNegative = 1.0
+    steering: Positive = 4.0
+    temperature: tuple[Positive, Positive] = (2.0, 0.5)  # of the gates' sigmoid, at the start and at the freeze
+    travel: Positive = 60.0  # how far a logit can move while gates learn
+    min_width: Share = 0.25  # a layer that stays keeps at least this share of its channels
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Gates:
+        if self.start >= self.freeze:
+            raise ValueError(f"gates.start ({self.start}) must lie before gates.freeze ({self.freeze})")
+        return self
+
+
+class Settings(_Frozen):
+    """All that decides a run's result. Defaults are those of the command line."""
+
+    model: str
+    target: str = "ort-fp32"
+    data: str = "cifar10"
+    data_dir: Path | None = None
+    input_size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side; None: the data set's own
+    normalize: Normalize | None = None  # None: the data set's own
+    full_weights: Path | None = None
+    budget: Budget = Budget(macs=0.5)
+    align: Annotated[int, Field(ge=1, le=64)] | None = None  # None: the target's
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    verdict: Verdict = Verdict()
+    training: Training = Training()
+    gates: Gates = Gates()

@@ -1,0 +1,45 @@
+"""One exception per kind of failure, each with the exit code that the command line returns for it.
+
+A verdict is not a failure: parity failed (exit 1) and undecided (exit 5) are results, see `polar_deploy.parity`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PolarDeployError(Exception):
+    """What went wrong (where, with which value) and what the user can do about it.
+
+    Args:
+        what: one sentence that names the place (file, layer, node, line of the YAML) and the value found there.
+        todo: what to do next, an imperative sentence.
+    """
+
+    exit_code: ClassVar[int] = 4
+
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.todo = todo
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  what to do: {self.todo}"
+
+
+class UsageError(PolarDeployError):
+    """The command line, a recipe, a missing path, or a budget that no network can reach."""
+
+    exit_code = 2
+
+
+class MachineError(PolarDeployError):
+    """This machine lacks something: a GPU, a library, memory, disk space."""
+
+    exit_code = 3
+
+
+class ContentError(PolarDeployError):
+    """The content of a file (data, weights, ONNX, plan) is not what it should be, or a stage failed on it."""
+
+    exit_code = 4

@@ -1,0 +1,137 @@
+"""How far a run is: a bar on a terminal, one plain line an epoch elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+
+class Progress:
+    """Display of a run, as a context manager.
+
+        with Progress() as progress:
+            progress.stage("full", total_epochs=30, done=3)
+            progress.step(0.5)
+            progress.epoch(epoch=4, loss=0.31, accuracy=0.97)
+
+    Args:
+        console: where to write; None: stderr.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._bar: Bar | None = None  # None when not on a terminal
+        self._task: TaskID | None = None
+        self._name, self._facts = "", ""  # the stage, and what its last epoch told
+        self._total: int | None = None  # epochs of the stage; None: it has none
+        self._first = self._done = 0.0  # epochs done when the stage began, and now
+        self._began = 0.0  # seconds on the monotonic clock
+
+    def __enter__(self) -> Progress:
+        if self._quiet:
+            return self
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._console = self._console or Console(stderr=True)
+        if self._console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            self._bar = Bar(BarColumn(bar_width=8), text, console=self._console, transient=True, redirect_stdout=False)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._end_stage()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, name: str, total_epochs: int | None = None, done: int = 0) -> None:
+        """Begin a stage, which ends the one before; or tell the length of the one that has begun.
+
+        A resumed stage begins with `done` epochs behind it.
+        """
+        known = name == self._name and self._task is None
+        self._end_stage()
+        self._name, self._facts, self._total = name, "", total_epochs
+        self._first = self._done = float(done)
+        self._began = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._line(), total=total_epochs, completed=done)
+        elif done or not known:
+            self.note(f"{name}: goes on after epoch {done} of {total_epochs}" if done else name)
+
+    def step(self, fraction: float) -> None:
+        """Tell which fraction (0 to 1) of the current epoch is done."""
+        self._done = int(self._done) + min(fraction, 0.999)  # a whole epoch is for `epoch` to tell
+        self._show()
+
+    def epoch(
+        self,
+        *,
+        epoch: int,
+        loss: float,
+        accuracy: float | None,
+        cost: float | None = None,
+        budget: float | None = None,
+        undecided: float | None = None,
+    ) -> None:
+        """Tell how an epoch ended.
+
+        Args:
+            epoch: number of epochs done, from 1.
+            loss: mean training loss.
+            accuracy: share of the validation samples that are right, 0 to 1; None: no validation.
+            cost: cost of the network as its gates stand, as a share of the full network's.
+            budget: what the cost has to come down to.
+            undecided: share of gates on which the samples do not agree yet.
+        """
+        facts = [f"loss {loss:.3f}"]
+        if accuracy is not None:
+            facts.append(f"acc {accuracy:.1%}")
+        if cost is not None:
+            facts.append(f"cost {cost:.2f}" + (f"/{budget:.2f}" if budget is not None else ""))
+        if undecided is not None:
+            facts.append(f"undecided {undecided:.0%}")
+        self._facts, self._done = " ".join(facts), float(epoch)
+        if self._bar is not None:
+            self._show()
+        else:
+            self.note(self._line())
+
+    def note(self, text: str) -> None:
+        """Write one line, above the bar where there is one."""
+        if self._console is not None and not self._quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, description=self._line())
+
+    def _end_stage(self) -> None:
+        """Leave the stage's last line where its bar was."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+            self.note(self._line())
+
+    def _line(self) -> str:
+        if self._total is None:
+            return self._name
+        return f"{self._name} {int(self._done)}/{self._total} ETA {self._eta()} {self._facts}".rstrip()
+
+    def _eta(self) -> str:
+        """Time to the end of the stage, at the pace since it began: h:mm:ss, or m:ss."""
+        passed = self._done - self._first
+        if self._total is None or passed <= 0:
+            return "-:--"
+        seconds = round((time.monotonic() - self._began) / passed * (self._total - self._done))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"

@@ -1,0 +1,216 @@
+"""Settings in and out: YAML recipes, `--set key=value`, `--budget`, with errors that name the line or the option."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from polar_deploy.config import Budget, Settings
+from polar_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_BUDGET_HELP = "give a share of the full network's cost between 0 and 1, such as 0.5 or macs=0.5,params=0.6"
+
+
+def load(recipe: Path | None, overrides: Mapping[str, object], options: Mapping[str, str] | None = None) -> Settings:
+    """Read a recipe, then lay the command line's values over it.
+
+    Relative paths, in a recipe too, start at the current folder.
+
+    Args:
+        recipe: YAML file, or None for the defaults.
+        overrides: values by dotted key, such as "training.lr"; a whole group, such as a `Budget`, may be given too.
+        options: how the user wrote a key, for messages, such as {"training.lr": "--lr"}; else it is "--set KEY".
+
+    Raises:
+        UsageError: no such file, not YAML, unknown or repeated keys, wrong values; one line for each, with its place.
+    """
+    draft = _Draft()
+    if recipe is not None:
+        for key, value, place in _read(recipe):
+            draft.put(key, value, place)
+    for key, value in overrides.items():
+        draft.put(key, value, place=(options or {}).get(key, f"--set {key}"))
+    return draft.settings()
+
+
+def dump(settings: Settings) -> str:
+    """Write settings as YAML, every default written out: `load` reads the same settings back."""
+    values = settings.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def parse_set(text: str) -> tuple[str, object]:
+    """Read the "key=value" of a `--set` option; the value is YAML, such as 0.1, true or [2.0, 0.5]."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text}: no key and value", "write --set KEY=VALUE, such as --set training.lr=0.05")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"--set {text}: the value is not YAML", "quote a value that has signs in it") from error
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget as the command line has it: "0.5", which is MACs, or "macs=0.5,params=0.6,latency=0.7"."""
+    shares: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, share = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            name, share = "macs", name
+        if name not in Budget.model_fields:
+            raise UsageError(f"--budget {text}: unknown cost {name!r}; known are macs, params, latency", _BUDGET_HELP)
+        if name in shares:
+            raise UsageError(f"--budget {text}: {name} is given twice", _BUDGET_HELP)
+        shares[name] = share
+    try:
+        return Budget.model_validate(shares)
+    except ValidationError as error:
+        raise UsageError(f"--budget {text}: {'; '.join(map(_sentence, error.errors()))}", _BUDGET_HELP) from error
+
+
+# --------------------------------------------------------------------------- YAML, with the place of each key
+
+
+def _read(recipe: Path) -> Iterator[tuple[str, object, str]]:
+    """Yield (dotted key, value, "file:line") of each setting in a YAML file."""
+    try:
+        loader = yaml.SafeLoader(Path(recipe).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            yield from _entries(loader, root, "", recipe)
+        elif root is not None:
+            raise UsageError(
+                f"{recipe}:1: no settings but a list or a lone value", "write lines such as `model: resnet20`"
+            )
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {recipe}: {error.strerror}", "check the path") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{recipe}{line}: not valid YAML: {problem}", "correct the file there") from error
+
+
+def _entries(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, above: str, recipe: Path
+) -> Iterator[tuple[str, object, str]]:
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "(a list or mapping)"
+        key, line = f"{above}{name}", key_node.start_mark.line + 1
+        if key in lines:
+            raise UsageError(f"{recipe}:{line}: {key} is given twice, first in line {lines[key]}", "remove one of them")
+        lines[key] = line
+        if key in _GROUPS and isinstance(value_node, yaml.MappingNode):
+            yield from _entries(loader, value_node, f"{key}.", recipe)
+        elif key not in _GROUPS or not value_node.tag.endswith(":null"):  # a group left empty has its defaults
+            yield key, loader.construct_object(value_node, deep=True), f"{recipe}:{line}"
+
+
+# --------------------------------------------------------------------------- from values to settings
+
+
+def _groups(model: type[BaseModel], name: str = "") -> dict[str, type[BaseModel]]:
+    """Find the groups of settings by dotted name; the outermost is ""."""
+    found = {name: model}
+    for key, info in model.model_fields.items():
+        for kind in (info.annotation, *get_args(info.annotation)):  # `Normalize | None` is a group too
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _groups(kind, f"{name}.{key}".lstrip("."))
+    return found
+
+
+_GROUPS = _groups(Settings)
+_KEYS = {
+    f"{group}.{key}".lstrip("."): info.annotation
+    for group, model in _GROUPS.items()
+    for key, info in model.model_fields.items()
+}
+
+
+@dataclass
+class _Draft:
+    """Plain values on their way to `Settings`, with the place each came from and what is wrong with them."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # dotted key -> "recipe.yaml:4" or "--epochs"
+    problems: list[str] = field(default_factory=list)
+
+    def put(self, key: str, value: object, place: str) -> None:
+        """Lay one value, or a whole group, over what is there."""
+        if key not in _KEYS:
+            self.problems.append(f"{place}: unknown key {key!r}; {_hint(key)}")
+            return
+        # pydantic would take true for 1
+        if isinstance(value, bool) and bool not in (_KEYS[key], *get_args(_KEYS[key])):
+            self.problems.append(f"{place}: {key} takes no true or false (YAML reads yes, no, on and off as such)")
+            return
+        *groups, name = key.split(".")
+        values = self.values
+        for group in groups:
+            if not isinstance(values.get(group), dict):
+                values[group] = {}
+            values = values[group]
+        values[name] = value.model_dump() if isinstance(value, BaseModel) else value
+        self.places = {k: v for k, v in self.places.items() if not k.startswith(f"{key}.")} | {key: place}
+
+    def settings(self) -> Settings:
+        """Validate: all problems in one UsageError, a line each."""
+        problems = self.problems
+        if not problems:
+            try:
+                return Settings.model_validate(self.values)
+            except ValidationError as error:
+                problems = [self._place(detail) + _sentence(detail) for detail in error.errors()]
+        raise UsageError("\n".join(problems), "correct that, then give the command again")
+
+    def _place(self, detail: ErrorDetails) -> str:
+        """Find where the value, the group around it, or the first value of that group was written."""
+        names = [str(name) for name in detail["loc"]]
+        for length in range(len(names), 0, -1):
+            key = ".".join(names[:length])
+            for known, place in self.places.items():
+                if known == key or known.startswith(f"{key}."):
+                    return f"{place}: "
+        return ""
+
+
+def _hint(key: str) -> str:
+    """Name the known key that was probably meant, or all keys of the group."""
+    above, _, name = key.rpartition(".")
+    if above in _GROUPS:
+        siblings = {sibling: f"{above}.{sibling}".lstrip(".") for sibling in _GROUPS[above].model_fields}
+        anywhere = {known.rpartition(".")[2]: known for known in reversed(_KEYS)}
+        near = _nearest(name, siblings) or _nearest(name, anywhere)
+    else:
+        siblings = anywhere = {known: known for known in _KEYS}
+        near = _nearest(key, anywhere)
+    return f"did you mean {near!r}?" if near else f"known are {', '.join(siblings)}"
+
+
+def _nearest(name: str, keys: dict[str, str]) -> str | None:
+    matches = difflib.get_close_matches(name, keys, n=1)
+    return keys[matches[0]] if matches else None
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """Say in one sentence what pydantic complains about."""
+    key = ".".join(str(name) for name in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {_hint(key)}"
+    if detail["type"] == "model_type":
+        return f"{key} is a group of settings ({', '.join(_GROUPS[key].model_fields)}), not {detail['input']!r}"
+    if detail["type"] == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    return f"{key} is {detail['input']!r} but {detail['msg'].removeprefix('Input ')}"

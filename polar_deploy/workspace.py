@@ -1,0 +1,262 @@
+"""A run's folder: atomic files, stamps that tell what is up to date, and a lock against a second run.
+
+Nothing here looks at the clock: a stage is up to date when the content of its settings, inputs and outputs is.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `atomic_path` names its temporary files
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
+_FULL_BELOW = 65536  # bytes: less than any file worth writing
+_CHUNK = 1 << 20  # bytes read at once
+
+
+# --------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a temporary file to write; it becomes `path`, whole and on the disk, when the block ends well.
+
+    The temporary file is a hidden sibling with the same suffix. Folders above `path` are made. If the block fails, or
+    the process is killed, `path` stays as it was.
+
+    Raises:
+        MachineError: the disk is full, or broken.
+        UsageError: the place cannot be written: read-only, no permission, a file where a folder should be.
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    with _translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _full_disk_noticed(path):
+                yield tmp
+            _fsync(tmp)
+            os.replace(tmp, path)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)  # the new name is safe only when the folder is
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as JSON, atomically: one space of indent, keys in the given order, NaN and Inf refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+        ContentError: it is not JSON (NaN and Inf are not).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise ContentError(f"{path} is not JSON: {error}", "let the stage that writes it run again") from error
+
+
+def sha256(path: Path | str) -> str:
+    """Hash a file's content, 64 hex digits. A file that cannot be read raises UsageError."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path | str, error: OSError) -> UsageError:
+    return UsageError(f"cannot read {path}: {error.strerror}", "check the path and its permissions")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn an OSError about `path`, its folders or its temporary file into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not _concerns(error, path):
+            raise  # some other file, which the block read
+        if error.errno in _FULL:
+            raise _disk_full(path) from error
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            what = f"cannot write {path}: {error.filename} is a file, not a folder"
+            raise UsageError(what, "choose another place, or move that file away") from error
+        what = f"cannot write {path}: {error.strerror}"
+        if error.errno in _FORBIDDEN:
+            raise UsageError(what, "choose a place that you may write to, or mend its permissions") from error
+        if error.errno in _BROKEN:
+            raise MachineError(what, "check the disk, or choose another place") from error
+        raise  # not about a disk at all: the network, for one
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    if not isinstance(error.filename, (str, bytes)):
+        return True  # a write names no file
+    named = Path(os.fsdecode(error.filename))
+    is_temporary = named.parent == path.parent and _LEFTOVER.fullmatch(named.name) is not None
+    return is_temporary or path.is_relative_to(named)
+
+
+@contextmanager
+def _full_disk_noticed(path: Path) -> Iterator[None]:
+    """Tell a full disk from the errors of libraries that hide it (numpy, safetensors, torch).
+
+    It must look while the temporary file still fills the disk.
+    """
+    try:
+        yield
+    except PolarDeployError:
+        raise
+    except Exception as error:
+        named = getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
+        if named or shutil.disk_usage(path.parent).free < _FULL_BELOW:
+            raise _disk_full(path) from error
+        raise
+
+
+def _disk_full(path: Path) -> MachineError:
+    folder = path
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    what = f"no space left to write {path}: {free:,} bytes are free there (or a quota is used up)"
+    return MachineError(what, "free some space or choose another place, then give the same command again")
+
+
+# --------------------------------------------------------------------------- the folder of a run
+
+
+class Workspace:
+    """The folder of one run. Making one makes the folder.
+
+    Raises:
+        UsageError: the folder cannot be made: a file is in its place, or the place is read-only.
+        MachineError: the disk is full.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        with _translated(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Where the file `name`, such as "full/model.onnx", lies."""
+        return self.folder / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and clear away what a killed run left half-written.
+
+        The operating system holds the lock, so a dead process never does.
+
+        Raises:
+            UsageError: another process works in this folder; the message has its number. Or it is read-only.
+        """
+        import filelock  # 60 ms
+
+        lock, holder = filelock.FileLock(self.path(".lock")), self.path(".lock.pid")
+        with _translated(self.path(".lock")):
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout as error:
+                number = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "?"
+                what = f"another run (process {number}) works in {self.folder}"
+                raise UsageError(what, "wait for it to end, or give another folder with --out") from error
+        try:
+            with _translated(holder):
+                holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+                self._remove_leftovers()
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def is_current(self, stage: str, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
+        """Tell whether `stage` was finished with these settings and inputs, and all that it wrote is still whole.
+
+        Args:
+            stage: name of the stage.
+            key: the settings that concern the stage, anything that JSON can hold.
+            inputs: files the stage reads, inside or outside of the folder.
+            outputs: files the stage writes.
+        """
+        stamp = self._stamp_path(stage)
+        try:
+            return bool(read_json(stamp) == self._state(key, inputs, outputs))
+        except (UsageError, ContentError):
+            return False  # no stamp, a damaged one, or a file is missing: the stage has to run
+
+    def stamp(self, stage: str, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+        """Write down that `stage` is finished. Arguments as for `is_current`; all files must be there."""
+        write_json(self._stamp_path(stage), self._state(key, inputs, outputs))
+
+    def forget(self, stage: str) -> None:
+        """Remove the stamp of `stage`: to be called before the stage starts to write."""
+        stamp = self._stamp_path(stage)
+        with _translated(stamp):
+            stamp.unlink(missing_ok=True)
+
+    def _stamp_path(self, stage: str) -> Path:
+        return self.path(f"stamps/{stage}.json")
+
+    def _state(self, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> dict[str, object]:
+        settings = json.dumps(key, sort_keys=True, allow_nan=False).encode()
+        return {
+            "schema": 1,
+            "settings": hashlib.sha256(settings).hexdigest(),
+            "inputs": self._hashes(inputs),
+            "outputs": self._hashes(outputs),
+        }
+
+    def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Hash files by their name inside the folder; outside files by their place in the list: no private paths."""
+        folder = self.folder.resolve()
+        hashes = {}
+        for index, path in enumerate(paths):
+            place = Path(path).resolve()
+            inside = place.is_relative_to(folder)
+            hashes[place.relative_to(folder).as_posix() if inside else f"outside {index}"] = sha256(place)
+        return hashes
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.rglob(".*.tmp*"):
+            if _LEFTOVER.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)

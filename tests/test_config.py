@@ -1,0 +1,48 @@
+"""The tree of settings: frozen, and strict about ranges."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from polar_deploy.config import Budget, Gates, Normalize, Settings, Training
+
+
+def test_settings_are_frozen_and_know_their_keys() -> None:
+    settings = Settings(model="resnet20")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.seed = 1
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Settings.model_validate({"model": "resnet20", "epochs": 3})
+
+
+def test_the_defaults_are_those_of_the_command_line() -> None:
+    settings = Settings(model="resnet20")
+    assert (settings.target, settings.data, settings.seed) == ("ort-fp32", "cifar10", 0)
+    assert settings.budget.asked() == {"macs": 0.5}
+    assert (settings.verdict.max_drop, settings.verdict.min_speedup, settings.verdict.batch) == (1.0, 1.02, 1)
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5, -0.5, float("nan"), float("inf")])
+def test_a_budget_is_a_share_between_0_and_1(share: float) -> None:
+    for cost in ("macs", "params", "latency"):
+        with pytest.raises(ValidationError):
+            Budget.model_validate({cost: share})
+
+
+def test_a_budget_names_a_cost() -> None:
+    with pytest.raises(ValidationError, match="at least one of macs, params, latency"):
+        Budget()
+    assert Budget(params=0.6, latency=0.7).asked() == {"params": 0.6, "latency": 0.7}
+
+
+def test_gates_freeze_after_they_start() -> None:
+    with pytest.raises(ValidationError, match=r"gates\.start \(0\.5\) must lie before gates\.freeze \(0\.5\)"):
+        Gates(start=0.5, freeze=0.5)
+
+
+def test_no_number_is_nan() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Normalize(mean=(float("nan"), 0, 0), std=(1, 1, 1))
+    with pytest.raises(ValidationError, match="finite"):
+        Training(lr=float("inf"))

@@ -1,0 +1,94 @@
+"""The display: plain lines where there is no terminal, one bar where there is one."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from polar_deploy import progress as module
+from polar_deploy.progress import Progress
+
+
+class Clock:
+    """A monotonic clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def run(progress: Progress, clock: Clock) -> None:
+    with progress:
+        progress.stage("full", total_epochs=6, done=3)
+        progress.step(0.5)
+        clock.seconds += 90
+        progress.epoch(epoch=4, loss=1.23456, accuracy=0.98765)
+        clock.seconds += 3600 * 2
+        progress.epoch(epoch=5, loss=float("nan"), accuracy=None)
+        progress.stage("export")
+        progress.note("[exact] to 1e-7")
+        progress.stage("gates", total_epochs=2)
+        clock.seconds += 60
+        progress.epoch(epoch=1, loss=0.5, accuracy=0.5, cost=0.734, budget=0.5, undecided=0.123)
+
+
+def test_plain_lines_one_an_epoch(clock: Clock) -> None:
+    out = io.StringIO()
+    run(Progress(Console(file=out, width=40)), clock)
+    assert out.getvalue().splitlines() == [
+        "full: goes on after epoch 3 of 6",
+        "full 4/6 ETA 3:00 loss 1.235 acc 98.8%",
+        "full 5/6 ETA 1:00:45 loss nan",
+        "export",
+        "[exact] to 1e-7",
+        "gates",
+        "gates 1/2 ETA 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_and_each_stage_leaves_one_line(clock: Clock) -> None:
+    out = io.StringIO()
+    run(Progress(Console(file=out, force_terminal=True, width=80)), clock)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "━" in text
+    lines = [line for line in re.split(r"[\r\n]+", text) if line and "━" not in line]
+    assert lines == [
+        "full 5/6 ETA 1:00:45 loss nan",
+        "[exact] to 1e-7",
+        "export",
+        "gates 1/2 ETA 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+    ]
+
+
+def test_the_estimate_counts_parts_of_an_epoch(clock: Clock) -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    with progress:
+        progress.stage("full", total_epochs=2)
+        assert progress._line() == "full 0/2 ETA -:--"
+        clock.seconds += 30
+        progress.step(0.5)
+        assert progress._line() == "full 0/2 ETA 1:30"
+
+
+def test_everything_goes_to_stderr(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Progress(), clock)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("full: goes on")
+
+
+def test_quiet_is_quiet(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Progress(quiet=True), clock)
+    assert capsys.readouterr() == ("", "")

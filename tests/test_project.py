@@ -1,0 +1,71 @@
+"""The project itself: which module may import which, the version, the size of its files, the Makefile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polar_deploy import __version__
+
+ROOT = Path(__file__).parents[1]
+LARGEST = 2_000_000  # bytes
+
+
+def test_imports_point_one_way() -> None:
+    lint = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
+    done = subprocess.run([sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == __version__
+
+
+def test_no_file_is_large() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert [path for path in files if path.is_file() and path.stat().st_size > LARGEST] == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the Makefile, where making the environment would begin from nothing."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def test_make_installs_once(checkout: Path) -> None:
+    assert "pip install" in make(checkout, "--dry-run", "demo").stdout
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "installed").touch()
+    done = make(checkout, "--dry-run", "demo", "ARGS=--seed 1")
+    assert done.stdout == ".venv/bin/python -m polar_deploy.pipeline --recipe pipelines/digits.yaml --seed 1\n"
+
+
+def test_make_names_a_python_that_is_too_old(checkout: Path) -> None:
+    old = checkout / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make(checkout, "test", f"PYTHON={old}")
+    assert done.returncode != 0
+    assert f"{old} must be Python 3.10 or later" in done.stdout
+    assert not (checkout / ".venv").exists()

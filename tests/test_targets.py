@@ -1,0 +1,129 @@
+"""Targets: their names, and what probing says about a machine without ever importing what it looks for."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polar_deploy import __version__
+from polar_deploy.errors import MachineError, UsageError
+from polar_deploy.gpu import Gpu
+from polar_deploy.targets import TARGETS, _too_old, check, parse
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def install(site: Path, distribution: str, version: str, module: str) -> None:
+    """Put a package on the path that ends the process when it is imported, as TensorRT may without a GPU."""
+    (site / f"{module}.py").write_text("import os\nos.abort()\n")
+    info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "precision", "align"),
+    [
+        ("ort-fp32", "ort", "fp32", 1),
+        ("ort-int8", "ort", "int8", 1),
+        ("ort-cuda-fp32", "ort-cuda", "fp32", 1),
+        ("ort-cuda-fp16", "ort-cuda", "fp16", 8),
+        ("trt-fp32", "trt", "fp32", 1),
+        ("trt-fp16", "trt", "fp16", 8),
+        ("trt-bf16", "trt", "bf16", 8),
+        ("trt-int8", "trt", "int8", 32),
+        ("rtx-fp32", "rtx", "fp32", 1),
+        ("rtx-fp16", "rtx", "fp16", 8),
+        ("rtx-int8", "rtx", "int8", 32),
+    ],
+)
+def test_names(name: str, backend: str, precision: str, align: int) -> None:
+    target = parse(name)
+    assert (target.name, target.backend, target.precision, target.align) == (name, backend, precision, align)
+
+
+def test_that_is_all_of_them() -> None:
+    assert len(TARGETS) == 11
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="unknown target 'trt-f16'; known are ort-fp32, ") as error:
+        parse("trt-f16")
+    assert error.value.todo == "did you mean trt-fp16?"
+    with pytest.raises(UsageError):
+        parse("")
+    with pytest.raises(UsageError, match="trt-fp8 is not built yet"):
+        parse("trt-fp8")
+
+
+def test_ort_works_where_onnxruntime_is() -> None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        pytest.skip("onnxruntime is not installed")
+    check(parse("ort-fp32"))
+
+
+@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"ort-fp32"}))
+def test_what_this_version_cannot_build_is_said_with_a_way_out(name: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(MachineError, match=f"target {name} cannot be built here: ") as error:
+        check(parse(name))
+    seconds = time.perf_counter() - began
+    assert f"polar_deploy {__version__} builds ort-fp32 only" in error.value.what
+    assert "--until surgery" in error.value.todo
+    assert "ort-fp32" in error.value.todo
+    assert ("libcuda.so.1" in error.value.what) == (not has_driver() and not name.startswith("ort-int8"))
+    assert seconds < 0.05 or has_driver()
+
+
+def test_everything_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(MachineError) as error:
+        check(parse("trt-fp16"))
+    for part in ("tensorrt >= 10.0 is not installed", "polygraphy >= 0.53.4 is not installed", "builds ort-fp32 only"):
+        assert part in error.value.what
+    with pytest.raises(MachineError, match=r"onnxruntime >= 1\.19 is not installed") as error:
+        check(parse("ort-fp32"))
+    assert "polar-deploy[ort]" in error.value.todo
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("8.6.1", True), ("9.99", True), ("10.0.0b6", False), ("10.3.0", False), ("11.4.0.12", False)]
+)
+def test_packages_are_judged_by_version_and_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, old: bool
+) -> None:
+    install(tmp_path, "tensorrt-cu13", version, "tensorrt")
+    install(tmp_path, "polygraphy", "0.53.6", "polygraphy")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(MachineError) as error:
+        check(parse("trt-fp16"))
+    assert (f"tensorrt is {version}, older than 10.0" in error.value.what) == old
+    assert "is not installed" not in error.value.what
+
+
+def test_bf16_needs_a_gpu_that_has_it() -> None:
+    bf16, fp16 = parse("trt-bf16"), parse("trt-fp16")
+    t4, orin = Gpu("Tesla T4", (7, 5)), Gpu("Orin", (8, 7))
+    assert _too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
+    assert _too_old(t4, fp16) is None
+    assert _too_old(orin, bf16) is None
+
+
+def test_importing_targets_is_light() -> None:
+    code = (
+        "import polar_deploy.targets, sys; print(*({'torch', 'numpy', 'onnx', 'pydantic', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
