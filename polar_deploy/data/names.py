@@ -1,0 +1,70 @@
+"""What a name on the command line stands for: an entry of a table, or the user's own "package.module:function"."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from polar_deploy.errors import ContentError, PolarDeployError, UsageError
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` has the form "package.module:function"."""
+    return ":" in name
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a `name` that is none of the `known` ones; it suggests the nearest."""
+    choices = list(known)
+    nearest = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
+    listed = " or ".join(nearest) if nearest else ", ".join(choices[:12])
+    return UsageError(f"there is no {kind} called '{name}'", f"use {listed}, or your own as package.module:function")
+
+
+def call_reference(reference: str, **arguments: object) -> object:
+    """Import "package.module:function", the current folder included, and return `function(**arguments)`.
+
+    Raises:
+        UsageError: there is no such module or function.
+        ContentError: the user's code failed, on import or in the call.
+    """
+    function = _import_function(reference)
+    try:
+        return function(**arguments)
+    except PolarDeployError:
+        raise
+    except Exception as error:
+        raise _failed(reference, error) from error
+
+
+def _import_function(reference: str) -> Callable[..., object]:
+    module_name, _, function_name = reference.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise UsageError(f"'{reference}' is not of the form package.module:function", "write for example my_code:make")
+    if str(Path.cwd()) not in sys.path:  # `python -m` has it already, the console script does not
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            problem = f"'{reference}': there is no module {error.name} here ({Path.cwd()}), and none is installed"
+            raise UsageError(problem, "start in the folder that holds it, or install it") from error
+        raise _failed(reference, error) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(f"'{reference}': {module_name} has no function {function_name}", "name one that it defines")
+    return function  # type: ignore[no-any-return]
+
+
+def _failed(reference: str, error: Exception) -> ContentError:
+    if isinstance(error, SyntaxError):
+        where = f" at {error.filename}, line {error.lineno}"
+    else:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]  # the user's own
+        where = f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    problem = f"'{reference}' failed{where}: {type(error).__name__}: {error}"
+    return ContentError(problem, "correct it and start again")
