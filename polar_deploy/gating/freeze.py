@@ -1,0 +1,172 @@
+"""The freeze: from what the gates decided to one static sub-network that meets its budget exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from polar_deploy.errors import UsageError
+from polar_deploy.gating.cost import Constraint, offsets
+from polar_deploy.gating.sites import Site
+
+
+def alignment_of(width: int, align: int) -> int:
+    """The multiple that a layer of `width` channels keeps to when the target asks for `align`.
+
+    A layer narrower than twice the alignment uses the largest of 16, 8, 1 that is at most half its width.
+    """
+    return align if width >= 2 * align else next(a for a in (16, 8, 1) if a <= max(1, width // 2))
+
+
+def widths(width: int, align: int, min_width: float) -> list[int]:
+    """The widths that a layer may be cut to, ascending; the last is its own."""
+    step = alignment_of(width, align)
+    least = max(step, ceil(min_width * width / step) * step)
+    return [*range(least, width, step), width]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How many gates of each site stay open: an index into that site's `choices`."""
+
+    level: tuple[int, ...]
+
+    def moved(self, site: int, step: int) -> _Plan:
+        return _Plan((*self.level[:site], self.level[site] + step, *self.level[site + 1 :]))
+
+
+@dataclass(frozen=True)
+class _Move:
+    plan: _Plan
+    utility: float  # at stake
+    change: float  # of the excess
+    excess: float  # afterwards
+
+
+class Knapsack:
+    """Chooses the open gates: the most utility that fits the budget, near to what the gates decided.
+
+    Starting from the gates' own state (each site rounded to an allowed width), groups of channels and whole blocks
+    are closed in the order of utility lost per cost saved until the budget holds; then the best that still fits is
+    opened again; then single exchanges bring the cost into the window if it is not there. Which channels of a site
+    stay is always the same order: those that the gates hold open first, then by utility.
+
+    Args:
+        sites: the sites, in the order of the gate vector.
+        constraint: the budget.
+        utility: [G] >= 0, the loss that closing each gate would add.
+        state: [G], 0 or 1, what the gates decided.
+        align, min_width: see `widths`.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        constraint: Constraint,
+        utility: Tensor,
+        state: Tensor,
+        *,
+        align: int,
+        min_width: float,
+    ) -> None:
+        self.sites, self.constraint = list(sites), constraint
+        self.starts = offsets(sites)
+        self.utility = utility.detach().double().cpu()
+        self.state = state.detach().double().cpu()
+        self.choices = [
+            widths(site.width, align, min_width) if site.kind == "channel" else [0, 1] for site in self.sites
+        ]
+        self._order = [self._ranking(site, start) for site, start in zip(self.sites, self.starts, strict=True)]
+
+    def solve(self) -> Tensor:
+        """The open gates, float [G] of 0 and 1.
+
+        Raises:
+            UsageError: the budget is below the smallest reachable cost.
+        """
+        least = self.gates(_Plan((0,) * len(self.sites)))
+        if float(self.constraint(least)) > 0:
+            raise unreachable(self.constraint, least)
+        plan = self._fill(self._shrink(self._nearest()))
+        if not self.constraint.in_window(self.gates(plan)):
+            plan = self._exchange(plan)
+        return self.gates(plan)
+
+    def gates(self, plan: _Plan) -> Tensor:
+        """The gate vector [G] of a plan."""
+        gates = torch.zeros_like(self.state)
+        for order, choices, level in zip(self._order, self.choices, plan.level, strict=True):
+            gates[order[: choices[level]]] = 1.0
+        return gates
+
+    def _ranking(self, site: Site, start: int) -> Tensor:
+        here = slice(start, start + site.gates)
+        utility = self.utility[here]
+        first = self.state[here] * (utility.max() + 1.0) + utility  # open gates before closed ones
+        return start + torch.argsort(first, descending=True, stable=True)
+
+    def _nearest(self) -> _Plan:
+        level = []
+        for order, choices in zip(self._order, self.choices, strict=True):
+            open_now = float(self.state[order].sum())
+            nearest = [(abs(choice - open_now), -choice, index) for index, choice in enumerate(choices)]
+            level.append(min(nearest)[2])
+        return _Plan(tuple(level))
+
+    def _moves(self, plan: _Plan, step: int) -> Iterator[_Move]:
+        """All plans one step away: -1 closes a group of channels or a block, +1 opens one."""
+        excess, slopes = self.constraint.linear(self.gates(plan))
+        before = float(excess.max())
+        for site, (level, choices) in enumerate(zip(plan.level, self.choices, strict=True)):
+            if 0 <= level + step < len(choices):
+                low, high = sorted((choices[level], choices[level + step]))
+                moved = self._order[site][low:high]
+                after = float((excess + step * slopes[:, moved].sum(dim=1)).max())
+                yield _Move(plan.moved(site, step), float(self.utility[moved].sum()), after - before, after)
+
+    def _shrink(self, plan: _Plan) -> _Plan:
+        while self._excess(plan) > 0:
+            saving = [move for move in self._moves(plan, -1) if move.change < 0]
+            if not saving:  # two budgets pull apart, or closed blocks hold all that is left
+                return _Plan((0,) * len(self.sites))
+            plan = min(saving, key=lambda move: move.utility / -move.change).plan
+        return plan
+
+    def _fill(self, plan: _Plan) -> _Plan:
+        while fitting := [move for move in self._moves(plan, +1) if move.change > 0 and move.excess <= 0]:
+            plan = max(fitting, key=lambda move: move.utility / move.change).plan
+        return plan
+
+    def _exchange(self, plan: _Plan) -> _Plan:
+        """Close one group and fill up anew, while that brings the cost closer to the budget from below."""
+        while not self.constraint.in_window(self.gates(plan)):
+            tried = [self._fill(smaller.plan) for smaller in self._moves(plan, -1)]
+            best = max(tried, key=self._excess, default=plan)
+            if self._excess(best) <= self._excess(plan):
+                break
+            plan = best
+        return plan
+
+    def _excess(self, plan: _Plan) -> float:
+        return float(self.constraint(self.gates(plan)))
+
+
+def smallest(sites: Sequence[Site], align: int, min_width: float) -> Tensor:
+    """The cheapest state, float [G]: every layer at its least width (`widths`), every block closed that may be."""
+    ones = [min(widths(s.width, align, min_width)) if s.kind == "channel" else 0 for s in sites]
+    return torch.cat([(torch.arange(s.gates) < n).double() for s, n in zip(sites, ones, strict=True)])
+
+
+def unreachable(constraint: Constraint, state: Tensor) -> UsageError:
+    """The error for a budget below what any choice of gates can reach; `state` [G] is the cheapest one."""
+    least = constraint.achieved(state)
+    name = max(least, key=lambda each: least[each] - constraint.asked[each])
+    return UsageError(
+        f"budget {name}={constraint.asked[name]} cannot be reached: with every gate closed that may close, "
+        f"{least[name]:.3f} of the full network's {name} is left",
+        f"ask for at least {name}={ceil(least[name] * 1000 + 1) / 1000:.3f}, or lower gates.min_width or --align",
+    )

@@ -1,0 +1,1 @@
+"""Training: the full network, and the one pass in which gates learn, polarize and freeze."""

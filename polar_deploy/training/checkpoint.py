@@ -1,0 +1,81 @@
+"""Checkpoints: one safetensors file with all tensors, its header with the rest. No pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polar_deploy.workspace import atomic_path
+
+
+@dataclass
+class State:
+    """Where a training run is: after `epoch` epochs, with one record an epoch for training.jsonl."""
+
+    epoch: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def save(path: Path, key: str, state: State, network: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Write a checkpoint atomically. `key` names the settings; a checkpoint of other settings is not resumed."""
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
+    held = json.dumps({"epoch": state.epoch, "records": state.records, "notes": state.notes})
+    with atomic_path(path) as temporary:
+        save_file(_separate(tensors), temporary, metadata={"key": key, "state": held})
+
+
+def load(path: Path, key: str, network: nn.Module, optimizers: list[Optimizer]) -> State:
+    """Restore a checkpoint into `network` and `optimizers`; a fresh `State` if there is none for these settings.
+
+    A damaged checkpoint is none: training starts from the beginning.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return State()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (FileNotFoundError, SafetensorError):
+        return State()
+    network.load_state_dict(_under(tensors, "network."))
+    for number, optimizer in enumerate(optimizers):
+        _restore_optimizer(_under(tensors, f"optimizer{number}."), optimizer)
+    return State(**json.loads(metadata["state"]))
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors wants contiguous tensors that share no memory."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{parameter}.{name}": torch.as_tensor(value)
+        for parameter, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _restore_optimizer(tensors: dict[str, Tensor], optimizer: Optimizer) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.partition(".")
+        state.setdefault(int(parameter), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

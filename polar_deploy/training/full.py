@@ -1,0 +1,53 @@
+"""The full network: trained, or taken as given; the baseline of every comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polar_deploy.progress import Progress
+from polar_deploy.training.checkpoint import State
+from polar_deploy.training.loop import Fit, autocast, cross_entropy, fit, set_rate, sgd
+
+
+class Plain:
+    """Ordinary training: cross-entropy, SGD, warm-up and cosine."""
+
+    def __init__(self, run: Fit) -> None:
+        self.run = run
+        self.optimizer = sgd(list(run.network.parameters()), run.settings)
+        self.criterion = cross_entropy(run.settings)
+
+    def optimizers(self) -> list[Optimizer]:
+        """The one optimizer."""
+        return [self.optimizer]
+
+    def before_step(self, done: float) -> None:
+        """Set the learning rate."""
+        training = self.run.settings.training
+        set_rate(self.optimizer, training.lr, training.warmup, done)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits [B, classes]."""
+        with autocast(self.run.settings, self.run.device):
+            logits = self.run.network(images)
+        return self.criterion(logits, labels), logits
+
+    def after_epoch(self, state: State) -> dict[str, Any]:
+        """Nothing to record besides loss and accuracy."""
+        return {}
+
+
+def train_full(run: Fit, progress: Progress) -> State:
+    """Train the full network in place; see `loop.fit`."""
+    return fit(run, Plain(run), progress)
+
+
+def initialise(build: Any, seed: int) -> nn.Module:
+    """A network with the start values of `seed`: `build()` under torch's generator at that seed."""
+    torch.manual_seed(seed)
+    network: nn.Module = build()
+    return network
