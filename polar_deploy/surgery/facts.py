@@ -1,0 +1,287 @@
+"""Facts first: which channels are constant, which are needed, which can only go together.
+
+A tensor's *channels* are the indices of one of its axes (of two, in the middle of a channel shuffle). Facts about them
+are arrays with one entry a channel. Operators state them through their handler (`polar_deploy.surgery.ops`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.errors import ContentError
+from polar_deploy.surgery.graph import Array, Graph, Node, Tensor
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.operator import Operator
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class Wall(Exception):
+    """A handler cannot follow channels through this node; the message is the reason that the report gives."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why channels stay: at which node, and the reason in words."""
+
+    node: str
+    operator: str
+    reason: str
+    channels: Bools | None = None  # None: all of the tensor's
+
+
+@dataclass(eq=False)
+class Channels:
+    """What is known about the channels of one tensor.
+
+    A needed channel has its value in the result too. What a channel holds that is kept and not needed is nobody's
+    business, as long as it is finite.
+    """
+
+    tensor: str
+    producer: str
+    axes: tuple[int, ...]
+    dims: tuple[int, ...]
+    first: int  # number of the first channel among all channels of the graph
+    constant: Bools = field(init=False)  # the channel holds one and the same number everywhere, for every input
+    value: Floats = field(init=False)  # that number
+    nonnegative: Bools = field(init=False)
+    needed: Bools = field(init=False)
+    pinned: Bools = field(init=False)  # must keep its place
+    kept: Bools = field(init=False)  # what the cut leaves
+    notes: list[Note] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = math.prod(self.dims)
+        self.value, self.kept = np.zeros(size), np.ones(size, bool)
+        self.constant, self.nonnegative, self.needed, self.pinned = (np.zeros(size, bool) for _ in range(4))
+
+    def __len__(self) -> int:
+        return len(self.constant)
+
+    @property
+    def all_constant(self) -> bool:
+        """Whether the whole tensor is a constant, one number a channel."""
+        return bool(self.constant.all())
+
+    @property
+    def gone(self) -> bool:
+        """Whether the cut leaves nothing of the tensor."""
+        return not self.kept.any()
+
+    def keep(self, axis: int) -> Ints:
+        """Indices along `axis` (one of `axes`) that the cut leaves."""
+        position = self.axes.index(axis)
+        others = tuple(i for i in range(len(self.dims)) if i != position)
+        return np.flatnonzero(self.kept.reshape(self.dims).any(axis=others))
+
+    def pin(self, note: Note) -> None:
+        """All channels stay and are needed."""
+        self.pinned[:] = self.needed[:] = True
+        self.notes.append(note)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Channel `into[i]` of `target` comes from channel `out_of[i]` of `source`.
+
+    Coupled channels can only go together; others are broadcast (one source channel, many targets).
+    """
+
+    source: Channels
+    target: Channels
+    out_of: Ints
+    into: Ints
+    coupled: bool = True
+
+
+@dataclass(eq=False)
+class Step:
+    """One node with the facts about its inputs and outputs: what handlers work on."""
+
+    node: Node
+    facts: Facts
+    handler: Operator
+    links: list[Link] = field(default_factory=list)
+    ties: list[Link] = field(default_factory=list)  # channels of one tensor that can only go together
+    memo: Any = None  # the handler's own notes from one phase to the next
+    replaced: dict[int, Floats] = field(default_factory=dict)  # inputs that become constants: values a channel
+
+    def __post_init__(self) -> None:
+        self.original = list(self.node.inputs)  # the tensors read before any cut
+        self.made = list(self.node.outputs)
+        self.inputs = [self.facts.of(tensor) for tensor in self.node.inputs]
+
+    @property
+    def graph(self) -> Graph:
+        return self.facts.graph
+
+    @property
+    def label(self) -> str:
+        return self.graph.label(self.node)
+
+    @property
+    def output(self) -> Channels:
+        """Channels of the first output."""
+        channels = self.facts.of(self.made[0])
+        assert channels is not None
+        return channels
+
+    @property
+    def outputs(self) -> list[Channels]:
+        """Channels of the outputs that have any."""
+        return [channels for tensor in self.made if (channels := self.facts.of(tensor)) is not None]
+
+    def require(self, index: int = 0) -> Channels:
+        """Channels of an input that the handler cannot do without."""
+        channels = self.inputs[index]
+        if channels is None:
+            raise Wall("the channels of its input are not known")
+        return channels
+
+    def constant(self, index: int) -> Array | None:
+        """Value of an input as it stands; None where it is absent or computed."""
+        return self.graph.constant(self.node, index)
+
+    def parameter(self, index: int, what: str) -> Array:
+        """Value of an input that has to be constant."""
+        values = self.constant(index)
+        if values is None:
+            raise Wall(f"its {what} is computed")
+        return values
+
+    def has(self, index: int) -> bool:
+        """Whether the optional input `index` is there."""
+        return index < len(self.node.inputs) and bool(self.node.inputs[index].name)
+
+    def create(self, axes: tuple[int, ...], output: int = 0) -> Channels:
+        """Opens the facts about an output whose channels lie on `axes`."""
+        return self.facts.create(self, self.node.outputs[output], axes)
+
+    def link(self, source: Channels, target: Channels, out_of: Ints, into: Ints, *, coupled: bool = True) -> None:
+        """Says that channels of an output come from channels of an input, see `Link`."""
+        self.links.append(Link(source, target, out_of, into, coupled))
+
+    def tie(self, channels: Channels, one: Ints, other: Ints) -> None:
+        """Channel `one[i]` of a tensor can only go together with its channel `other[i]`."""
+        self.ties.append(Link(channels, channels, one, other))
+
+    def carry(self, axes: tuple[int, ...] | None = None, index: int = 0) -> Channels:
+        """The output's channels are the input's, one by one, on `axes` (default: the same)."""
+        source = self.require(index)
+        target = self.create(source.axes if axes is None else axes)
+        if len(source) != len(target):
+            raise Wall(f"{len(source)} channels come in and {len(target)} go out")
+        every = np.arange(len(source))
+        self.link(source, target, every, every)
+        return target
+
+    def note(self, reason: str, channels: Bools | None = None) -> Note:
+        return Note(self.label, self.node.op, reason, channels)
+
+
+class Facts:
+    """All facts about a graph. Building it runs the forward and the backward analysis."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.steps: list[Step] = []
+        self.walls: list[tuple[Note, list[Channels]]] = []
+        self.settled = False
+        self.total = 0
+        self._channels: dict[str, Channels] = {}
+        self._open_inputs()
+        for node in graph.nodes:
+            if node.outputs:
+                self.steps.append(self._forward(node))
+        self._pin_ends()
+        for step in reversed(self.steps):
+            step.handler.need(step)
+        self._settle()
+
+    def of(self, tensor: Tensor) -> Channels | None:
+        """Facts about `tensor`; None for constants and where no channel axis is known."""
+        return self._channels.get(tensor.name)
+
+    def everything(self) -> list[Channels]:
+        """The channels of all tensors, in topological order."""
+        return list(self._channels.values())
+
+    def create(self, step: Step | None, tensor: Tensor, axes: tuple[int, ...]) -> Channels:
+        """Opens the facts about `tensor`. Raises Wall where the size of an axis is not known."""
+        shape = self.graph.shape(tensor)
+        dims = tuple(shape[axis] for axis in axes) if shape is not None and max(axes) < len(shape) else (None,)
+        sizes = tuple(dim for dim in dims if isinstance(dim, int))
+        if len(sizes) != len(dims) or 0 in sizes:
+            raise Wall(f"the number of channels of {tensor.name} is not known")
+        channels = Channels(tensor.name, step.label if step is not None else tensor.name, axes, sizes, self.total)
+        self._channels[tensor.name] = channels
+        self.total += len(channels)
+        return channels
+
+    def _open_inputs(self) -> None:
+        for tensor in self.graph.body.inputs:
+            self._open_opaque(None, tensor, Note(tensor.name, "input", "it is a graph input"), needed=False)
+
+    def _open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
+        """Channels of a tensor that comes from the unknown: on axis 1, and none of them goes."""
+        shape = self.graph.shape(tensor)
+        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
+            channels = self.create(step, tensor, (1,))
+            channels.pin(note)
+            channels.needed[:] = needed
+
+    def _forward(self, node: Node) -> Step:
+        from polar_deploy.surgery.ops import UNKNOWN, handler
+
+        step = Step(node, self, handler(node))
+        try:
+            step.handler.couple(step)
+            step.handler.constants(step)
+        except Wall as wall:
+            for tensor in node.outputs:
+                self._channels.pop(tensor.name, None)
+            step = Step(node, self, UNKNOWN)
+            note = step.note(str(wall))
+            held = [channels for channels in step.inputs if channels is not None]
+            for channels in held:
+                channels.pin(note)
+            for tensor in node.outputs:
+                if tensor.name:
+                    self._open_opaque(step, tensor, note)
+            self.walls.append((note, held))
+        except (ValueError, IndexError, TypeError, KeyError) as error:  # numbers that do not fit together
+            raise ContentError(
+                f"node {step.label} ({node.op}) contradicts its inputs: {error}", "export the model again"
+            ) from error
+        return step
+
+    def _pin_ends(self) -> None:
+        for name, channels in self._channels.items():
+            if self.graph.is_output(name):
+                channels.pin(Note(name, "output", "it reaches a graph output"))
+            if self.graph.is_used_inside(name):
+                channels.pin(Note(name, "body", "the body of a control-flow operator reads it"))
+
+    def _settle(self) -> None:
+        """Facts about the graph as it will be: unneeded filters become zero, so more constants come out.
+
+        What a needed channel holds does not change.
+        """
+        self.settled = True
+        for step in self.steps:
+            before = [(y, y.constant.copy(), y.value.copy(), y.nonnegative.copy()) for y in step.outputs]
+            step.handler.constants(step)
+            for channels, constant, value, nonnegative in before:
+                needed = channels.needed
+                channels.constant = np.where(needed, constant, channels.constant)
+                channels.value = np.where(needed, value, channels.value)
+                channels.nonnegative = np.where(needed, nonnegative, channels.nonnegative)

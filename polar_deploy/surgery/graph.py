@@ -1,0 +1,307 @@
+"""The graph that surgery works on: onnx-graphsurgeon's, with what that library would lose on the way out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.surgery.model import Shape, infer_shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import onnx
+    from google.protobuf.message import Message
+
+Node = Any  # onnx_graphsurgeon.Node; the library has no type annotations
+Tensor = Any  # onnx_graphsurgeon.Tensor
+
+Array = npt.NDArray[Any]
+MAX_FOLDED = 1 << 24  # elements of a constant that is folded through Transpose and the like
+
+
+class Graph:
+    """One model under the knife. The ModelProto it came from is left as it is."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnx_graphsurgeon as gs
+        from onnx_graphsurgeon.logger import G_LOGGER
+
+        G_LOGGER.severity = G_LOGGER.ERROR
+        self._gs = gs
+        self.model = model
+        self.shapes: dict[str, Shape] = infer_shapes(model)
+        self.body = gs.import_onnx(model)
+        self.original_nodes = list(self.body.nodes)  # holds on to removed nodes: they are told apart by id
+        self._alive = {id(node) for node in self.original_nodes}
+        self._proto = {id(node): proto for node, proto in zip(self.body.nodes, model.graph.node, strict=True)}
+        self._labels = _labels(self.body.nodes)
+        self._outputs = {tensor.name for tensor in self.body.outputs}
+        self._inner = set(_names_in_bodies(model.graph.node))
+        self._names = self._inner | set(self.body.tensors())
+        self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
+        self._originals: dict[str, Tensor] = {}
+        self._touched: set[int] = set()
+        self._fold_constants()
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes that are left, in topological order."""
+        return list(self.body.nodes)
+
+    def label(self, node: Node) -> str:
+        """What reports call `node`: its name where that is unique, else its first output."""
+        return self._labels[id(node)]
+
+    def metadata(self, node: Node) -> dict[str, str]:
+        """The node's `metadata_props`."""
+        return {entry.key: entry.value for entry in self._proto[id(node)].metadata_props}
+
+    def shape(self, tensor: Tensor) -> Shape | None:
+        """The shape of `tensor` before any cut; None where it is unknown."""
+        return tuple(tensor.shape) if self.is_constant(tensor) else self.shapes.get(tensor.name)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether the value of `tensor` is part of the model."""
+        return isinstance(tensor, self._gs.Constant)
+
+    def is_output(self, name: str) -> bool:
+        """Whether the tensor of that name is an output of the graph."""
+        return name in self._outputs
+
+    def is_used_inside(self, name: str) -> bool:
+        """Whether the body of an If, Loop or Scan refers to the tensor of that name."""
+        return name in self._inner
+
+    def constant(self, node: Node, index: int) -> Array | None:
+        """The value of an input as it stands; None where it is absent or computed."""
+        if index >= len(node.inputs) or not self.is_constant(node.inputs[index]):
+            return None
+        values: Array = node.inputs[index].values
+        return values
+
+    def set_constant(self, node: Node, index: int, values: Array) -> None:
+        """Gives `node` alone a (new) value for an input; whoever shared the old one keeps it."""
+        while len(node.inputs) <= index:
+            node.inputs.append(self._gs.Variable.empty())
+        old = node.inputs[index]
+        if self.is_constant(old):
+            name = old.name
+            self._originals.setdefault(name, old)
+        else:
+            name = f"{self.label(node)}.{'bias' if index == 2 else 'constant'}"
+        node.inputs[index] = self._gs.Constant(name, np.ascontiguousarray(values))
+        self._edited.setdefault(name, []).append((node, index))
+
+    def set_attribute(self, node: Node, name: str, value: object) -> None:
+        """Sets an attribute; None deletes it."""
+        if value is None:
+            node.attrs.pop(name, None)
+        else:
+            node.attrs[name] = value
+        self._touched.add(id(node))
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """The element type of a tensor that a constant is to stand in for; float32 where nothing says otherwise."""
+        return np.dtype(tensor.dtype) if tensor.dtype is not None else np.dtype(np.float32)
+
+    def is_private(self, name: str) -> bool:
+        """Whether only nodes of the main graph read the tensor of that name."""
+        return not self.is_output(name) and not self.is_used_inside(name)
+
+    def contains(self, node: Node) -> bool:
+        """Whether `node` has not been removed."""
+        return id(node) in self._alive
+
+    def can_bypass(self, node: Node, index: int = 0) -> bool:
+        """Whether `bypass` is possible: the name of a graph output can only move to a node's own result."""
+        source, target = node.inputs[index], node.outputs[0]
+        if self.is_output(target.name):
+            return bool(source.inputs) and self.is_private(source.name)
+        return self.is_private(target.name)
+
+    def bypass(self, node: Node, index: int = 0) -> bool:
+        """Makes all that reads `node`'s output read its input `index` instead; the node then feeds nothing.
+
+        Returns:
+            False, and nothing is done, where that is not possible.
+        """
+        if not self.can_bypass(node, index):
+            return False
+        source, target = node.inputs[index], node.outputs[0]
+        if self.is_output(target.name):
+            producer = source.inputs[0]
+            node.outputs.clear()
+            producer.outputs[[t is source for t in producer.outputs].index(True)] = target
+            source, target = target, source
+        for reader in list(target.outputs):
+            for position, tensor in enumerate(reader.inputs):
+                if tensor is target and reader is not node:
+                    reader.inputs[position] = source
+        return True
+
+    def drop_unused(self) -> list[Node]:
+        """Removes the nodes whose outputs nobody reads. Returns them."""
+        alive: set[int] = set()
+        names: set[str] = set(self._outputs)
+        for node in reversed(self.body.nodes):
+            if any(tensor.name in names for tensor in node.outputs):
+                alive.add(id(node))
+                names.update(tensor.name for tensor in node.inputs if tensor.name)
+                names.update(_names_in_bodies([self._proto[id(node)]]))
+        dropped = [node for node in self.body.nodes if id(node) not in alive]
+        self.body.nodes = [node for node in self.body.nodes if id(node) in alive]
+        self._alive = alive
+        for node in dropped:
+            node.inputs.clear()
+        return dropped
+
+    def to_model(self) -> onnx.ModelProto:
+        """The graph as a model: what graphsurgeon does not carry over is taken from the original.
+
+        Names, types and shapes of inputs and outputs, attributes and metadata of nodes stay; value_info goes.
+        """
+        self._name_constants()
+        model: onnx.ModelProto = self._gs.export_onnx(self.body, do_type_check=False)
+        source = self.model
+        for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
+            if source.HasField(field):
+                setattr(model, field, getattr(source, field))
+            else:
+                model.ClearField(field)
+        for field in ("metadata_props", "functions", "opset_import", "training_info", "configuration"):
+            _copy_repeated(source, model, field)
+        graph = model.graph
+        graph.name, graph.doc_string = source.graph.name, source.graph.doc_string
+        for field in ("metadata_props", "output"):
+            _copy_repeated(source.graph, graph, field)
+        self._restore_inputs(graph)
+        del graph.value_info[:]
+        for node, proto in zip(self.body.nodes, graph.node, strict=True):
+            self._restore_node(node, proto)
+        return model
+
+    def _restore_inputs(self, graph: onnx.GraphProto) -> None:
+        """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
+        import onnx
+
+        kept = {tensor.name: tensor for tensor in graph.initializer}
+        constants = {tensor.name for tensor in self.model.graph.initializer}
+        del graph.input[:]
+        graph.input.extend(value for value in self.model.graph.input if value.name not in constants)
+        if any(value.name in constants for value in self.model.graph.input):
+            graph.input.extend(
+                onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in kept.items()
+            )
+
+    def _restore_node(self, node: Node, proto: onnx.NodeProto) -> None:
+        source = self._proto[id(node)]
+        changed = list(proto.attribute) if id(node) in self._touched else None
+        inputs, outputs = list(proto.input), list(proto.output)
+        proto.CopyFrom(source)
+        proto.input[:], proto.output[:] = inputs, outputs
+        if changed is not None:
+            del proto.attribute[:]
+            proto.attribute.extend(changed)
+
+    def _name_constants(self) -> None:
+        """One initializer a value: equal cuts of a shared constant stay shared, differing ones get their own names."""
+        taken = set(self._names)
+        alive = {id(node) for node in self.body.nodes}
+        for name, users in self._edited.items():
+            variants: dict[tuple[Shape, bytes], Tensor] = {}
+            for node, index in users:
+                if id(node) in alive:
+                    values = node.inputs[index].values
+                    variant = variants.setdefault((values.shape, values.tobytes()), node.inputs[index])
+                    if variant is not node.inputs[index]:
+                        node.inputs[index] = variant
+            original = self._originals.get(name)
+            free = not original.outputs if original is not None else name not in taken
+            for constant in variants.values():
+                constant.name = name if free else _free_name(name, taken)
+                free = False
+
+    def _fold_constants(self) -> None:
+        """Turns Constant nodes, and what only moves or casts constants, into constants."""
+        for node in self.body.nodes:
+            fold = FOLDS.get(node.op)
+            if fold is None or node.domain or not self.is_private(node.outputs[0].name):
+                continue
+            if all(self.is_constant(tensor) and math.prod(tensor.shape) <= MAX_FOLDED for tensor in node.inputs):
+                values = fold(node, [np.asarray(tensor.values) for tensor in node.inputs])
+                if values is not None:
+                    node.outputs[0].to_constant(values)
+                    node.outputs.clear()
+
+
+def _constant(node: Node, _: list[Array]) -> Array | None:
+    for name, dtype in CONSTANT_ATTRIBUTES.items():
+        if name in node.attrs:
+            return np.asarray(node.attrs[name], dtype)
+    return np.array(node.attrs["value"].values) if "value" in node.attrs else None
+
+
+def _cast(node: Node, inputs: list[Array]) -> Array | None:
+    import onnx
+
+    return inputs[0].astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+
+
+def _transpose(node: Node, inputs: list[Array]) -> Array | None:
+    return np.transpose(inputs[0], node.attrs.get("perm"))
+
+
+def _unsqueeze(node: Node, inputs: list[Array]) -> Array | None:
+    axes = inputs[1].ravel().tolist() if len(inputs) > 1 else node.attrs["axes"]
+    return np.expand_dims(inputs[0], tuple(axes))
+
+
+CONSTANT_ATTRIBUTES: dict[str, type] = {
+    **dict.fromkeys(("value_float", "value_floats"), np.float32),
+    **dict.fromkeys(("value_int", "value_ints"), np.int64),
+}
+FOLDS: dict[str, Callable[[Node, list[Array]], Array | None]] = {
+    "Constant": _constant,
+    "Identity": lambda _, inputs: inputs[0],
+    "Cast": _cast,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
+
+
+def _labels(nodes: list[Node]) -> dict[int, str]:
+    names = Counter(node.name for node in nodes)
+    return {
+        id(node): node.name if node.name and names[node.name] == 1 else next((t.name for t in node.outputs), node.op)
+        for node in nodes
+    }
+
+
+def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Names of the tensors that the bodies of If, Loop and Scan among `nodes` read."""
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
+                for inner in graph.node:
+                    yield from inner.input
+                    yield from _names_in_bodies([inner])
+                yield from (value.name for value in graph.output)
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    number = 1
+    while f"{name}.{number}" in taken:
+        number += 1
+    taken.add(f"{name}.{number}")
+    return f"{name}.{number}"
+
+
+def _copy_repeated(source: Message, target: Message, field: str) -> None:
+    if field in source.DESCRIPTOR.fields_by_name:  # newer onnx versions know more fields
+        target.ClearField(field)
+        getattr(target, field).extend(getattr(source, field))

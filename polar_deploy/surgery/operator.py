@@ -1,0 +1,89 @@
+"""What surgery asks of an operator: one handler a family, four questions.
+
+A new operator is a new handler in a file of `polar_deploy.surgery.ops`; everything here has a default that is right
+for operators that only move channels about.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Wall
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Channels, Floats, Ints, Step
+
+
+class Retained(NamedTuple):
+    """Channels that stay although nobody needs them, and why."""
+
+    channels: Channels
+    indices: Ints
+    reason: str
+
+
+class Operator:
+    """Handler of an operator family."""
+
+    def couple(self, step: Step) -> None:
+        """Opens the output's channels and links them with the inputs'. Raises Wall where they cannot be followed."""
+        raise NotImplementedError
+
+    def constants(self, step: Step) -> None:
+        """Forward: which output channels are constant. Default: what their one source says.
+
+        Asked twice: before it is known what is needed and (`step.facts.settled`) after; the second answer counts for
+        channels that nobody needs, and describes the graph after the cut.
+        """
+        for link in step.links:
+            target, source = link.target, link.source
+            target.constant[link.into] = source.constant[link.out_of]
+            target.value[link.into] = source.value[link.out_of]
+            target.nonnegative[link.into] = source.nonnegative[link.out_of]
+
+    def need(self, step: Step) -> None:
+        """Backward: marks the input channels that the needed output channels depend on. Default: along the links."""
+        for link in step.links:
+            link.source.needed[link.out_of[link.target.needed[link.into]]] = True
+
+    def retain(self, step: Step) -> list[Retained]:
+        """Channels that must stay although nobody needs them, given the cut as planned, and why.
+
+        Default: an operator that goes on working keeps one channel of each input.
+        """
+        if all(channels.gone for channels in step.outputs):
+            return []
+        first = np.zeros(1, np.int64)
+        reason = "an operator must keep one input channel"
+        data = [x for i, x in enumerate(step.inputs) if x is not None and i not in step.replaced]
+        return [Retained(channels, first, reason) for channels in data if channels.gone]
+
+    def slice(self, step: Step) -> None:
+        """Cuts the node's constants and attributes to the channels that are kept. Default: there are none."""
+
+    def scale_output(self, step: Step, factors: Floats) -> bool:
+        """Multiplies the kept output channels by `factors` by way of the node's constants. False: it cannot."""
+        return False
+
+    def scales_input(self, step: Step) -> bool:
+        """Whether `scale_input` is possible."""
+        return False
+
+    def scale_input(self, step: Step, factors: Floats) -> None:
+        """Does to the node's constants what multiplying the kept channels of the first input by `factors` would do."""
+        raise NotImplementedError
+
+
+class Unknown(Operator):
+    """A wall: an operator that nobody wrote a handler for."""
+
+    def couple(self, step: Step) -> None:
+        raise Wall("this operator is not known to surgery")
+
+    def constants(self, step: Step) -> None:
+        """Nothing is known."""
+
+    def need(self, step: Step) -> None:
+        """Its inputs are pinned."""

@@ -1,0 +1,83 @@
+"""Which channels go: whole coupled sets in which nobody needs any member."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Note
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The coupled sets of a graph and what was decided about them.
+
+    labels: [channels of the graph] the set that a channel belongs to.
+    retained: sets that nobody needs and that stay all the same, with the reason.
+    """
+
+    labels: Ints
+    retained: dict[int, Note]
+
+    def of(self, channels: Channels) -> Ints:
+        """[channels of the tensor] their sets."""
+        return self.labels[channels.first : channels.first + len(channels)]
+
+
+def decide(facts: Facts) -> Sets:
+    """Plans the cut: sets `kept` of every tensor's channels."""
+    labels = _components(facts)
+    everything = facts.everything()
+    blocked = np.zeros(facts.total, bool)
+    for channels in everything:
+        held = channels.needed | channels.pinned
+        blocked[labels[channels.first : channels.first + len(channels)][held]] = True
+    kept = blocked[labels]
+    for channels in everything:
+        channels.kept = kept[channels.first : channels.first + len(channels)]  # a view: follows what is retained
+    sets = Sets(labels, {})
+    _retain(facts, sets, kept)
+    return sets
+
+
+def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
+    """Takes back what operators cannot do without; going backwards, a whole chain is settled in one pass."""
+    order = np.argsort(sets.labels, kind="stable")
+    starts = np.searchsorted(sets.labels[order], np.arange(facts.total + 1))
+    changed = True
+    while changed:
+        changed = False
+        for step in reversed(facts.steps):
+            for retained in step.handler.retain(step):
+                for label in sets.of(retained.channels)[retained.indices].tolist():
+                    kept[order[starts[label] : starts[label + 1]]] = True
+                    sets.retained.setdefault(label, step.note(retained.reason))
+                    changed = True
+
+
+def _components(facts: Facts) -> Ints:
+    """[channels of the graph] the smallest channel that each one is coupled with.
+
+    Connected components by hooking and pointer jumping, in a number of rounds that grows with the logarithm of the
+    longest chain.
+    """
+    links = [link for step in facts.steps for link in (*step.links, *step.ties) if link.coupled]
+    none = [np.empty(0, np.int64)]
+    one = np.concatenate([link.source.first + link.out_of for link in links] or none)
+    other = np.concatenate([link.target.first + link.into for link in links] or none)
+    labels = np.arange(facts.total)
+    while True:
+        low = np.minimum(labels[one], labels[other])
+        roots = labels.copy()
+        np.minimum.at(roots, labels[one], low)
+        np.minimum.at(roots, labels[other], low)
+        while not np.array_equal(roots, jumped := roots[roots]):
+            roots = jumped
+        if np.array_equal(roots, labels):
+            return labels
+        labels = roots

@@ -1,0 +1,182 @@
+"""The proof: both graphs run on the same random inputs at two batch sizes, and must agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery.model import concrete_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx
+
+Arrays = dict[str, npt.NDArray[Any]]
+BATCHES = (1, 3)
+TOLERANCE = {"FLOAT": 1e-5, "FLOAT16": 5e-3, "BFLOAT16": 4e-2, "DOUBLE": 1e-12}
+NOT_RUN = "pass --no-verify to write the cut graph without the proof"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far two graphs were found apart: the largest difference of an output, as a share of its largest value."""
+
+    difference: float
+    tolerance: float
+    runtime: str
+
+
+def verify(before: onnx.ModelProto, after: onnx.ModelProto) -> Proof:
+    """Compares two graphs with the same inputs and outputs.
+
+    Where they differ by more than the tolerance of their data type, both are compared with a float64 reference: the
+    cut may be up to twice as far from it as the graph before.
+
+    Raises:
+        MachineError: ONNX Runtime is not installed.
+        ContentError: the graphs differ, or neither ONNX Runtime nor onnx's reference can run them.
+    """
+    run_before, runtime = _runner(before)
+    run_after, _ = _runner(after)
+    tolerance = _tolerance(before)
+    worst = 0.0
+    for batch in BATCHES:
+        inputs = random_inputs(before, batch)
+        expected, found = run_before(inputs), run_after(inputs)
+        difference = largest_difference(expected, found)
+        worst = max(worst, difference)
+        if difference > tolerance:
+            _compare_with_reference(before, inputs, expected, found, difference, tolerance)
+    return Proof(worst, tolerance, runtime)
+
+
+def random_inputs(model: onnx.ModelProto, batch: int) -> Arrays:
+    """Normally distributed inputs, the same ones for the same batch; 0 or 1 for integers and truth values."""
+    import onnx
+
+    generator = np.random.default_rng(batch)
+    shapes = concrete_inputs(model, batch)
+    inputs: Arrays = {}
+    for value in model.graph.input:
+        if value.name in shapes:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            numbers = generator.standard_normal(shapes[value.name])
+            whole = np.issubdtype(dtype, np.integer) or dtype == np.bool_
+            inputs[value.name] = (numbers > 0 if whole else numbers).astype(dtype)
+    return inputs
+
+
+def largest_difference(expected: Arrays, found: Arrays) -> float:
+    """Over all outputs: the largest absolute difference divided by the largest expected value, where that is finite."""
+    worst = 0.0
+    for name, one in expected.items():
+        a, b = one.astype(np.float64), found[name].astype(np.float64)
+        finite = np.isfinite(a)
+        if a.shape != b.shape or not np.isfinite(b[finite]).all():
+            return float("inf")
+        if finite.any():
+            scale = float(np.abs(a[finite]).max()) or 1.0
+            worst = max(worst, float(np.abs(a - b)[finite].max()) / scale)
+    return worst
+
+
+def _tolerance(model: onnx.ModelProto) -> float:
+    """That of the coarsest floating-point type among the constants, inputs and outputs."""
+    import onnx
+
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    names = {onnx.TensorProto.DataType.Name(number) for number in types}
+    return max((TOLERANCE[name] for name in names & TOLERANCE.keys()), default=TOLERANCE["FLOAT"])
+
+
+def _runner(model: onnx.ModelProto) -> tuple[Callable[[Arrays], Arrays], str]:
+    """Runs `model` in ONNX Runtime, as it stands; in onnx's reference where ONNX Runtime cannot."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MachineError(
+            "onnxruntime is not installed, so the cut cannot be verified",
+            "install polar-deploy[ort], or pass --no-verify",
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    names = [value.name for value in model.graph.output]
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime has no common class for its errors
+        return _reference(model, str(error).splitlines()[0]), "onnx.reference"
+
+    def run(inputs: Arrays) -> Arrays:
+        try:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except Exception as error:
+            raise ContentError(f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}", NOT_RUN) from error
+
+    return run, "onnxruntime"
+
+
+def _reference(model: onnx.ModelProto, reason: str) -> Callable[[Arrays], Arrays]:
+    """Runs `model` in onnx's reference implementation."""
+    from onnx.reference import ReferenceEvaluator
+
+    names = [value.name for value in model.graph.output]
+    try:
+        evaluator = ReferenceEvaluator(model)
+    except Exception as error:
+        raise ContentError(f"the cut cannot be verified, no runtime takes the graph: {reason}", NOT_RUN) from error
+
+    def run(inputs: Arrays) -> Arrays:
+        try:
+            results = evaluator.run(names, inputs)
+        except Exception as error:
+            raise ContentError(f"the cut cannot be verified, no runtime takes the graph: {reason}", NOT_RUN) from error
+        return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
+
+    return run
+
+
+def _compare_with_reference(
+    model: onnx.ModelProto, inputs: Arrays, expected: Arrays, found: Arrays, difference: float, tolerance: float
+) -> None:
+    """Raises ContentError unless the cut is at most twice as far from the float64 result as the graph before."""
+    exact = _reference(_in_double(model), "float64")
+    wide = {name: value.astype(np.float64) if value.dtype.kind == "f" else value for name, value in inputs.items()}
+    truth = exact(wide)
+    before, after = largest_difference(truth, expected), largest_difference(truth, found)
+    if not after <= 2 * before:
+        raise ContentError(
+            f"the cut changed the function: outputs differ by {difference:.2g} of their scale (allowed {tolerance:g}); "
+            f"from float64 the graph was {before:.2g} apart and is now {after:.2g}",
+            "please report this graph as a bug of polar_deploy.surgery",
+        )
+
+
+def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that computes in float64."""
+    import onnx
+
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    del wide.graph.value_info[:]
+    narrow = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16")}
+    constants = [*wide.graph.initializer, *(a.t for node in wide.graph.node for a in node.attribute if a.HasField("t"))]
+    for tensor in constants:
+        if tensor.data_type in narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*wide.graph.input, *wide.graph.output):
+        if value.type.tensor_type.elem_type in narrow:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                attribute.i = onnx.TensorProto.DOUBLE
+    return wide
