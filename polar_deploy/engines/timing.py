@@ -1,0 +1,177 @@
+"""Which of two engines is faster, on a machine that does other things as well.
+
+Both engines run in one process, one sample of each in turn and in every order, so that what disturbs one disturbs the
+other. The answer is the median of the paired ratios. A second instance of the first engine takes part as
+a control: where it seems to differ from its twin by more than 2 %, the machine decides and not the engine, and the
+measurement is worth nothing. (Measured: minima, means and one-engine-after-the-other are off by up to 15 % there.)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polar_deploy.engines.base import Array, Engine, Timer
+
+NOISE = 0.02  # share by which the control may differ
+MIN_PAIRS = 12  # however long an inference takes: below, the interval of the median says little
+# Of a, b and the control: each comes first, second and last equally often, and equally often right after each other
+# one but never after itself. Where that is not so, what the one before left in the caches favours one of them.
+_ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2), (1, 2, 0), (2, 0, 1))
+_MIN_SAMPLE_MS = 1.0  # one sample: as many inferences as take the fastest engine this long; calls cost microseconds
+_WARM_UP_SECONDS = 3.0  # at most
+_WARM_UP_WINDOW = 5  # samples; warm when their median stays within 5 % from one window to the next
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and its 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds an inference, over the samples of one round; `iqr_ms` is the 75th minus the 25th percentile."""
+
+    median_ms: float
+    p99_ms: float
+    iqr_ms: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One whole measurement of a against b.
+
+    `speedup` is time of a / time of b (above 1: b is faster), `control` time of a / time of its twin, `inferences` how
+    many make a sample (p99 is that of samples).
+    """
+
+    pairs: int
+    inferences: int
+    a: Latency
+    b: Latency
+    speedup: Interval
+    control: Interval
+
+    @property
+    def noise(self) -> float:
+        """How far off the control is, as a share: 0.01 = 1 %."""
+        return abs(self.control.median - 1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """All rounds, and which one counts: the first whose control is good, else the one whose control is best."""
+
+    batch: int
+    rounds: tuple[Round, ...]
+    chosen: int
+
+    @property
+    def best(self) -> Round:
+        """The round that counts."""
+        return self.rounds[self.chosen]
+
+    @property
+    def decided(self) -> bool:
+        """False: the control is off by more than `NOISE`, nothing can be said."""
+        return self.best.noise <= NOISE
+
+    @property
+    def different(self) -> bool:
+        """True: one engine is faster than the other by more than `NOISE`, and the interval excludes a tie."""
+        speedup = self.best.speedup
+        return self.decided and abs(speedup.median - 1) > NOISE and not speedup.low <= 1 <= speedup.high
+
+
+def compare(
+    a: Engine,
+    b: Engine,
+    images: Array,
+    *,
+    pairs: int = 200,
+    seconds: tuple[float, float] = (2.0, 30.0),
+    max_rounds: int = 3,
+) -> Timing:
+    """Time engine `a` against engine `b` on the batch `images` [B,C,H,W].
+
+    A round whose control is off is followed by another, with a control loaded afresh. Whether to go on, and which
+    round counts, depends on the control alone and never on the result.
+
+    Args:
+        a: the reference.
+        b: what is compared with it.
+        images: one batch, normalised.
+        pairs: samples of each engine, rounded up to a multiple of 6.
+        seconds: least and most time that a round spends in inferences, warm-up aside. Short inferences get more pairs,
+            long ones fewer, but at least `MIN_PAIRS`.
+        max_rounds: how often to try, at least once.
+    """
+    rounds: list[Round] = []
+    while len(rounds) < max_rounds and (not rounds or rounds[-1].noise > NOISE):
+        twin = a.duplicate()
+        rounds.append(_measure([engine.timer(images) for engine in (a, b, twin)], pairs, seconds))
+    chosen = min(range(len(rounds)), key=lambda index: rounds[index].noise)
+    return Timing(len(images), tuple(rounds), chosen)
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median of at least 6 values with its exact 95 % interval, whatever their distribution.
+
+    The number of values below the true median is binomial (n, 1/2), so the k-th smallest and the k-th largest value
+    enclose it with a confidence of 1 - 2 P(X < k) (David and Nagaraja, Order Statistics, 3rd ed., section 7.1). k is
+    the largest that keeps 95 %.
+    """
+    ordered, n = sorted(values), len(values)
+    tail, k = 1, 0  # tail: P(X <= k) in units of 2^-n
+    while 40 * tail <= 2**n:  # 2 P <= 5 %, in whole numbers: 2^-n is no float for n > 1074
+        k += 1
+        tail += math.comb(n, k)
+    if k == 0:
+        raise ValueError(f"{n} values are too few for a 95 % interval of their median")
+    return Interval(statistics.median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float]) -> Round:
+    """One round: `timers` of a, b and a's twin."""
+    inferences = _warm_up(timers)
+    samples: list[list[float]] = []
+    spent, (least, most) = 0.0, seconds
+    while len(samples) < MIN_PAIRS or (spent < most and (len(samples) < pairs or spent < least)):
+        for order in _ORDERS:
+            times = [0.0] * len(timers)
+            for index in order:
+                times[index] = timers[index](inferences)
+            samples.append(times)
+            spent += sum(times) * inferences / 1000
+    a, b, twin = zip(*samples, strict=True)
+    return Round(len(samples), inferences, _latency(a), _latency(b), _ratio(a, b), _ratio(a, twin))
+
+
+def _warm_up(timers: Sequence[Timer]) -> int:
+    """Run all engines until their times are stable; return how many inferences make a sample."""
+    deadline = time.monotonic() + _WARM_UP_SECONDS
+    before = [math.inf] * len(timers)
+    while True:
+        now = [statistics.median(timer(1) for _ in range(_WARM_UP_WINDOW)) for timer in timers]
+        stable = all(math.isclose(old, new, rel_tol=0.05) for old, new in zip(before, now, strict=True))
+        if stable or time.monotonic() >= deadline:
+            return math.ceil(_MIN_SAMPLE_MS / min(now))
+        before = now
+
+
+def _latency(times: Sequence[float]) -> Latency:
+    low, high, p99 = np.percentile(times, [25, 75, 99])
+    return Latency(statistics.median(times), float(p99), float(high - low))
+
+
+def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    return median_interval([a / b for a, b in zip(numerators, denominators, strict=True)])

@@ -1,0 +1,8 @@
+"""What a person reads at the end of a run: `build` makes report.json from the stages' files, `table` prints it."""
+
+from __future__ import annotations
+
+from polar_deploy.report.document import build
+from polar_deploy.report.table import table
+
+__all__ = ["build", "table"]

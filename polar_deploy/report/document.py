@@ -1,0 +1,93 @@
+"""report.json: the figures of a run in one place, each taken from the file of the stage that measured it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.errors import ContentError
+from polar_deploy.workspace import read_json
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Settings
+
+_PLACES = {"data_dir", "full_weights"}  # settings that say where something lies, not what it is
+
+
+class _File:
+    """A stage's JSON file; a missing key is an error that names file and key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = read_json(path)
+
+    def get(self, *keys: str) -> Any:
+        """The value at a path of keys."""
+        value = self.content
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                where = ".".join(keys)
+                raise ContentError(f"{self.path} has no '{where}'", "let the stage that writes it run again")
+            value = value[key]
+        return value
+
+
+def build(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The content of report.json for the run in `folder`.
+
+    Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`.
+
+    Raises:
+        UsageError: one of the files is missing.
+        ContentError: one is not JSON, or lacks a key.
+    """
+    gates, engines = _File(folder / "gated/gates.json"), _File(folder / "engines/build.json")
+    surgery, parity = _File(folder / "compressed/surgery.json"), _File(folder / "parity.json")
+    entries = {name: engines.get("engines", name) for name in ("full", "compressed")}
+    return {
+        "schema": 1,
+        "settings": _digest(settings),
+        "model": settings.model,
+        "data": settings.data,
+        "target": engines.get("target"),
+        "seed": settings.seed,
+        "full": "given" if settings.full_weights else "trained",
+        "budget": {"asked": gates.get("budget"), "achieved": gates.get("achieved")},
+        "verified": surgery.get("verified"),
+        "accuracy": parity.get("accuracy"),
+        "macs": _pair({name: engines.get("engines", name, "macs") for name in entries}),
+        "params": _pair({name: engines.get("engines", name, "params") for name in entries}),
+        "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
+        "latency": [_latency(measured) for measured in parity.get("latency")],
+        "blocks": _blocks(gates.get("sites")),
+        "verdict": parity.get("verdict"),
+        "versions": engines.get("engines", "compressed", "versions"),
+        "machine": parity.get("machine"),
+    }
+
+
+def _digest(settings: Settings) -> str:
+    """SHA-256 of all settings that decide the result."""
+    values = settings.model_dump(mode="json", exclude=_PLACES)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _pair(values: dict[str, int]) -> dict[str, Any]:
+    return {**values, "ratio": values["compressed"] / values["full"]}
+
+
+def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+    """The round that counts, of one batch size."""
+    return {
+        "batch": measured["batch"],
+        "decided": measured["decided"],
+        **measured["rounds"][measured["chosen"]],
+    }
+
+
+def _blocks(sites: list[dict[str, Any]]) -> dict[str, int]:
+    """How many of the blocks that have a gate are closed, and so removed."""
+    blocks = [site for site in sites if site["kind"] == "block"]
+    return {"removed": sum(not site["open"] for site in blocks), "total": len(blocks)}

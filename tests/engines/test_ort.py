@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from jsonschema import Draft202012Validator
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+import polar_deploy
+from polar_deploy import engines, targets
+from polar_deploy.engines import ort, timing
+from polar_deploy.errors import ContentError, MachineError, UsageError
+from tests.engines.networks import classifier, model, saved
+
+TARGET = targets.parse("ort-fp32")
+IMAGES = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+
+
+def schema(name: str) -> Draft202012Validator:
+    path = Path(polar_deploy.__file__).parent / "schemas" / f"{name}.schema.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(content)
+    return Draft202012Validator(content)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> dict[str, object]:
+    full = saved(classifier(16), tmp_path / "full.onnx")
+    compressed = saved(classifier(4), tmp_path / "compressed.onnx")
+    return engines.build_all(full, compressed, tmp_path / "engines", TARGET)
+
+
+def test_every_target_that_can_be_built_has_its_backend() -> None:
+    assert set(engines._BACKENDS) == targets.BUILDS
+
+
+def test_build_json(built: dict, tmp_path: Path) -> None:
+    schema("build").validate(built)
+    for name, channels in (("full", 16), ("compressed", 4)):
+        entry = built["engines"][name]
+        files = {path.name: path for path in (tmp_path / "engines").iterdir() if path.name.startswith(f"{name}.")}
+        assert set(entry["files"]) == set(files) == {f"{name}.onnx", f"{name}.layers.json"}
+        for file, path in files.items():
+            content = path.read_bytes()
+            assert entry["files"][file] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert entry["precision"]["asked"] == "fp32"
+        assert set(entry["precision"]["found"]) == {"fp32"}
+        assert entry["provider"] == "CPUExecutionProvider"
+        assert entry["versions"]["onnxruntime"] == onnxruntime.__version__
+        assert entry["macs"] == channels * 27 * 64 + channels * 4
+        assert "not portable" in entry["plan"]
+
+
+def test_layers_are_those_that_ran(built: dict, tmp_path: Path) -> None:
+    layers = json.loads((tmp_path / "engines/full.layers.json").read_text())["layers"]
+    assert built["engines"]["full"]["precision"]["found"]["fp32"] == len(layers)
+    operators = [layer["op"] for layer in layers]
+    assert {"Conv", "Gemm"} <= set(operators)
+    assert "Relu" not in operators  # ONNX Runtime fuses it into the Conv
+    conv = next(layer for layer in layers if layer["op"] == "Conv")
+    assert (conv["type"], conv["inputs"], conv["provider"]) == ("fp32", ["fp32"] * 3, "CPUExecutionProvider")
+
+
+def test_typed_graph_is_the_network(built: dict, tmp_path: Path) -> None:
+    typed, source = onnx.load(tmp_path / "engines/full.onnx"), classifier(16)
+    assert typed.graph == source.graph
+
+
+def test_engine_computes_what_onnx_says(built: dict, tmp_path: Path) -> None:
+    engine = engines.load(tmp_path / "engines", "full", TARGET)
+    expected = ReferenceEvaluator(classifier(16)).run(None, {"input": IMAGES})[0]
+    assert engine.input_shape == (3, 8, 8)
+    for count in (5, 1):
+        np.testing.assert_allclose(engine.infer(IMAGES[:count]), expected[:count], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(engine.duplicate().infer(IMAGES), engine.infer(IMAGES))
+
+
+def test_engines_are_timed(built: dict, tmp_path: Path) -> None:
+    full, compressed = (engines.load(tmp_path / "engines", name, TARGET) for name in ("full", "compressed"))
+    result = timing.compare(full, compressed, IMAGES, pairs=12, seconds=(0.1, 0.5))
+    assert result.batch == 5
+    assert 0 < result.best.b.median_ms < 50
+    assert result.best.inferences > 1  # these networks take microseconds
+
+
+def test_sessions_do_not_spin_and_use_one_thread() -> None:
+    options = ort._options(1)
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+    assert options.execution_mode == onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_target_without_a_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="trt-fp16"):
+        engines.build_all(tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path, targets.TARGETS["trt-fp16"])
+
+
+def test_missing_engine_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no file .*full\.onnx"):
+        engines.load(tmp_path, "full", TARGET)
+
+
+@pytest.mark.parametrize("content", [b"", b"text\n" * 50])
+def test_damaged_engine_is_a_content_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "full.onnx").write_bytes(content)
+    with pytest.raises(ContentError, match=r"is empty|not an ONNX file"):
+        engines.load(tmp_path, "full", TARGET)
+
+
+def build(network: onnx.ModelProto, tmp_path: Path) -> None:
+    ort.build(saved(network, tmp_path / "a.onnx"), tmp_path / "engines", "full", TARGET)
+
+
+def test_custom_operator_names_node_and_operator(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Fancy", ["input"], ["logits"], name="head", domain="my.ops")]
+    with pytest.raises(ContentError, match=r"node 'head' \(operator my\.ops:Fancy\)"):
+        build(model(nodes, {}, classes=3, size=8, domains=("my.ops",)), tmp_path)
+    assert not (tmp_path / "engines").exists()
+
+
+def test_other_float_types_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    network = classifier()
+    network.graph.initializer[1].data_type = TensorProto.FLOAT16
+    network.graph.initializer[1].raw_data = network.graph.initializer[1].raw_data[::2]
+    with pytest.raises(ContentError, match=r"tensor 'conv\.bias' is FLOAT16"):
+        build(network, tmp_path)
+    assert not (tmp_path / "engines").exists()
+
+
+def test_fixed_batch_is_refused(tmp_path: Path) -> None:
+    network = classifier()
+    network.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(ContentError, match=r"any batch, .* input tensor\(float\) \[1, 3, 8, 8\]"):
+        build(network, tmp_path)
+
+
+def test_network_with_two_outputs_is_refused(tmp_path: Path) -> None:
+    network = classifier()
+    network.graph.output.append(helper.make_tensor_value_info("f", TensorProto.FLOAT, ["batch", 8]))
+    path = saved(network, tmp_path / "a.onnx")
+    with pytest.raises(ContentError, match="one float output"):
+        ort.OrtEngine(path)
+
+
+def test_images_of_another_size_are_refused(built: dict, tmp_path: Path) -> None:
+    engine = engines.load(tmp_path / "engines", "full", TARGET)
+    larger = np.zeros((2, 3, 9, 8), np.float32)
+    for use in (engine.infer, engine.timer):
+        with pytest.raises(ContentError, match=r"batch x 3 x 8 x 8, but got 2 x 3 x 9 x 8"):
+            use(larger)
+
+
+def test_failure_in_the_run_names_the_node(tmp_path: Path) -> None:
+    """Reshape to a size that the batch cannot fill: valid, loads, fails when it runs."""
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["f"]),
+        helper.make_node("Reshape", ["f", "shape"], ["logits"], name="wrong"),
+    ]
+    path = saved(model(nodes, {"shape": np.array([7, 10])}, classes=10, size=8), tmp_path / "a.onnx")
+    with pytest.raises(ContentError, match=r"node 'wrong' \(operator Reshape\)"):
+        ort.OrtEngine(path).infer(IMAGES)
+    with pytest.raises(ContentError, match=r"node 'wrong' \(operator Reshape\)"):
+        ort.OrtEngine(path).timer(IMAGES)(1)
+
+
+def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Expand", ["input", "shape"], ["e"], name="huge"),
+        helper.make_node("ReduceMean", ["e", "axes"], ["logits"], keepdims=0),
+    ]
+    weights = {"shape": np.array([1, 3, 8_000_000, 8_000_000]), "axes": np.array([2, 3])}
+    small = model(nodes, weights, classes=3, size=1)
+    with pytest.raises(MachineError, match="allocate memory"):
+        ort.OrtEngine(saved(small, tmp_path / "a.onnx")).infer(np.zeros((1, 3, 1, 1), np.float32))
+
+
+def test_layers_of_another_precision_are_an_error() -> None:
+    layers = [{"name": "conv", "op": "Conv", "type": "fp32"}, {"name": "fc", "op": "Gemm", "type": "fp16"}]
+    with pytest.raises(ContentError, match=r"layer 'fc' \(Gemm\) runs in fp16, the target is fp32"):
+        ort.require_precision(layers, "fp32", Path("a.onnx"))
+    with pytest.raises(ContentError, match="no layer of the engine runs in fp32"):
+        ort.require_precision([{"name": "s", "op": "Shape", "type": "int64"}], "fp32", Path("a.onnx"))

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from polar_deploy.engines import timing
+from polar_deploy.engines.timing import compare, median_interval
+from tests.engines.networks import BusyEngine, TimedEngine, noisy, steady
+
+IMAGES = np.zeros((2, 3, 8, 8), np.float32)
+
+
+def pair(a_ms: float, b_ms: float, seed: int) -> tuple[TimedEngine, TimedEngine]:
+    return TimedEngine(noisy(a_ms, seed), noisy(a_ms, seed + 1)), TimedEngine(noisy(b_ms, seed + 2))
+
+
+@pytest.mark.parametrize("n", [6, 7, 12, 50, 199, 204, 1500])
+def test_interval_has_the_smallest_ranks_that_keep_95_percent(n: int) -> None:
+    interval = median_interval([float(value) for value in np.random.default_rng(n).permutation(n) + 1])
+    rank = int(interval.low)
+    assert interval.high == n + 1 - rank
+    assert interval.median == (n + 1) / 2
+    below = [sum(math.comb(n, count) for count in range(k)) / 2**n for k in (rank, rank + 1)]  # P(X < k), X ~ B(n, 1/2)
+    assert 1 - 2 * below[0] >= 0.95 > 1 - 2 * below[1]
+
+
+def test_interval_covers_the_median_of_a_skewed_distribution() -> None:
+    rng = np.random.default_rng(0)
+    intervals = [median_interval(rng.lognormal(size=40)) for _ in range(2000)]
+    covered = np.mean([interval.low <= 1 <= interval.high for interval in intervals])
+    assert 0.95 <= covered <= 0.975  # exact, so never below; steps of ranks put it a little above
+
+
+def test_interval_of_five_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 values are too few"):
+        median_interval([1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_ten_percent_slower_is_found_and_equal_is_not_called_different(seed: int) -> None:
+    slower = compare(*pair(2.0, 2.2, seed), IMAGES)
+    assert slower.different
+    assert slower.best.speedup.low < 1 / 1.1 < slower.best.speedup.high
+    assert not compare(*pair(2.0, 2.0, seed), IMAGES).different
+
+
+def test_order_favours_no_engine() -> None:
+    assert sorted(timing._ORDERS) == sorted(itertools.permutations(range(3)))
+    turns = [index for order in timing._ORDERS for index in order]
+    neighbours = Counter(zip(turns, [*turns[1:], turns[0]], strict=True))
+    assert neighbours == dict.fromkeys(itertools.permutations(range(3), 2), 3)
+
+
+def test_ten_percent_slower_is_found_on_the_real_clock() -> None:
+    result = compare(BusyEngine(30_000), BusyEngine(33_000), IMAGES, pairs=60, seconds=(0, 1))
+    # A machine that is too busy to tell is an honest answer too, but never the wrong sign.
+    assert result.best.speedup.median < 0.97 or not result.decided
+
+
+def test_figures_of_known_times() -> None:
+    a = TimedEngine(itertools.cycle([4.0]), steady(4.0))
+    result = compare(a, TimedEngine(steady(2.0)), IMAGES, pairs=200)
+    assert result.batch == 2
+    assert result.best.pairs == 204  # a multiple of the six orders
+    assert result.best.a == timing.Latency(4.0, 4.0, 0.0)
+    assert result.best.b == timing.Latency(2.0, 2.0, 0.0)
+    assert result.best.speedup == timing.Interval(2.0, 2.0, 2.0)
+    assert result.best.control == timing.Interval(1.0, 1.0, 1.0)
+    assert result.decided
+    assert len(result.rounds) == 1
+
+
+def test_noise_shared_by_all_engines_cancels() -> None:
+    """The machine slows down by half in the middle: the paired ratio does not see it."""
+    started = itertools.count()
+
+    def drifting(milliseconds: float) -> Iterator[float]:
+        while True:
+            yield milliseconds * (2.0 if next(started) > 300 else 1.0)
+
+    a, b = TimedEngine(drifting(3.0), drifting(3.0)), TimedEngine(drifting(1.5))
+    best = compare(a, b, IMAGES).best
+    assert best.speedup.low == best.speedup.high == 2.0
+    assert best.a.iqr_ms == 3.0
+
+
+def test_bad_control_is_measured_three_times_and_never_decides() -> None:
+    a = TimedEngine(steady(2.0), steady(2.2))
+    result = compare(a, TimedEngine(steady(1.0)), IMAGES)
+    assert len(result.rounds) == 3
+    assert not result.decided
+    assert not result.different
+    assert result.best.noise == pytest.approx(1 - 1 / 1.1)
+
+
+def test_round_is_chosen_by_its_control_alone() -> None:
+    """The speed-up changes from round to round; the third one has the only good control."""
+
+    class Twins(TimedEngine):
+        controls = iter([2.2, 2.1, 2.01])
+
+        def duplicate(self) -> TimedEngine:
+            return TimedEngine(steady(next(self.controls)))
+
+    rounds = iter([1.0, 0.5, 1.6])
+
+    class Other(TimedEngine):
+        def timer(self, images: np.ndarray) -> timing.Timer:
+            self.times = steady(next(rounds))
+            return super().timer(images)
+
+    result = compare(Twins(steady(2.0)), Other(steady(1.0)), IMAGES)
+    assert [measured.speedup.median for measured in result.rounds] == [2.0, 4.0, 1.25]
+    assert result.chosen == 2
+    assert result.decided
+
+
+def test_short_inferences_are_timed_many_at_once_and_more_often() -> None:
+    a = TimedEngine(steady(0.3), steady(0.3))
+    result = compare(a, TimedEngine(steady(0.1)), IMAGES)
+    assert result.best.inferences == 10  # 10 × 0.1 ms = 1 ms
+    assert a.samples[-1] == 10
+    assert result.best.pairs == 288  # 7 ms a pair: 286 of them make two seconds
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "pairs"), [(3.0, 228), (4.0, 204), (100.0, 102), (1000.0, 12), (60_000.0, 12)]
+)
+def test_pairs_by_the_length_of_an_inference(milliseconds: float, pairs: int) -> None:
+    engine = TimedEngine(steady(milliseconds))
+    assert compare(engine, engine, IMAGES, seconds=(2.0, 30.0)).best.pairs == pairs
+
+
+def test_warm_up_waits_for_stable_times() -> None:
+    falling = itertools.chain((10.0 * 0.8**step for step in range(15)), steady(2.0))
+    a = TimedEngine(falling, steady(2.0))
+    result = compare(a, TimedEngine(steady(2.0)), IMAGES)
+    assert result.best.a.p99_ms == 2.0  # none of the first, slow samples was counted

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from rich.console import Console
+
+import polar_deploy
+from polar_deploy import report
+from polar_deploy.config import Budget, Settings
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.workspace import write_json
+
+SETTINGS = Settings(model="resnet20", data="digits", seed=3)
+
+
+def interval(median: float, low: float, high: float) -> dict[str, float]:
+    return {"median": median, "low": low, "high": high}
+
+
+def latency(median: float, p99: float) -> dict[str, float]:
+    return {"median_ms": median, "p99_ms": p99, "iqr_ms": 0.01}
+
+
+def timed(control: float, speedup: dict[str, float], full: dict[str, float], small: dict[str, float]) -> dict[str, Any]:
+    row = {"pairs": 204, "inferences": 1, "speedup": speedup, "control": interval(control, 0.99, 1.05)}
+    return {**row, "full": full, "compressed": small}
+
+
+GATES = {
+    "schema": 1,
+    "budget": {"macs": 0.5},
+    "achieved": {"macs": 0.496},
+    "sites": [
+        {"name": "a", "kind": "block", "width": 1, "open": [], "share": [0.0]},
+        {"name": "b", "kind": "block", "width": 1, "open": [0], "share": [1.0]},
+        {"name": "c", "kind": "block", "width": 1, "open": [0], "share": [1.0]},
+        {"name": "d", "kind": "channel", "width": 4, "open": [], "share": [0.0] * 4},
+    ],
+}
+
+
+def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
+    files = {f"{name}.onnx": {"bytes": size, "sha256": "0" * 64}}
+    return {"macs": macs, "params": params, "files": files, "versions": {"onnxruntime": "1.32.0"}}
+
+
+BUILD = {
+    "schema": 1,
+    "target": "ort-fp32",
+    "engines": {
+        "full": entry("full", 40_800_000, 272_474, 1_100_000),
+        "compressed": entry("compressed", 20_250_000, 98_765, 412_345),
+    },
+}
+PARITY = {
+    "schema": 1,
+    "machine": {"cpu": "Some CPU", "cores": 2, "architecture": "x86_64", "system": "Linux"},
+    "accuracy": {
+        "samples": 360,
+        "full": 99.4444,
+        "compressed": 98.8889,
+        "drop": 0.5555,
+        "interval": [-0.31, 1.41],
+        "agreement": 98.6,
+        "lost": 3,
+        "gained": 1,
+        "nonfinite": {"full": 0, "compressed": 0},
+    },
+    "export": None,
+    "surgery": None,
+    "latency": [
+        {
+            "batch": 1,
+            "decided": True,
+            "chosen": 1,
+            "rounds": [
+                timed(1.05, interval(9.0, 8.0, 10.0), latency(7.0, 8.0), latency(6.0, 7.0)),
+                timed(1.01, interval(1.43, 1.38, 1.46), latency(1.234, 1.876), latency(0.863, 1.211)),
+            ],
+        },
+        {
+            "batch": 64,
+            "decided": False,
+            "chosen": 0,
+            "rounds": [timed(1.034, interval(1.6, 1.5, 1.7), latency(52.2, 65.1), latency(32.6, 40.9))],
+        },
+    ],
+    "verdict": {
+        "max_drop": 1.0,
+        "min_speedup": 1.02,
+        "batch": 1,
+        "accuracy": {"result": "pass", "reason": "accuracy drops by 0.56 points, 1 are allowed"},
+        "latency": {"result": "pass", "reason": "the speed-up at batch 1 is 1.430"},
+        "overall": {"result": "pass", "reason": "both"},
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_json(tmp_path / "gated/gates.json", GATES)
+    write_json(tmp_path / "compressed/surgery.json", {"schema": 1, "verified": True})
+    write_json(tmp_path / "engines/build.json", BUILD)
+    write_json(tmp_path / "parity.json", PARITY)
+    return tmp_path
+
+
+def printed(document: dict[str, Any], width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    report.table(document, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def row(text: str, label: str) -> list[str]:
+    """The cells of the table's row that starts with `label`."""
+    line = next(line for line in text.splitlines() if line.strip("│ ").startswith(label))
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_report_takes_each_figure_from_its_stage(folder: Path) -> None:
+    document = report.build(folder, SETTINGS)
+    schema = json.loads((Path(polar_deploy.__file__).parent / "schemas/report.schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(document)
+    names = ("model", "data", "target", "seed", "full")
+    assert [document[name] for name in names] == ["resnet20", "digits", "ort-fp32", 3, "trained"]
+    assert document["budget"] == {"asked": {"macs": 0.5}, "achieved": {"macs": 0.496}}
+    assert document["macs"] == {"full": 40_800_000, "compressed": 20_250_000, "ratio": 20_250_000 / 40_800_000}
+    assert document["bytes"]["compressed"] == 412_345
+    assert document["blocks"] == {"removed": 1, "total": 3}
+    assert document["latency"][0]["speedup"]["median"] == 1.43  # of the round that counts
+    assert document["verdict"] == PARITY["verdict"]
+    assert document["machine"]["cpu"] == "Some CPU"
+
+
+def test_table_shows_the_figures(folder: Path) -> None:
+    text = printed(report.build(folder, SETTINGS))
+    assert "resnet20 on digits, ort-fp32, full network trained" in text
+    assert row(text, "accuracy") == ["accuracy", "99.44 %", "98.89 %", "-0.56 points (-1.41 to +0.31)"]
+    assert row(text, "MACs") == ["MACs", "40.8 M", "20.2 M", "49.6 % of full"]
+    assert row(text, "parameters") == ["parameters", "272 k", "98.8 k", "36.2 % of full"]
+    assert row(text, "file size") == ["file size", "1.1 MB", "412 kB", "37.5 % of full"]
+    assert row(text, "latency, batch 1") == ["latency, batch 1", "1.23 ms", "0.863 ms", "1.43× as fast (1.38 to 1.46)"]
+    assert row(text, "p99, batch 1") == ["p99, batch 1", "1.88 ms", "1.21 ms", ""]
+    undecided = "undecided: noise of 3.4 %"
+    assert row(text, "latency, batch 64") == ["latency, batch 64", "52.2 ms", "32.6 ms", undecided]
+    assert row(text, "gated blocks") == ["gated blocks", "3", "2", "1 of 3 removed"]
+    assert "verdict: PASS" in text
+    assert "pass: accuracy drops by 0.56 points, 1 are allowed" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("answer", ["fail", "undecided"])
+def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
+    document = report.build(folder, SETTINGS)
+    document["verdict"] = copy.deepcopy(PARITY["verdict"])
+    document["verdict"]["overall"]["result"] = document["verdict"]["latency"]["result"] = answer
+    document["latency"][0]["full"]["median_ms"] = 2345.6
+    document["params"]["compressed"] = 999
+    text = printed(document)
+    assert row(text, "latency, batch 1")[1] == "2346 ms"
+    assert row(text, "parameters")[2] == "999"
+    assert f"verdict: {answer.upper()}" in text
+    assert f"{answer}: the speed-up" in text
+
+
+def test_settings_digest_depends_on_what_decides_the_result_alone(folder: Path) -> None:
+    def digest(settings: Settings) -> str:
+        value = report.build(folder, settings)["settings"]
+        assert isinstance(value, str)
+        return value
+
+    values = SETTINGS.model_dump(mode="json")
+    del values["data_dir"], values["full_weights"]
+    assert digest(SETTINGS) == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    assert digest(SETTINGS.model_copy(update={"data_dir": Path("elsewhere")})) == digest(SETTINGS)
+    assert digest(SETTINGS.model_copy(update={"budget": Budget(macs=0.6)})) != digest(SETTINGS)
+
+
+def test_given_weights_are_named(folder: Path) -> None:
+    given = SETTINGS.model_copy(update={"full_weights": Path("weights.npz")})
+    assert report.build(folder, given)["full"] == "given"
+
+
+def test_missing_file_and_missing_key_are_named(folder: Path) -> None:
+    write_json(folder / "engines/build.json", {"schema": 1, "target": "ort-fp32", "engines": {"full": {}}})
+    with pytest.raises(ContentError, match=r"build\.json has no 'engines\.compressed'"):
+        report.build(folder, SETTINGS)
+    (folder / "parity.json").write_text("half a {")
+    with pytest.raises(ContentError, match=r"parity\.json is not JSON"):
+        report.build(folder, SETTINGS)
+    (folder / "gated/gates.json").unlink()
+    with pytest.raises(UsageError, match=r"gates\.json"):
+        report.build(folder, SETTINGS)
