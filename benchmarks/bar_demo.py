@@ -1,0 +1,35 @@
+"""The demo for three seeds: on time, accurate, half of the MACs gone, faster, and blocks removed in at least one."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.common import run_pipeline, write_result
+
+SEEDS = (0, 1, 2)
+
+
+def main() -> int:
+    """Run the bars; 0 if all are met."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            run_pipeline(Path(folder) / str(seed), "--recipe", "pipelines/digits.yaml", "--seed", str(seed))
+            for seed in SEEDS
+        ]
+    reports = [run["report"] for run in runs]
+    bars = {
+        "exit code 0 for each seed": all(run["exit_code"] == 0 for run in runs),
+        "at most 180 s for each seed": all(run["seconds"] <= 180 for run in runs),
+        "full network at least 98 %": all(report["accuracy"]["full"] >= 98 for report in reports),
+        "at most half of the MACs": all(report["macs"]["ratio"] <= 0.5 for report in reports),
+        "drop at most 1.0 points": all(report["accuracy"]["drop"] <= 1.0 for report in reports),
+        "speed-up decided": all(report["verdict"]["latency"]["result"] != "undecided" for report in reports),
+        "blocks removed in at least one seed": any(report["blocks"]["removed"] for report in reports),
+    }
+    return write_result("demo", bars, {"runs": runs})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the long checks share: running the command, and writing figures with the conditions they were taken under."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from polar_deploy.engines import machine
+from polar_deploy.workspace import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # data and trained networks, where a checkout has them beside itself
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command in a process of its own; return exit code, seconds what report.json holds, and how exact surgery was."""
+    command = [sys.executable, "-m", "polar_deploy.pipeline", "--out", str(folder), *arguments]
+    start = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
+    seconds = time.monotonic() - start
+    report, parity = folder / "report.json", folder / "parity.json"
+    return {
+        "command": "python -m polar_deploy.pipeline " + " ".join(_without_paths(arguments)),
+        "exit_code": code,
+        "seconds": round(seconds, 1),
+        "report": read_json(report) if report.is_file() else None,
+        "surgery": read_json(parity)["surgery"] if parity.is_file() else None,
+    }
+
+
+def write_result(name: str, bars: dict[str, bool], figures: dict[str, Any]) -> int:
+    """Write `benchmarks/results/NAME.json`, say which bars are met; exit code 0 if all are."""
+    packages = ("torch", "onnx", "onnxruntime", "numpy")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    write_json(
+        RESULTS / f"{name}.json",
+        {
+            "bars": bars,
+            "machine": machine.describe(),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "versions": {package: version(package) for package in packages},
+            "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+            **figures,
+        },
+    )
+    for bar, met in bars.items():
+        print(f"{'met' if met else 'NOT MET'}: {bar}")
+    return 0 if all(bars.values()) else 1
+
+
+def _without_paths(arguments: tuple[str, ...]) -> list[str]:
+    return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]

@@ -1,0 +1,304 @@
+"""The command: `python -m polar_deploy.pipeline --model resnet56 --target trt-fp16`.
+
+Stages in order: full, gates, export, surgery, build, parity, report. One run is one folder; a stage whose settings
+and inputs did not change is skipped, a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy import __version__, targets
+from polar_deploy.errors import MachineError, PolarDeployError, UsageError
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Settings
+    from polar_deploy.stages import Run
+
+# The names of `stages.STAGES`, which takes half a second to import: `--help` shall answer at once.
+STAGES = ("full", "gates", "export", "surgery", "build", "parity", "report")
+_TRAINING = {"full", "gates", "export"}
+
+# option -> the setting it stands for
+_SETTINGS = {
+    "model": "model",
+    "target": "target",
+    "data": "data",
+    "data_dir": "data_dir",
+    "full_weights": "full_weights",
+    "align": "align",
+    "epochs": "training.epochs",
+    "full_epochs": "training.full_epochs",
+    "seed": "seed",
+    "max_drop": "verdict.max_drop",
+    "min_speedup": "verdict.min_speedup",
+    "verdict_batch": "verdict.batch",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code (see the README)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except PolarDeployError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except MemoryError as error:
+        if arguments.debug:
+            raise
+        print(f"error: out of memory: {error}\n  what to do: use a smaller batch or image size", file=sys.stderr)
+        return MachineError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m polar_deploy.pipeline",
+        description="Train a CNN once with polarized gates, cut it exactly, build an engine, prove it is as good.",
+        epilog="exit codes: 0 passed, 1 parity failed, 2 command line, 3 this machine, 4 a file's content, 5 undecided",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", help="resnet20/32/44/56/110, a torchvision classifier, or package.module:function")
+    add("--target", help="what the engine is for, such as trt-fp16 (default: ort-fp32)")
+    add("--data", help="digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function")
+    add("--data-dir", metavar="DIR", help="where the data lies (default: data)")
+    add("--recipe", metavar="FILE", type=Path, help="settings in YAML; the options here are laid over it")
+    add("--full-weights", metavar="FILE", help="take the full network as given (.safetensors, .npz, .pth)")
+    add("--budget", metavar="B", help="share of the full cost to keep: 0.5, or macs=0.5,params=0.6 (default: macs=0.5)")
+    add("--align", metavar="N", help="widths become multiples of this (default: the target's)")
+    add("--epochs", metavar="N", help="epochs of the gated run (default: the data set's)")
+    add("--full-epochs", metavar="N", help="epochs of the full network (default: --epochs)")
+    add("--seed", metavar="N", help="of split, start values, order and gates (default: 0)")
+    add("--max-drop", metavar="POINTS", help="accuracy the compressed network may lose (default: 1.0)")
+    add("--min-speedup", metavar="X", help="how much faster it must be at least (default: 1.02)")
+    add("--verdict-batch", metavar="N", help="batch size at which the speed-up is judged (default: 1)")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="any setting, such as training.lr=0.05")
+    add("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/MODEL-DATA-TARGET-BUDGET-sSEED)")
+    add("--from", metavar="STAGE", dest="first", choices=STAGES, default=STAGES[0], help=f"one of {', '.join(STAGES)}")
+    add("--until", metavar="STAGE", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    add("--dry-run", action="store_true", help="print the plan: stages, gates, costs, what the target needs")
+    add("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--debug", action="store_true", help="show tracebacks")
+    add("--version", action="version", version=f"polar_deploy {__version__}")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    names = STAGES[STAGES.index(arguments.first) : STAGES.index(arguments.last) + 1]
+    if not names:
+        raise UsageError(
+            f"--from {arguments.first} lies behind --until {arguments.last}", "swap them, or leave one out"
+        )
+    settings = _settings(arguments)
+    target = targets.parse(settings.target)
+    if "build" in names and not arguments.dry_run:
+        targets.check(target)
+    if settings.budget.latency is not None:
+        raise UsageError("budget latency= needs a latency table, which this version cannot make", "use macs or params")
+    _require_packages(names)
+    settings = resolve(settings, target.align)
+    if arguments.dry_run:
+        _print_plan(dry_run(settings, names, arguments.out or default_folder(settings)), as_json=arguments.json)
+        return 0
+    return _execute(settings, names, arguments)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from polar_deploy import recipes
+
+    overrides: dict[str, object] = {}
+    options: dict[str, str] = {}
+    for option, key in _SETTINGS.items():
+        value = getattr(arguments, option)
+        if value is not None:
+            overrides[key], options[key] = value, f"--{option.replace('_', '-')}"
+    if arguments.budget is not None:
+        overrides["budget"], options["budget"] = recipes.parse_budget(arguments.budget), "--budget"
+    overrides |= dict(recipes.parse_set(text) for text in arguments.set)
+    if arguments.recipe is None and "model" not in overrides:
+        raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
+    return recipes.load(arguments.recipe, overrides, options)
+
+
+def _require_packages(names: Sequence[str]) -> None:
+    """Ask for what the stages import before anything is written."""
+    needs = [("torch", "train"), ("torchvision", "train"), ("safetensors", "train")] if _TRAINING & {*names} else []
+    needs += [("onnxscript", "train")] if "export" in names else []
+    needs += [("onnxruntime", "ort")] if {"export", "surgery", "parity"} & {*names} else []
+    for module, extra in needs:
+        if find_spec(module) is None:
+            raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
+
+
+def resolve(settings: Settings, align: int) -> Settings:
+    """Settings with every default that depends on the data set or the target filled in.
+
+    Args:
+        settings: as given.
+        align: the target's alignment, channels.
+    """
+    from polar_deploy import data
+    from polar_deploy.config import Normalize
+
+    spec, training = data.spec(settings.data, settings.data_dir), settings.training
+    epochs = training.epochs or spec.epochs
+    filled = {
+        "epochs": epochs,
+        "full_epochs": training.full_epochs or epochs,
+        "gated_lr": training.gated_lr or (training.lr / 2 if training.start == "full" else training.lr),
+        "flip": spec.flip if training.flip is None else training.flip,
+        "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,
+    }
+    return settings.model_copy(
+        update={
+            "input_size": settings.input_size or spec.input_size,
+            "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
+            "align": settings.align or align,
+            "training": training.model_copy(update=filled),
+        }
+    )
+
+
+def default_folder(settings: Settings) -> Path:
+    """runs/MODEL-DATA-TARGET-BUDGET-sSEED: no time stamp, so that the same command resumes."""
+    budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items())
+    model, data = (name.replace(":", ".") for name in (settings.model, settings.data))
+    return Path("runs") / f"{model}-{data}-{settings.target}-{budget}-s{settings.seed}"
+
+
+def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The resolved plan: stages, gates found, cost of the full network, smallest reachable cost, the target's needs.
+
+    Raises:
+        UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
+    """
+    from polar_deploy import data, models
+    from polar_deploy.gating.cost import Constraint
+    from polar_deploy.gating.freeze import smallest, unreachable
+    from polar_deploy.gating.network import GatedNetwork
+
+    assert settings.input_size is not None
+    assert settings.align is not None
+    spec = data.spec(settings.data, settings.data_dir)
+    network = models.build(settings.model, spec.classes, settings.input_size)
+    gated = GatedNetwork(network, settings.input_size, mode=settings.gates.mode, blocks=settings.gates.blocks)
+    costs = {name: gated.cost_model(name) for name in ("macs", "params")}
+    asked = settings.budget.asked()
+    least = smallest(gated.sites, settings.align, settings.gates.min_width)
+    constraint = Constraint({name: costs[name] for name in asked}, asked)
+    if float(constraint(least)) > 0:
+        raise unreachable(constraint, least)
+    channels = [site for site in gated.sites if site.kind == "channel"]
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "folder": str(folder),
+        "stages": list(names),
+        "gates": {
+            "channel_sites": len(channels),
+            "channels": sum(site.width for site in channels),
+            "blocks": len(gated.sites) - len(channels),
+        },
+        "full": {name: round(model.full) for name, model in costs.items()},
+        "smallest": {name: float(model(least)) for name, model in costs.items()},
+        "target": {"name": settings.target, "align": settings.align, "missing": _missing(settings.target)},
+    }
+
+
+def _missing(target: str) -> str | None:
+    """What this machine lacks to build for the target; None: nothing."""
+    try:
+        targets.check(targets.parse(target))
+    except MachineError as error:
+        return str(error)
+    return None
+
+
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan, indent=1))
+        return
+    from polar_deploy import recipes
+    from polar_deploy.config import Settings
+
+    gates, full, least = plan["gates"], plan["full"], plan["smallest"]
+    print(recipes.dump(Settings.model_validate(plan["settings"])), end="")
+    print(f"---\nfolder    {plan['folder']}\nstages    {' → '.join(plan['stages'])}")
+    print(f"gates     {gates['channels']} channels at {gates['channel_sites']} sites, {gates['blocks']} blocks")
+    print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
+    print(f"smallest  macs={least['macs']:.3f}, params={least['params']:.3f} of the full network")
+    print(f"target    {plan['target']['missing'] or plan['target']['name'] + ': can be built and run here'}")
+
+
+def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Namespace) -> int:
+    from polar_deploy import parity, recipes
+    from polar_deploy.progress import Progress
+    from polar_deploy.stages import Run, stage_named
+    from polar_deploy.workspace import atomic_path, read_json
+
+    progress = Progress()
+    run = Run(settings, arguments.out or default_folder(settings), progress)
+    _preflight(run, names)
+    with run.workspace.locked(), progress:
+        with atomic_path(run.path("run.yaml")) as temporary:
+            temporary.write_text(recipes.dump(settings), encoding="utf-8")
+        for name in names:
+            _run_stage(run, stage_named(name))
+    if "report" in names:
+        _print_report(read_json(run.path("report.json")), as_json=arguments.json)
+    return parity.exit_code(read_json(run.path("parity.json"))) if "parity" in names else 0
+
+
+def _preflight(run: Run, names: Sequence[str]) -> None:
+    """Read data and weights, and hold the budget against the network, before a folder is made or an epoch trained."""
+    if not {*_TRAINING, "parity"} & {*names}:
+        return
+    dataset = run.dataset
+    if not _TRAINING & {*names}:
+        return
+    from polar_deploy import models
+
+    dry_run(run.settings, names, run.folder)
+    if "full" in names and run.settings.full_weights is not None:
+        assert run.settings.input_size is not None
+        network = models.build(run.settings.model, dataset.spec.classes, run.settings.input_size)
+        models.load_weights(network, run.settings.full_weights)
+
+
+def _run_stage(run: Run, stage: Any) -> None:
+    state = stage.name, stage.key(run), stage.inputs(run), stage.outputs(run)
+    if run.workspace.is_current(*state):
+        run.progress.note(f"{stage.name}: up to date")
+        return
+    run.progress.stage(stage.name)
+    run.workspace.forget(stage.name)
+    stage.run(run)
+    run.workspace.stamp(*state)
+    for name in stage.scratch:
+        run.path(name).unlink(missing_ok=True)
+
+
+def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    from rich.console import Console
+
+    from polar_deploy.report import table
+
+    table(report, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""The stages of a run: what each reads, writes and depends on, and the few lines that connect it to its module.
+
+A stage reads files of the run's folder and writes files there; it can be run alone on its predecessors' files.
+Heavy imports happen inside the stage that needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy import targets
+from polar_deploy.config import Settings
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.progress import Progress
+from polar_deploy.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from polar_deploy.data import Dataset
+    from polar_deploy.gating.network import GatedNetwork
+    from polar_deploy.training.batches import Batches
+    from polar_deploy.training.loop import Fit
+
+REFERENCE_SAMPLES = 32
+
+
+@dataclass
+class Run:
+    """One run: resolved settings, its folder (made when first needed), and what the stages share."""
+
+    settings: Settings
+    folder: Path
+    progress: Progress
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """The run's folder."""
+        return Workspace(self.folder)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, read once."""
+        from polar_deploy import data
+
+        s = self.settings
+        return data.load(s.data, s.data_dir, input_size=s.input_size)
+
+    @cached_property
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices (training, validation) into the training set; validation is empty for a final run."""
+        import numpy as np
+
+        from polar_deploy import data
+
+        if self.settings.training.final:
+            return np.arange(len(self.dataset.train.labels)), np.arange(0)
+        return data.split_validation(self.dataset, self.settings.seed)
+
+    def path(self, name: str) -> Path:
+        """A file of the run's folder."""
+        return self.workspace.path(name)
+
+    def network(self) -> nn.Module:
+        """The untrained network, its start values drawn from the run's seed."""
+        import torch
+
+        from polar_deploy import models
+
+        torch.manual_seed(self.settings.seed)
+        return models.build(self.settings.model, self.dataset.spec.classes, self.input_size)
+
+    def full_network(self) -> nn.Module:
+        """The full network with the weights of the full stage."""
+        from polar_deploy import models
+
+        network = self.network()
+        models.load_weights(network, self.path("full/weights.safetensors"))
+        return network
+
+    def gated(self, network: nn.Module) -> GatedNetwork:
+        """`network` with gates."""
+        from polar_deploy.gating.network import GatedNetwork
+
+        gates = self.settings.gates
+        return GatedNetwork(network, self.input_size, mode=gates.mode, blocks=gates.blocks)
+
+    @property
+    def input_size(self) -> int:
+        """Pixels a side."""
+        assert self.settings.input_size is not None
+        return self.settings.input_size
+
+    def fit(self, stage: str, folder: str, network: nn.Module, epochs: int) -> Fit:
+        """What the training run of a stage needs."""
+        from polar_deploy.training.loop import Fit, choose_device, prepare
+
+        device = choose_device()
+        training, validation = self.split
+        return Fit(
+            stage=stage,
+            network=prepare(network, self.settings, device),
+            train=self._batches(training),
+            validation=self._batches(validation) if len(validation) else None,
+            settings=self.settings,
+            epochs=epochs,
+            folder=self.path(folder),
+            key=repr(stage_named(stage).key(self)),
+            device=device,
+        )
+
+    def _batches(self, indices: np.ndarray) -> Batches:
+        from polar_deploy.training.batches import Batches
+        from polar_deploy.training.loop import choose_device
+
+        train = self.dataset.train
+        return Batches(train.images, train.labels, indices, self.settings, choose_device())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        key: the settings that concern it; when they change, it runs again.
+        reads, writes: files of the run's folder.
+        scratch: files that are removed when it is finished.
+    """
+
+    name: str
+    run: Callable[[Run], None]
+    key: Callable[[Run], object]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    scratch: tuple[str, ...] = ()
+
+    def inputs(self, run: Run) -> list[Path]:
+        """The files it reads, the user's own weights among them.
+
+        Raises:
+            UsageError: one is missing.
+        """
+        paths = [run.path(name) for name in self.reads]
+        for path in paths:
+            if not path.is_file():
+                raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
+        if self.name == "full" and run.settings.full_weights is not None:
+            paths.append(run.settings.full_weights)
+        return paths
+
+    def outputs(self, run: Run) -> list[Path]:
+        """The files it writes."""
+        return [run.path(name) for name in self.writes]
+
+
+def _full(run: Run) -> None:
+    from polar_deploy import models
+    from polar_deploy.training.full import train_full
+    from polar_deploy.training.loop import evaluate, write_log
+
+    weights, epochs = run.settings.full_weights, run.settings.training.full_epochs
+    network = run.network()
+    assert epochs is not None
+    if weights is None:
+        train_full(run.fit("full", "full", network, epochs), run.progress)
+    else:
+        models.load_weights(network, weights)
+        fit = run.fit("full", "full", network, epochs)
+        accuracy = evaluate(fit.network, fit.validation) if fit.validation else None
+        write_log(run.path("full/training.jsonl"), [{"epoch": 0, "given": True, "val_accuracy": accuracy}])
+    models.save_weights(network, run.path("full/weights.safetensors"))
+
+
+def _gates(run: Run) -> None:
+    import torch
+
+    from polar_deploy import models
+    from polar_deploy.gating.cost import Constraint
+    from polar_deploy.training.gated import train_gated
+    from polar_deploy.training.loop import choose_device, prepare
+
+    settings, asked = run.settings, run.settings.budget.asked()
+    assert settings.training.epochs is not None
+    network = run.gated(run.full_network() if settings.training.start == "full" else run.network())
+    constraint = Constraint({name: network.cost_model(name) for name in asked}, asked)
+    teacher = prepare(run.full_network(), settings, choose_device()) if settings.training.distill else None
+    state = train_gated(run.fit("gates", "gated", network, settings.training.epochs), constraint, teacher, run.progress)
+    models.save_weights(network.net, run.path("gated/weights.safetensors"))
+    opened = network.open().cpu()
+    achieved = constraint.to(torch.device("cpu")).achieved(opened)
+    write_json(run.path("gated/gates.json"), _gates_document(run, network, achieved, state.notes["freeze"]["share"]))
+
+
+def _gates_document(run: Run, network: GatedNetwork, achieved: dict[str, float], share: list[float]) -> dict[str, Any]:
+    sites = []
+    for site, start, gate in zip(network.sites, network.starts, network.gates, strict=True):
+        sites.append(
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "width": site.width,
+                "open": gate.open.nonzero().flatten().tolist(),
+                "share": share[start : start + site.gates],
+            }
+        )
+    return {
+        "schema": 1,
+        "model": run.settings.model,
+        "input": [3, run.input_size, run.input_size],
+        "align": run.settings.align,
+        "budget": run.settings.budget.asked(),
+        "achieved": achieved,
+        "sites": sites,
+    }
+
+
+def _export(run: Run) -> None:
+    import numpy as np
+
+    from polar_deploy import data, export, models
+
+    full = run.full_network()
+    gated = run.gated(run.network())
+    models.load_weights(gated.net, run.path("gated/weights.safetensors"))
+    gated.freeze(_opened(gated, run.path("gated/gates.json")))
+    static = gated.static()
+    export.export(full, run.input_size, run.path("full/model.onnx"))
+    export.export(static, run.input_size, run.path("gated/model.onnx"), gated.sites)
+
+    assert run.settings.normalize is not None
+    held = run.split[1] if len(run.split[1]) else run.split[0]
+    chosen = np.sort(np.random.default_rng(run.settings.seed).permutation(held)[:REFERENCE_SAMPLES])
+    normal = run.settings.normalize
+    inputs = data.normalise(run.dataset.train.images[chosen], normal.mean, normal.std)
+    outputs = {"full": export.outputs(full, inputs), "gated": export.outputs(static, inputs)}
+    for name, expected in outputs.items():
+        export.check(run.path(f"{name}/model.onnx"), inputs, expected)
+    export.write_reference(run.path("gated/reference.npz"), {"inputs": inputs, **outputs})
+
+
+def _opened(network: GatedNetwork, path: Path) -> Any:
+    """The gate vector of gates.json, checked against the network's sites."""
+    import torch
+
+    listed = {site["name"]: site for site in read_json(path)["sites"]}
+    opened = torch.zeros(network.masks)
+    for site, start in zip(network.sites, network.starts, strict=True):
+        entry = listed.get(site.name)
+        if entry is None or entry["kind"] != site.kind or entry["width"] != site.width:
+            raise ContentError(
+                f"{path} has no {site.kind} site {site.name!r} of width {site.width}",
+                "use the gates.json that was written for this model",
+            )
+        opened[start + torch.tensor(entry["open"], dtype=torch.long)] = 1.0
+    return opened
+
+
+def _surgery(run: Run) -> None:
+    from polar_deploy.surgery import compress_file
+
+    target = run.path("compressed/model.onnx")
+    compress_file(run.path("gated/model.onnx"), target, report=run.path("compressed/surgery.json"))
+    _require_budget(run)
+
+
+def _require_budget(run: Run) -> None:
+    """The budget is a promise about the compressed ONNX graph: hold it against the graph itself."""
+    import onnx
+
+    from polar_deploy.surgery import cost
+
+    full, compressed = (cost(onnx.load(run.path(f"{name}/model.onnx"))) for name in ("full", "compressed"))
+    for name, asked in run.settings.budget.asked().items():
+        achieved = getattr(compressed, name) / getattr(full, name)
+        if achieved > asked:
+            raise ContentError(
+                f"the compressed network has {achieved:.4f} of the full one's {name}, above the budget of {asked}: "
+                "surgery could not remove all that the gates closed",
+                f"see the cuts not made in {run.path('compressed/surgery.json')}, and report this network",
+            )
+
+
+def _build(run: Run) -> None:
+    from polar_deploy import engines
+
+    target = targets.parse(run.settings.target)
+    sources = (run.path("full/model.onnx"), run.path("compressed/model.onnx"))
+    write_json(run.path("engines/build.json"), engines.build_all(*sources, run.path("engines"), target))
+
+
+def _parity(run: Run) -> None:
+    from polar_deploy import engines, parity
+    from polar_deploy.engines.ort import OrtEngine
+
+    settings, target = run.settings, targets.parse(run.settings.target)
+    assert settings.normalize is not None
+    result = parity.compare(
+        engines.load(run.path("engines"), "full", target),
+        engines.load(run.path("engines"), "compressed", target),
+        run.dataset.test,
+        mean=settings.normalize.mean,
+        std=settings.normalize.std,
+        verdict=settings.verdict,
+        gated=OrtEngine(run.path("gated/model.onnx")),
+        reference=run.path("gated/reference.npz"),
+    )
+    write_json(run.path("parity.json"), result)
+
+
+def _report(run: Run) -> None:
+    from polar_deploy import report
+
+    write_json(run.path("report.json"), report.build(run.folder, run.settings))
+
+
+def _basis(run: Run) -> dict[str, Any]:
+    """What every trained network depends on."""
+    s = run.settings.model_dump(mode="json", include={"model", "input_size", "normalize", "seed"})
+    return s | {"data": run.dataset.fingerprint()}
+
+
+def _full_key(run: Run) -> object:
+    if run.settings.full_weights is not None:
+        return _basis(run) | {"given": True, "final": run.settings.training.final}
+    gated_only = {"epochs", "gated_lr", "start", "distill", "distill_temperature"}
+    return _basis(run) | run.settings.training.model_dump(mode="json", exclude=gated_only)
+
+
+def _gates_key(run: Run) -> object:
+    settings = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
+    del settings["training"]["full_epochs"]
+    return _basis(run) | settings
+
+
+_ENGINES = tuple(f"engines/{name}{end}" for name in ("full", "compressed") for end in (".onnx", ".layers.json"))
+
+STAGES = (
+    Stage(
+        "full",
+        _full,
+        _full_key,
+        reads=(),
+        writes=("full/weights.safetensors", "full/training.jsonl"),
+        scratch=("full/checkpoint.safetensors",),
+    ),
+    Stage(
+        "gates",
+        _gates,
+        _gates_key,
+        reads=("full/weights.safetensors",),
+        writes=("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl"),
+        scratch=("gated/checkpoint.safetensors",),
+    ),
+    Stage(
+        "export",
+        _export,
+        _basis,
+        reads=("full/weights.safetensors", "gated/weights.safetensors", "gated/gates.json"),
+        writes=("full/model.onnx", "gated/model.onnx", "gated/reference.npz"),
+    ),
+    Stage(
+        "surgery",
+        _surgery,
+        lambda run: run.settings.budget.asked(),
+        reads=("full/model.onnx", "gated/model.onnx"),
+        writes=("compressed/model.onnx", "compressed/surgery.json"),
+    ),
+    Stage(
+        "build",
+        _build,
+        lambda run: run.settings.target,
+        reads=("full/model.onnx", "compressed/model.onnx"),
+        writes=(*_ENGINES, "engines/build.json"),
+    ),
+    Stage(
+        "parity",
+        _parity,
+        lambda run: (
+            run.settings.model_dump(mode="json", include={"verdict", "normalize"}) | {"data": run.dataset.fingerprint()}
+        ),
+        reads=(*_ENGINES[::2], "gated/model.onnx", "gated/reference.npz"),
+        writes=("parity.json",),
+    ),
+    Stage(
+        "report",
+        _report,
+        lambda run: run.settings.model_dump(mode="json", exclude={"data_dir", "full_weights"}),
+        reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json"),
+        writes=("report.json",),
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name."""
+    return STAGES[NAMES.index(name)]
