@@ -26,7 +26,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def export(network: nn.Module, input_size: int, path: Path, sites: Sequence[Site] = ()) -> onnx.ModelProto:
-    """Write `network` (images [batch, 3, S, S] to logits [batch, classes]) as ONNX, in evaluation mode.
+    """Write `network` (images [batch, 3, S, S] to logits [batch, classes]) as ONNX; it is left in evaluation mode.
 
     Args:
         network: on any device; for a gated network, what `GatedNetwork.static` returns.
@@ -58,9 +58,10 @@ def export(network: nn.Module, input_size: int, path: Path, sites: Sequence[Site
                 f"PyTorch cannot export {type(network).__name__}: {type(error).__name__}: {_first_line(error, said)}",
                 "replace the operator it names, or write the layer with plain modules",
             ) from error
+        finally:
+            network.to(device)
         assert program is not None
         model: onnx.ModelProto = program.model_proto
-    network.to(device)
     _name_gates(model, sites)
     with atomic_path(path) as temporary:
         onnx.save(model, temporary)
@@ -127,7 +128,7 @@ def _name_gates(model: onnx.ModelProto, sites: Sequence[Site]) -> None:
             found.append(site.name)
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         del value.metadata_props[:]
-    del model.metadata_props[:]
+    del model.metadata_props[:], model.graph.metadata_props[:]
     if sorted(found) != sorted(site.name for site in sites):
         lost = sorted({site.name for site in sites} ^ set(found)) or found
         raise ContentError(

@@ -31,7 +31,6 @@ WINDOW = 0.01  # a budget counts as used up within 1 % of the full network's cos
 
 @dataclass(frozen=True)
 class _Layer:
-    name: str
     unit: float  # cost of one (input channel, output channel) pair
     bias: float  # cost of one output channel besides
     inputs: list[_Gates]
@@ -52,7 +51,6 @@ class CostModel:
         self.offsets = offsets(sites)
         self.gates = sum(site.gates for site in sites)
         layers = _layers(traced, sites, self.offsets, cost)
-        self.layer_names = [layer.name for layer in layers]
         self._unit = torch.tensor([layer.unit for layer in layers], dtype=torch.float64)
         self._bias = torch.tensor([layer.bias for layer in layers], dtype=torch.float64)
         whole = [_common(layer.outputs) for layer in layers]
@@ -185,7 +183,7 @@ def _layers(traced: Traced, sites: Sequence[Site], starts: Sequence[int], cost: 
         gates = range(start, start + site.width) if site.kind == "channel" else [start] * site.width
         gated[site.node] = [frozenset({gate}) for gate in gates]
     alive = _alive(traced, gated)
-    needed = _needed(traced, gated)
+    needed = _needed(traced, gated, alive)
     layers = []
     for node in traced.module.graph.nodes:
         layer = traced.layer(node) if node.op == "call_module" else None
@@ -199,7 +197,7 @@ def _layers(traced: Traced, sites: Sequence[Site], starts: Sequence[int], cost: 
             read, outputs = [_ALWAYS], [a | n for a, n in zip(alive[source], outputs, strict=True)]
         else:
             read, outputs = _fixed(layer, outputs)
-        layers.append(_Layer(str(node.target), *_units(traced, node, layer, cost), read, outputs))
+        layers.append(_Layer(*_units(traced, node, layer, cost), read, outputs))
     return layers
 
 
@@ -249,12 +247,15 @@ def _alive(traced: Traced, gated: dict[fx.Node, list[_Gates]]) -> dict[fx.Node, 
     return alive
 
 
-def _needed(traced: Traced, gated: dict[fx.Node, list[_Gates]]) -> dict[fx.Node, list[_Gates]]:
+def _needed(
+    traced: Traced, gated: dict[fx.Node, list[_Gates]], alive: dict[fx.Node, list[_Gates]]
+) -> dict[fx.Node, list[_Gates]]:
     """Backward: the gates behind which each channel is read, so that nobody needs it when one of them closes."""
     needed: dict[fx.Node, list[_Gates]] = {}
     for node in reversed(traced.module.graph.nodes):
         width = traced.channels(node)
-        wants = [_wanted(traced, reader, node, needed, width) for reader in node.users]
+        readers = traced.readers(node) if width else []  # a size or another scalar has no channels
+        wants = [_wanted(traced, reader, node, needed, alive) for reader in readers]
         channels = [frozenset.intersection(*each) for each in zip(*wants, strict=True)] if wants else [_ALWAYS] * width
         own = gated.get(node)
         needed[node] = [n | g for n, g in zip(channels, own, strict=True)] if own else channels
@@ -262,11 +263,18 @@ def _needed(traced: Traced, gated: dict[fx.Node, list[_Gates]]) -> dict[fx.Node,
 
 
 def _wanted(
-    traced: Traced, reader: fx.Node, source: fx.Node, needed: dict[fx.Node, list[_Gates]], width: int
+    traced: Traced,
+    reader: fx.Node,
+    source: fx.Node,
+    needed: dict[fx.Node, list[_Gates]],
+    alive: dict[fx.Node, list[_Gates]],
 ) -> list[_Gates]:
     """What one reader needs of `source`'s channels."""
-    out, kind = needed[reader], traced.kind[reader]
-    if kind in ("same", "activation", "sigmoid", "depthwise", "add", "mul") and len(out) == width:
+    out, kind, width = needed[reader], traced.kind[reader], traced.channels(source)
+    if kind == "mul" and len(out) == width:  # what is multiplied by a closed channel is not needed either
+        others = [alive[other] for other in reader.all_input_nodes if other is not source]
+        return [c.union(*(other[i] for other in others if len(other) == width)) for i, c in enumerate(out)]
+    if kind in ("same", "activation", "sigmoid", "depthwise", "add") and len(out) == width:
         return out
     if kind == "flatten":
         run = len(out) // width

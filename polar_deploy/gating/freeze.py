@@ -42,8 +42,10 @@ class _Plan:
 @dataclass(frozen=True)
 class _Move:
     plan: _Plan
+    site: int
     utility: float  # at stake
-    change: float  # of the excess
+    saved: float  # of the tightest budget's excess
+    price: float  # what it adds to the excess of the budget that it touches most
     excess: float  # afterwards
 
 
@@ -52,7 +54,7 @@ class Knapsack:
 
     Starting from the gates' own state (each site rounded to an allowed width), groups of channels and whole blocks
     are closed in the order of utility lost per cost saved until the budget holds; then the best that still fits is
-    opened again; then single exchanges bring the cost into the window if it is not there. Which channels of a site
+    opened again; then exchanges bring the cost into the window if it is not there. Which channels of a site
     stay is always the same order: those that the gates hold open first, then by utility.
 
     Args:
@@ -117,39 +119,62 @@ class Knapsack:
             level.append(min(nearest)[2])
         return _Plan(tuple(level))
 
-    def _moves(self, plan: _Plan, step: int) -> Iterator[_Move]:
-        """All plans one step away: -1 closes a group of channels or a block, +1 opens one."""
+    def _moves(self, plan: _Plan, step: int, held: int | None = None) -> Iterator[_Move]:
+        """All plans one step away: -1 closes a group of channels or a block, +1 opens one; site `held` stays."""
         excess, slopes = self.constraint.linear(self.gates(plan))
-        before = float(excess.max())
         for site, (level, choices) in enumerate(zip(plan.level, self.choices, strict=True)):
-            if 0 <= level + step < len(choices):
+            if site != held and 0 <= level + step < len(choices):
                 low, high = sorted((choices[level], choices[level + step]))
                 moved = self._order[site][low:high]
-                after = float((excess + step * slopes[:, moved].sum(dim=1)).max())
-                yield _Move(plan.moved(site, step), float(self.utility[moved].sum()), after - before, after)
+                change = step * slopes[:, moved].sum(dim=1)
+                yield _Move(
+                    plan=plan.moved(site, step),
+                    site=site,
+                    utility=float(self.utility[moved].sum()),
+                    saved=float(excess.max() - (excess + change).max()),
+                    price=float(change.max()),
+                    excess=float((excess + change).max()),
+                )
 
-    def _shrink(self, plan: _Plan) -> _Plan:
+    def _shrink(self, plan: _Plan, held: int | None = None) -> _Plan:
+        """Close the least utility per cost saved until the budget holds."""
         while self._excess(plan) > 0:
-            saving = [move for move in self._moves(plan, -1) if move.change < 0]
-            if not saving:  # two budgets pull apart, or closed blocks hold all that is left
+            saving = [move for move in self._moves(plan, -1, held) if move.saved > 0]
+            if not saving:  # two budgets pull apart, or what is held is too dear
                 return _Plan((0,) * len(self.sites))
-            plan = min(saving, key=lambda move: move.utility / -move.change).plan
+            plan = min(saving, key=lambda move: move.utility / move.saved).plan
         return plan
 
-    def _fill(self, plan: _Plan) -> _Plan:
-        while fitting := [move for move in self._moves(plan, +1) if move.change > 0 and move.excess <= 0]:
-            plan = max(fitting, key=lambda move: move.utility / move.change).plan
+    def _fill(self, plan: _Plan, held: int | None = None) -> _Plan:
+        """Open the most utility per cost while anything fits."""
+        while fitting := [m for m in self._moves(plan, +1, held) if m.price > 0 and m.excess <= 0]:
+            plan = max(fitting, key=lambda move: move.utility / move.price).plan
         return plan
 
     def _exchange(self, plan: _Plan) -> _Plan:
-        """Close one group and fill up anew, while that brings the cost closer to the budget from below."""
+        """Move one site a step and adjust the rest, while that brings the cost closer to the budget from below."""
         while not self.constraint.in_window(self.gates(plan)):
-            tried = [self._fill(smaller.plan) for smaller in self._moves(plan, -1)]
-            best = max(tried, key=self._excess, default=plan)
+            best = max(self._variants(self._rest(plan)), key=self._excess)
             if self._excess(best) <= self._excess(plan):
                 break
             plan = best
         return plan
+
+    def _variants(self, plan: _Plan) -> Iterator[_Plan]:
+        """Plans within the budget that differ from `plan` by one step of one site and what that allows elsewhere."""
+        yield self._fill(plan)
+        for step in (-1, +1):
+            for move in self._moves(plan, step):
+                if move.price != 0:
+                    moved = self._rest(move.plan)
+                    adjusted = self._fill(self._shrink(moved, move.site), move.site)
+                    yield from (adjusted, self._fill(adjusted), self._fill(self._shrink(moved)))
+
+    def _rest(self, plan: _Plan) -> _Plan:
+        """Closed blocks at the least width inside, where it costs nothing: they open as a small step."""
+        _, slopes = self.constraint.linear(self.gates(plan))
+        idle = [s.kind == "channel" and not slopes[:, o].any() for s, o in zip(self.sites, self._order, strict=True)]
+        return _Plan(tuple(0 if rests else level for rests, level in zip(idle, plan.level, strict=True)))
 
     def _excess(self, plan: _Plan) -> float:
         return float(self.constraint(self.gates(plan)))

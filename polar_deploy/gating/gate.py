@@ -112,7 +112,8 @@ class Gate(nn.Module):
         reached = now.sum() > 0  # inside a closed block no gradient arrives: keep what was known
         self.utility.copy_(torch.where(reached, torch.lerp(self.utility, now, weight), self.utility))
         size = (2 * self.utility).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        return (own / size / (gradient.shape[0] * self.peers)).to(gradient.dtype)
+        limit = gradient.shape[0] ** 0.5  # the most that one sample can have over the root mean square of all
+        return ((own / size).clamp(-limit, limit) / (gradient.shape[0] * self.peers)).to(gradient.dtype)
 
 
 def _as_channels(mask: Tensor, x: Tensor) -> Tensor:

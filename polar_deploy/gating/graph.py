@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,9 @@ from polar_deploy.errors import UsageError
 #   sigmoid     channel to channel, but not zero at zero: the end of a squeeze-excite branch
 #   same        channel to channel (norm, pooling, dropout, identity)
 #   flatten     each channel becomes a run of columns
-#   add, mul, concat   join several tensors; other = wall
+#   add, mul, concat   join several tensors
+#   shape       reads sizes, not values
+#   other       a wall
 _MODULES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.Linear, "mixer"),
     (
@@ -57,6 +58,7 @@ _METHODS = {
     **dict.fromkeys(("contiguous", "clone"), "same"),
     **dict.fromkeys(("view", "reshape", "flatten"), "flatten"),
     "mean": "same",
+    **dict.fromkeys(("size", "dim"), "shape"),
 }
 
 
@@ -84,9 +86,9 @@ class Traced:
         shape = self.shape.get(node, ())
         return shape[1] if len(shape) >= 2 else 0
 
-    def nodes(self, kind: str) -> Iterable[fx.Node]:
-        """The nodes of one kind, in the order of execution."""
-        return (node for node in self.module.graph.nodes if self.kind[node] == kind)
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read values of `node`, not only its shape."""
+        return [reader for reader in node.users if self.kind[reader] != "shape"]
 
 
 def trace(model: nn.Module, input_size: int) -> Traced:
@@ -96,37 +98,38 @@ def trace(model: nn.Module, input_size: int) -> Traced:
         UsageError: the model cannot be traced, or runs differently in training and evaluation mode in a way that
             tracing would freeze (`F.dropout(x, training=self.training)` instead of `nn.Dropout`).
     """
-    was_training = model.training
+    modes = {layer: layer.training for layer in model.modules()}
     graphs: list[fx.Graph] = []
     for mode in (True, False):
-        model.train(mode)
         try:
-            graphs.append(_Tracer().trace(model))
+            graphs.append(_Tracer().trace(model.train(mode)))
         except Exception as error:
             raise UsageError(
                 f"the model cannot be traced by torch.fx: {type(error).__name__}: {error}",
                 "make its forward() free of control flow that depends on values or shapes",
             ) from error
+        finally:
+            for layer, training in modes.items():
+                layer.training = training
     if str(graphs[0]) != str(graphs[1]):
         raise UsageError(
             "the model's graph differs between training and evaluation mode",
             "use modules such as nn.Dropout instead of functions that take self.training; switch auxiliary heads off",
         )
     module = fx.GraphModule(model, graphs[0])
-    module.train(was_training)
     shape = _shapes(module, input_size)
+    for layer, training in modes.items():
+        layer.training = training
     calls = Counter(node.target for node in module.graph.nodes if node.op == "call_module")
     kind = {node: _kind(module, node, shape, calls) for node in module.graph.nodes}
     return Traced(module, shape, kind)
 
 
 def _shapes(module: fx.GraphModule, input_size: int) -> dict[fx.Node, tuple[int, ...]]:
-    was_training = module.training
     parameter = next(module.parameters())
     with torch.no_grad():  # evaluation mode: BatchNorm at batch 1, and no running statistics are touched
         example = torch.zeros(1, 3, input_size, input_size, device=parameter.device)
         ShapeProp(module.eval()).propagate(example)
-    module.train(was_training)
     return {
         node: tuple(node.meta["tensor_meta"].shape)
         for node in module.graph.nodes
@@ -138,7 +141,7 @@ def _kind(module: fx.GraphModule, node: fx.Node, shape: dict[fx.Node, tuple[int,
     if node.op == "call_module":
         return _module_kind(module.get_submodule(str(node.target)), shared=calls[node.target] > 1)
     if node.op == "call_function":
-        kind = _FUNCTIONS.get(node.target, "other")
+        kind = "shape" if node.target is getattr else _FUNCTIONS.get(node.target, "other")
     elif node.op == "call_method":
         kind = _METHODS.get(str(node.target), "other")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from operator import attrgetter
 from typing import Literal
 
@@ -98,7 +99,7 @@ class GatedNetwork(nn.Module):
         protected = torch.zeros(self.masks, dtype=torch.bool, device=utility.device)
         for site, start in zip(self.sites, self.starts, strict=True):
             if site.kind == "channel":
-                keep = max(1, round(min_width * site.width))
+                keep = max(1, ceil(min_width * site.width))
                 top = torch.topk(utility[start : start + site.width], keep).indices
                 protected[start + top] = True
         return protected
@@ -159,5 +160,5 @@ def _insert(traced: Traced, sites: Sequence[Site], gates: Sequence[nn.Module]) -
         now[site.node] = gated
         root[f"{GATES}.{gate_key(site)}"] = gate
     module = fx.GraphModule(root, graph, class_name=type(traced.module).__name__)
-    module.train(traced.module.training)
+    module.training = traced.module.training  # the layers are shared and keep their own mode
     return module

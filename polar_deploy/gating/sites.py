@@ -97,20 +97,19 @@ def _writer(traced: Traced, node: fx.Node) -> fx.Node | None:
 
 def _read_by_mixers(traced: Traced, node: fx.Node) -> bool:
     """Whether every path from `node` ends in a mixing layer and none meets another activation or a wall first."""
-    readers = list(node.users)
-    if not readers:
-        return False
-    return all(
+    readers = traced.readers(node)
+    return bool(readers) and all(
         traced.kind[reader] == "mixer" or (traced.kind[reader] in _CARRIES and _read_by_mixers(traced, reader))
         for reader in readers
     )
 
 
 def _squeezes(traced: Traced, node: fx.Node) -> bool:
-    """Whether `node` is the inner activation of a squeeze-excite branch: its mixers end in a sigmoid."""
-    return any(
+    """Whether `node` is the inner activation of a squeeze-excite branch: all its readers end in a sigmoid."""
+    readers = traced.readers(node)
+    return bool(readers) and all(
         traced.kind[reader] == "sigmoid" or (traced.kind[reader] in ("mixer", "same") and _squeezes(traced, reader))
-        for reader in node.users
+        for reader in readers
     )
 
 

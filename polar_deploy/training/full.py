@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from polar_deploy.progress import Progress
@@ -44,10 +43,3 @@ class Plain:
 def train_full(run: Fit, progress: Progress) -> State:
     """Train the full network in place; see `loop.fit`."""
     return fit(run, Plain(run), progress)
-
-
-def initialise(build: Any, seed: int) -> nn.Module:
-    """A network with the start values of `seed`: `build()` under torch's generator at that seed."""
-    torch.manual_seed(seed)
-    network: nn.Module = build()
-    return network

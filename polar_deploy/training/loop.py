@@ -61,6 +61,8 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     """
     optimizers = method.optimizers()
     state = checkpoint.load(run.folder / "checkpoint.safetensors", run.key, run.network, optimizers)
+    if state.records:  # the kill can have come between checkpoint and log
+        write_log(run.folder / "training.jsonl", state.records)
     progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
     while state.epoch < run.epochs:
         started = time.monotonic()

@@ -1,0 +1,118 @@
+"""Miniature training runs on made-up images, and a way to break them off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from polar_deploy.config import Budget, Gates, Normalize, Settings, Training
+from polar_deploy.gating.cost import Constraint
+from polar_deploy.gating.network import GatedNetwork
+from polar_deploy.progress import Progress
+from polar_deploy.training.batches import Batches
+from polar_deploy.training.checkpoint import State
+from polar_deploy.training.full import train_full
+from polar_deploy.training.gated import train_gated
+from polar_deploy.training.loop import Fit, prepare
+from tests.tiny import Tiny
+
+CPU = torch.device("cpu")
+CLASSES, SIZE, TRAIN, VALIDATION = 4, 16, 128, 32
+NORMALIZE = Normalize(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+class Broken(Exception):
+    """A run was broken off."""
+
+
+class BreakIn(Progress):
+    """Breaks a run off in the middle of epoch `epoch`, counted from 1."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(quiet=True)
+        self.left = epoch - 1
+
+    def epoch(self, **facts: Any) -> None:
+        self.left -= 1
+
+    def step(self, fraction: float) -> None:
+        if self.left == 0 and fraction >= 0.5:
+            raise Broken
+
+
+def settings(*, training: dict[str, Any] | None = None, gates: dict[str, Any] | None = None, **other: Any) -> Settings:
+    """Settings of a miniature run."""
+    trained = {"batch_size": 32, "flip": True, "crop_padding": 1, "cutout": 3, "lr": 0.05} | (training or {})
+    held = {"budget": Budget(macs=0.5), "seed": 7} | other
+    return Settings(
+        model="tiny",
+        data="made up",
+        normalize=NORMALIZE,
+        training=Training(**trained),
+        gates=Gates(**gates or {}),
+        **held,
+    )
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, S, S, 3] with a bright band of rows that tells the class, labels [N]."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(TRAIN + VALIDATION) % CLASSES
+    images = draw.integers(0, 160, (len(labels), SIZE, SIZE, 3))
+    for image, label in zip(images, labels, strict=True):
+        height = SIZE // CLASSES
+        image[height * label : height * (label + 1)] += 90
+    return images.astype(np.uint8), labels
+
+
+class Dropping(Tiny):
+    """The tiny network with dropout, whose draws a resumed run must repeat."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(0.1))
+
+
+def network(*, gated: bool, seed: int = 7, mode: str = "batch") -> nn.Module:
+    """A fresh network."""
+    torch.manual_seed(seed)
+    plain = Dropping(CLASSES)
+    return GatedNetwork(plain, SIZE, mode=mode) if gated else plain
+
+
+def fit(run_settings: Settings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> Fit:
+    """What a run needs; with `final` all images are for training."""
+    images, labels = data()
+    final = run_settings.training.final
+    held = np.arange(TRAIN, TRAIN + VALIDATION)
+    chosen = np.arange(TRAIN + VALIDATION if final else TRAIN)
+    return Fit(
+        stage="gates" if gated else "full",
+        network=prepare(network(gated=gated, mode=run_settings.gates.mode), run_settings, CPU),
+        train=Batches(images, labels, chosen, run_settings, CPU),
+        validation=None if final else Batches(images, labels, held, run_settings, CPU),
+        settings=run_settings,
+        epochs=epochs,
+        folder=folder,
+        key=key,
+        device=CPU,
+    )
+
+
+def train(run: Fit, *, teacher: nn.Module | None = None, progress: Progress | None = None) -> State:
+    """Train to the end or until `progress` breaks it off."""
+    progress = progress or Progress(quiet=True)
+    if not isinstance(run.network, GatedNetwork):
+        return train_full(run, progress)
+    asked = run.settings.budget.asked()
+    constraint = Constraint({name: run.network.cost_model(name) for name in asked}, asked)
+    return train_gated(run, constraint, teacher, progress)
+
+
+def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must be the same in a resumed run."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]

@@ -1,0 +1,212 @@
+"""The training loop: the rate, what is written, what stops it, and that a broken run ends like an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from polar_deploy.errors import ContentError
+from polar_deploy.progress import Progress
+from polar_deploy.training import loop
+from polar_deploy.training.full import Plain
+from tests.training.runs import (
+    CPU,
+    NORMALIZE,
+    SIZE,
+    TRAIN,
+    VALIDATION,
+    BreakIn,
+    Broken,
+    data,
+    fit,
+    network,
+    settings,
+    train,
+    without_seconds,
+)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_the_rate_warms_up_and_falls_to_zero_in_a_cosine(warmup: float) -> None:
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]}, {"params": []}], lr=1.0)
+
+    def rate(done: float) -> float:
+        loop.set_rate(optimizer, 0.4, warmup, done)
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert first == second
+        return float(first)
+
+    assert rate(warmup) == pytest.approx(0.4)
+    assert rate((1 + warmup) / 2) == pytest.approx(0.2)
+    assert rate(1.0) == pytest.approx(0, abs=1e-12)
+    assert rate(warmup + (1 - warmup) / 4) == pytest.approx(0.4 * (1 + math.sqrt(0.5)) / 2)
+    if warmup:
+        assert 0 < rate(0.0) < 0.02  # not zero: the first step is a step too
+        slopes = [rate((part + 0.25) * warmup) - rate(part * warmup) for part in (0.0, 0.25, 0.5)]
+        assert slopes == pytest.approx([slopes[0]] * 3)
+
+
+def test_sgd_has_the_settings_momentum_and_decay() -> None:
+    weight = [nn.Parameter(torch.zeros(1))]
+    made = loop.sgd(weight, settings(training={"momentum": 0.8, "weight_decay": 1e-3, "lr": 0.2})).param_groups[0]
+    assert (made["lr"], made["momentum"], made["weight_decay"], made["nesterov"]) == (0.2, 0.8, 1e-3, True)
+    assert not loop.sgd(weight, settings(training={"momentum": 0.0})).param_groups[0]["nesterov"]
+
+
+def test_cross_entropy_smooths_labels() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0])
+    wanted = torch.tensor([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
+    loss = loop.cross_entropy(settings(training={"label_smoothing": 0.1}))
+    assert loss(logits.bfloat16(), labels).dtype == torch.float32
+    assert loss(logits, labels).item() == pytest.approx(-(wanted * logits.log_softmax(1)).sum().item())
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_on_a_cpu_is_for_those_who_ask(amp: str, dtype: torch.dtype) -> None:
+    with loop.autocast(settings(training={"amp": amp}), CPU):
+        assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_preparing_sets_layout_and_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for channels_last in (True, False):
+            wanted = settings(training={"channels_last": channels_last, "threads": 1})
+            weight = loop.prepare(network(gated=False), wanted, CPU).block1.conv1.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_device_is_the_gpu_where_there_is_one() -> None:
+    assert loop.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_accuracy_is_counted_in_evaluation_mode_and_the_mode_restored(tmp_path: Path) -> None:
+    run = fit(settings(), tmp_path, gated=False, epochs=1)
+    assert run.validation is not None
+    run.network.train()
+    before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
+    given = loop.evaluate(run.network, run.validation)
+    assert run.network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
+    images, labels = (torch.from_numpy(array[TRAIN:]) for array in data())
+    normal = (images / 255 - torch.tensor(NORMALIZE.mean)) / torch.tensor(NORMALIZE.std)
+    guessed = run.network.eval()(normal.permute(0, 3, 1, 2)).argmax(1)
+    assert given == pytest.approx(100 * (guessed == labels).sum().item() / VALIDATION)
+    loop.evaluate(run.network, run.validation)
+    assert not run.network.training
+
+
+def test_a_run_learns_and_logs_every_epoch(tmp_path: Path) -> None:
+    run = fit(settings(), tmp_path, gated=False, epochs=4)
+    state = train(run)
+    assert state.epoch == 4
+    assert state.records[-1]["val_accuracy"] > 60  # of 4 classes
+    assert state.records[-1]["loss"] < state.records[0]["loss"]
+    assert state.records[-1]["val_accuracy"] == loop.evaluate(run.network, run.validation)
+    lines = (tmp_path / "training.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == state.records
+    assert [record["epoch"] for record in state.records] == [1, 2, 3, 4]
+
+
+def test_a_first_step_is_that_of_plain_sgd(tmp_path: Path) -> None:
+    run = fit(settings(training={"batch_size": 128, "warmup": 0.0}), tmp_path, gated=False, epochs=1)
+    by_hand = loop.prepare(network(gated=False), run.settings, CPU)
+    train(run)
+    torch.manual_seed(run.settings.seed * 1_000_003)  # dropout's draws
+    ((images, labels),) = run.train.epoch(0)
+    F.cross_entropy(by_hand(images), labels).backward()
+    for given, parameter in zip(run.network.parameters(), by_hand.parameters(), strict=True):
+        gradient = parameter.grad + 5e-4 * parameter.detach()
+        torch.testing.assert_close(given, parameter - 0.05 * 1.9 * gradient)  # Nesterov: 1 + momentum at the first step
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_run_broken_in_an_epoch_ends_with_the_same_weights_and_records(tmp_path: Path, channels_last: bool) -> None:
+    wanted = settings(training={"channels_last": channels_last})
+    whole = fit(wanted, tmp_path / "whole", gated=False, epochs=4)
+    expected = train(whole)
+    with pytest.raises(Broken):
+        train(fit(wanted, tmp_path / "broken", gated=False, epochs=4), progress=BreakIn(3))
+    assert len((tmp_path / "broken/training.jsonl").read_text().splitlines()) == 2
+    resumed = fit(wanted, tmp_path / "broken", gated=False, epochs=4)
+    state = train(resumed)
+    assert without_seconds(state.records) == without_seconds(expected.records)
+    theirs = resumed.network.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.network.state_dict().items())
+    assert len((tmp_path / "broken/training.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    expected = train(fit(settings(), tmp_path, gated=False, epochs=2))
+    again = fit(settings(), tmp_path, gated=False, epochs=2)
+    assert train(again, progress=BreakIn(1)) == expected
+    assert loop.evaluate(again.network, again.validation) == expected.records[-1]["val_accuracy"]
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    train(fit(settings(), tmp_path, gated=False, epochs=2, key="one"))
+    with pytest.raises(Broken):
+        train(fit(settings(), tmp_path, gated=False, epochs=2, key="another"), progress=BreakIn(1))
+
+
+def test_without_validation_there_is_no_validation_accuracy(tmp_path: Path) -> None:
+    run = fit(settings(training={"final": True}), tmp_path, gated=False, epochs=1)
+    assert len(run.train) == TRAIN + VALIDATION
+    assert train(run).records[0]["val_accuracy"] is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = fit(settings(), tmp_path, gated=False, epochs=2)
+    with torch.no_grad():
+        run.network.linear.bias.fill_(math.nan)
+    with pytest.raises(ContentError, match="the loss is nan in epoch 1 of 2 of stage full") as caught:
+        train(run)
+    assert "training.lr" in caught.value.todo
+    assert not list(tmp_path.iterdir())
+
+
+class _Told(Progress):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[object] = []
+
+    def stage(self, name: str, total_epochs: int | None = None, done: int = 0) -> None:
+        self.said.append((name, total_epochs, done))
+
+    def step(self, fraction: float) -> None:
+        self.said.append(fraction)
+
+    def epoch(self, *, accuracy: float | None, **facts: object) -> None:
+        self.said.append(accuracy)
+
+
+def test_progress_hears_of_stage_steps_and_epochs(tmp_path: Path) -> None:
+    told, run = _Told(), fit(settings(), tmp_path, gated=False, epochs=1)
+    state = train(run, progress=told)
+    steps = TRAIN // 32
+    parts = [(step + 1) / steps for step in range(steps)]
+    assert told.said == [("full", 1, 0), *parts, state.records[0]["val_accuracy"] / 100]
+    final = fit(settings(training={"final": True}), tmp_path / "final", gated=False, epochs=1)
+    assert train(final, progress=told).records[0]["train_accuracy"] / 100 == pytest.approx(told.said[-1], abs=1e-5)
+
+
+def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> None:
+    losses = []
+    for amp in ("off", "bf16"):
+        run = fit(settings(training={"amp": amp}), tmp_path, gated=False, epochs=1)
+        images = torch.randn(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+        run.network.eval()
+        loss, logits = Plain(run).loss(images, torch.arange(8) % 4)
+        assert logits.dtype == (torch.float32 if amp == "off" else torch.bfloat16)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
