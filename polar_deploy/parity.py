@@ -141,13 +141,14 @@ def compare(
             reproduced = gated.infer(images)
             _require_same_shape("the gated network", reproduced, "the compressed one", logits)
             gap.add(reproduced, logits)
+    export = export_loss(full, gated, reference) if gated and reference else None
     sizes = sorted({*batches, verdict.batch})
     timings = [timing.compare(full, compressed, batch_of(np.arange(size) % count)) for size in sizes]
     return {
         "schema": 1,
         "machine": machine.describe(),
         "accuracy": tally.as_dict(),
-        "export": export_loss(full, gated, reference) if gated and reference else None,
+        "export": export,
         "surgery": {"relative_difference": gap.relative, "scale": gap.scale} if gated else None,
         "latency": [_latency(result) for result in timings],
         "verdict": judge(tally, timings, verdict),

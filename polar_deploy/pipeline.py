@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import __version__, targets
-from polar_deploy.errors import MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
@@ -257,23 +257,24 @@ def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Names
             _run_stage(run, stage_named(name))
     if "report" in names:
         _print_report(read_json(run.path("report.json")), as_json=arguments.json)
+    elif arguments.json:
+        print(json.dumps({"folder": str(run.folder), "stages": list(names)}, indent=1))
     return parity.exit_code(read_json(run.path("parity.json"))) if "parity" in names else 0
 
 
 def _preflight(run: Run, names: Sequence[str]) -> None:
-    """Read data and weights, and hold the budget against the network, before a folder is made or an epoch trained."""
-    if not {*_TRAINING, "parity"} & {*names}:
-        return
-    dataset = run.dataset
-    if not _TRAINING & {*names}:
-        return
-    from polar_deploy import models
+    """Look at model, budget, weights and data before a folder is made or an epoch trained."""
+    from polar_deploy.stages import stage_named
 
-    dry_run(run.settings, names, run.folder)
+    stage_named(names[0]).inputs(run)
+    if _TRAINING & {*names}:
+        dry_run(run.settings, names, run.folder)
+    if {*_TRAINING, "parity"} & {*names}:
+        _ = run.dataset
     if "full" in names and run.settings.full_weights is not None:
-        assert run.settings.input_size is not None
-        network = models.build(run.settings.model, dataset.spec.classes, run.settings.input_size)
-        models.load_weights(network, run.settings.full_weights)
+        from polar_deploy import models
+
+        models.load_weights(run.network(), run.settings.full_weights)
 
 
 def _run_stage(run: Run, stage: Any) -> None:
@@ -283,7 +284,17 @@ def _run_stage(run: Run, stage: Any) -> None:
         return
     run.progress.stage(stage.name)
     run.workspace.forget(stage.name)
-    stage.run(run)
+    try:
+        stage.run(run)
+    except (PolarDeployError, MemoryError):
+        raise
+    except Exception as error:  # the user's own network and data run in here
+        if "out of memory" in str(error):
+            raise MachineError(f"stage {stage.name}: {error}", "use a smaller training.batch_size") from error
+        raise ContentError(
+            f"stage {stage.name} failed: {type(error).__name__}: {error}",
+            "see where with --debug; the same command goes on from here",
+        ) from error
     run.workspace.stamp(*state)
     for name in stage.scratch:
         run.path(name).unlink(missing_ok=True)

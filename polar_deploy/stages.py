@@ -63,8 +63,8 @@ class Run:
         return data.split_validation(self.dataset, self.settings.seed)
 
     def path(self, name: str) -> Path:
-        """A file of the run's folder."""
-        return self.workspace.path(name)
+        """Where a file of the run's folder lies."""
+        return self.folder / name
 
     def network(self) -> nn.Module:
         """The untrained network, its start values drawn from the run's seed."""
@@ -247,16 +247,21 @@ def _opened(network: GatedNetwork, path: Path) -> Any:
     """The gate vector of gates.json, checked against the network's sites."""
     import torch
 
-    listed = {site["name"]: site for site in read_json(path)["sites"]}
+    document = read_json(path)
+    entries = document.get("sites") if isinstance(document, dict) else None
+    listed = {e.get("name"): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
     opened = torch.zeros(network.masks)
     for site, start in zip(network.sites, network.starts, strict=True):
-        entry = listed.get(site.name)
-        if entry is None or entry["kind"] != site.kind or entry["width"] != site.width:
+        entry = listed.get(site.name, {})
+        gates = entry.get("open")
+        known = isinstance(gates, list) and all(type(gate) is int and 0 <= gate < site.gates for gate in gates)
+        if not known or entry.get("kind") != site.kind or entry.get("width") != site.width:
             raise ContentError(
-                f"{path} has no {site.kind} site {site.name!r} of width {site.width}",
+                f"{path} has no {site.kind} site {site.name!r} of width {site.width} with open gates from 0 to "
+                f"{site.gates - 1}",
                 "use the gates.json that was written for this model",
             )
-        opened[start + torch.tensor(entry["open"], dtype=torch.long)] = 1.0
+        opened[start + torch.tensor(gates, dtype=torch.long)] = 1.0
     return opened
 
 

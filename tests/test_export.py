@@ -202,3 +202,10 @@ def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as stored:
         assert set(stored) == set(arrays)
         assert all(np.array_equal(stored[name], array) for name, array in arrays.items())
+
+
+def test_no_notes_of_the_exporter_are_left(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = export(plain, 16, tmp_path / "model.onnx")
+    assert not list(model.graph.metadata_props)
+    assert b"pkg.torch" not in (tmp_path / "model.onnx").read_bytes()

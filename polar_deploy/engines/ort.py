@@ -8,6 +8,7 @@ from the runtime's own profile of one inference and written beside it, as `NAME.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections import Counter
@@ -158,7 +159,8 @@ def _layer(event: dict[str, Any]) -> dict[str, Any]:
         for key in ("input_type_shape", "output_type_shape")
     )
     return {
-        "name": event["name"].removesuffix("_kernel_time"),
+        # ONNX Runtime numbers the layers that it puts in itself, differently each time
+        "name": re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time")),
         "op": arguments["op_name"],
         "provider": arguments["provider"],
         "inputs": inputs,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.models import get_model
 
 from polar_deploy import models
+from polar_deploy.export import export
 from polar_deploy.gating.cost import Constraint
 from polar_deploy.gating.network import GatedNetwork
+from polar_deploy.surgery import compress, cost
 from tests.tiny import layer_macs, net
 
 
@@ -75,7 +79,9 @@ def test_slopes_are_exact_differences(tiny: GatedNetwork) -> None:
         sign = 1 - 2 * gates[gate]
         for row, name in enumerate(asked):
             cost = float(constraint.models[name](flipped))
-            assert float(excess[row] + sign * slopes[row, gate]) == pytest.approx((cost - asked[name]) / (1 - asked[name]))
+            assert float(excess[row] + sign * slopes[row, gate]) == pytest.approx(
+                (cost - asked[name]) / (1 - asked[name])
+            )
 
 
 def test_excess_is_one_when_full_and_zero_at_the_budget(tiny: GatedNetwork) -> None:
@@ -89,9 +95,20 @@ def test_depthwise_concat_and_shared_readers() -> None:
     """mobilenet_v2's expansion, depthwise and projection shrink together; a closed gate removes all three rows."""
     network = GatedNetwork(get_model("mobilenet_v2", weights=None), 32)
     model = network.cost_model("macs")
-    site, start = next((s, o) for s, o in zip(network.sites, network.starts, strict=True) if s.name == "features.2.conv.1.2")
+    site, start = next(
+        (s, o) for s, o in zip(network.sites, network.starts, strict=True) if s.name == "features.2.conv.1.2"
+    )
     gates = torch.ones(network.masks)
     gates[start] = 0
     # features.2: 16 -> 96 expanded at 16 x 16, depthwise with stride 2 to 8 x 8, projected to 24
     assert site.width == 96
     assert model.full - model.absolute(gates) == 16 * 256 + 9 * 64 + 24 * 64
+
+
+def test_the_cost_of_squeeze_excite_is_what_surgery_leaves(tmp_path: Path) -> None:
+
+    network = GatedNetwork(get_model("mobilenet_v3_small", weights=None, num_classes=10), 32, blocks=False)
+    gates = (torch.arange(network.masks) % 2 == 0).float()
+    network.freeze(gates)
+    model = export(network.static(), 32, tmp_path / "m.onnx", network.sites)
+    assert network.cost_model().absolute(gates) == cost(compress(model).model).macs

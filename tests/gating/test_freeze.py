@@ -212,3 +212,12 @@ def test_the_smallest_state_has_the_least_cost_of_all(tiny: GatedNetwork) -> Non
         state = smallest(tiny.sites, align, min_width)
         assert _kept(state) == ((inner,) * 3, (False,) * 3)
         assert _share(state) == pytest.approx(min(_all_shares(align, min_width)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("start", ["open", "random"])
+def test_the_budget_is_used_up_where_any_network_does(tiny: GatedNetwork, seed: int, start: str) -> None:
+    utility, state, asked = _random(seed)
+    assert any(asked - WINDOW <= share <= asked for share in _all_shares(1, 0.25))
+    gates = _solve(tiny, utility, torch.ones(51) if start == "open" else state, macs=asked)
+    assert asked - WINDOW <= _share(gates) <= asked

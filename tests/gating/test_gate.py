@@ -212,3 +212,11 @@ def test_nothing_is_observed_without_gradients() -> None:
         gate(x, x)
     assert gate.observed.item() == 0
     assert gate.utility.sum() == 0
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-22, 1e-25, 1e-30])
+def test_no_gate_moves_faster_than_in_units_of_its_own(size: float) -> None:
+    gate, x = _Given(_logits(), "batch"), _features()
+    (gate(x * size, x) * _features(seed=1)).sum().backward()
+    # |g_i| / rms <= sqrt(B), the sigmoid's slope <= 1/4, a mean over B
+    assert gate.given.grad.abs().max() <= BATCH**0.5 / 4 / BATCH + 1e-6

@@ -212,7 +212,12 @@ class _Mixed(nn.Module):
 def test_the_cost_of_groups_concat_squeeze_excite_and_flatten() -> None:
     network = GatedNetwork(_Mixed(), 8)
     model = network.cost_model()
-    assert [(site.name, site.width) for site in network.sites] == [("relu", 5), ("relu#2", 4), ("relu#3", 8), ("relu#4", 7)]
+    assert [(site.name, site.width) for site in network.sites] == [
+        ("relu", 5),
+        ("relu#2", 4),
+        ("relu#3", 8),
+        ("relu#4", 7),
+    ]
     grouped = 64 * 9 * 3 * 6  # half of the channels each
     assert model.full == 64 * 9 * 3 * 6 + grouped + 64 * (6 * 5 + 6 * 4 + 9 * 8 + 8 * 7) + 8 * 8 + 7 * 64 * 10
     saved = []
@@ -224,3 +229,14 @@ def test_the_cost_of_groups_concat_squeeze_excite_and_flatten() -> None:
     # and 64 columns of the linear layer.
     attention = 8 * 8 - 7 * 7
     assert saved == [64 * 6 + 64 * 8, 64 * 6 + 64 * 8, 64 * 9 + attention + 64 * 7, 64 * 8 + 64 * 10]
+
+
+def test_a_static_copy_leaves_the_network_as_it_was() -> None:
+    network = GatedNetwork(net(10), 16)
+    network.freeze(torch.ones(network.masks))
+    network.eval()
+    images = torch.randn(4, 3, 16, 16)
+    before = network(images)
+    network.static()
+    assert not any(layer.training for layer in network.modules())
+    assert torch.equal(network(images), before)

@@ -12,6 +12,7 @@ from polar_deploy.errors import UsageError
 from polar_deploy.gating.graph import trace
 from polar_deploy.gating.network import GatedNetwork
 from polar_deploy.gating.sites import find_sites
+from tests.tiny import net
 
 
 def _sites(model: nn.Module, size: int = 64, *, blocks: bool = True) -> dict[str, tuple[str, int]]:
@@ -102,3 +103,28 @@ class _Values(nn.Module):
 def test_untraceable_models_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         trace(model, 16)
+
+
+def test_tracing_leaves_the_mode_of_the_model() -> None:
+    model = net(10).train()
+    trace(model, 16)
+    assert all(layer.training for layer in model.modules())
+
+
+class _Viewed(nn.Module):
+    """`x.view(x.size(0), -1)`: how most hand-written networks flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.linear = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.b(torch.relu(self.a(x))).relu()
+        x = nn.functional.adaptive_avg_pool2d(x, 1)
+        return self.linear(x.view(x.size(0), -1))
+
+
+def test_networks_that_flatten_with_view_and_size() -> None:
+    network = GatedNetwork(_Viewed(), 8)
+    assert network.cost_model().full == 36 * 27 * 6 + 16 * 9 * 6 * 5 + 5 * 4
+    assert [site.width for site in network.sites] == [6, 5]

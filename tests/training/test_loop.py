@@ -210,3 +210,22 @@ def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> No
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_log_is_whole_after_a_kill_between_checkpoint_and_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    whole = loop.write_log
+
+    def killed(path: Path, records: list[dict[str, object]]) -> None:
+        if len(records) == epochs:
+            raise KeyboardInterrupt
+        whole(path, records)
+
+    monkeypatch.setattr(loop, "write_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(fit(settings(), tmp_path, gated=False, epochs=epochs))
+    monkeypatch.undo()
+    train(fit(settings(), tmp_path, gated=False, epochs=epochs))
+    assert len((tmp_path / "training.jsonl").read_text().splitlines()) == epochs

@@ -1,0 +1,115 @@
+"""What the tests of the whole command share: how it is called, and one miniature run that most of them look at."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from polar_deploy.pipeline import STAGES, main
+
+ROOT = Path(__file__).parents[1]
+MINIATURE = ("--model", "tests.tiny:net", "--data", "digits", "--epochs", "3", "--set", "training.threads=1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended and what it wrote to its standard streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def ran(self) -> list[str]:
+        """The stages that it ran, in order."""
+        return [line for line in self.err.splitlines() if line in STAGES]
+
+    @property
+    def up_to_date(self) -> list[str]:
+        """The stages that it left as they were, in order."""
+        return [name for name in STAGES if f"{name}: up to date\n" in self.err]
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A whole run of a tiny network: its folder, which nobody may change, and how the command ended."""
+
+    folder: Path
+    outcome: Outcome
+
+    def copy(self, target: Path, *without: str) -> Path:
+        """Copy the folder to `target`, less what the stages `without` wrote."""
+        shutil.copytree(self.folder, target)
+        for name in without:
+            (target / "stamps" / f"{name}.json").unlink()
+            for written in _WRITES[name]:
+                path = target / written
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return target
+
+
+_WRITES = {
+    "full": ("full/weights.safetensors", "full/training.jsonl"),
+    "gates": ("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl"),
+    "export": ("full/model.onnx", "gated/model.onnx", "gated/reference.npz"),
+    "surgery": ("compressed",),
+    "build": ("engines",),
+    "parity": ("parity.json",),
+    "report": ("report.json",),
+}
+
+
+def polar(*arguments: object) -> Outcome:
+    """Call the command in this process; what libraries write past `sys.stdout` is caught too."""
+    with _caught(1) as out, _caught(2) as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, _text(out), _text(err))
+
+
+@contextlib.contextmanager
+def _caught(descriptor: int) -> Iterator[io.TextIOWrapper]:
+    """Lead a file descriptor into a file, which is given."""
+    saved = os.dup(descriptor)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        os.dup2(file.fileno(), descriptor)
+        try:
+            yield file
+        finally:
+            os.dup2(saved, descriptor)
+            os.close(saved)
+
+
+def _text(file: io.TextIOWrapper) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash every file in a folder by its name in it, the lock aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child that runs the command somewhere else."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
+    """The one run that serves all tests: 440 k MACs, three epochs, every stage. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("miniature") / "run"
+    outcome = polar(*MINIATURE, "--out", folder, "--json")
+    before = contents(folder)
+    yield Miniature(folder, outcome)
+    assert contents(folder) == before, "a test changed the miniature run that all tests share"

@@ -1,0 +1,101 @@
+"""--dry-run: the plan of each pipeline, with gates, costs and what its target needs; nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polar_deploy import models
+from polar_deploy.pipeline import STAGES
+from tests.conftest import ROOT, polar
+
+# recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables
+PIPELINES = {
+    "cifar10-resnet56": (32, 10, "1008 channels at 27 sites, 25 blocks"),
+    "cifar100-resnet56": (32, 100, "1008 channels at 27 sites, 25 blocks"),
+    "digits": (16, 10, "336 channels at 9 sites, 7 blocks"),
+    "imagenet-resnet50": (224, 1000, "7616 channels at 33 sites, 16 blocks"),
+    "tiny-imagenet-resnet18": (64, 200, "1920 channels at 8 sites, 8 blocks"),
+}
+
+
+def count_macs(network: nn.Module, pixels: int) -> int:
+    """MACs at batch 1, by watching what each layer puts out."""
+    counted = [0]
+
+    def watch(layer: nn.Module, _: object, output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        counted[0] += output.numel() // output.shape[1] * weight.numel()
+
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(watch)
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, pixels, pixels))
+    return counted[0]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_pipeline_is_tried() -> None:
+    assert sorted(PIPELINES) == sorted(path.stem for path in (ROOT / "pipelines").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
+    pixels, classes, gates = PIPELINES[name]
+    outcome = polar("--recipe", ROOT / "pipelines" / f"{name}.yaml", "--dry-run")
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = dict(re.findall(r"^(folder|stages|gates|full|smallest|target) +(.+)$", outcome.out, re.MULTILINE))
+    model = re.search(r"^model: (\w+)$", outcome.out, re.MULTILINE)
+    assert model
+    macs = count_macs(models.build(model[1], classes, pixels), pixels)
+    assert plan["stages"] == " → ".join(STAGES)
+    assert plan["gates"] == gates
+    assert plan["full"].startswith(f"{macs / 1e6:.2f} M MACs, ")
+    least = re.fullmatch(r"macs=([\d.]+), params=([\d.]+) of the full network", plan["smallest"])
+    assert least
+    assert 0 < float(least[1]) < 0.1
+    target = re.search(r"^target: (\S+)$", outcome.out, re.MULTILINE)
+    assert target
+    assert target[1] in plan["target"]
+    here = "can be built and run here"
+    assert re.search(f"tensorrt .*is not installed|{here}" if "trt" in target[1] else here, plan["target"])
+    assert f"budget: {{macs: {0.6 if name == 'cifar100-resnet56' else 0.5}," in outcome.out
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None:
+    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-fp16", "--seed", "7")
+    outcome = polar(*command, "--dry-run", "--json", "--from", "gates", "--until", "surgery")
+    plan = json.loads(outcome.out)
+    assert plan["stages"] == ["gates", "export", "surgery"]
+    assert plan["folder"] == "runs/tests.tiny.net-digits-trt-fp16-macs0.5-s7"
+    assert plan["gates"] == {"channel_sites": 3, "channels": 48, "blocks": 3}
+    settings = plan["settings"]
+    assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
+    assert plan["target"]["align"] == 8
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
+    command = ("--model", "tests.tiny:net", "--data", "digits")
+    outcome = polar(*command, "--budget", "0.05", *(["--dry-run"] if dry else []))
+    assert (outcome.code, outcome.out) == (2, "")
+    # stem, the shortcut and the head stay: (64*27*12 + 16*12*24 + 240) of 440 304 MACs
+    assert "error: budget macs=0.05 cannot be reached" in outcome.err
+    assert "0.058 of the full network's macs is left" in outcome.err
+    advice = re.search(r"ask for at least macs=([\d.]+)", outcome.err)
+    assert advice
+    assert polar(*command, "--budget", advice[1], "--dry-run").code == 0
+    assert os.listdir(tmp_path) == []
