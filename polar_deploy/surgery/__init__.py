@@ -71,19 +71,15 @@ def cost(model: onnx.ModelProto) -> Cost:
 
 def _compress(model: onnx.ModelProto, *, verify: bool) -> Surgery:
     """`compress` of a model that was checked."""
-    from polar_deploy.surgery import cut, report, sets
+    from polar_deploy.surgery import report
     from polar_deploy.surgery import verify as proof
-    from polar_deploy.surgery.facts import Facts
-    from polar_deploy.surgery.graph import Graph
     from polar_deploy.surgery.model import check_model
+    from polar_deploy.surgery.rounds import operate
 
     before = cost(model)
-    graph = Graph(model)
-    facts = Facts(graph)
-    plan = sets.decide(facts)
-    done = cut.apply(facts)
-    smaller = graph.to_model()
+    rounds = operate(model)
+    smaller = rounds[-1].model
     check_model(smaller, "the cut graph")
     after = cost(smaller)
     proven = proof.verify(model, smaller) if verify else None
-    return Surgery(smaller, report.build(facts, plan, done, smaller, (before, after), proven))
+    return Surgery(smaller, report.build(rounds, (before, after), proven))

@@ -44,12 +44,12 @@ class Cut:
 def apply(facts: Facts) -> Cut:
     """Cuts the graph as planned by `sets.decide`."""
     gates = {id(step.node): _record(step, index) for step in facts.steps if (index := _gate(step)) is not None}
-    for step in facts.steps:
+    for step in facts.alive:
         if not step.outputs or not all(channels.gone for channels in step.outputs):
             step.handler.slice(step)
     dropped = facts.graph.drop_unused()
-    steps = {id(step.node): step for step in facts.steps}
-    for step in facts.steps:
+    steps = {id(step.node): step for step in facts.alive}
+    for step in (*facts.alive, *reversed(facts.alive)):  # factors move up in the one order, down in the other
         index = _factor(step)
         if index is not None:
             into = _fold(steps, step, index)
@@ -112,7 +112,7 @@ def _fold(steps: dict[int, Step], step: Step, index: int) -> str | None:
 
 def _concluded(gate: Gate, into: str | None) -> Gate:
     if into is not None:
-        return replace(gate, outcome="folded", into=into)
+        return replace(gate, outcome="folded", into=into, reason=None)
     reason = "its factors can move neither into one producer nor into all of its readers"
     return replace(gate, outcome="kept", reason=reason)
 

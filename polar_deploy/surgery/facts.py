@@ -19,6 +19,8 @@ from polar_deploy.surgery.graph import Array, Graph, Node, Tensor
 if TYPE_CHECKING:
     from polar_deploy.surgery.operator import Operator
 
+OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
+
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,6 +59,7 @@ class Channels:
     needed: Bools = field(init=False)
     pinned: Bools = field(init=False)  # must keep its place
     kept: Bools = field(init=False)  # what the cut leaves
+    was_constant: bool = field(init=False)  # the whole tensor, as it was given
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,11 +69,6 @@ class Channels:
 
     def __len__(self) -> int:
         return len(self.constant)
-
-    @property
-    def all_constant(self) -> bool:
-        """Whether the whole tensor is a constant, one number a channel."""
-        return bool(self.constant.all())
 
     @property
     def gone(self) -> bool:
@@ -193,8 +191,8 @@ class Facts:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.steps: list[Step] = []
-        self.walls: list[tuple[Note, list[Channels]]] = []
+        self.steps: list[Step] = []  # one a node, in topological order
+        self.alive: list[Step] = []  # those whose result is read once constants have replaced whole branches
         self.settled = False
         self.total = 0
         self._channels: dict[str, Channels] = {}
@@ -203,8 +201,7 @@ class Facts:
             if node.outputs:
                 self.steps.append(self._forward(node))
         self._pin_ends()
-        for step in reversed(self.steps):
-            step.handler.need(step)
+        self._backward()
         self._settle()
 
     def of(self, tensor: Tensor) -> Channels | None:
@@ -242,7 +239,7 @@ class Facts:
     def _forward(self, node: Node) -> Step:
         from polar_deploy.surgery.ops import UNKNOWN, handler
 
-        step = Step(node, self, handler(node))
+        step = Step(node, self, handler(node) if self.graph.body.opset >= OLDEST_OPSET else UNKNOWN)
         try:
             step.handler.couple(step)
             step.handler.constants(step)
@@ -250,14 +247,10 @@ class Facts:
             for tensor in node.outputs:
                 self._channels.pop(tensor.name, None)
             step = Step(node, self, UNKNOWN)
-            note = step.note(str(wall))
-            held = [channels for channels in step.inputs if channels is not None]
-            for channels in held:
-                channels.pin(note)
+            step.memo = step.note(str(wall))
             for tensor in node.outputs:
                 if tensor.name:
-                    self._open_opaque(step, tensor, note)
-            self.walls.append((note, held))
+                    self._open_opaque(step, tensor, step.memo)
         except (ValueError, IndexError, TypeError, KeyError) as error:  # numbers that do not fit together
             raise ContentError(
                 f"node {step.label} ({node.op}) contradicts its inputs: {error}", "export the model again"
@@ -271,17 +264,29 @@ class Facts:
             if self.graph.is_used_inside(name):
                 channels.pin(Note(name, "body", "the body of a control-flow operator reads it"))
 
+    def _backward(self) -> None:
+        """Asks what is needed, from the outputs on. Steps that nothing reads have no say."""
+        read = {tensor.name for tensor in self.graph.body.outputs}
+        for step in reversed(self.steps):
+            if any(tensor.name in read or self.graph.is_used_inside(tensor.name) for tensor in step.made):
+                step.handler.need(step)
+                self.alive.append(step)
+                read.update(tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced)
+        self.alive.reverse()
+
     def _settle(self) -> None:
         """Facts about the graph as it will be: unneeded filters become zero, so more constants come out.
 
         What a needed channel holds does not change.
         """
         self.settled = True
-        for step in self.steps:
+        for channels in self.everything():
+            channels.was_constant = bool(channels.constant.all())
+        for step in self.alive:
             before = [(y, y.constant.copy(), y.value.copy(), y.nonnegative.copy()) for y in step.outputs]
             step.handler.constants(step)
-            for channels, constant, value, nonnegative in before:
-                needed = channels.needed
-                channels.constant = np.where(needed, constant, channels.constant)
-                channels.value = np.where(needed, value, channels.value)
-                channels.nonnegative = np.where(needed, nonnegative, channels.nonnegative)
+            for channels, *known in before:
+                now = (channels.constant, channels.value, channels.nonnegative)
+                channels.constant, channels.value, channels.nonnegative = (
+                    np.where(channels.needed, old, new) for old, new in zip(known, now, strict=True)
+                )

@@ -27,19 +27,21 @@ MAX_FOLDED = 1 << 24  # elements of a constant that is folded through Transpose 
 class Graph:
     """One model under the knife. The ModelProto it came from is left as it is."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, labels: list[str] | None = None) -> None:
+        """Takes a checked model; `labels`: what reports call its nodes, where they were called something before."""
         import onnx_graphsurgeon as gs
         from onnx_graphsurgeon.logger import G_LOGGER
 
         G_LOGGER.severity = G_LOGGER.ERROR
         self._gs = gs
         self.model = model
-        self.shapes: dict[str, Shape] = infer_shapes(model)
+        self._tensors = infer_shapes(model)
         self.body = gs.import_onnx(model)
         self.original_nodes = list(self.body.nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self.original_nodes}
         self._proto = {id(node): proto for node, proto in zip(self.body.nodes, model.graph.node, strict=True)}
-        self._labels = _labels(self.body.nodes)
+        named = labels if labels is not None else _labels(self.body.nodes)
+        self._labels = {id(node): label for node, label in zip(self.body.nodes, named, strict=True)}
         self._outputs = {tensor.name for tensor in self.body.outputs}
         self._inner = set(_names_in_bodies(model.graph.node))
         self._names = self._inner | set(self.body.tensors())
@@ -63,7 +65,7 @@ class Graph:
 
     def shape(self, tensor: Tensor) -> Shape | None:
         """The shape of `tensor` before any cut; None where it is unknown."""
-        return tuple(tensor.shape) if self.is_constant(tensor) else self.shapes.get(tensor.name)
+        return tuple(tensor.shape) if self.is_constant(tensor) else self._tensors.shapes.get(tensor.name)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether the value of `tensor` is part of the model."""
@@ -98,16 +100,15 @@ class Graph:
         self._edited.setdefault(name, []).append((node, index))
 
     def set_attribute(self, node: Node, name: str, value: object) -> None:
-        """Sets an attribute; None deletes it."""
-        if value is None:
-            node.attrs.pop(name, None)
-        else:
-            node.attrs[name] = value
+        """Sets an attribute."""
+        node.attrs[name] = value
         self._touched.add(id(node))
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
-        """The element type of a tensor that a constant is to stand in for; float32 where nothing says otherwise."""
-        return np.dtype(tensor.dtype) if tensor.dtype is not None else np.dtype(np.float32)
+        """The element type of a computed tensor; float32 where nothing says otherwise."""
+        import onnx
+
+        return onnx.helper.tensor_dtype_to_np_dtype(self._tensors.types.get(tensor.name) or onnx.TensorProto.FLOAT)
 
     def is_private(self, name: str) -> bool:
         """Whether only nodes of the main graph read the tensor of that name."""
@@ -142,6 +143,7 @@ class Graph:
             for position, tensor in enumerate(reader.inputs):
                 if tensor is target and reader is not node:
                     reader.inputs[position] = source
+        node.inputs.clear()
         return True
 
     def drop_unused(self) -> list[Node]:
@@ -179,6 +181,10 @@ class Graph:
         graph.name, graph.doc_string = source.graph.name, source.graph.doc_string
         for field in ("metadata_props", "output"):
             _copy_repeated(source.graph, graph, field)
+        present = {tensor.name for tensor in graph.initializer}
+        graph.initializer.extend(
+            tensor for tensor in source.graph.initializer if tensor.name in self._inner - present
+        )  # graphsurgeon leaves out what only the bodies of If, Loop and Scan read
         self._restore_inputs(graph)
         del graph.value_info[:]
         for node, proto in zip(self.body.nodes, graph.node, strict=True):
@@ -189,14 +195,15 @@ class Graph:
         """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
         import onnx
 
-        kept = {tensor.name: tensor for tensor in graph.initializer}
         constants = {tensor.name for tensor in self.model.graph.initializer}
+        listed = {value.name for value in self.model.graph.input}
         del graph.input[:]
         graph.input.extend(value for value in self.model.graph.input if value.name not in constants)
-        if any(value.name in constants for value in self.model.graph.input):
-            graph.input.extend(
-                onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in kept.items()
-            )
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in graph.initializer
+            if tensor.name in listed or self.model.ir_version < 4
+        )
 
     def _restore_node(self, node: Node, proto: onnx.NodeProto) -> None:
         source = self._proto[id(node)]
@@ -274,12 +281,12 @@ FOLDS: dict[str, Callable[[Node, list[Array]], Array | None]] = {
 }
 
 
-def _labels(nodes: list[Node]) -> dict[int, str]:
+def _labels(nodes: list[Node]) -> list[str]:
     names = Counter(node.name for node in nodes)
-    return {
-        id(node): node.name if node.name and names[node.name] == 1 else next((t.name for t in node.outputs), node.op)
+    return [
+        node.name if node.name and names[node.name] == 1 else next((t.name for t in node.outputs), node.op)
         for node in nodes
-    }
+    ]
 
 
 def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

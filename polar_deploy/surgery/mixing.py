@@ -72,8 +72,6 @@ class Mixing(Operator):
     def couple(self, step: Step) -> None:
         mix = self.read(step)
         source = self._source(step)
-        if source is None and step.inputs[0] is not None:
-            step.inputs[0].pin(step.note("it mixes another axis than that of the channels"))
         target = step.create((self.output_axis(step),))
         groups, filters, inputs, _ = mix.weight.shape
         step.memo = Plan(mix, _present(mix.weight), np.zeros((groups, inputs), bool), np.zeros((groups, inputs)))
@@ -104,6 +102,8 @@ class Mixing(Operator):
     def need(self, step: Step) -> None:
         plan, source = step.memo, self._source(step)
         if source is None:
+            if step.inputs[0] is not None:
+                step.inputs[0].pin(step.note("it mixes another axis than that of the channels"))
             return
         wanted = step.output.needed.reshape(plan.mix.weight.shape[:2])
         read = (plan.present & wanted[:, :, None]).any(axis=1)

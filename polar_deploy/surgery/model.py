@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polar_deploy.errors import ContentError, UsageError
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 # A dimension: its size; its sizes at both probes where it depends on the input; its symbol; or unknown.
 Dim = int | tuple[int, int] | str | None
 Shape = tuple[Dim, ...]
+
+
+class Tensors(NamedTuple):
+    """What shape inference knows of the tensors of a graph, by name: shapes, and ONNX element types."""
+
+    shapes: dict[str, Shape]
+    types: dict[str, int]
+
 
 BATCH_PROBES = (2, 3)
 # Sizes that other dynamic dimensions (height, width) are tried at. The odd second probe tells floor from ceil; networks
@@ -161,8 +169,8 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     return skeleton
 
 
-def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
-    """The shape of every tensor that has one, by its name.
+def infer_shapes(model: onnx.ModelProto) -> Tensors:
+    """The shape and type of every tensor that has one.
 
     Dynamic dimensions are found out by inference at two input sizes: two tensors share a dimension where both sizes
     agree, which symbols alone do not tell behind a strided convolution.
@@ -181,7 +189,8 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
             )
         except ContentError:
             continue  # the graph demands other sizes
-        return {name: _merge(shape, second[name]) for name, shape in first.items() if name in second}
+        shapes = ((name, _merge(shape, second.shapes.get(name, ()))) for name, shape in first.shapes.items())
+        return Tensors({name: shape for name, shape in shapes if shape is not None}, first.types)
     return _infer(skeleton)
 
 
@@ -191,7 +200,7 @@ def infer_at(model: onnx.ModelProto, batch: int) -> dict[str, Shape]:
     Raises:
         ContentError: the graph cannot run at this size.
     """
-    return _infer(_with_inputs(_skeleton(model), concrete_inputs(model, batch)))
+    return _infer(_with_inputs(_skeleton(model), concrete_inputs(model, batch))).shapes
 
 
 def input_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
@@ -217,14 +226,16 @@ def concrete_inputs(model: onnx.ModelProto, batch: int, size: int = DEFAULT_SIZE
     }
 
 
-def _merge(first: Shape, second: Shape) -> Shape:
+def _merge(first: Shape, second: Shape) -> Shape | None:
+    """What is known of a shape that was found at two input sizes; None: not even its rank."""
+
     def dim(a: Dim, b: Dim) -> Dim:
         if isinstance(a, int) and isinstance(b, int):
             return a if a == b else (a, b)
         return a if a == b else None
 
     if len(first) != len(second):
-        return ()
+        return None
     return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -241,7 +252,7 @@ def _with_inputs(skeleton: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) 
     return model
 
 
-def _infer(skeleton: onnx.ModelProto) -> dict[str, Shape]:
+def _infer(skeleton: onnx.ModelProto) -> Tensors:
     import onnx
 
     try:
@@ -251,7 +262,7 @@ def _infer(skeleton: onnx.ModelProto) -> dict[str, Shape]:
     values = [*graph.value_info, *graph.input, *graph.output]
     shapes = dict(_shapes(values))
     shapes.update((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
-    return shapes
+    return Tensors(shapes, {value.name: value.type.tensor_type.elem_type for value in values})
 
 
 def _shapes(values: list[onnx.ValueInfoProto]) -> Iterator[tuple[str, Shape]]:

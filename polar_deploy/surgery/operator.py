@@ -77,7 +77,7 @@ class Operator:
 
 
 class Unknown(Operator):
-    """A wall: an operator that nobody wrote a handler for."""
+    """A wall: a node that channels cannot be followed through. Its memo is the note that says why."""
 
     def couple(self, step: Step) -> None:
         raise Wall("this operator is not known to surgery")
@@ -86,4 +86,7 @@ class Unknown(Operator):
         """Nothing is known."""
 
     def need(self, step: Step) -> None:
-        """Its inputs are pinned."""
+        """All of its inputs stay."""
+        for channels in step.inputs:
+            if channels is not None:
+                channels.pin(step.memo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,15 +11,15 @@ import numpy as np
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
 from polar_deploy.surgery.model import concrete_inputs
+from polar_deploy.surgery.operator import Unknown
 
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
 
     from polar_deploy.surgery.count import Cost
-    from polar_deploy.surgery.cut import Cut
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
-    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
     from polar_deploy.surgery.verify import Proof
 
@@ -26,33 +27,41 @@ SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
 
 
-def build(
-    facts: Facts, sets: Sets, cut: Cut, result: onnx.ModelProto, costs: tuple[Cost, Cost], proof: Proof | None
-) -> dict[str, Any]:
+def build(rounds: list[Round], costs: tuple[Cost, Cost], proof: Proof | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
     Pairs are [before, after]; widths and counts are channels, MACs at batch 1 at the shapes under `inputs`.
     """
-    graph, (before, after) = facts.graph, costs
+    first, last, (before, after) = rounds[0], rounds[-1], costs
+    model = first.facts.graph.model
     return {
         "schema": SCHEMA,
         "verified": proof is not None,
         "difference": proof.difference if proof else None,
         "tolerance": proof.tolerance if proof else None,
         "runtime": proof.runtime if proof else None,
-        "inputs": {name: list(shape) for name, shape in concrete_inputs(graph.model, 1).items()},
+        "inputs": {name: list(shape) for name, shape in concrete_inputs(model, 1).items()},
         "macs": [before.macs, after.macs],
         "params": [before.params, after.params],
-        "operators": _operators(graph.model, result),
-        "layers": _layers(graph, before, after),
-        "blocks_removed": _blocks(facts, cut),
-        "gates": [
-            {name: getattr(gate, name) for name in gate.__dataclass_fields__ if getattr(gate, name) is not None}
-            for gate in cut.gates
-        ],
-        "cuts_not_made": _cuts_not_made(facts, sets),
-        "walls": [_entry(note) for note, _ in facts.walls],
+        "operators": _operators(model, last.model),
+        "layers": _layers(rounds, before, after),
+        "blocks_removed": [block for done in rounds for block in _blocks(done)],
+        "gates": _gates(rounds),
+        "cuts_not_made": _cuts_not_made(last.facts, last.sets),
+        "walls": [_entry(step.memo) for step in last.facts.alive if isinstance(step.handler, Unknown)],
     }
+
+
+def _gates(rounds: list[Round]) -> list[dict[str, Any]]:
+    """Every gate of the graph as it was given; the last round that saw it says what became of it."""
+    gates = {gate.node: gate for gate in rounds[0].cut.gates}
+    for later in rounds[1:]:
+        for gate in later.cut.gates:
+            if gate.node in gates:
+                removed = gates[gate.node].removed_channels + gate.removed_channels
+                outcome = {name: getattr(gate, name) for name in ("outcome", "into", "reason")}
+                gates[gate.node] = replace(gates[gate.node], removed_channels=removed, **outcome)
+    return [{name: value for name, value in asdict(gate).items() if value is not None} for gate in gates.values()]
 
 
 def _operators(before: onnx.ModelProto, after: onnx.ModelProto) -> dict[str, list[int]]:
@@ -60,8 +69,9 @@ def _operators(before: onnx.ModelProto, after: onnx.ModelProto) -> dict[str, lis
     return {name: [was[name], now[name]] for name in sorted(was | now)}
 
 
-def _layers(graph: Graph, before: Cost, after: Cost) -> list[dict[str, Any]]:
-    left = {graph.label(graph.nodes[layer.node]): layer for layer in after.layers}
+def _layers(rounds: list[Round], before: Cost, after: Cost) -> list[dict[str, Any]]:
+    graph, labels = rounds[0].facts.graph, rounds[-1].labels
+    left = {labels[layer.node]: layer for layer in after.layers}
     rows = []
     for layer in before.layers:
         name = graph.label(graph.original_nodes[layer.node])
@@ -86,13 +96,13 @@ def alignment(width: int) -> int:
     return next(step for step in ALIGNMENTS if width % step == 0) if width else 0
 
 
-def _blocks(facts: Facts, cut: Cut) -> list[dict[str, Any]]:
+def _blocks(done: Round) -> list[dict[str, Any]]:
     """Adds that became identities because a branch was constant, with the layers of that branch."""
-    dropped = {id(node) for node in cut.dropped}
-    makers = {tensor.name: step for step in facts.steps for tensor in step.made}
+    dropped = {id(node) for node in done.cut.dropped}
+    makers = {tensor.name: step for step in done.facts.steps for tensor in step.made}
     return [
         {"add": step.label, "layers": _branch(step, makers, dropped)}
-        for step in facts.steps
+        for step in done.facts.alive
         if step.node.op in ("Add", "Sum") and id(step.node) in dropped and step.replaced
     ]
 
@@ -122,7 +132,7 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
     """Closed channels that stay, by the layer or gate that they are seen at first, and why."""
     asked = np.zeros(facts.total, bool)
     found: list[tuple[str, Ints]] = []
-    for step in facts.steps:
+    for step in facts.alive:
         if not (isinstance(step.handler, Mixing) or step.node.op == "Mul") or not step.outputs:
             continue
         channels = step.output
@@ -141,6 +151,8 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
 def _reasons(facts: Facts, sets: Sets, asked: Bools) -> dict[int, tuple[str, str, str]]:
     """Why sets stay: what an operator retains, then pins, then constants that cannot move, then live members."""
     best: dict[int, tuple[int, tuple[str, str, str]]] = {}
+    if not asked.any():
+        return {}
 
     def offer(labels: Ints, rank: int, note: Note) -> None:
         for label in np.unique(labels[asked[labels]]).tolist():

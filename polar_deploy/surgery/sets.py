@@ -52,7 +52,7 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
     changed = True
     while changed:
         changed = False
-        for step in reversed(facts.steps):
+        for step in reversed(facts.alive):
             for retained in step.handler.retain(step):
                 for label in sets.of(retained.channels)[retained.indices].tolist():
                     kept[order[starts[label] : starts[label + 1]]] = True
@@ -66,7 +66,7 @@ def _components(facts: Facts) -> Ints:
     Connected components by hooking and pointer jumping, in a number of rounds that grows with the logarithm of the
     longest chain.
     """
-    links = [link for step in facts.steps for link in (*step.links, *step.ties) if link.coupled]
+    links = [link for step in facts.alive for link in (*step.links, *step.ties) if link.coupled]
     none = [np.empty(0, np.int64)]
     one = np.concatenate([link.source.first + link.out_of for link in links] or none)
     other = np.concatenate([link.target.first + link.into for link in links] or none)

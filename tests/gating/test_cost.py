@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models import get_model
+from torchvision.ops import SqueezeExcitation
 
 from polar_deploy import models
 from polar_deploy.export import export
@@ -105,10 +107,20 @@ def test_depthwise_concat_and_shared_readers() -> None:
     assert model.full - model.absolute(gates) == 16 * 256 + 9 * 64 + 24 * 64
 
 
-def test_the_cost_of_squeeze_excite_is_what_surgery_leaves(tmp_path: Path) -> None:
+class _SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 3), nn.ReLU()
+        self.squeeze, self.head = SqueezeExcitation(8, 4), nn.Conv2d(8, 6, 1)
 
-    network = GatedNetwork(get_model("mobilenet_v3_small", weights=None, num_classes=10), 32, blocks=False)
-    gates = (torch.arange(network.masks) % 2 == 0).float()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.squeeze(self.act(self.stem(x)))).mean((2, 3))
+
+
+def test_the_cost_of_squeeze_excite_is_what_surgery_leaves(tmp_path: Path) -> None:
+    network = GatedNetwork(_SqueezeExcite(), 16)
+    gates = (torch.arange(8) % 2 == 0).float()
     network.freeze(gates)
-    model = export(network.static(), 32, tmp_path / "m.onnx", network.sites)
+    model = export(network.static(), 16, tmp_path / "m.onnx", network.sites)
+    assert network.cost_model().absolute(gates) == 14 * 14 * (27 * 4 + 4 * 6) + 4 * 4 + 4 * 4
     assert network.cost_model().absolute(gates) == cost(compress(model).model).macs

@@ -76,7 +76,6 @@ class Elementwise(Operator):
         if tuple(axis + offset for axis in source.axes) != target.axes:
             if not _is_broadcast(step, index, target):
                 raise Wall("its inputs have their channels on different axes")
-            source.pin(step.note("it joins tensors with channels on different axes"))
         elif source.dims == target.dims:
             step.link(source, target, every, every)
         elif len(source) == 1:
@@ -119,6 +118,9 @@ class Elementwise(Operator):
         self._replace(step)
         replaced = [step.inputs[index] for index in step.replaced]
         step.links = [link for link in step.links if link.source not in replaced]
+        for source in step.inputs:
+            if source is not None and source not in [*replaced, *(link.source for link in step.links)]:
+                source.pin(step.note("it joins tensors with channels on different axes"))
         for link in step.links:
             wanted = link.target.needed[link.into] & self.reads(step, link.source)
             link.source.needed[link.out_of[wanted]] = True
@@ -128,20 +130,20 @@ class Elementwise(Operator):
         return np.ones(len(step.output), bool)
 
     def _replace(self, step: Step) -> None:
-        """Finds the inputs that are constant throughout and whose shape the output does not depend on."""
+        """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
         target, shape = step.output, _shape(step)
-        if target.all_constant:
-            return
+        linked = [link.source for link in step.links]
         for index, source in enumerate(step.inputs):
-            if source is None or not source.all_constant:
+            if source is None or source not in linked:
                 continue
+            operand, read = self._operand(step, index), target.needed & self.reads(step, source)
             others = [
                 step.graph.shape(tensor)
                 for other, tensor in enumerate(step.original)
                 if step.inputs[other] not in (None, source) and other not in step.replaced
             ]
-            if shape in others and None not in shape:
-                step.replaced[index] = self._operand(step, index).value
+            if (operand.constant | ~read).all() and shape in others and None not in shape:
+                step.replaced[index] = np.where(read, operand.value, self.neutral or 0.0)
 
     def slice(self, step: Step) -> None:
         for index in range(len(step.node.inputs)):

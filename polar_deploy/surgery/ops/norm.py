@@ -21,6 +21,8 @@ class BatchNormalization(Operator):
     def couple(self, step: Step) -> None:
         if step.node.attrs.get("training_mode", 0) or len(step.node.outputs) > 1:
             raise Wall("it is in training mode")
+        if not step.node.attrs.get("spatial", 1):
+            raise Wall("it has a parameter for every position")
         names = ("scale", "offset", "mean", "variance")
         scale, offset, mean, variance = (
             step.parameter(i, name).astype(np.float64) for i, name in enumerate(names, start=1)

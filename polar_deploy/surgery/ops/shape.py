@@ -84,7 +84,7 @@ def _follow(before: Shape, after: Shape, source: Channels) -> tuple[tuple[int, .
     tail = 0
     while (
         tail < min(len(before), len(after)) - head
-        and before[-1 - tail] == after[-1 - tail] is not None
+        and before[-1 - tail] == after[-1 - tail] not in (None, 1)
         and len(before) - 1 - tail != last
     ):
         tail += 1
@@ -101,8 +101,7 @@ def _follow(before: Shape, after: Shape, source: Channels) -> tuple[tuple[int, .
     numbers = np.arange(len(source)).reshape(shape)
     spread = np.broadcast_to(numbers, sizes[: len(inner)]).reshape(sizes[len(inner) :])
     axes = [axis for axis in range(spread.ndim) if (spread != spread.take([0], axis=axis)).any()]
-    if not axes:
-        raise Wall("its only channel cannot be followed")
+    axes = axes or [0]  # one channel: all that it becomes goes with it
     corner = tuple(slice(None) if axis in axes else 0 for axis in range(spread.ndim))
     return tuple(head + axis for axis in axes), spread[corner].ravel()
 

@@ -1,0 +1,50 @@
+"""Facts, sets and cuts, again and again until nothing changes. One round is nearly always enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from polar_deploy.surgery import cut, sets
+from polar_deploy.surgery.facts import Facts
+from polar_deploy.surgery.graph import Graph
+
+if TYPE_CHECKING:
+    import onnx
+
+    from polar_deploy.surgery.cut import Cut
+    from polar_deploy.surgery.sets import Sets
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was known of a graph, what was decided and done, and the smaller model that came of it."""
+
+    facts: Facts
+    sets: Sets
+    cut: Cut
+    model: onnx.ModelProto
+
+    @property
+    def labels(self) -> list[str]:
+        """What reports call the nodes that are left."""
+        graph = self.facts.graph
+        return [graph.label(node) for node in graph.nodes]
+
+    @property
+    def worth_another(self) -> bool:
+        """Whether the cut has left tensors that are constant throughout only now: their readers can do without them."""
+        channels = self.facts.everything()
+        changed = bool(self.cut.dropped) or not all(c.kept.all() for c in channels)
+        return changed and any(not c.was_constant and not c.gone and (c.constant | ~c.kept).all() for c in channels)
+
+
+def operate(model: onnx.ModelProto) -> list[Round]:
+    """Cuts a model that was checked. Returns the rounds; the last one holds the result."""
+    rounds: list[Round] = []
+    while not rounds or rounds[-1].worth_another:
+        graph = Graph(rounds[-1].model, rounds[-1].labels) if rounds else Graph(model)
+        facts = Facts(graph)
+        plan = sets.decide(facts)
+        rounds.append(Round(facts, plan, cut.apply(facts), graph.to_model()))
+    return rounds

@@ -1,0 +1,172 @@
+"""Small graphs to operate on, and the judge: both graphs run in ONNX Runtime and their outputs are compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import helper, numpy_helper
+
+from polar_deploy.surgery import Surgery, compress
+
+Array = npt.NDArray[Any]
+TOLERANCE = 1e-5
+
+
+class Net:
+    """Builds a graph node by node; every method takes tensor names and returns that of its result."""
+
+    def __init__(self, channels: int = 3, size: int = 8, opset: int = 17, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.opset = opset
+        self.inputs = [helper.make_tensor_value_info("input", 1, ["batch", channels, size, size])]
+        self.width = {"input": channels}
+
+    def constant(self, name: str, values: Array) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def node(self, operator: str, inputs: Sequence[str], name: str, domain: str = "", **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, domain=domain, **attributes))
+        self.width[name] = next((self.width[x] for x in inputs if x in self.width), 0)
+        return name
+
+    def conv(
+        self, x: str, width: int, name: str, kernel: int = 3, group: int = 1, bias: bool = True, **attributes: Any
+    ) -> str:
+        """Same-size convolution (zero padding for kernels above 1) unless `pads` or `strides` say otherwise."""
+        inputs = self.width[x] // group
+        weight = self.random.standard_normal((width, inputs, kernel, kernel)) / np.sqrt(inputs * kernel**2)
+        tensors = [x, self.constant(f"{name}.weight", weight.astype(np.float32))]
+        if bias:
+            tensors.append(self.constant(f"{name}.bias", self.random.standard_normal(width).astype(np.float32)))
+        attributes.setdefault("pads", [kernel // 2] * 4)
+        self.node("Conv", tensors, name, group=group, kernel_shape=[kernel, kernel], **attributes)
+        self.width[name] = width
+        return name
+
+    def bn(self, x: str, name: str) -> str:
+        """BatchNormalization in which nothing is accidentally zero."""
+        width = self.width[x]
+        scale, offset, mean = (self.random.uniform(0.5, 1.5, width).astype(np.float32) for _ in range(3))
+        variance = self.random.uniform(0.5, 2, width).astype(np.float32)
+        names = ("scale", "offset", "mean", "variance")
+        arrays = (scale, offset - 1.2, mean - 1, variance)
+        parameters = [
+            self.constant(f"{name}.{key}", values.astype(np.float32)) for key, values in zip(names, arrays, strict=True)
+        ]
+        return self.node("BatchNormalization", [x, *parameters], name)
+
+    def gate(self, x: str, closed: Iterable[int], name: str, *, shape: str = "1c11", left: bool = False) -> str:
+        """Multiplies with 0 where closed, else 1."""
+        values = np.ones(self.width[x], np.float32)
+        values[list(closed)] = 0
+        return self.scale(x, values, name, shape=shape, left=left)
+
+    def scale(self, x: str, values: Array, name: str, *, shape: str = "1c11", left: bool = False) -> str:
+        shapes = {"1c11": (1, -1, 1, 1), "c11": (-1, 1, 1), "1c": (1, -1)}
+        factor = self.constant(f"{name}.factor", values.astype(np.float32).reshape(shapes[shape]))
+        return self.node("Mul", [factor, x] if left else [x, factor], name)
+
+    def relu(self, x: str, name: str) -> str:
+        return self.node("Relu", [x], name)
+
+    def add(self, x: str, y: str, name: str) -> str:
+        return self.node("Add", [x, y], name)
+
+    def gemm(self, x: str, inputs: int, width: int, name: str) -> str:
+        weight = self.random.standard_normal((width, inputs)) / np.sqrt(inputs)
+        tensors = [x, self.constant(f"{name}.weight", weight.astype(np.float32))]
+        tensors.append(self.constant(f"{name}.bias", self.random.standard_normal(width).astype(np.float32)))
+        self.node("Gemm", tensors, name, transB=1)
+        self.width[name] = width
+        return name
+
+    def head(self, x: str, classes: int = 5) -> str:
+        """Global pooling, flattening, and the classifier that every test net ends in."""
+        pooled = self.node("GlobalAveragePool", [x], "pool")
+        flat = self.node("Flatten", [pooled], "flat", axis=1)
+        return self.gemm(flat, self.width[x], classes, "logits")
+
+    def model(self, *outputs: str, ranks: Sequence[int] = ()) -> onnx.ModelProto:
+        ranks = ranks or [2 if name == "logits" else 4 for name in outputs]
+        declared = [
+            helper.make_tensor_value_info(name, 1, ["batch", self.width[name] or None, *[None] * (rank - 2)])
+            for name, rank in zip(outputs, ranks, strict=True)
+        ]
+        graph = helper.make_graph(self.nodes, "net", self.inputs, declared, self.constants)
+        domains = {node.domain for node in self.nodes if node.domain}
+        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def cut(model: onnx.ModelProto) -> Surgery:
+    """Compresses, and holds the result to everything that is promised of any graph."""
+    before = model.SerializeToString(deterministic=True)
+    surgery = compress(model)
+    assert model.SerializeToString(deterministic=True) == before, "the model given is left as it is"
+    onnx.checker.check_model(surgery.model, full_check=True)
+    was, now = operators(model), operators(surgery.model)
+    assert all(now[name] <= was[name] for name in now), "no operator type is counted more often than before"
+    assert [v.SerializeToString() for v in surgery.model.graph.input] == [
+        v.SerializeToString() for v in model.graph.input
+    ]
+    assert [v.SerializeToString() for v in surgery.model.graph.output] == [
+        v.SerializeToString() for v in model.graph.output
+    ]
+    assert_same(model, surgery.model)
+    return surgery
+
+
+def assert_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Both compute the same, at two batch sizes that surgery itself does not use."""
+    for batch in (2, 5):
+        expected, found = run(before, batch), run(after, batch)
+        for name, one, other in zip([v.name for v in before.graph.output], expected, found, strict=True):
+            assert one.shape == other.shape, name
+            scale = float(np.abs(one).max()) or 1.0
+            assert float(np.abs(one - other).max()) <= TOLERANCE * scale, name
+
+
+def run(model: onnx.ModelProto, batch: int) -> list[Array]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(1000 + batch)
+    feeds = {}
+    for value in session.get_inputs():
+        shape = [dim if isinstance(dim, int) else batch for dim in value.shape]
+        feeds[value.name] = (2 * random.standard_normal(shape)).astype(np.float32)
+    results: list[Array] = session.run(None, feeds)
+    return results
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def names(model: onnx.ModelProto) -> set[str]:
+    return {node.name for node in model.graph.node}
+
+
+def weight(model: onnx.ModelProto, node: str, index: int = 1) -> Array:
+    """Value of a node's weight (index 1) or bias (2)."""
+    found = next(n for n in model.graph.node if n.name == node)
+    return constant(model, found.input[index])
+
+
+def constant(model: onnx.ModelProto, name: str) -> Array:
+    return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
+
+
+def half(width: int, seed: int) -> list[int]:
+    """A random half of the channels."""
+    return sorted(np.random.default_rng(seed).permutation(width)[: width // 2].tolist())

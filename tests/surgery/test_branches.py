@@ -1,0 +1,200 @@
+"""Depthwise and grouped convolutions, squeeze-excite, Concat, shuffle-like reshapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.surgery.graphs import Net, constant, cut, half, names, operators, weight
+
+
+def test_depthwise_channels_go_with_both_neighbours() -> None:
+    """Closed behind the depthwise convolution: all three layers lose them (MobileNetV2)."""
+    net = Net()
+    x = net.node("Clip", [net.conv("input", 8, "expand", kernel=1), *_bounds(net)], "act1")
+    x = net.node("Clip", [net.conv(x, 8, "dw", group=8), "low", "high"], "act2")
+    model = net.model(net.head(net.conv(net.gate(x, half(8, 1), "gate"), 4, "project", kernel=1)))
+    surgery = cut(model)
+    assert weight(surgery.model, "expand").shape[0] == 4
+    assert weight(surgery.model, "dw").shape == (4, 1, 3, 3)
+    assert weight(surgery.model, "project").shape[1] == 4
+    dw = next(node for node in surgery.model.graph.node if node.name == "dw")
+    assert next(a.i for a in dw.attribute if a.name == "group") == 4
+    assert surgery.report["cuts_not_made"] == []
+
+
+def test_depthwise_channels_closed_before_it_leave_its_bias() -> None:
+    """What comes out is the activation of the bias: a constant that the projection takes up."""
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 8, "expand", kernel=1), "act1"), [0, 2], "gate")
+    x = net.relu(net.conv(x, 16, "dw", group=8), "act2")
+    model = net.model(net.head(net.conv(x, 4, "project", kernel=1)))
+    smaller = cut(model).model
+    assert weight(smaller, "expand").shape[0] == 6
+    assert weight(smaller, "dw").shape == (12, 1, 3, 3)
+    dead = [0, 1, 4, 5]
+    constants = np.maximum(weight(model, "dw", 2)[dead], 0)
+    moved = weight(model, "project")[:, dead, 0, 0] @ constants
+    np.testing.assert_allclose(weight(smaller, "project", 2), weight(model, "project", 2) + moved, rtol=1e-5)
+
+
+def _bounds(net: Net) -> list[str]:
+    return [net.constant("low", np.array(0, np.float32)), net.constant("high", np.array(6, np.float32))]
+
+
+def test_squeeze_excite_follows_its_trunk() -> None:
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 8, "one"), "act"), [1, 2, 5], "gate")
+    s = net.node("ReduceMean", [x], "squeeze", axes=[2, 3], keepdims=1)
+    s = net.gate(net.relu(net.conv(s, 4, "fc1", kernel=1), "act2"), [3], "gate2")
+    s = net.node("HardSigmoid", [net.conv(s, 8, "fc2", kernel=1)], "excite")
+    smaller = cut(net.model(net.head(net.conv(net.node("Mul", [s, x], "scaled"), 4, "two")))).model
+    assert weight(smaller, "one").shape[0] == 5
+    assert weight(smaller, "fc1").shape == (3, 5, 1, 1)
+    assert weight(smaller, "fc2").shape == (5, 3, 1, 1)
+    assert weight(smaller, "two").shape[1] == 5
+
+
+def test_squeeze_excite_that_is_constant_becomes_a_factor_of_the_next_weights() -> None:
+    net = Net()
+    x = net.relu(net.conv("input", 8, "one"), "act")
+    s = net.node("GlobalAveragePool", [x], "squeeze")
+    s = net.gate(net.relu(net.conv(s, 4, "fc1", kernel=1), "act2"), range(4), "gate")
+    s = net.node("Sigmoid", [net.conv(s, 8, "fc2", kernel=1)], "excite")
+    smaller = cut(net.model(net.head(net.conv(net.node("Mul", [x, s], "scaled"), 4, "two")))).model
+    assert not {"fc1", "fc2", "squeeze", "scaled"} & names(smaller)
+
+
+def test_concat_parts_go_one_by_one() -> None:
+    """Dense connectivity: BatchNorm behind every Concat, one part closed altogether."""
+    net = Net()
+    stem = net.relu(net.conv("input", 6, "stem"), "act")
+    a = net.gate(net.conv(net.relu(net.bn(stem, "bn1"), "r1"), 4, "a"), [0, 1], "ga")
+    joined = net.node("Concat", [stem, a], "cat1", axis=1)
+    net.width[joined] = 10
+    b = net.gate(net.conv(joined, 4, "b"), range(4), "gb")
+    last = net.node("Concat", [joined, b], "cat2", axis=1)
+    net.width[last] = 14
+    surgery = cut(net.model(net.head(net.conv(last, 3, "last"))))
+    assert weight(surgery.model, "a").shape[0] == 2
+    assert weight(surgery.model, "last").shape[1] == 8
+    assert "b" not in names(surgery.model)
+    assert operators(surgery.model)["Concat"] == 1, "a Concat of one part goes"
+
+
+def test_a_concat_over_another_axis_couples_its_parts() -> None:
+    net = Net()
+    closed = [0, 3]
+    x = net.gate(net.relu(net.conv("input", 4, "one"), "r1"), closed, "g1")
+    y = net.gate(net.relu(net.conv("input", 4, "two"), "r2"), [*closed, 1], "g2")
+    both = net.node("Concat", [x, y], "cat", axis=3)
+    smaller = cut(net.model(net.head(net.conv(both, 4, "last")))).model
+    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[0] == 2
+    assert not np.any(weight(smaller, "two")[0]), "closed in one part only: a zero filter"
+
+
+def test_groups_keep_as_many_channels_as_the_fullest_one() -> None:
+    """Groups lose 1, 2 and 4 of 4 channels: the third goes altogether, the others keep 3 each."""
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 12, "one"), "act"), [0, 4, 5, 8, 9, 10, 11], "gate")
+    y = net.gate(net.relu(net.conv(x, 12, "grouped", group=3), "act2"), [1, 2, 5, 6, 8, 9, 10, 11], "gate2")
+    surgery = cut(net.model(net.head(net.conv(y, 4, "last", kernel=1))))
+    assert weight(surgery.model, "one").shape[0] == 6
+    assert weight(surgery.model, "grouped").shape == (4, 3, 3, 3)
+    grouped = next(node for node in surgery.model.graph.node if node.name == "grouped")
+    assert next(a.i for a in grouped.attribute if a.name == "group") == 2
+    assert weight(surgery.model, "last").shape[1] == 4
+    (entry,) = surgery.report["cuts_not_made"]
+    assert (entry["node"], entry["channels"]) == ("grouped", 1)
+    assert "fullest" in entry["reason"]
+
+
+def test_shuffle_keeps_groups_of_equal_size() -> None:
+    """Reshape, Transpose, Reshape with height, width and channels baked in: position j of all groups goes together."""
+    net = Net(size=4)
+    x = net.gate(net.relu(net.conv("input", 8, "one"), "act"), [1, 5, 2], "gate")  # positions 1 (both) and 2 (one)
+    net.constant("split", np.array([-1, 2, 4, 4, 4], np.int64))
+    net.constant("join", np.array([-1, 8, 4, 4], np.int64))
+    x = net.node("Transpose", [net.node("Reshape", [x, "split"], "r1")], "t", perm=[0, 2, 1, 3, 4])
+    x = net.node("Reshape", [x, "join"], "r2")
+    net.width[x] = 8
+    model = net.model(net.head(net.conv(x, 4, "two")))
+    smaller = cut(model).model
+    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 6
+    assert constant(smaller, "split").tolist() == [-1, 2, 3, 4, 4]
+    assert constant(smaller, "join").tolist() == [-1, 6, 4, 4]
+
+
+@pytest.mark.parametrize("operator", ["Sub", "Max", "Min", "Sum", "Mul"])
+def test_elementwise_partners_go_together(operator: str) -> None:
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 6, "one"), "r1"), [0, 1, 2], "g1")
+    y = net.gate(net.relu(net.conv("input", 6, "two"), "r2"), [1, 2, 3], "g2")
+    smaller = cut(net.model(net.head(net.conv(net.node(operator, [x, y], "both"), 4, "last")))).model
+    expected = 2 if operator == "Mul" else 4  # one zero is enough for a product, and for the Min of what is >= 0: not
+    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[0] == expected
+    assert weight(smaller, "last").shape[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [
+        ("LeakyRelu", {"alpha": 0.1}),
+        ("Elu", {}),
+        ("HardSwish", {}),
+        ("Tanh", {}),
+        ("Erf", {}),
+        ("Abs", {}),
+        ("Neg", {}),
+        ("Identity", {}),
+    ],
+)
+def test_activations_with_a_zero_pass_closed_channels_on(operator: str, attributes: dict[str, Any]) -> None:
+    net = Net()
+    x = net.node(operator, [net.gate(net.conv("input", 4, "one"), [2], "gate")], "act", **attributes)
+    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
+    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 3
+
+
+def test_prelu_loses_its_slopes() -> None:
+    net = Net()
+    x = net.conv("input", 4, "one")
+    slope = net.constant("slope", np.array([0.1, 0.2, 0.3, 0.4], np.float32).reshape(4, 1, 1))
+    x = net.gate(net.node("PRelu", [x, slope], "act"), [1], "gate")
+    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
+    np.testing.assert_array_equal(constant(smaller, "slope").ravel(), np.array([0.1, 0.3, 0.4], np.float32))
+
+
+def test_transposed_convolution() -> None:
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 6, "one"), "act"), [0, 5], "gate")
+    up = np.random.default_rng(0).standard_normal((6, 4, 2, 2)).astype(np.float32)
+    x = net.node("ConvTranspose", [x, net.constant("up.weight", up)], "up", strides=[2, 2])
+    net.width[x] = 4
+    x = net.gate(net.relu(x, "act2"), [1], "gate2")
+    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
+    np.testing.assert_array_equal(weight(smaller, "up"), up[1:5][:, [0, 2, 3]])
+
+
+def test_matmul_channels_last() -> None:
+    """The hidden units of a perceptron on the last axis, with a bias that is an Add."""
+    net = Net(size=4)
+    x = net.node("Transpose", [net.conv("input", 6, "one")], "last", perm=[0, 2, 3, 1])
+    for name, shape in (("up", (6, 12)), ("down", (12, 6))):
+        weights = net.random.standard_normal(shape).astype(np.float32)
+        x = net.node("MatMul", [x, net.constant(f"{name}.weight", weights)], name)
+        net.width[x] = shape[1]
+        x = net.node(
+            "Add", [x, net.constant(f"{name}.b", net.random.standard_normal(shape[1]).astype("f"))], f"{name}.add"
+        )
+        if name == "up":
+            factor = np.ones(12, np.float32)
+            factor[[0, 4, 11]] = 0
+            x = net.node("Mul", [net.relu(x, "act"), net.constant("factor", factor)], "gate")
+    x = net.node("Transpose", [x], "first", perm=[0, 3, 1, 2])
+    smaller = cut(net.model(net.head(x))).model
+    assert weight(smaller, "up").shape == (6, 9)
+    assert weight(smaller, "down").shape == (9, 6)
+    assert constant(smaller, "up.b").shape == (9,)

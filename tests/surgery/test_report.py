@@ -1,0 +1,127 @@
+"""Costs, the report and its schema, and what importing the package costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import onnx
+import pytest
+from onnx import helper
+
+import polar_deploy
+from polar_deploy.errors import ContentError
+from polar_deploy.surgery import compress, cost
+from polar_deploy.surgery.report import alignment
+from tests.surgery.graphs import Net, cut, names
+
+SCHEMA = json.loads((Path(polar_deploy.__file__).parent / "schemas" / "surgery.schema.json").read_text())
+
+
+def _model() -> onnx.ModelProto:
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 16, "stem", strides=[2, 2]), "act"), [0], "g0")
+    y = net.gate(net.relu(net.conv(x, 16, "a", group=16), "r"), [1, 2], "g1")
+    y = net.gate(net.conv(y, 16, "b", kernel=1), range(16), "g2")
+    x = net.relu(net.add(y, x, "add"), "out")
+    return net.model(net.head(net.scale(x, net.random.random(16), "g3")))
+
+
+def test_cost_by_hand() -> None:
+    counted = cost(_model())
+    macs = {layer.name: layer.macs for layer in counted.layers}
+    params = {layer.name: layer.params for layer in counted.layers}
+    assert macs == {"stem": 16 * 4 * 4 * 27, "a": 16 * 16 * 9, "b": 16 * 16 * 16, "logits": 16 * 5}
+    assert params == {"stem": 16 * 27 + 16, "a": 16 * 9 + 16, "b": 16 * 16 + 16, "logits": 16 * 5 + 5}
+    assert counted.macs == sum(macs.values())
+    assert counted.params == sum(params.values()) + 4 * 16, "gates hold parameters too"
+
+
+def test_cost_of_matmul_and_transposed_convolution() -> None:
+    net = Net(channels=4, size=6)
+    up = net.node(
+        "ConvTranspose", ["input", net.constant("w", net.random.random((4, 3, 2, 2)).astype("f"))], "up", strides=[2, 2]
+    )
+    net.width[up] = 3
+    shift = net.node("Transpose", [up], "shift", perm=[0, 1, 3, 2])
+    counted = cost(net.model(net.node("MatMul", [up, shift], "product")))
+    assert counted.macs == 4 * 6 * 6 * 3 * 4 + 3 * 12 * 12 * 12
+    assert [layer.name for layer in counted.layers] == ["up"], "a product of two computed tensors has no weights"
+
+
+def test_cost_of_a_constant_shared_by_two_layers_counts_it_once() -> None:
+    net = Net()
+    x = net.relu(net.conv("input", 3, "one", bias=False), "act")
+    model = net.model(net.node("Conv", [x, "one.weight"], "two", pads=[1, 1, 1, 1]))
+    assert cost(model).params == 81
+    assert cost(model).macs == 2 * 64 * 81
+
+
+def test_cost_of_a_graph_that_cannot_run_is_an_error() -> None:
+    net = Net()
+    flat = net.node("Flatten", ["input"], "flat")
+    model = net.model(net.gemm(flat, 7, 5, "logits"))
+    with pytest.raises(ContentError):
+        cost(model)
+
+
+def test_report_says_what_went_and_what_stayed() -> None:
+    report = cut(_model()).report
+    jsonschema.validate(report, SCHEMA)
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert layers["stem"]["out"] == [16, 15]
+    assert layers["a"]["out"] == layers["b"]["in"] == [16, 0]
+    assert layers["logits"]["in"] == [16, 15]
+    assert layers["logits"]["alignment"] == {"in": 1, "out": 1}
+    assert layers["a"]["macs"] == [2304, 0]
+    assert report["macs"] == [cost(_model()).macs, 15 * 16 * 27 + 15 * 5]
+    assert report["blocks_removed"] == [{"add": "add", "layers": ["a", "b"]}]
+    outcomes = {gate["node"]: gate["outcome"] for gate in report["gates"]}
+    assert outcomes == {"g0": "removed", "g1": "removed", "g2": "removed", "g3": "kept"}
+    assert report["operators"]["Mul"] == [4, 1]
+    assert report["verified"]
+    assert report["inputs"] == {"input": [1, 3, 8, 8]}
+
+
+def test_closed_channels_that_stay_are_counted_once_a_set() -> None:
+    net = Net()
+    x = net.relu(net.conv("input", 8, "stem"), "act")
+    for name in ("a", "b"):
+        x = net.add(net.gate(net.conv(x, 8, name), [0, 1], f"{name}.gate"), x, f"{name}.add")
+    surgery = compress(net.model(net.head(x)))
+    (entry,) = surgery.report["cuts_not_made"]
+    assert (entry["layer"], entry["channels"], entry["node"]) == ("a", 2, "stem")
+    assert {gate["outcome"] for gate in surgery.report["gates"]} == {"folded"}
+    assert "a.gate" not in names(surgery.model)
+
+
+@pytest.mark.parametrize(("width", "step"), [(0, 0), (1, 1), (12, 4), (24, 8), (48, 16), (96, 32), (7, 1), (10, 2)])
+def test_alignment(width: int, step: int) -> None:
+    assert alignment(width) == step
+
+
+def test_a_graph_without_inputs_to_feed() -> None:
+    """Everything is constant: nothing to cut, nothing to fail on."""
+    value = helper.make_tensor_value_info("y", 1, [2])
+    node = helper.make_node("Constant", [], ["y"], value_floats=[1.0, 2.0])
+    model = helper.make_model(
+        helper.make_graph([node], "g", [], [value]), ir_version=8, opset_imports=[helper.make_opsetid("", 17)]
+    )
+    assert len(compress(model).model.graph.node) == 1
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import polar_deploy.surgery; "
+        "heavy = {'torch', 'onnx', 'onnx_graphsurgeon', 'onnxruntime'} & sys.modules.keys(); "
+        "assert not heavy, heavy; print(time.perf_counter() - start)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    assert statistics.median(times) <= 0.3

@@ -1,0 +1,119 @@
+"""The proof tells equal from different, and says so when it cannot be made."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery import compress, verify
+from polar_deploy.surgery.__main__ import main
+from tests.surgery.graphs import Net, weight
+
+
+def _model() -> onnx.ModelProto:
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 8, "one"), "act"), [1, 2], "gate")
+    return net.model(net.head(net.conv(x, 4, "two")))
+
+
+def _in(dtype: type) -> onnx.ModelProto:
+    """The same model in another precision."""
+    model = _model()
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = kind
+    return model
+
+
+def test_a_changed_weight_is_found() -> None:
+    model = _model()
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    bias = next(tensor for tensor in other.graph.initializer if tensor.name == "two.bias")
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1e-3), "two.bias"))
+    with pytest.raises(ContentError, match="changed the function"):
+        verify.verify(model, other)
+
+
+def test_rounding_above_the_tolerance_is_judged_by_float64() -> None:
+    """Terms that cancel: another order of summation differs by more than 1e-5, and is no worse."""
+    net = Net(size=4)
+    model = net.model(net.conv(net.conv("input", 64, "one", kernel=1), 4, "two", kernel=1))
+    random = np.random.default_rng(0)
+    one = np.repeat(random.standard_normal((32, 3, 1, 1)), 2, axis=0).astype(np.float32)
+    two = np.repeat(random.standard_normal((4, 32, 1, 1)) * 1e4, 2, axis=1).astype(np.float32)
+    two[:, 1::2] *= -1
+    two += random.standard_normal(two.shape).astype(np.float32)
+    graphs = []
+    for rows in (random.permutation(64), np.arange(64)):
+        graph = onnx.ModelProto()
+        graph.CopyFrom(model)
+        values = {"one.weight": one[rows], "two.weight": two[:, rows], "one.bias": np.zeros(64, np.float32)}
+        for tensor in graph.graph.initializer:
+            if tensor.name in values:
+                tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+        graphs.append(graph)
+    proof = verify.verify(*graphs)
+    assert proof.difference > proof.tolerance == 1e-5
+
+
+def test_double_is_proven_in_onnx_reference() -> None:
+    """ONNX Runtime has no Conv in double on a CPU."""
+    report = compress(_in(np.float64)).report
+    assert (report["verified"], report["runtime"], report["tolerance"]) == (True, "onnx.reference", 1e-12)
+    assert report["difference"] <= 1e-12
+
+
+def test_half_precision_stays_half_precision() -> None:
+    surgery = compress(_in(np.float16))
+    assert weight(surgery.model, "one").dtype == np.float16
+    assert weight(surgery.model, "one").shape[0] == 6
+    assert surgery.report["tolerance"] == 5e-3
+
+
+def test_an_operator_that_no_runtime_has_cannot_be_proven() -> None:
+    net = Net()
+    model = net.model(net.node("Strange", ["input"], "out", domain="com.example"))
+    with pytest.raises(ContentError, match="no runtime") as error:
+        compress(model)
+    assert "--no-verify" in error.value.todo
+    assert compress(model, verify=False).report["verified"] is False
+
+
+def test_not_finite_before_is_not_compared() -> None:
+    expected = {"y": np.array([1.0, np.nan, np.inf])}
+    assert verify.largest_difference(expected, {"y": np.array([1.0, 0, 0])}) == 0
+    assert verify.largest_difference(expected, {"y": np.array([np.nan, 0, 0])}) == np.inf
+    assert verify.largest_difference({"y": np.array([4.0, 2])}, {"y": np.array([4.0, 1])}) == 0.25
+
+
+def test_without_onnxruntime_exit_3_names_the_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(_model(), source)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MachineError):
+        compress(_model())
+    assert main([str(source), str(target)]) == 3
+    assert "polar-deploy[ort]" in capsys.readouterr().err
+    assert not target.exists()
+    assert main([str(source), str(target), "--no-verify"]) == 0
+
+
+def test_inputs_of_other_kinds() -> None:
+    values = [helper.make_tensor_value_info("i", 7, ["n", 2]), helper.make_tensor_value_info("b", 9, ["n", 2])]
+    graph = helper.make_graph([], "g", values, [])
+    inputs = verify.random_inputs(helper.make_model(graph), 3)
+    assert inputs["i"].dtype == np.int64
+    assert set(np.unique(inputs["i"])) <= {0, 1}
+    assert inputs["b"].dtype == np.bool_
+    assert inputs["b"].shape == (3, 2)
