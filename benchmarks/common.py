@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run the command in a process of its own; return exit code, seconds what report.json holds, and how exact surgery was."""
+    """Run the command in a process of its own; return exit code, seconds, report.json, and how exact surgery was."""
     command = [sys.executable, "-m", "polar_deploy.pipeline", "--out", str(folder), *arguments]
     start = time.monotonic()
     code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode

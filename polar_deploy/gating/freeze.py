@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -54,8 +54,9 @@ class Knapsack:
 
     Starting from the gates' own state (each site rounded to an allowed width), groups of channels and whole blocks
     are closed in the order of utility lost per cost saved until the budget holds; then the best that still fits is
-    opened again; then exchanges bring the cost into the window if it is not there. Which channels of a site
-    stay is always the same order: those that the gates hold open first, then by utility.
+    opened again; then exchanges bring the cost into the window if it is not there. A block is worth at least what its
+    open channels are together: its own gate's second-order utility is short of what so large a step costs. Which
+    channels of a site stay is always the same order: those that the gates hold open first, then by utility.
 
     Args:
         sites: the sites, in the order of the gate vector.
@@ -77,11 +78,12 @@ class Knapsack:
     ) -> None:
         self.sites, self.constraint = list(sites), constraint
         self.starts = offsets(sites)
-        self.utility = utility.detach().double().cpu()
         self.state = state.detach().double().cpu()
+        self.utility = self._with_blocks(utility.detach().double().cpu())
         self.choices = [
             widths(site.width, align, min_width) if site.kind == "channel" else [0, 1] for site in self.sites
         ]
+        self._all = range(len(self.sites))
         self._order = [self._ranking(site, start) for site, start in zip(self.sites, self.starts, strict=True)]
 
     def solve(self) -> Tensor:
@@ -93,10 +95,10 @@ class Knapsack:
         least = self.gates(_Plan((0,) * len(self.sites)))
         if float(self.constraint(least)) > 0:
             raise unreachable(self.constraint, least)
-        plan = self._fill(self._shrink(self._nearest()))
-        if not self.constraint.in_window(self.gates(plan)):
-            plan = self._exchange(plan)
-        return self.gates(plan)
+        plan = self._shrink(self._nearest(), self._all)
+        if self._excess(plan) > 0:  # two budgets pull apart
+            plan = _Plan((0,) * len(self.sites))
+        return self.gates(self._exchange(self._fill(plan, self._all)))
 
     def gates(self, plan: _Plan) -> Tensor:
         """The gate vector [G] of a plan."""
@@ -104,6 +106,16 @@ class Knapsack:
         for order, choices, level in zip(self._order, self.choices, plan.level, strict=True):
             gates[order[: choices[level]]] = 1.0
         return gates
+
+    def _with_blocks(self, utility: Tensor) -> Tensor:
+        """`utility` [G], that of each block at least the sum of its open channels'."""
+        worth = utility.clone()
+        for site, start in zip(self.sites, self.starts, strict=True):
+            if site.kind == "block":
+                closed = torch.ones_like(utility).index_fill(0, torch.tensor(start), 0.0)
+                inside = (self.constraint.linear(closed)[1] == 0).all(dim=0)  # nothing depends on these gates then
+                worth[start] = max(float(utility[start]), float(utility[inside] @ self.state[inside]))
+        return worth
 
     def _ranking(self, site: Site, start: int) -> Tensor:
         here = slice(start, start + site.gates)
@@ -119,11 +131,12 @@ class Knapsack:
             level.append(min(nearest)[2])
         return _Plan(tuple(level))
 
-    def _moves(self, plan: _Plan, step: int, held: int | None = None) -> Iterator[_Move]:
-        """All plans one step away: -1 closes a group of channels or a block, +1 opens one; site `held` stays."""
+    def _moves(self, plan: _Plan, step: int, among: Iterable[int]) -> Iterator[_Move]:
+        """All plans in which one of some sites is a step away: -1 closes a group of channels or a block, +1 opens."""
         excess, slopes = self.constraint.linear(self.gates(plan))
-        for site, (level, choices) in enumerate(zip(plan.level, self.choices, strict=True)):
-            if site != held and 0 <= level + step < len(choices):
+        for site in among:
+            level, choices = plan.level[site], self.choices[site]
+            if 0 <= level + step < len(choices):
                 low, high = sorted((choices[level], choices[level + step]))
                 moved = self._order[site][low:high]
                 change = step * slopes[:, moved].sum(dim=1)
@@ -136,39 +149,42 @@ class Knapsack:
                     excess=float((excess + change).max()),
                 )
 
-    def _shrink(self, plan: _Plan, held: int | None = None) -> _Plan:
-        """Close the least utility per cost saved until the budget holds."""
+    def _shrink(self, plan: _Plan, among: Sequence[int]) -> _Plan:
+        """Close the least utility per cost saved until the budget holds, or nothing is left to close."""
         while self._excess(plan) > 0:
-            saving = [move for move in self._moves(plan, -1, held) if move.saved > 0]
-            if not saving:  # two budgets pull apart, or what is held is too dear
-                return _Plan((0,) * len(self.sites))
+            saving = [move for move in self._moves(plan, -1, among) if move.saved > 0]
+            if not saving:
+                break
             plan = min(saving, key=lambda move: move.utility / move.saved).plan
         return plan
 
-    def _fill(self, plan: _Plan, held: int | None = None) -> _Plan:
+    def _fill(self, plan: _Plan, among: Sequence[int]) -> _Plan:
         """Open the most utility per cost while anything fits."""
-        while fitting := [m for m in self._moves(plan, +1, held) if m.price > 0 and m.excess <= 0]:
+        while fitting := [m for m in self._moves(plan, +1, among) if m.price > 0 and m.excess <= 0]:
             plan = max(fitting, key=lambda move: move.utility / move.price).plan
         return plan
 
     def _exchange(self, plan: _Plan) -> _Plan:
         """Move one site a step and adjust the rest, while that brings the cost closer to the budget from below."""
         while not self.constraint.in_window(self.gates(plan)):
-            best = max(self._variants(self._rest(plan)), key=self._excess)
+            within = (variant for variant in self._variants(self._rest(plan)) if self._excess(variant) <= 0)
+            best = max(within, key=self._excess, default=plan)
             if self._excess(best) <= self._excess(plan):
                 break
             plan = best
         return plan
 
     def _variants(self, plan: _Plan) -> Iterator[_Plan]:
-        """Plans within the budget that differ from `plan` by one step of one site and what that allows elsewhere."""
-        yield self._fill(plan)
+        """Plans that differ from `plan` by one step of one site and what that asks for, or allows, elsewhere."""
+        yield self._fill(plan, self._all)
         for step in (-1, +1):
-            for move in self._moves(plan, step):
+            for move in self._moves(plan, step, self._all):
                 if move.price != 0:
-                    moved = self._rest(move.plan)
-                    adjusted = self._fill(self._shrink(moved, move.site), move.site)
-                    yield from (adjusted, self._fill(adjusted), self._fill(self._shrink(moved)))
+                    moved, others = self._rest(move.plan), [site for site in self._all if site != move.site]
+                    adjusted = self._fill(self._shrink(moved, others), others)
+                    yield adjusted
+                    yield self._fill(adjusted, self._all)
+                    yield self._fill(self._shrink(moved, self._all), self._all)
 
     def _rest(self, plan: _Plan) -> _Plan:
         """Closed blocks at the least width inside, where it costs nothing: they open as a small step."""

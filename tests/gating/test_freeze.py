@@ -163,9 +163,18 @@ def test_the_channels_that_stay_are_the_open_ones_and_of_those_the_most_useful(t
 
 def test_what_is_worth_least_for_its_cost_goes_first(tiny: GatedNetwork) -> None:
     utility = torch.ones(51)
-    utility[16] = 0  # block1, half of all MACs
+    utility[:17] = 0  # block1 with all its channels, half of all MACs
     gates = _solve(tiny, utility, torch.ones(51), macs=0.5)
-    assert torch.equal(gates, torch.ones(51).double().index_fill(0, torch.tensor(16), 0))
+    assert gates[16] == 0
+    assert (gates[17:] == 1).all()
+
+
+def test_a_block_is_worth_what_its_channels_are(tiny: GatedNetwork) -> None:
+    utility = torch.ones(51)
+    utility[16] = 0  # block1's own gate says that it is useless, its channels say otherwise
+    utility[0] = 0.1
+    gates = _solve(tiny, utility, torch.ones(51), macs=layer_macs((15, 16, 16)) / layer_macs() + 1e-9)
+    assert torch.equal(gates, torch.ones(51).double().index_fill(0, torch.tensor(0), 0))
 
 
 @pytest.mark.parametrize("asked", [{"macs": 0.5, "params": 0.6}, {"macs": 0.7, "params": 0.4}])
