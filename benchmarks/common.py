@@ -17,6 +17,16 @@ SHARED = ROOT.parent / "shared"  # data and trained networks, where a checkout h
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def _commit() -> str:
+    """The commit of the working tree, and whether files differ from it."""
+    asked = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    head, changed = (subprocess.run(a, cwd=ROOT, capture_output=True, text=True, check=False).stdout for a in asked)
+    return head.strip() + (" with changes" if changed.strip() else "")
+
+
+COMMIT = _commit()  # when the check starts, not when it ends
+
+
 def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run the command in a process of its own; return exit code, seconds, report.json, and how exact surgery was."""
     command = [sys.executable, "-m", "polar_deploy.pipeline", "--out", str(folder), *arguments]
@@ -36,8 +46,6 @@ def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
 def write_result(name: str, bars: dict[str, bool], figures: dict[str, Any]) -> int:
     """Write `benchmarks/results/NAME.json`, say which bars are met; exit code 0 if all are."""
     packages = ("torch", "onnx", "onnxruntime", "numpy")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     write_json(
         RESULTS / f"{name}.json",
         {
@@ -45,7 +53,7 @@ def write_result(name: str, bars: dict[str, bool], figures: dict[str, Any]) -> i
             "machine": machine.describe(),
             "python": ".".join(map(str, sys.version_info[:3])),
             "versions": {package: version(package) for package in packages},
-            "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+            "commit": COMMIT,
             **figures,
         },
     )

@@ -16,7 +16,7 @@ from polar_deploy import targets
 from polar_deploy.config import Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, read_json, write_json
+from polar_deploy.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,6 +181,7 @@ def _gates(run: Run) -> None:
 
     from polar_deploy import models
     from polar_deploy.gating.cost import Constraint
+    from polar_deploy.gating.document import sites
     from polar_deploy.training.gated import train_gated
     from polar_deploy.training.loop import choose_device, prepare
 
@@ -193,41 +194,25 @@ def _gates(run: Run) -> None:
     models.save_weights(network.net, run.path("gated/weights.safetensors"))
     opened = network.open().cpu()
     achieved = constraint.to(torch.device("cpu")).achieved(opened)
-    write_json(run.path("gated/gates.json"), _gates_document(run, network, achieved, state.notes["freeze"]["share"]))
-
-
-def _gates_document(run: Run, network: GatedNetwork, achieved: dict[str, float], share: list[float]) -> dict[str, Any]:
-    sites = []
-    for site, start, gate in zip(network.sites, network.starts, network.gates, strict=True):
-        sites.append(
-            {
-                "name": site.name,
-                "kind": site.kind,
-                "width": site.width,
-                "open": gate.open.nonzero().flatten().tolist(),
-                "share": share[start : start + site.gates],
-            }
-        )
-    return {
-        "schema": 1,
-        "model": run.settings.model,
-        "input": [3, run.input_size, run.input_size],
-        "align": run.settings.align,
-        "budget": run.settings.budget.asked(),
+    heading = {"model": settings.model, "input": [3, run.input_size, run.input_size], "align": settings.align}
+    document = heading | {
+        "budget": asked,
         "achieved": achieved,
-        "sites": sites,
+        "sites": sites(network, state.notes["freeze"]["share"]),
     }
+    write_json(run.path("gated/gates.json"), {"schema": 1, **document})
 
 
 def _export(run: Run) -> None:
     import numpy as np
 
     from polar_deploy import data, export, models
+    from polar_deploy.gating.document import read_open
 
     full = run.full_network()
     gated = run.gated(run.network())
     models.load_weights(gated.net, run.path("gated/weights.safetensors"))
-    gated.freeze(_opened(gated, run.path("gated/gates.json")))
+    gated.freeze(read_open(gated, run.path("gated/gates.json")))
     static = gated.static()
     export.export(full, run.input_size, run.path("full/model.onnx"))
     export.export(static, run.input_size, run.path("gated/model.onnx"), gated.sites)
@@ -241,28 +226,6 @@ def _export(run: Run) -> None:
     for name, expected in outputs.items():
         export.check(run.path(f"{name}/model.onnx"), inputs, expected)
     export.write_reference(run.path("gated/reference.npz"), {"inputs": inputs, **outputs})
-
-
-def _opened(network: GatedNetwork, path: Path) -> Any:
-    """The gate vector of gates.json, checked against the network's sites."""
-    import torch
-
-    document = read_json(path)
-    entries = document.get("sites") if isinstance(document, dict) else None
-    listed = {e.get("name"): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
-    opened = torch.zeros(network.masks)
-    for site, start in zip(network.sites, network.starts, strict=True):
-        entry = listed.get(site.name, {})
-        gates = entry.get("open")
-        known = isinstance(gates, list) and all(type(gate) is int and 0 <= gate < site.gates for gate in gates)
-        if not known or entry.get("kind") != site.kind or entry.get("width") != site.width:
-            raise ContentError(
-                f"{path} has no {site.kind} site {site.name!r} of width {site.width} with open gates from 0 to "
-                f"{site.gates - 1}",
-                "use the gates.json that was written for this model",
-            )
-        opened[start + torch.tensor(gates, dtype=torch.long)] = 1.0
-    return opened
 
 
 def _surgery(run: Run) -> None:
