@@ -200,7 +200,7 @@ def _unbalanced(kept: Bools, alive: Bools) -> Ints:
     """Channels to take back so that every living group keeps as many as the fullest one, and at least one."""
     size = kept.shape[1]
     counts = kept.sum(axis=1)
-    wanted = max(1, int(counts.max()))
+    wanted = max(1, int(np.max(counts)))
     back = [
         group * size + np.flatnonzero(~kept[group])[: wanted - counts[group]]
         for group in np.flatnonzero(alive & (counts < wanted))

@@ -106,12 +106,12 @@ class Elementwise(Operator):
 
     def _conclude(self, step: Step, operands: list[Operand]) -> None:
         target = step.output
-        target.constant = np.logical_and.reduce([operand.constant for operand in operands])
+        target.constant = np.all([operand.constant for operand in operands], axis=0)
         with np.errstate(all="ignore"):
             value = reduce(self.compute, [operand.value for operand in operands])
         target.constant &= np.isfinite(value)
         target.value = np.where(target.constant, value, 0.0)
-        positive = np.logical_and.reduce([operand.nonnegative for operand in operands])
+        positive = np.all([operand.nonnegative for operand in operands], axis=0)
         target.nonnegative = np.where(target.constant, target.value >= 0, positive & self.nonnegative)
 
     def need(self, step: Step) -> None:
@@ -193,7 +193,7 @@ class Multiply(Elementwise):
             value = np.where(step.output.needed, operand.value, 1.0)
             operands[gate] = Operand(operand.constant, value, value >= 0)
         self._conclude(step, operands)
-        zero = np.logical_or.reduce([operand.constant & (operand.value == 0) for operand in operands])
+        zero = np.any([operand.constant & (operand.value == 0) for operand in operands], axis=0)
         target = step.output
         target.constant |= zero
         target.value[zero] = 0.0

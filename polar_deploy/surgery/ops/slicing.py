@@ -155,12 +155,12 @@ class Concat(Operator):
         super().constants(step)
         if step.memo:
             return
-        target, constant = step.output, np.logical_and
+        target = step.output
         values = [link.source.value for link in step.links]
-        agree = constant.reduce([link.source.constant & (link.source.value == values[0]) for link in step.links])
+        agree = np.all([link.source.constant & (link.source.value == values[0]) for link in step.links], axis=0)
         target.constant = agree & (len(step.links) == len(step.inputs))
         target.value = np.where(target.constant, values[0], 0.0)
-        positive = np.logical_and.reduce([link.source.nonnegative for link in step.links])
+        positive = np.all([link.source.nonnegative for link in step.links], axis=0)
         target.nonnegative = positive & (len(step.links) == len(step.inputs))
 
     def retain(self, step: Step) -> list[Retained]:
