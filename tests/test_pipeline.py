@@ -219,9 +219,11 @@ def test_a_damaged_or_missing_output_is_made_again(miniature: Miniature, tmp_pat
     (folder / "engines/full.layers.json").unlink()
     outcome = polar(*MINIATURE, "--out", folder)
     assert outcome.code == miniature.outcome.code
-    # the report reads build.json, which tells how long the build took; the engines are what they were
-    assert outcome.ran == ["surgery", "build", "report"]
     after = contents(folder)
+    # The engines are what they were. The report reads build.json, which tells how long the build took: it is made
+    # again exactly when that time differs (in milliseconds, so two builds can take the same).
+    rebuilt = after["engines/build.json"] != before["engines/build.json"]
+    assert outcome.ran == ["surgery", "build", *(["report"] if rebuilt else [])]
     assert set(after) == set(before)
     varies = {"engines/build.json", *(f"engines/{name}.layers.json" for name in ("full", "compressed"))}
     varies |= {"stamps/build.json", "stamps/report.json"}
