@@ -58,14 +58,17 @@ class Progress:
 
         A resumed stage begins with `done` epochs behind it.
         """
-        known = name == self._name and self._task is None
-        self._end_stage()
+        begun = name == self._name
+        if not begun:
+            self._end_stage()
         self._name, self._facts, self._total = name, "", total_epochs
         self._first = self._done = float(done)
         self._began = time.monotonic()
         if self._bar is not None:
-            self._task = self._bar.add_task(self._line(), total=total_epochs, completed=done)
-        elif done or not known:
+            if self._task is None:
+                self._task = self._bar.add_task(self._line())
+            self._bar.update(self._task, description=self._line(), total=total_epochs, completed=done)
+        elif done or not begun:
             self.note(f"{name}: goes on after epoch {done} of {total_epochs}" if done else name)
 
     def step(self, fraction: float) -> None:

@@ -20,6 +20,7 @@ from polar_deploy.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     from torch import nn
 
     from polar_deploy.data import Dataset
@@ -194,13 +195,16 @@ def _gates(run: Run) -> None:
     models.save_weights(network.net, run.path("gated/weights.safetensors"))
     opened = network.open().cpu()
     achieved = constraint.to(torch.device("cpu")).achieved(opened)
-    heading = {"model": settings.model, "input": [3, run.input_size, run.input_size], "align": settings.align}
-    document = heading | {
+    document = {
+        "schema": 1,
+        "model": settings.model,
+        "input": [3, run.input_size, run.input_size],
+        "align": settings.align,
         "budget": asked,
         "achieved": achieved,
         "sites": sites(network, state.notes["freeze"]["share"]),
     }
-    write_json(run.path("gated/gates.json"), {"schema": 1, **document})
+    write_json(run.path("gated/gates.json"), document)
 
 
 def _export(run: Run) -> None:
@@ -232,19 +236,19 @@ def _surgery(run: Run) -> None:
     from polar_deploy.surgery import compress_file
 
     target = run.path("compressed/model.onnx")
-    compress_file(run.path("gated/model.onnx"), target, report=run.path("compressed/surgery.json"))
-    _require_budget(run)
+    surgery = compress_file(run.path("gated/model.onnx"), target, report=run.path("compressed/surgery.json"))
+    _require_budget(run, surgery.model)
 
 
-def _require_budget(run: Run) -> None:
+def _require_budget(run: Run, compressed: onnx.ModelProto) -> None:
     """The budget is a promise about the compressed ONNX graph: hold it against the graph itself."""
     import onnx
 
     from polar_deploy.surgery import cost
 
-    full, compressed = (cost(onnx.load(run.path(f"{name}/model.onnx"))) for name in ("full", "compressed"))
+    before, after = cost(onnx.load(run.path("full/model.onnx"))), cost(compressed)
     for name, asked in run.settings.budget.asked().items():
-        achieved = getattr(compressed, name) / getattr(full, name)
+        achieved = getattr(after, name) / getattr(before, name)
         if achieved > asked:
             raise ContentError(
                 f"the compressed network has {achieved:.4f} of the full one's {name}, above the budget of {asked}: "

@@ -48,9 +48,8 @@ class CostModel:
     """
 
     def __init__(self, traced: Traced, sites: Sequence[Site], cost: CostName = "macs") -> None:
-        self.offsets = offsets(sites)
         self.gates = sum(site.gates for site in sites)
-        layers = _layers(traced, sites, self.offsets, cost)
+        layers = _layers(traced, sites, offsets(sites), cost)
         self._unit = torch.tensor([layer.unit for layer in layers], dtype=torch.float64)
         self._bias = torch.tensor([layer.bias for layer in layers], dtype=torch.float64)
         whole = [_common(layer.outputs) for layer in layers]

@@ -92,12 +92,12 @@ class Knapsack:
         Raises:
             UsageError: the budget is below the smallest reachable cost.
         """
-        least = self.gates(_Plan((0,) * len(self.sites)))
-        if float(self.constraint(least)) > 0:
-            raise unreachable(self.constraint, least)
+        least = _Plan((0,) * len(self.sites))
+        if self._excess(least) > 0:
+            raise unreachable(self.constraint, self.gates(least))
         plan = self._shrink(self._nearest(), self._all)
         if self._excess(plan) > 0:  # two budgets pull apart
-            plan = _Plan((0,) * len(self.sites))
+            plan = least
         return self.gates(self._exchange(self._fill(plan, self._all)))
 
     def gates(self, plan: _Plan) -> Tensor:

@@ -155,6 +155,8 @@ def undecided(share: Tensor) -> float:
 def consensus(network: GatedNetwork, run: Fit) -> Tensor:
     """Share of training samples (un-augmented, evaluation mode) that open each gate, [G]."""
     network.eval()
-    opened = sum(network(images).new_tensor(len(images)) * network.share() for images, _ in run.train.plain())
-    assert isinstance(opened, Tensor)
+    opened = torch.zeros(network.masks, device=run.device)
+    for images, _ in run.train.plain():
+        network(images)  # each gate notes the share of the batch that opens it
+        opened += len(images) * network.share()
     return opened / len(run.train)
