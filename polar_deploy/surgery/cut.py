@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """A Mul by one constant a channel, and what became of it.
+    """A node that multiplies by one constant a channel, and what became of it.
 
     outcome: "removed" (with all channels that it closed), "folded" (into the weights of the node `into`; into zero
     filters or columns where that is absent), or "kept" (for `reason`).
@@ -43,7 +43,8 @@ class Cut:
 
 def apply(facts: Facts) -> Cut:
     """Cuts the graph as planned by `sets.decide`."""
-    gates = {id(step.node): _record(step, index) for step in facts.steps if (index := _gate(step)) is not None}
+    found = [(step, factors) for step in facts.steps if (factors := step.handler.gate(step)) is not None]
+    gates = {id(step.node): _record(step, factors) for step, factors in found}
     for step in facts.alive:
         if not step.outputs or not all(channels.gone for channels in step.outputs):
             step.handler.slice(step)
@@ -58,14 +59,9 @@ def apply(facts: Facts) -> Cut:
     return Cut(list(gates.values()), dropped + facts.graph.drop_unused())
 
 
-def _gate(step: Step) -> int | None:
-    return step.handler.gate(step) if isinstance(step.handler, Multiply) else None
-
-
-def _record(step: Step, index: int) -> Gate:
+def _record(step: Step, factors: Floats) -> Gate:
     """The gate before the cut."""
     metadata = step.graph.metadata(step.node)
-    factors = step.parameter(index, "factor").ravel()
     kept = step.output.kept
     return Gate(
         node=step.label,

@@ -63,6 +63,10 @@ class Operator:
     def slice(self, step: Step) -> None:
         """Cuts the node's constants and attributes to the channels that are kept. Default: there are none."""
 
+    def gate(self, step: Step) -> Floats | None:
+        """[output channels] the constants that the node multiplies its data with, where it is a gate; else None."""
+        return None
+
     def scale_output(self, step: Step, factors: Floats) -> bool:
         """Multiplies the kept output channels by `factors` by way of the node's constants. False: it cannot."""
         return False

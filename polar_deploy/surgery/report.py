@@ -48,7 +48,7 @@ def build(rounds: list[Round], costs: tuple[Cost, Cost], proof: Proof | None) ->
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
         "cuts_not_made": _cuts_not_made(last.facts, last.sets),
-        "walls": [_entry(step.memo) for step in last.facts.alive if isinstance(step.handler, Unknown)],
+        "walls": [_entry(step.memo) for step in last.facts.alive if _is_wall(step)],
     }
 
 
@@ -122,6 +122,12 @@ def _branch(step: Step, makers: dict[str, Step], dropped: set[int]) -> list[str]
             layers.append(maker.label)
         pending.extend(tensor.name for tensor in maker.original)
     return layers[::-1]
+
+
+def _is_wall(step: Step) -> bool:
+    """Whether channels end at a node that they cannot be followed through; shape arithmetic has none."""
+    ends = step.outputs or any(channels is not None for channels in step.inputs)
+    return isinstance(step.handler, Unknown) and bool(ends)
 
 
 def _entry(note: Note) -> dict[str, Any]:

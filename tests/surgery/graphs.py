@@ -167,6 +167,52 @@ def constant(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
 
 
+CLOSED = (1, 4)  # of six channels, by `around`
+
+
+def around(operator: str, *extra: Array, opset: int = 17, kernel: int = 1, **attributes: Any) -> onnx.ModelProto:
+    """Conv `one` with 6 channels, a gate that closes CLOSED, `operator` with constant inputs `extra`, Conv `two`."""
+    net = Net(opset=opset)
+    x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
+    inputs = [x, *(net.constant(f"extra{i}", values) for i, values in enumerate(extra))]
+    x = net.node(operator, inputs, "tested", **attributes)
+    return net.model(net.conv(x, 4, "two", kernel=kernel))
+
+
+def fates(
+    model: onnx.ModelProto,
+    surgery: Surgery,
+    writer: str = "one",
+    reader: str = "two",
+    closed: Sequence[int] = CLOSED,
+) -> list[str]:
+    """What became of each output channel of `writer`, read off the weights of two layers, before and after.
+
+    Per channel: "open" (its filter is still there, and it was not to go), "gone" (no filter, no column in `reader`),
+    "folded" (gone, and the bias of `reader` took up its constant), or "kept: REASON" (its place is kept, with its
+    filter or a zero one), with the reason from the report.
+    """
+    before, after = weight(model, writer), names(surgery.model)
+    rows = [row.tobytes() for row in weight(surgery.model, writer)] if writer in after else []
+    there = [row.tobytes() in rows for row in before]
+    emptied = sum(not np.frombuffer(row, before.dtype).any() for row in rows)
+    assert len(rows) == sum(there) + emptied, f"{writer} has filters that nobody knows"
+    reasons = [entry["reason"] for entry in surgery.report["cuts_not_made"] if entry["layer"] in (writer, "gate")]
+    kept = f"kept: {'; '.join(dict.fromkeys(reasons))}"
+    moved = reader in after and not np.array_equal(weight(model, reader, 2), weight(surgery.model, reader, 2))
+    away = kept if emptied else "folded" if moved else "gone"
+    return [("open" if i not in closed else kept) if there[i] else away for i in range(len(before))]
+
+
+def outcome(model: onnx.ModelProto, surgery: Surgery | None = None) -> str:
+    """The one fate of the closed channels of `around`, see `fates`; every other channel must be open still."""
+    found = fates(model, surgery or cut(model))
+    assert all(found[i] == "open" for i in range(len(found)) if i not in CLOSED), found
+    closed = {found[i] for i in CLOSED}
+    assert len(closed) == 1, found
+    return closed.pop()
+
+
 def half(width: int, seed: int) -> list[int]:
     """A random half of the channels."""
     return sorted(np.random.default_rng(seed).permutation(width)[: width // 2].tolist())

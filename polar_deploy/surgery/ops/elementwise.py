@@ -187,7 +187,7 @@ class Multiply(Elementwise):
 
     def constants(self, step: Step) -> None:
         operands = self.operands(step)
-        gate = self.gate(step)
+        gate = self._factor(step)
         if step.facts.settled and gate is not None:  # it opens where nobody needs the result, see `slice`
             operand = operands[gate]
             value = np.where(step.output.needed, operand.value, 1.0)
@@ -209,7 +209,11 @@ class Multiply(Elementwise):
             read &= ~zeros[index]
         return read
 
-    def gate(self, step: Step) -> int | None:
+    def gate(self, step: Step) -> Floats | None:
+        index = self._factor(step)
+        return None if index is None else self.operands(step)[index].value
+
+    def _factor(self, step: Step) -> int | None:
         """The input that is a constant factor a channel; None where this Mul is no gate."""
         factors = [index for index in (0, 1) if step.constant(index) is not None]
         if len(factors) != 1 or step.inputs[1 - factors[0]] is None:
@@ -220,7 +224,7 @@ class Multiply(Elementwise):
         return factors[0]
 
     def slice(self, step: Step) -> None:
-        gate = self.gate(step)
+        gate = self._factor(step)
         if gate is not None:
             operands, values = self.operands(step), step.parameter(gate, "factor")
             other = operands[1 - gate]
