@@ -44,6 +44,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     tmp = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     with _translated(path):
+        if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+            raise UsageError(f"{path} is not a regular file", "give the path of a file, new or old")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _full_disk_noticed(path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.surgery import compress_file
+
+WIDTH = 120  # characters, where the table goes into a file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,19 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-verify", action="store_true", help="skip the proof in ONNX Runtime")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of nodes, on a terminal that knows ASCII only
     try:
-        surgery = compress_file(args.source, args.target, report=args.report, verify=not args.no_verify)
+        report = compress_file(args.source, args.target, report=args.report, verify=not args.no_verify)
     except PolarDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if args.json:
-        print(json.dumps(surgery.report, indent=1, allow_nan=False))
+        print(json.dumps(report, indent=1, allow_nan=False))
         return 0
     from rich.console import Console
 
     from polar_deploy.surgery.report import show
 
-    show(surgery.report, Console())
+    show(report, Console(width=None if sys.stdout.isatty() else WIDTH))
     return 0
 
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """One Conv, ConvTranspose, Gemm or MatMul with a constant. Widths are channels, (inputs, outputs)."""
+    """One convolution or matrix product with constant weights. Widths are channels, (inputs, outputs).
+
+    groups: blocks of a convolution in which inputs and outputs are connected.
+    """
 
     node: int  # its position among the graph's nodes
     name: str
@@ -22,20 +25,50 @@ class Layer:
     macs: int
     params: int
     width: tuple[int, int]
+    groups: int
+
+    def padding(self, multiple: int) -> float:
+        """The share of a device's work that is lost where it rounds widths up to a multiple: 0 <= share < 1.
+
+        Depthwise convolutions work channel by channel, in others the inputs and outputs of each group are rounded up.
+        """
+        inputs, outputs = (width / self.groups for width in self.width)
+        if not self.macs:
+            return 0.0
+        if self.groups > 1 and inputs == 1:
+            return 1 - self.width[1] / _up(self.width[1], multiple)
+        return 1 - inputs * outputs / (_up(inputs, multiple) * _up(outputs, multiple))
+
+
+def _up(width: float, multiple: int) -> int:
+    return -(-int(width) // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of a graph at batch 1 and the model's input size (224 a side where that is dynamic).
 
-    macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too).
-    params: elements of all floating-point constants that a node reads, each constant once.
+    macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too), quantised
+        ones included.
+    params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
     layers: those with weights, in the graph's order.
     """
 
     macs: int
     params: int
     layers: tuple[Layer, ...]
+
+    def padding(self, multiple: int) -> float:
+        """`Layer.padding` of all layers together, weighted with their multiply-accumulates."""
+        weighted = sum(layer.macs / (1 - layer.padding(multiple)) for layer in self.layers)
+        return 1 - sum(layer.macs for layer in self.layers) / weighted if weighted else 0.0
+
+
+# Where the weights are among the inputs of each operator whose multiply-accumulates count; the data is input 0.
+WEIGHTS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
+}
 
 
 def count(model: onnx.ModelProto) -> Cost:
@@ -54,16 +87,17 @@ def count(model: onnx.ModelProto) -> Cost:
         new = sum(sizes[name] for name in own if name not in counted)
         counted.update(own)
         params += new
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.domain in ("", "ai.onnx"):
+        if node.op_type in WEIGHTS and node.domain in ("", "ai.onnx"):
             done, width = _multiply(node, shapes)
             macs += done
-            if node.input[1] in sizes:
-                layers.append(Layer(position, node.name or node.output[0], node.op_type, done, new, width))
+            if node.input[WEIGHTS[node.op_type]] in sizes:
+                groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+                layers.append(Layer(position, node.name or node.output[0], node.op_type, done, new, width, groups))
     return Cost(macs, params, tuple(layers))
 
 
 def _parameters(model: onnx.ModelProto) -> dict[str, int]:
-    """Elements of every floating-point constant, by name."""
+    """Elements of every constant that is a parameter, by name: floating-point ones and quantised weights."""
     import onnx
 
     floats = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")}
@@ -75,18 +109,27 @@ def _parameters(model: onnx.ModelProto) -> dict[str, int]:
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    return {name: math.prod(tensor.dims) for name, tensor in constants if tensor.data_type in floats}
+    every = {name: math.prod(tensor.dims) for name, tensor in constants}
+    sizes = {name: every[name] for name, tensor in constants if tensor.data_type in floats}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in every:
+            sizes[node.output[0]] = every[node.input[0]]
+        elif node.op_type.endswith("Integer") or node.op_type.startswith("QLinear"):
+            names = [node.input[i] for i in (WEIGHTS.get(node.op_type, 0), 8) if i < len(node.input)]  # 8: the bias
+            sizes.update((name, every[name]) for name in names if name in every)
+    return sizes
 
 
 def _multiply(node: onnx.NodeProto, shapes: dict[str, Shape]) -> tuple[int, tuple[int, int]]:
     """Multiply-accumulates of one node, and its width; zeros where a shape is not known."""
-    first, second, result = (_sizes(shapes.get(name)) for name in (*node.input[:2], node.output[0]))
+    names = (node.input[0], node.input[WEIGHTS[node.op_type]], node.output[0])
+    first, second, result = (_sizes(shapes.get(name)) for name in names)
     if first is None or second is None or result is None:
         return 0, (0, 0)
-    if node.op_type == "Conv":
-        return math.prod(result) * math.prod(second[1:]), (first[1], result[1])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:]), (first[1], result[1])
+    if "Conv" in node.op_type:
+        return math.prod(result) * math.prod(second[1:]), (first[1], result[1])
     inner = first[0] if any(a.name == "transA" and a.i for a in node.attribute) else first[-1]
     return math.prod(result) * inner, (inner, result[-1])
 

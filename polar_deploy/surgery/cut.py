@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.ops.elementwise import Multiply, keeps_shape
+from polar_deploy.surgery.elementwise import keeps_shape
+from polar_deploy.surgery.ops.gates import Multiply
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Facts, Floats, Step
     from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.stored import Array
+
+
+LEFT = "what it closes is needed, and in use elsewhere as well"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A node that multiplies by one constant a channel, and what became of it.
+    """A node that multiplies by one constant a channel, or masks channels, and what became of it.
 
     outcome: "removed" (with all channels that it closed), "folded" (into the weights of the node `into`; into zero
     filters or columns where that is absent), or "kept" (for `reason`).
@@ -56,7 +62,11 @@ def apply(facts: Facts) -> Cut:
             into = _fold(steps, step, index)
             if id(step.node) in gates:
                 gates[id(step.node)] = _concluded(gates[id(step.node)], into)
-    return Cut(list(gates.values()), dropped + facts.graph.drop_unused())
+    dropped += facts.graph.drop_unused()
+    for step, _ in found:
+        if facts.graph.contains(step.node) and gates[id(step.node)].reason is None:
+            gates[id(step.node)] = replace(gates[id(step.node)], outcome="kept", reason=LEFT)
+    return Cut(list(gates.values()), dropped)
 
 
 def _record(step: Step, factors: Floats) -> Gate:
@@ -78,9 +88,15 @@ def _factor(step: Step) -> int | None:
     """The input of a Mul that is left which holds one constant a kept channel, be it a gate or a constant branch."""
     if not isinstance(step.handler, Multiply) or not step.graph.contains(step.node):
         return None
-    kept = int(step.output.kept.sum())
-    found = [i for i in (0, 1) if (values := step.constant(i)) is not None and values.size == kept]
+    found = [i for i in (0, 1) if (values := step.constant(i)) is not None and _is_along(step, values)]
     return found[0] if len(found) == 1 else None
+
+
+def _is_along(step: Step, values: Array) -> bool:
+    """Whether a constant has one element a kept channel, and lies along the channels and no other axis."""
+    target, rank = step.output, len(step.graph.shape(step.made[0]) or ())
+    own = [axis - rank for axis in target.axes if axis - rank >= -values.ndim]
+    return bool(values.size == int(target.kept.sum()) == math.prod(values.shape[axis] for axis in own))
 
 
 def _fold(steps: dict[int, Step], step: Step, index: int) -> str | None:
@@ -93,17 +109,35 @@ def _fold(steps: dict[int, Step], step: Step, index: int) -> str | None:
     if not keeps_shape(step, 1 - index) or not graph.can_bypass(node, 1 - index):
         return None
     factors: Floats = step.parameter(index, "factor").astype(np.float64).ravel()
-    producer, readers = _producer(steps, node.inputs[1 - index], graph), _readers(steps, node.outputs[0], graph)
-    if producer is not None and producer.handler.scale_output(producer, factors):
-        into = producer.label
-    elif readers:
+    into, readers = _absorb(steps, node.inputs[1 - index], factors, graph), _readers(steps, node.outputs[0], graph)
+    if into is None and not readers:
+        return None
+    if into is None:
         into = ", ".join(reader.label for reader in readers)
         for reader in readers:
             reader.handler.scale_input(reader, factors)
-    else:
-        return None
     graph.bypass(node, 1 - index)
     return into
+
+
+def _absorb(steps: dict[int, Step], tensor: Tensor, factors: Floats, graph: Graph) -> str | None:
+    """Scales what makes `tensor`, which nobody else reads; a layer's bias and Transpose may stand in between.
+
+    Returns:
+        The node whose weights took the factors up; None, and nothing is done, where there is none.
+    """
+    between: list[Step] = []
+    while (producer := _producer(steps, tensor, graph)) is not None:
+        if producer.handler.scale_output(producer, factors):
+            for step in between:
+                step.handler.scale_addend(step, factors)
+            return producer.label
+        index = producer.handler.through(producer)
+        if index is None:
+            return None
+        between.append(producer)
+        tensor = producer.node.inputs[index]
+    return None
 
 
 def _concluded(gate: Gate, into: str | None) -> Gate:

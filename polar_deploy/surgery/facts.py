@@ -14,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError
-from polar_deploy.surgery.graph import Array, Graph, Node, Tensor
+from polar_deploy.surgery.graph import Graph, Node, Tensor
+from polar_deploy.surgery.stored import Array
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from polar_deploy.surgery.operator import Operator
 
+MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
 OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
 
 Bools = npt.NDArray[np.bool_]
@@ -189,7 +193,8 @@ class Step:
 class Facts:
     """All facts about a graph. Building it runs the forward and the backward analysis."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:
+        """`demands`: channels of tensors, by name, that are needed whoever reads them."""
         self.graph = graph
         self.steps: list[Step] = []  # one a node, in topological order
         self.alive: list[Step] = []  # those whose result is read once constants have replaced whole branches
@@ -201,6 +206,8 @@ class Facts:
             if node.outputs:
                 self.steps.append(self._forward(node))
         self._pin_ends()
+        for name, needed in (demands or {}).items():
+            self._channels[name].needed |= needed
         self._backward()
         self._settle()
 
@@ -219,6 +226,8 @@ class Facts:
         sizes = tuple(dim for dim in dims if isinstance(dim, int))
         if len(sizes) != len(dims) or 0 in sizes:
             raise Wall(f"the number of channels of {tensor.name} is not known")
+        if math.prod(sizes) > MAX_CHANNELS:
+            raise Wall(f"{tensor.name} has {math.prod(sizes)} channels, more than surgery looks at")
         channels = Channels(tensor.name, step.label if step is not None else tensor.name, axes, sizes, self.total)
         self._channels[tensor.name] = channels
         self.total += len(channels)
@@ -231,7 +240,7 @@ class Facts:
     def _open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
         """Channels of a tensor that comes from the unknown: on axis 1, and none of them goes."""
         shape = self.graph.shape(tensor)
-        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
+        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_CHANNELS:
             channels = self.create(step, tensor, (1,))
             channels.pin(note)
             channels.needed[:] = needed

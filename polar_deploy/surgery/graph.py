@@ -7,12 +7,13 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from polar_deploy.surgery.model import Shape, infer_shapes
+from polar_deploy.surgery.arithmetic import evaluate
+from polar_deploy.surgery.model import SMALL, Shape, infer_shapes
+from polar_deploy.surgery.stored import PACKED, Array, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     import onnx
     from google.protobuf.message import Message
@@ -20,23 +21,27 @@ if TYPE_CHECKING:
 Node = Any  # onnx_graphsurgeon.Node; the library has no type annotations
 Tensor = Any  # onnx_graphsurgeon.Tensor
 
-Array = npt.NDArray[Any]
-MAX_FOLDED = 1 << 24  # elements of a constant that is folded through Transpose and the like
+MAX_FOLDED = 1 << 24  # elements of constants that are looked at
+FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays computed: the file would grow
 
 
 class Graph:
-    """One model under the knife. The ModelProto it came from is left as it is."""
+    """One model under the knife. What it came from is left as it is."""
 
-    def __init__(self, model: onnx.ModelProto, labels: list[str] | None = None) -> None:
+    def __init__(self, stored: Stored, labels: list[str] | None = None) -> None:
         """Takes a checked model; `labels`: what reports call its nodes, where they were called something before."""
         import onnx_graphsurgeon as gs
         from onnx_graphsurgeon.logger import G_LOGGER
 
         G_LOGGER.severity = G_LOGGER.ERROR
         self._gs = gs
-        self.model = model
+        self._stored = stored
+        self.model = model = stored.model
         self._tensors = infer_shapes(model)
         self.body = gs.import_onnx(model)
+        for name, tensor in self.body.tensors().items():
+            if name in stored.arrays:
+                tensor.values = stored.arrays[name]
         self.original_nodes = list(self.body.nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self.original_nodes}
         self._proto = {id(node): proto for node, proto in zip(self.body.nodes, model.graph.node, strict=True)}
@@ -68,8 +73,8 @@ class Graph:
         return tuple(tensor.shape) if self.is_constant(tensor) else self._tensors.shapes.get(tensor.name)
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether the value of `tensor` is part of the model."""
-        return isinstance(tensor, self._gs.Constant)
+        """Whether the value of `tensor` is part of the model. Those of sparse tensors are left alone."""
+        return isinstance(tensor, self._gs.Constant) and not isinstance(tensor._values, self._gs.ir.tensor.SparseValues)
 
     def is_output(self, name: str) -> bool:
         """Whether the tensor of that name is an output of the graph."""
@@ -96,8 +101,16 @@ class Graph:
             self._originals.setdefault(name, old)
         else:
             name = f"{self.label(node)}.{'bias' if index == 2 else 'constant'}"
-        node.inputs[index] = self._gs.Constant(name, np.ascontiguousarray(values))
+        node.inputs[index] = self._gs.Constant(name, np.asarray(values, order="C"))
         self._edited.setdefault(name, []).append((node, index))
+
+    def drop_input(self, node: Node, index: int) -> None:
+        """Takes an input away from an operator that has any number of them."""
+        del node.inputs[index]
+        for name, users in self._edited.items():
+            self._edited[name] = [
+                (user, at - (user is node and at > index)) for user, at in users if user is not node or at != index
+            ]
 
     def set_attribute(self, node: Node, name: str, value: object) -> None:
         """Sets an attribute."""
@@ -162,12 +175,14 @@ class Graph:
             node.inputs.clear()
         return dropped
 
-    def to_model(self) -> onnx.ModelProto:
+    def to_stored(self) -> Stored:
         """The graph as a model: what graphsurgeon does not carry over is taken from the original.
 
-        Names, types and shapes of inputs and outputs, attributes and metadata of nodes stay; value_info goes.
+        Names, types and shapes of inputs and outputs, attributes and metadata of nodes stay; value_info goes. The
+        graph itself has served then.
         """
         self._name_constants()
+        arrays = self._take_arrays()
         model: onnx.ModelProto = self._gs.export_onnx(self.body, do_type_check=False)
         source = self.model
         for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
@@ -189,7 +204,25 @@ class Graph:
         del graph.value_info[:]
         for node, proto in zip(self.body.nodes, graph.node, strict=True):
             self._restore_node(node, proto)
-        return model
+        arrays.update((name, self._stored.arrays[name]) for name in self._inner & self._stored.arrays.keys())
+        return Stored(model, arrays, self._stored.external)
+
+    def _take_arrays(self) -> dict[str, Array]:
+        """Takes large constants out of the graph: graphsurgeon would write their data into the message."""
+        import onnx
+
+        arrays: dict[str, Array] = {}
+        for name, tensor in self.body.tensors().items():
+            if not self.is_constant(tensor) or isinstance(tensor._values, self._gs.ir.tensor.LazyValues):
+                continue  # the latter are small, and nobody has looked at them
+            kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+            if onnx.TensorProto.DataType.Name(kind) in PACKED:  # it would write a byte a number
+                tensor.values = self._gs.ir.tensor.LazyValues(onnx.numpy_helper.from_array(tensor.values, name))
+            elif math.prod(tensor.shape) > SMALL:
+                values = tensor.values
+                header = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
+                arrays[name], tensor.values = values, self._gs.ir.tensor.LazyValues(header)
+        return arrays
 
     def _restore_inputs(self, graph: onnx.GraphProto) -> None:
         """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
@@ -220,65 +253,51 @@ class Graph:
         taken = set(self._names)
         alive = {id(node) for node in self.body.nodes}
         for name, users in self._edited.items():
-            variants: dict[tuple[Shape, bytes], Tensor] = {}
+            variants: list[Tensor] = []
             for node, index in users:
                 if id(node) in alive:
-                    values = node.inputs[index].values
-                    variant = variants.setdefault((values.shape, values.tobytes()), node.inputs[index])
-                    if variant is not node.inputs[index]:
+                    own = node.inputs[index]
+                    variant = next((v for v in variants if v is own or _is_same(v.values, own.values)), None)
+                    if variant is None:
+                        variants.append(own)
+                    elif variant is not own:
                         node.inputs[index] = variant
             original = self._originals.get(name)
             free = not original.outputs if original is not None else name not in taken
-            for constant in variants.values():
+            for constant in variants:
                 constant.name = name if free else _free_name(name, taken)
                 free = False
 
     def _fold_constants(self) -> None:
-        """Turns Constant nodes, and what only moves or casts constants, into constants."""
+        """Turns what is computed from constants alone into constants: gates come as Cast, Not, Greater, Where …"""
         for node in self.body.nodes:
-            fold = FOLDS.get(node.op)
-            if fold is None or node.domain or not self.is_private(node.outputs[0].name):
-                continue
-            if all(self.is_constant(tensor) and math.prod(tensor.shape) <= MAX_FOLDED for tensor in node.inputs):
-                values = fold(node, [np.asarray(tensor.values) for tensor in node.inputs])
-                if values is not None:
+            if len(node.outputs) == 1 and self.is_private(node.outputs[0].name) and self._is_foldable(node):
+                values = self._evaluate(node)
+                if values is not None and values.size <= MAX_FOLDED and values.dtype.kind not in "OSU":
                     node.outputs[0].to_constant(values)
                     node.outputs.clear()
 
+    def _is_foldable(self, node: Node) -> bool:
+        if node.domain not in (None, "", "ai.onnx") or node.op in UNFOLDED:
+            return False
+        if not all(self.is_constant(tensor) or not tensor.name for tensor in node.inputs):
+            return False
+        if any(isinstance(value, self._gs.Graph) for value in node.attrs.values()):
+            return False
+        given: int = sum(math.prod(tensor.shape) for tensor in node.inputs if tensor.name)
+        shape = self._tensors.shapes.get(node.outputs[0].name, (None,))
+        result: int = math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in shape)
+        return given <= MAX_FOLDED and result <= max(given, FOLDED_ANYWAY)
 
-def _constant(node: Node, _: list[Array]) -> Array | None:
-    for name, dtype in CONSTANT_ATTRIBUTES.items():
-        if name in node.attrs:
-            return np.asarray(node.attrs[name], dtype)
-    return np.array(node.attrs["value"].values) if "value" in node.attrs else None
-
-
-def _cast(node: Node, inputs: list[Array]) -> Array | None:
-    import onnx
-
-    return inputs[0].astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-
-
-def _transpose(node: Node, inputs: list[Array]) -> Array | None:
-    return np.transpose(inputs[0], node.attrs.get("perm"))
-
-
-def _unsqueeze(node: Node, inputs: list[Array]) -> Array | None:
-    axes = inputs[1].ravel().tolist() if len(inputs) > 1 else node.attrs["axes"]
-    return np.expand_dims(inputs[0], tuple(axes))
+    def _evaluate(self, node: Node) -> Array | None:
+        """The value of a node of constants; None where onnx's reference cannot compute it, and it stays a node."""
+        inputs = {tensor.name: np.asarray(tensor.values) for tensor in node.inputs if tensor.name}
+        return evaluate(self._proto[id(node)], inputs, self.body.opset)
 
 
-CONSTANT_ATTRIBUTES: dict[str, type] = {
-    **dict.fromkeys(("value_float", "value_floats"), np.float32),
-    **dict.fromkeys(("value_int", "value_ints"), np.int64),
-}
-FOLDS: dict[str, Callable[[Node, list[Array]], Array | None]] = {
-    "Constant": _constant,
-    "Identity": lambda _, inputs: inputs[0],
-    "Cast": _cast,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-}
+# Weights stay quantised, and what is drawn at random is no constant.
+UNFOLDED = {"DequantizeLinear", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"}
+UNFOLDED |= {"RandomNormalLike", "RandomUniformLike", "Dropout"}
 
 
 def _labels(nodes: list[Node]) -> list[str]:
@@ -298,6 +317,12 @@ def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
                     yield from inner.input
                     yield from _names_in_bodies([inner])
                 yield from (value.name for value in graph.output)
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    """Whether two arrays hold the same bits."""
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and one.tobytes() == other.tobytes()
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -3,63 +3,165 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.numbers import fits
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
-    from polar_deploy.surgery.graph import Array
+    from polar_deploy.surgery.quantization import Weight
+    from polar_deploy.surgery.stored import Array
 
 
 @dataclass(frozen=True)
 class Mix:
     """A mixing operator in one form for all: `groups` blocks of filters over taps (kernel positions).
 
-    weight: [groups, filters a group, inputs a group, taps]
+    weight: [groups, filters a group, inputs a group, taps] as stored: (weight - zero) * scale is meant
     bias: [groups, filters a group], None where there is none
-    padded: a constant that is not zero does not come out constant, because zeros are padded in between
-    takes_bias: a bias can be written
+    zero, scale: [1, 1] or [groups, filters a group]
+    steady, loose: [taps] which see data at every position of the output, and which at some only (because of padding);
+        a constant that is not zero comes out constant where loose taps are zero
+    why: what `loose` comes from, in words
+    fixed: why no constant can be added to the bias, in words; None: it can
+    plain: the weights are numbers as they stand, so that factors can move into them
     """
 
     weight: Array
     bias: Floats | None
-    padded: bool
-    takes_bias: bool = True
+    zero: Array
+    scale: Floats
+    steady: Bools
+    loose: Bools
+    why: str = "the zero padding"
+    fixed: str | None = None
+    plain: bool = True
 
     @property
-    def depthwise(self) -> bool:
-        """Whether each output channel sees one input channel only, so that they go together."""
-        return len(self.weight) > 1 and self.weight.shape[2:3] == (1,)
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, filters a group, inputs a group."""
+        groups, filters, inputs, _ = self.weight.shape
+        return groups, filters, inputs
 
     @property
     def offset(self) -> Floats:
         """The bias, zeros where there is none."""
-        return np.zeros(self.weight.shape[:2]) if self.bias is None else self.bias
+        return np.zeros(self.shape[:2]) if self.bias is None else self.bias
+
+    def present(self) -> Bools | None:
+        """[groups, filters, inputs] whether any tap is not zero; None: everywhere. Mostly the first tap tells."""
+        zero = self.zero[:, :, None]
+        present: Bools = np.not_equal(self.weight[..., 0], zero)
+        for tap in range(1, self.weight.shape[3]):
+            if present.all():
+                break
+            present |= self.weight[..., tap] != zero
+        return None if present.all() else present
+
+    def even(self, inputs: Bools) -> Bools:
+        """[groups, inputs] which of `inputs` come out constant where they are."""
+        even: Bools = inputs.copy()
+        for group, block in self._columns(inputs) if self.loose.any() else ():
+            even[group, inputs[group]] = (block[..., self.loose] == self._zero(group)).all(axis=(0, 2))
+        return even
+
+    def moved(self, inputs: Bools, value: Floats) -> Floats:
+        """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
+        used = inputs & (value != 0)
+        moved = np.zeros(self.shape[:2])
+        for group, block in self._columns(used):
+            steady = block[..., self.steady]
+            sums = steady.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * steady.shape[2]
+            moved[group] = sums @ value[group, used[group]]
+        return moved * self.scale
+
+    def _columns(self, inputs: Bools) -> list[tuple[int, Array]]:
+        """Group by group, the weights that read `inputs`: [filters, inputs, taps]."""
+        return [(int(group), self.weight[group][:, inputs[group]]) for group in np.flatnonzero(inputs.any(axis=1))]
+
+    def _zero(self, group: int) -> Array:
+        """[filters or 1, 1, 1] what counts as zero in a group."""
+        zero: Array = self.zero[group if len(self.zero) > 1 else 0][:, None, None]
+        return zero
+
+
+def per_filter(weight: Weight, groups: int) -> tuple[Array, Floats]:
+    """Zero point and scale of a weight as `Mix` takes them."""
+    zero, scale = (
+        values.reshape(1, 1) if values.size == 1 else values.reshape(groups, -1)
+        for values in (weight.zero, weight.scale)
+    )
+    return zero, scale
+
+
+def write_bias(step: Step, index: int, bias: Weight | None, trim: Trim, dtype: np.dtype[Any]) -> None:
+    """Stores the bias of a trim at input `index`."""
+    if trim.bias is None:
+        return
+    if bias is None or bias.plain:
+        step.graph.set_constant(step.node, index, trim.bias[trim.kept].astype(dtype))
+    else:  # integers, to which nothing was added
+        stored = np.where(trim.bias == 0, bias.zero, bias.values)
+        bias.write(step.graph, stored.compress(trim.kept, axis=-1), trim.kept)
 
 
 @dataclass
 class Plan:
     """What a handler remembers of a node: see `Mixing.constants`."""
 
-    mix: Mix
-    present: Bools  # [groups, filters, inputs] where a weight is not zero
+    present: Array | None  # [groups, filters, inputs / 8] where weights are, see `Mix.present`; a bit an input
     absorbed: Bools  # [groups, inputs] constant inputs that the bias takes up, so that nobody needs them
-    value: Floats  # [groups, inputs]
+    value: Floats  # [groups, inputs] what they count as
+    filters: int
+    fixed: str | None = None  # why no constant moves into the bias, in words
+
+    def reached(self, inputs: Bools) -> Bools:
+        """[groups, filters] that read any of `inputs`."""
+        if self.present is None:
+            return np.repeat(inputs.any(axis=1, keepdims=True), self.filters, axis=1)
+        return np.asarray((self.present & np.packbits(inputs, axis=1)[:, None, :]).any(axis=2))
+
+    def read(self, filters: Bools) -> Bools:
+        """[groups, inputs] that any of `filters` reads."""
+        if self.present is None:
+            return np.repeat(filters.any(axis=1, keepdims=True), self.absorbed.shape[1], axis=1)
+        bits = np.bitwise_or.reduce(self.present, axis=1, where=filters[:, :, None])
+        return np.unpackbits(bits, axis=1, count=self.absorbed.shape[1]).astype(bool)
+
+
+@dataclass(frozen=True)
+class Trim:
+    """New constants of an operator.
+
+    weight: as in `Mix`, cut; None: unchanged
+    bias: [outputs] before the cut; None: unchanged
+    kept: [outputs]
+    groups: how many are left
+    """
+
+    weight: Array | None
+    bias: Floats | None
+    kept: Bools
+    groups: int
 
 
 class Mixing(Operator):
     """Handler of operators that mix. A family says how its weights are read and written."""
 
     def read(self, step: Step) -> Mix:
-        """The operator's constants in the common form. Raises Wall."""
+        """The operator's constants as they stand, in the common form. Raises Wall."""
         raise NotImplementedError
 
-    def write(self, step: Step, weight: Array | None, bias: Floats | None, groups: int) -> None:
-        """Writes constants back; None: unchanged. weight: as in `Mix`; bias: [output channels]."""
+    def write(self, step: Step, trim: Trim) -> None:
+        """Stores new constants."""
         raise NotImplementedError
+
+    def data(self, step: Step) -> int:
+        """The input that is mixed."""
+        return 0
 
     def input_axis(self, step: Step) -> int:
         """The axis of the input that is mixed."""
@@ -69,130 +171,142 @@ class Mixing(Operator):
         """The axis of the output that the filters make."""
         return 1
 
+    def contribution(self, step: Step, value: Floats) -> Floats:
+        """What constant inputs count as in the sums."""
+        return value
+
+    def result(self, step: Step, sums: Floats) -> tuple[Floats, Bools]:
+        """[outputs] what comes out for constant sums, and where that is certain."""
+        return sums, fits(sums, step.graph.dtype(step.made[0]))
+
+    def bias_type(self, step: Step) -> np.dtype[Any]:
+        """The element type of the bias, be it there or not."""
+        return step.graph.dtype(step.made[0])
+
     def couple(self, step: Step) -> None:
-        mix = self.read(step)
-        source = self._source(step)
+        mix, source = self.read(step), self._source(step)
         target = step.create((self.output_axis(step),))
-        groups, filters, inputs, _ = mix.weight.shape
-        step.memo = Plan(mix, _present(mix.weight), np.zeros((groups, inputs), bool), np.zeros((groups, inputs)))
-        if mix.depthwise and source is not None:
-            into = np.arange(groups * filters)
-            step.link(source, target, into // filters, into)
+        groups, filters, inputs = mix.shape
+        present = mix.present()
+        bits = None if present is None else np.packbits(present, axis=2)
+        step.memo = Plan(bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
+        if source is not None and groups > 1 and filters == inputs == 1:  # depthwise
+            every = np.arange(groups)
+            step.link(source, target, every, every)
 
     def _source(self, step: Step) -> Channels | None:
         """The channels that are mixed; None where nothing is known about them."""
-        source = step.inputs[0]
+        source = step.inputs[self.data(step)]
         return source if source is not None and source.axes == (self.input_axis(step),) else None
 
     def constants(self, step: Step) -> None:
-        plan, target, mix = step.memo, step.output, step.memo.mix
+        plan, target = step.memo, step.output
         if step.facts.settled:  # the cut makes filters that nobody needs zero
-            target.constant, target.value, target.nonnegative = ~target.needed, np.zeros(len(target)), ~target.needed
-            return
-        source = self._source(step)
-        constant = np.zeros_like(plan.absorbed)
-        if source is not None:
-            plan.value = source.value.reshape(plan.absorbed.shape).copy()
-            constant = source.constant.reshape(plan.absorbed.shape) & ((plan.value == 0) | (not mix.padded))
-            plan.absorbed = constant & ((plan.value == 0) | mix.takes_bias)
-        target.constant = ~(plan.present & ~constant[:, None, :]).any(axis=2).ravel()
-        target.value = np.where(target.constant, (mix.offset + _moved(mix, constant, plan.value)).ravel(), 0.0)
+            value, certain = self.result(step, np.zeros(len(target)))
+            target.constant = ~target.needed & certain
+            target.value = np.where(target.constant, value, 0.0)
+        else:
+            mix, source = self.read(step), self._source(step)
+            constant = np.zeros(plan.absorbed.shape, bool)
+            if source is not None:
+                plan.value = self.contribution(step, source.value).reshape(constant.shape).copy()  # settling writes
+                constant = source.constant.reshape(constant.shape)
+                constant = constant & ((plan.value == 0) | mix.even(constant & (plan.value != 0)))
+            sums = mix.offset + mix.moved(constant, plan.value)
+            holds = fits(sums, self.bias_type(step)).all()
+            plan.fixed = mix.fixed or (None if holds else "a bias that cannot hold it")
+            plan.absorbed = constant & ((plan.value == 0) | (plan.fixed is None))
+            value, certain = self.result(step, sums.ravel())
+            target.constant = ~plan.reached(~constant).ravel() & certain
+            target.value = np.where(target.constant, value, 0.0)
         target.nonnegative = target.constant & (target.value >= 0)
 
     def need(self, step: Step) -> None:
-        plan, source = step.memo, self._source(step)
+        plan, source, target = step.memo, self._source(step), step.output
+        for index, channels in enumerate(step.inputs):
+            if channels is not None and channels is not source:
+                mixed = index == self.data(step)
+                reason = "it mixes another axis than that of the channels" if mixed else "it is read as a whole"
+                channels.pin(step.note(reason))
         if source is None:
-            if step.inputs[0] is not None:
-                step.inputs[0].pin(step.note("it mixes another axis than that of the channels"))
             return
-        wanted = step.output.needed.reshape(plan.mix.weight.shape[:2])
-        read = (plan.present & wanted[:, :, None]).any(axis=1)
-        needed = (read & ~plan.absorbed).ravel()
+        wanted = target.needed.reshape(len(plan.absorbed), plan.filters)
+        needed = (plan.read(wanted) & ~plan.absorbed).ravel()
         source.needed |= needed
         if (constant := needed & source.constant).any():
-            value = source.value[constant][0]
-            why = "the zero padding" if plan.mix.padded else "an operator without a bias"
+            value, why = source.value[constant][0], plan.fixed or self.read(step).why
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
     def retain(self, step: Step) -> list[Retained]:
-        mix, source, target = step.memo.mix, self._source(step), step.output
-        groups = len(mix.weight)
-        if groups == 1 or mix.depthwise or target.gone:
+        plan, source, target = step.memo, self._source(step), step.output
+        groups = len(plan.absorbed)
+        if groups == 1 or target.gone or step.links:
             return super().retain(step)
         sides = [channels for channels in (source, target) if channels is not None]
         alive = np.any([channels.kept.reshape(groups, -1).any(axis=1) for channels in sides], axis=0)
+        if source is None:
+            alive[:] = True
         missing = [(channels, _unbalanced(channels.kept.reshape(groups, -1), alive)) for channels in sides]
         reason = "every group keeps as many channels as the fullest one"
         return [Retained(channels, indices, reason) for channels, indices in missing if len(indices)]
 
     def slice(self, step: Step) -> None:
-        plan, source, target = step.memo, self._source(step), step.output
-        mix = plan.mix
-        groups, filters, inputs, _ = mix.weight.shape
+        plan, source, target, mix = step.memo, self._source(step), step.output, self.read(step)
+        groups, filters, inputs = mix.shape
         kept_in = np.ones((groups, inputs), bool) if source is None else source.kept.reshape(groups, inputs)
-        kept_out = target.kept.reshape(groups, filters)
-        unneeded = ~target.needed.reshape(groups, filters)
-        moved = plan.absorbed & (plan.value != 0)
-        void = plan.present & (plan.absorbed[:, None, :] | unneeded[:, :, None])
-        void &= kept_in[:, None, :] & kept_out[:, :, None]
+        kept_out, unneeded = target.kept.reshape(groups, filters), ~target.needed.reshape(groups, filters)
+        alive = np.asarray(kept_in.any(axis=1) & kept_out.any(axis=1))
         cut = not (kept_in.all() and kept_out.all())
-        bias = mix.offset + _moved(mix, moved, plan.value)
+        rows, columns = unneeded & kept_out, plan.absorbed & kept_in
+        emptied = (plan.read(rows) & kept_in).any() or (plan.reached(columns) & kept_out).any()
+        weight = _select(mix.weight, kept_in, kept_out, alive) if cut else mix.weight.copy() if emptied else None
+        if weight is not None and emptied:
+            zero = _taken(np.broadcast_to(mix.zero, rows.shape), kept_out, alive)
+            gone = _taken(rows, kept_out, alive)[:, :, None] | _taken(columns, kept_in, alive)[:, None, :]
+            np.copyto(weight, zero[:, :, None, None], where=gone[..., None])
+        bias = mix.offset + mix.moved(plan.absorbed, plan.value)
         bias[unneeded] = 0
-        weight = None
-        if cut or void.any():
-            weight = _select(mix.weight, kept_in, kept_out)
-            if void.any():
-                weight = np.where(_select(void[..., None], kept_in, kept_out), weight.dtype.type(0), weight)
-        changed = not np.array_equal(bias, mix.offset) or (cut and mix.bias is not None)
-        alive = int((kept_in.any(axis=1) & kept_out.any(axis=1)).sum())
-        self.write(step, weight, bias[kept_out] if changed else None, alive)
+        changed = not np.array_equal(bias, mix.offset) or (mix.bias is not None and not kept_out.all())
+        if weight is not None or changed:
+            self.write(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
 
     def scale_output(self, step: Step, factors: Floats) -> bool:
         mix = self.read(step)
-        scale = factors.reshape(mix.weight.shape[:2])
-        weight = mix.weight * scale[:, :, None, None].astype(mix.weight.dtype)
+        if not mix.plain:
+            return False
+        scale = factors.reshape(mix.shape[:2])
         bias = None if mix.bias is None else (mix.bias * scale).ravel()
-        self.write(step, weight, bias, mix.weight.shape[0])
+        with np.errstate(over="ignore"):
+            weight = mix.weight * scale[:, :, None, None].astype(mix.weight.dtype)
+        if not np.isfinite(weight).all():
+            return False
+        self.write(step, Trim(weight, bias, np.ones(scale.size, bool), len(scale)))
         return True
 
     def scales_input(self, step: Step) -> bool:
-        return self._source(step) is not None
+        return self._source(step) is not None and self.read(step).plain
 
     def scale_input(self, step: Step, factors: Floats) -> None:
         mix = self.read(step)
-        scale = factors.reshape(len(mix.weight), 1, -1, 1)
-        self.write(step, mix.weight * scale.astype(mix.weight.dtype), None, len(mix.weight))
+        groups, filters, inputs = mix.shape
+        weight = mix.weight * factors.reshape(groups, 1, inputs, 1).astype(mix.weight.dtype)
+        self.write(step, Trim(weight, None, np.ones(groups * filters, bool), groups))
 
 
-def _present(weight: Array) -> Bools:
-    """[groups, filters, inputs] whether any tap is not zero. Mostly the first one tells."""
-    present: Bools = weight[..., 0] != 0
-    for tap in range(1, weight.shape[3]):
-        if present.all():
-            break
-        present |= weight[..., tap] != 0
-    return present
+def _taken(values: Array, kept: Bools, alive: Bools) -> Array:
+    """[groups, channels] of the living groups, as many that are kept in each."""
+    taken: Array = values[alive][kept[alive]].reshape(int(alive.sum()), -1)
+    return taken
 
 
-def _moved(mix: Mix, constant: Bools, value: Floats) -> Floats:
-    """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
-    used = constant & (value != 0)
-    moved = np.zeros(mix.weight.shape[:2])
-    for group in np.flatnonzero(used.any(axis=1)):
-        columns = used[group]
-        moved[group] = mix.weight[group][:, columns].sum(axis=2, dtype=np.float64) @ value[group, columns]
-    return moved
-
-
-def _select(weight: Array, kept_in: Bools, kept_out: Bools) -> Array:
+def _select(weight: Array, kept_in: Bools, kept_out: Bools, alive: Bools) -> Array:
     """[groups, filters, inputs, taps] cut to what is kept: as many filters and inputs in every group that lives."""
-    alive = np.flatnonzero(kept_in.any(axis=1) & kept_out.any(axis=1))
     if len(weight) == 1:
-        rows = weight if kept_out.all() else weight[:, kept_out[0]]
-        return rows if kept_in.all() else rows[:, :, kept_in[0]]
-    filters = np.nonzero(kept_out[alive])[1].reshape(len(alive), -1)
-    inputs = np.nonzero(kept_in[alive])[1].reshape(len(alive), -1)
-    selected: Array = weight[alive[:, None, None], filters[:, :, None], inputs[:, None, :]]
+        rows = weight if kept_out.all() else weight.take(np.flatnonzero(kept_out), axis=1)
+        return rows if kept_in.all() else rows.take(np.flatnonzero(kept_in), axis=2)
+    filters = np.nonzero(kept_out[alive])[1].reshape(int(alive.sum()), -1)
+    inputs = np.nonzero(kept_in[alive])[1].reshape(int(alive.sum()), -1)
+    selected: Array = weight[np.flatnonzero(alive)[:, None, None], filters[:, :, None], inputs[:, None, :]]
     return selected
 
 

@@ -1,17 +1,19 @@
-"""Reading a model from a stranger: one clear error for whatever is wrong with it, and the shape of every tensor."""
+"""Is a stranger's graph valid, and which shape has each of its tensors? One clear error for whatever is wrong."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError
+from polar_deploy.surgery.arithmetic import complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import onnx
+    from google.protobuf.message import Message
 
 # A dimension: its size; its sizes at both probes where it depends on the input; its symbol; or unknown.
 Dim = int | tuple[int, int] | str | None
@@ -26,76 +28,61 @@ class Tensors(NamedTuple):
 
 
 BATCH_PROBES = (2, 3)
-# Sizes that other dynamic dimensions (height, width) are tried at. The odd second probe tells floor from ceil; networks
-# that demand multiples of 32 get the second pair.
-SIZE_PROBES = ((224, 251), (224, 256))
+# Sizes that other dynamic dimensions (height, width) are tried at; five halvings do not make them equal. The odd second
+# one tells floor from ceil; networks that demand multiples of 32 get the second pair.
+SIZE_PROBES = ((224, 379), (224, 384))
 DEFAULT_SIZE = 224
 SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
+SAME_SHAPE = ("GroupNormalization", "MeanVarianceNormalization")  # as the first input; onnx infers none, or fails
 
-PACKED = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")  # several elements a byte
 EXPORT_AGAIN = "export the model again and check it with onnx.checker"
 
 
-def read_model(path: Path) -> onnx.ModelProto:
-    """The model in `path`, external data included, checked.
-
-    Raises:
-        UsageError: the path is missing or a folder.
-        ContentError: the file is not a valid ONNX model.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file", "give the path of an ONNX file")
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise ContentError(f"{path} is not an ONNX file: {_line(error)}", "give a complete ONNX file") from error
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise ContentError(
-            f"external data of {path} cannot be read: {_line(error)}",
-            "keep the data files beside the model, inside its folder",
-        ) from error
-    check_model(model, str(path))
-    return model
-
-
-def check_model(model: onnx.ModelProto, name: str = "the model") -> None:
-    """Raises ContentError where `model` is no valid ONNX graph (empty, cyclic, duplicate names, damaged weights)."""
-    import onnx
-
+def check_text(model: onnx.ModelProto, name: str) -> None:
+    """Raises ContentError where `model` holds no graph, or text that is not UTF-8."""
     if not model.graph.node or not model.graph.output:
         raise ContentError(f"{name} holds an empty graph", "give an ONNX file with nodes and outputs")
     for text in _texts(model):
         if not _is_utf8(text):
             raise ContentError(f"{name} holds text that is not UTF-8: {text!r}", EXPORT_AGAIN)
+
+
+def check_graph(model: onnx.ModelProto, name: str) -> None:
+    """Raises ContentError where `model` is no valid graph (cyclic, duplicate names, wrong attributes or shapes)."""
+    import onnx
+
     newest = onnx.defs.onnx_opset_version()
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version > newest:
             raise ContentError(
                 f"{name} wants opset {opset.version}, the installed onnx knows {newest}", "install a newer onnx"
             )
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value < 0:
+                raise ContentError(f"dimension {axis} of input {value.name} of {name} is {dim.dim_value}", EXPORT_AGAIN)
+    skeleton = _skeleton(model)
+    skeleton.graph.value_info.extend(model.graph.value_info)
     try:
-        onnx.checker.check_model(_skeleton(model))
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise ContentError(f"{name} is not valid ONNX: {_line(error)}", EXPORT_AGAIN) from error
-    for tensor in model.graph.initializer:
-        _check_tensor(tensor, name)
+        for tensor in model.graph.sparse_initializer:
+            onnx.checker.check_sparse_tensor(tensor)
+        onnx.checker.check_model(skeleton, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise ContentError(f"{name} is not valid ONNX: {first_line(error)}", EXPORT_AGAIN) from error
 
 
-def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
-    """All text that surgery and graphsurgeon look at; protobuf hands out what is not UTF-8 as bytes."""
-    yield from (model.producer_name, model.producer_version, model.domain, model.doc_string)
-    for graph in _graphs(model.graph):
-        yield from (graph.name, graph.doc_string)
-        yield from (item.name for field in (graph.initializer, graph.input, graph.output) for item in field)
-        for node in graph.node:
-            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-            for attribute in node.attribute:
-                yield from (attribute.name, attribute.s, *attribute.strings)
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """All text in a model, attributes included; protobuf hands out what is not UTF-8 as bytes."""
+    if message.DESCRIPTOR.name == "TensorProto":  # touching the data would copy it
+        yield from (message.name, message.doc_string)
+        return
+    for field, value in message.ListFields():
+        values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+        if field.type == field.TYPE_MESSAGE:
+            for item in values:
+                yield from _texts(item)
+        elif field.type in (field.TYPE_STRING, field.TYPE_BYTES):
+            yield from values
 
 
 def _is_utf8(text: str | bytes) -> bool:
@@ -106,63 +93,38 @@ def _is_utf8(text: str | bytes) -> bool:
     return True
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """`graph` and the bodies inside it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node:
-                    yield from _graphs(inner)
-
-
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of a message that may run over pages."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
 
-def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
-    """Raises ContentError where an initializer's data is not as long as its shape says: onnx.checker does not look."""
-    import onnx
-
-    where = f"initializer {tensor.name} of {name}"
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ContentError(f"{where} lies in another file", "load the model with its external data")
-    if any(dim < 0 for dim in tensor.dims):
-        raise ContentError(f"{where} has the shape {list(tensor.dims)}", EXPORT_AGAIN)
-    try:
-        if tensor.HasField("raw_data"):
-            itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            wanted = math.prod(tensor.dims) * itemsize
-            packed = onnx.TensorProto.DataType.Name(tensor.data_type) in PACKED
-            if len(tensor.raw_data) != wanted and not packed:
-                raise ValueError(f"{len(tensor.raw_data)} bytes of data, the shape {list(tensor.dims)} wants {wanted}")
-        else:
-            onnx.numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ContentError(f"{where} is damaged: {_line(error)}", EXPORT_AGAIN) from error
-
-
 def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose large initializers are inputs without data: quick to check and to infer shapes on."""
+    """A copy whose large initializers are inputs without data: quick to check and to infer shapes on.
+
+    `model` may be one whose weights were taken out, see `stored`.
+    """
     import onnx
 
     graph = onnx.GraphProto(name=model.graph.name or "graph")
     graph.node.extend(model.graph.node)
     graph.output.extend(model.graph.output)
-    graph.sparse_initializer.extend(model.graph.sparse_initializer)
     listed = {value.name for value in model.graph.input}
     graph.input.extend(model.graph.input)
+    for sparse in model.graph.sparse_initializer:
+        name, kind = sparse.values.name, sparse.values.data_type
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, sparse.dims))
     for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= SMALL:
+        if math.prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
             graph.initializer.add().CopyFrom(tensor)
         elif tensor.name not in listed:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     known = {opset.domain for opset in model.opset_import if opset.domain not in ("", "ai.onnx")}
     custom = {name for node in model.graph.node if node.domain in known for name in node.output}  # not inferred
     graph.value_info.extend(value for value in model.graph.value_info if value.name in custom)
-    version = max(model.ir_version, 4) if model.ir_version else 0  # from 4 on, initializers need not be inputs
+    version = (
+        max(model.ir_version, 4) if model.ir_version > 0 else model.ir_version
+    )  # from 4 on, initializers need not be inputs
     skeleton = onnx.ModelProto(ir_version=version, graph=graph)
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
@@ -255,21 +217,21 @@ def _with_inputs(skeleton: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) 
 def _infer(skeleton: onnx.ModelProto) -> Tensors:
     import onnx
 
+    for node in skeleton.graph.node:
+        if node.op_type in SAME_SHAPE and node.domain in ("", "ai.onnx"):
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
     try:
-        graph = onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True, data_prop=True).graph
+        types = {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
+        types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in graph.initializer)
+        complete(skeleton, types)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
-        raise ContentError(f"the model's shapes contradict each other: {_line(error)}", EXPORT_AGAIN) from error
-    values = [*graph.value_info, *graph.input, *graph.output]
-    shapes = dict(_shapes(values))
-    shapes.update((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
-    return Tensors(shapes, {value.name: value.type.tensor_type.elem_type for value in values})
+        raise ContentError(f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN) from error
+    return Tensors(dict(_shapes(types)), {name: kind.tensor_type.elem_type for name, kind in types.items()})
 
 
-def _shapes(values: list[onnx.ValueInfoProto]) -> Iterator[tuple[str, Shape]]:
-    for value in values:
-        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            yield (
-                value.name,
-                tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims),
-            )
+def _shapes(types: dict[str, onnx.TypeProto]) -> Iterator[tuple[str, Shape]]:
+    for name, kind in types.items():
+        if kind.HasField("tensor_type") and kind.tensor_type.HasField("shape"):
+            dims = kind.tensor_type.shape.dim
+            yield name, tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)

@@ -13,7 +13,7 @@ import numpy as np
 from polar_deploy.surgery.facts import Wall
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Channels, Floats, Ints, Step
+    from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
 
 
 class Retained(NamedTuple):
@@ -25,7 +25,12 @@ class Retained(NamedTuple):
 
 
 class Operator:
-    """Handler of an operator family."""
+    """Handler of an operator family.
+
+    fragile: whether numbers of usual size can give something infinite, or no number at all (Exp, Log, Div).
+    """
+
+    fragile = False
 
     def couple(self, step: Step) -> None:
         """Opens the output's channels and links them with the inputs'. Raises Wall where they cannot be followed."""
@@ -60,6 +65,29 @@ class Operator:
         data = [x for i, x in enumerate(step.inputs) if x is not None and i not in step.replaced]
         return [Retained(channels, first, reason) for channels in data if channels.gone]
 
+    def risky(self, step: Step) -> Bools:
+        """[output channels] where other finite inputs than those of the graph as given might come out infinite."""
+        return np.full(len(step.output), self.fragile)
+
+    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
+        """Kept channels of inputs that nobody needs, and that must hold what they held all the same, given the cut.
+
+        What the cut leaves there (zero, or what an opened gate lets through) might come out infinite: infinite times
+        zero would then reach channels that somebody needs.
+        """
+        if not self.fragile:
+            return []
+        found = []
+        for link in step.links:
+            target, source = link.target, link.source
+            unsure = (target.kept & ~target.needed & ~target.constant & self.risky(step))[link.into]
+            which = np.zeros(len(source), bool)
+            which[link.out_of[unsure]] = True
+            which &= ~source.needed
+            if which.any():
+                found.append((source, which))
+        return found
+
     def slice(self, step: Step) -> None:
         """Cuts the node's constants and attributes to the channels that are kept. Default: there are none."""
 
@@ -70,6 +98,16 @@ class Operator:
     def scale_output(self, step: Step, factors: Floats) -> bool:
         """Multiplies the kept output channels by `factors` by way of the node's constants. False: it cannot."""
         return False
+
+    def through(self, step: Step) -> int | None:
+        """The input that factors on the output can move to, channel by channel in the same order; None: there is none.
+
+        What the node adds to that input is then scaled by `scale_addend`.
+        """
+        return None
+
+    def scale_addend(self, step: Step, factors: Floats) -> None:
+        """Multiplies what the node adds to its input `through`. Default: nothing is added."""
 
     def scales_input(self, step: Step) -> bool:
         """Whether `scale_input` is possible."""

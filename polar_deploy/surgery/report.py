@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.count import count
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
 from polar_deploy.surgery.model import concrete_inputs
@@ -16,8 +17,9 @@ from polar_deploy.surgery.operator import Unknown
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
+    from rich.text import Text
 
-    from polar_deploy.surgery.count import Cost
+    from polar_deploy.surgery.count import Cost, Layer
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
+MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
-def build(rounds: list[Round], costs: tuple[Cost, Cost], proof: Proof | None) -> dict[str, Any]:
+def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
-    Pairs are [before, after]; widths and counts are channels, MACs at batch 1 at the shapes under `inputs`.
+    `model`: the graph before the first round, with or without its weights. Pairs are [before, after]; widths and
+    counts are channels, MACs at batch 1 at the shapes under `inputs`.
     """
-    first, last, (before, after) = rounds[0], rounds[-1], costs
-    model = first.facts.graph.model
+    last = rounds[-1]
+    before, after = count(model), count(last.model.model)
     return {
         "schema": SCHEMA,
         "verified": proof is not None,
@@ -43,7 +47,8 @@ def build(rounds: list[Round], costs: tuple[Cost, Cost], proof: Proof | None) ->
         "inputs": {name: list(shape) for name, shape in concrete_inputs(model, 1).items()},
         "macs": [before.macs, after.macs],
         "params": [before.params, after.params],
-        "operators": _operators(model, last.model),
+        "padding": _padding(after),
+        "operators": _operators(model, last.model.model),
         "layers": _layers(rounds, before, after),
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
@@ -86,9 +91,15 @@ def _layers(rounds: list[Round], before: Cost, after: Cost) -> list[dict[str, An
                 "macs": [layer.macs, now.macs if now else 0],
                 "params": [layer.params, now.params if now else 0],
                 "alignment": {"in": alignment(width[0]), "out": alignment(width[1])},
+                "padding": _padding(now) if now else None,
             }
         )
     return rows
+
+
+def _padding(cost: Cost | Layer) -> dict[str, float]:
+    """Shares of the work that rounding widths up would waste, by the multiple."""
+    return {str(multiple): round(cost.padding(multiple), 4) for multiple in MULTIPLES}
 
 
 def alignment(width: int) -> int:
@@ -191,32 +202,64 @@ def _holds(channels: Channels) -> list[tuple[int, Bools, Note]]:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Prints the report as a table."""
+    from rich import box
     from rich.table import Table
 
-    table = Table("layer", "operator", "in", "out", "MACs", "params", "aligned")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1), caption="lost: % of the work where widths are rounded up to 8/16/32"
+    )
+    table.add_column("layer", overflow="fold", min_width=16)
+    for heading in ("in", "out", "MACs", "params", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in report["layers"]:
-        widths = [_pair(layer[key]) for key in ("in", "out", "macs", "params")]
-        aligned = str(layer["alignment"]["out"]) if layer["out"][1] else "gone"
-        table.add_row(layer["name"], layer["operator"], *widths, aligned)
+        row = [_pair(layer["in"]), _pair(layer["out"]), _left(layer["macs"]), _left(layer["params"])]
+        if layer["out"][1]:
+            table.add_row(_plain(layer["name"]), *row, _shares(layer["padding"]))
+        else:
+            table.add_row(_plain(layer["name"]), *row[:1], f"{layer['out'][0]:,} → gone")
     console.print(table)
+
+    def tell(line: str) -> None:
+        console.print(_plain(line))
+
     for key in ("macs", "params"):
         was, now = report[key]
-        console.print(f"{key}: {was:,} -> {now:,} ({now / was if was else 1:.1%})")
+        tell(f"{key}: {was:,} → {now:,} ({now / was if was else 1:.1%})")
+    tell(f"work lost where a device rounds widths up to 8/16/32: {_shares(report['padding'])} %")
     outcomes = Counter(gate["outcome"] for gate in report["gates"])
-    console.print(f"blocks removed: {len(report['blocks_removed'])}; gates: {dict(outcomes)}")
+    tell(f"blocks removed: {len(report['blocks_removed'])}; gates: {dict(outcomes)}")
     for entry in report["cuts_not_made"]:
-        console.print(
+        tell(
             f"kept: {entry['channels']} closed channels of {entry['layer']}: {entry['reason']} "
-            f"({entry['operator']} {entry['node']})",
-            markup=False,
+            f"({entry['operator']} {entry['node']})"
         )
     for wall in report["walls"]:
-        console.print(f"wall: {wall['operator']} {wall['node']}: {wall['reason']}", markup=False)
+        tell(f"wall: {wall['operator']} {wall['node']}: {wall['reason']}")
     if report["verified"]:
-        console.print(f"verified: outputs differ by {report['difference']:.2g} of their scale")
+        tell(f"verified: outputs differ by {report['difference']:.2g} of their scale")
     else:
-        console.print("NOT verified")
+        tell("NOT verified")
+
+
+def _plain(text: str) -> Text:
+    """Names come from strangers: no markup, no control characters."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def _shares(padding: dict[str, float] | None) -> str:
+    return "/".join(f"{100 * share:.0f}" for share in padding.values()) if padding else ""
 
 
 def _pair(pair: list[int]) -> str:
-    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} -> {pair[1]:,}"
+    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} → {pair[1]:,}"
+
+
+def _left(pair: list[int]) -> str:
+    """A large number and what is left of it."""
+    was, now = pair
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if was >= size:
+            return f"{was / size:.3g} {unit}" + (f" {now / was:4.0%}" if now != was else " " * 5)
+    return f"{was}" + (f" {now / was:4.0%}" if now != was else " " * 5)

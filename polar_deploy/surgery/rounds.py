@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from polar_deploy.surgery import cut, sets
-from polar_deploy.surgery.facts import Facts
 from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.model import check_graph
 
 if TYPE_CHECKING:
-    import onnx
-
     from polar_deploy.surgery.cut import Cut
+    from polar_deploy.surgery.facts import Facts
     from polar_deploy.surgery.sets import Sets
+    from polar_deploy.surgery.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Round:
     facts: Facts
     sets: Sets
     cut: Cut
-    model: onnx.ModelProto
+    model: Stored
 
     @property
     def labels(self) -> list[str]:
@@ -39,12 +39,12 @@ class Round:
         return changed and any(not c.was_constant and not c.gone and (c.constant | ~c.kept).all() for c in channels)
 
 
-def operate(model: onnx.ModelProto) -> list[Round]:
-    """Cuts a model that was checked. Returns the rounds; the last one holds the result."""
+def operate(model: Stored) -> list[Round]:
+    """Cuts a model. Returns the rounds; the last one holds the result, which was checked as the input was."""
     rounds: list[Round] = []
     while not rounds or rounds[-1].worth_another:
         graph = Graph(rounds[-1].model, rounds[-1].labels) if rounds else Graph(model)
-        facts = Facts(graph)
-        plan = sets.decide(facts)
-        rounds.append(Round(facts, plan, cut.apply(facts), graph.to_model()))
+        facts, plan = sets.plan(graph)
+        rounds.append(Round(facts, plan, cut.apply(facts), graph.to_stored()))
+    check_graph(rounds[-1].model.model, "the cut graph")
     return rounds

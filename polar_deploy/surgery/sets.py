@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Note
+from polar_deploy.surgery.facts import Facts
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints
+    from polar_deploy.surgery.facts import Bools, Channels, Ints, Note
+    from polar_deploy.surgery.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,25 @@ class Sets:
     def of(self, channels: Channels) -> Ints:
         """[channels of the tensor] their sets."""
         return self.labels[channels.first : channels.first + len(channels)]
+
+
+def plan(graph: Graph) -> tuple[Facts, Sets]:
+    """The facts about a graph, and what goes.
+
+    Where the plan would leave something in a kept channel that might come out infinite, that channel is needed after
+    all, and everything is asked anew. Nearly always the first answer stands.
+    """
+    demands: dict[str, Bools] = {}
+    retained: dict[int, Note] = {}
+    while True:
+        facts = Facts(graph, demands)
+        sets = decide(facts)
+        retained.update(sets.retained)
+        found = [found for step in facts.alive for found in step.handler.endangered(step)]
+        if not found:
+            return facts, replace(sets, retained={int(sets.labels[label]): note for label, note in retained.items()})
+        for channels, which in found:
+            demands[channels.tensor] = demands.get(channels.tensor, False) | which
 
 
 def decide(facts: Facts) -> Sets:

@@ -1,11 +1,8 @@
-"""Depthwise and grouped convolutions, squeeze-excite, Concat, shuffle-like reshapes."""
+"""Branches that meet again: inverted bottlenecks, squeeze-excite, Concat, shuffle-like reshapes."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 
 from tests.surgery.graphs import Net, constant, cut, half, names, operators, weight
 
@@ -23,21 +20,6 @@ def test_depthwise_channels_go_with_both_neighbours() -> None:
     dw = next(node for node in surgery.model.graph.node if node.name == "dw")
     assert next(a.i for a in dw.attribute if a.name == "group") == 4
     assert surgery.report["cuts_not_made"] == []
-
-
-def test_depthwise_channels_closed_before_it_leave_its_bias() -> None:
-    """What comes out is the activation of the bias: a constant that the projection takes up."""
-    net = Net()
-    x = net.gate(net.relu(net.conv("input", 8, "expand", kernel=1), "act1"), [0, 2], "gate")
-    x = net.relu(net.conv(x, 16, "dw", group=8), "act2")
-    model = net.model(net.head(net.conv(x, 4, "project", kernel=1)))
-    smaller = cut(model).model
-    assert weight(smaller, "expand").shape[0] == 6
-    assert weight(smaller, "dw").shape == (12, 1, 3, 3)
-    dead = [0, 1, 4, 5]
-    constants = np.maximum(weight(model, "dw", 2)[dead], 0)
-    moved = weight(model, "project")[:, dead, 0, 0] @ constants
-    np.testing.assert_allclose(weight(smaller, "project", 2), weight(model, "project", 2) + moved, rtol=1e-5)
 
 
 def _bounds(net: Net) -> list[str]:
@@ -95,22 +77,6 @@ def test_a_concat_over_another_axis_couples_its_parts() -> None:
     assert not np.any(weight(smaller, "two")[0]), "closed in one part only: a zero filter"
 
 
-def test_groups_keep_as_many_channels_as_the_fullest_one() -> None:
-    """Groups lose 1, 2 and 4 of 4 channels: the third goes altogether, the others keep 3 each."""
-    net = Net()
-    x = net.gate(net.relu(net.conv("input", 12, "one"), "act"), [0, 4, 5, 8, 9, 10, 11], "gate")
-    y = net.gate(net.relu(net.conv(x, 12, "grouped", group=3), "act2"), [1, 2, 5, 6, 8, 9, 10, 11], "gate2")
-    surgery = cut(net.model(net.head(net.conv(y, 4, "last", kernel=1))))
-    assert weight(surgery.model, "one").shape[0] == 6
-    assert weight(surgery.model, "grouped").shape == (4, 3, 3, 3)
-    grouped = next(node for node in surgery.model.graph.node if node.name == "grouped")
-    assert next(a.i for a in grouped.attribute if a.name == "group") == 2
-    assert weight(surgery.model, "last").shape[1] == 4
-    (entry,) = surgery.report["cuts_not_made"]
-    assert (entry["node"], entry["channels"]) == ("grouped", 1)
-    assert "fullest" in entry["reason"]
-
-
 def test_shuffle_keeps_groups_of_equal_size() -> None:
     """Reshape, Transpose, Reshape with height, width and channels baked in: position j of all groups goes together."""
     net = Net(size=4)
@@ -125,76 +91,3 @@ def test_shuffle_keeps_groups_of_equal_size() -> None:
     assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 6
     assert constant(smaller, "split").tolist() == [-1, 2, 3, 4, 4]
     assert constant(smaller, "join").tolist() == [-1, 6, 4, 4]
-
-
-@pytest.mark.parametrize("operator", ["Sub", "Max", "Min", "Sum", "Mul"])
-def test_elementwise_partners_go_together(operator: str) -> None:
-    net = Net()
-    x = net.gate(net.relu(net.conv("input", 6, "one"), "r1"), [0, 1, 2], "g1")
-    y = net.gate(net.relu(net.conv("input", 6, "two"), "r2"), [1, 2, 3], "g2")
-    smaller = cut(net.model(net.head(net.conv(net.node(operator, [x, y], "both"), 4, "last")))).model
-    expected = 2 if operator == "Mul" else 4  # one zero is enough for a product, and for the Min of what is >= 0: not
-    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[0] == expected
-    assert weight(smaller, "last").shape[1] == expected
-
-
-@pytest.mark.parametrize(
-    ("operator", "attributes"),
-    [
-        ("LeakyRelu", {"alpha": 0.1}),
-        ("Elu", {}),
-        ("HardSwish", {}),
-        ("Tanh", {}),
-        ("Erf", {}),
-        ("Abs", {}),
-        ("Neg", {}),
-        ("Identity", {}),
-    ],
-)
-def test_activations_with_a_zero_pass_closed_channels_on(operator: str, attributes: dict[str, Any]) -> None:
-    net = Net()
-    x = net.node(operator, [net.gate(net.conv("input", 4, "one"), [2], "gate")], "act", **attributes)
-    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
-    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 3
-
-
-def test_prelu_loses_its_slopes() -> None:
-    net = Net()
-    x = net.conv("input", 4, "one")
-    slope = net.constant("slope", np.array([0.1, 0.2, 0.3, 0.4], np.float32).reshape(4, 1, 1))
-    x = net.gate(net.node("PRelu", [x, slope], "act"), [1], "gate")
-    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
-    np.testing.assert_array_equal(constant(smaller, "slope").ravel(), np.array([0.1, 0.3, 0.4], np.float32))
-
-
-def test_transposed_convolution() -> None:
-    net = Net()
-    x = net.gate(net.relu(net.conv("input", 6, "one"), "act"), [0, 5], "gate")
-    up = np.random.default_rng(0).standard_normal((6, 4, 2, 2)).astype(np.float32)
-    x = net.node("ConvTranspose", [x, net.constant("up.weight", up)], "up", strides=[2, 2])
-    net.width[x] = 4
-    x = net.gate(net.relu(x, "act2"), [1], "gate2")
-    smaller = cut(net.model(net.head(net.conv(x, 4, "two")))).model
-    np.testing.assert_array_equal(weight(smaller, "up"), up[1:5][:, [0, 2, 3]])
-
-
-def test_matmul_channels_last() -> None:
-    """The hidden units of a perceptron on the last axis, with a bias that is an Add."""
-    net = Net(size=4)
-    x = net.node("Transpose", [net.conv("input", 6, "one")], "last", perm=[0, 2, 3, 1])
-    for name, shape in (("up", (6, 12)), ("down", (12, 6))):
-        weights = net.random.standard_normal(shape).astype(np.float32)
-        x = net.node("MatMul", [x, net.constant(f"{name}.weight", weights)], name)
-        net.width[x] = shape[1]
-        x = net.node(
-            "Add", [x, net.constant(f"{name}.b", net.random.standard_normal(shape[1]).astype("f"))], f"{name}.add"
-        )
-        if name == "up":
-            factor = np.ones(12, np.float32)
-            factor[[0, 4, 11]] = 0
-            x = net.node("Mul", [net.relu(x, "act"), net.constant("factor", factor)], "gate")
-    x = net.node("Transpose", [x], "first", perm=[0, 3, 1, 2])
-    smaller = cut(net.model(net.head(x))).model
-    assert weight(smaller, "up").shape == (6, 9)
-    assert weight(smaller, "down").shape == (9, 6)
-    assert constant(smaller, "up.b").shape == (9,)

@@ -12,11 +12,12 @@ import jsonschema
 import onnx
 import pytest
 from onnx import helper
+from rich.console import Console
 
 import polar_deploy
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import compress, cost
-from polar_deploy.surgery.report import alignment
+from polar_deploy.surgery.report import alignment, show
 from tests.surgery.graphs import Net, cut, names
 
 SCHEMA = json.loads((Path(polar_deploy.__file__).parent / "schemas" / "surgery.schema.json").read_text())
@@ -102,6 +103,30 @@ def test_closed_channels_that_stay_are_counted_once_a_set() -> None:
 @pytest.mark.parametrize(("width", "step"), [(0, 0), (1, 1), (12, 4), (24, 8), (48, 16), (96, 32), (7, 1), (10, 2)])
 def test_alignment(width: int, step: int) -> None:
     assert alignment(width) == step
+
+
+def test_padding_is_counted_by_groups() -> None:
+    """A device that works in multiples of 8: 5 of 8 outputs and 3 of 8 inputs are used, depthwise 10 of 16 channels."""
+    net = Net(size=4)
+    x = net.conv("input", 10, "plain", kernel=1)
+    x = net.conv(x, 10, "depthwise", group=10)
+    model = net.model(net.conv(x, 12, "grouped", group=2))
+    layers = {layer["name"]: layer for layer in compress(model).report["layers"]}
+    assert layers["plain"]["padding"]["8"] == pytest.approx(1 - 3 * 10 / (8 * 16), abs=1e-4)
+    assert layers["depthwise"]["padding"] == {"8": 0.375, "16": 0.375, "32": 0.6875}
+    assert layers["grouped"]["padding"]["8"] == pytest.approx(1 - 5 * 6 / 64, abs=1e-4)
+    macs = {"plain": 16 * 30, "depthwise": 16 * 90, "grouped": 16 * 12 * 45}
+    padded = 16 * (8 * 16 + 16 * 9 + 2 * 8 * 8 * 9)
+    assert compress(model).report["padding"]["8"] == pytest.approx(1 - sum(macs.values()) / padded, abs=1e-4)
+
+
+def test_names_from_strangers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    net = Net()
+    x = net.conv("input", 4, "[/red]one\x1b[2J")
+    show(compress(net.model(net.conv(x, 4, "two"))).report, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "[/red]one\\x1b[2J" in shown
+    assert "\x1b" not in shown
 
 
 def test_a_graph_without_inputs_to_feed() -> None:

@@ -33,17 +33,23 @@ def _in(dtype: type) -> onnx.ModelProto:
     return model
 
 
-def test_a_changed_weight_is_found() -> None:
+def _prove(folder: Path, before: onnx.ModelProto, after: onnx.ModelProto) -> verify.Proof:
+    onnx.save(before, folder / "before.onnx")
+    onnx.save(after, folder / "after.onnx")
+    return verify.verify(before, folder / "before.onnx", folder / "after.onnx")
+
+
+def test_a_changed_weight_is_found(tmp_path: Path) -> None:
     model = _model()
     other = onnx.ModelProto()
     other.CopyFrom(model)
     bias = next(tensor for tensor in other.graph.initializer if tensor.name == "two.bias")
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1e-3), "two.bias"))
     with pytest.raises(ContentError, match="changed the function"):
-        verify.verify(model, other)
+        _prove(tmp_path, model, other)
 
 
-def test_rounding_above_the_tolerance_is_judged_by_float64() -> None:
+def test_rounding_above_the_tolerance_is_judged_by_float64(tmp_path: Path) -> None:
     """Terms that cancel: another order of summation differs by more than 1e-5, and is no worse."""
     net = Net(size=4)
     model = net.model(net.conv(net.conv("input", 64, "one", kernel=1), 4, "two", kernel=1))
@@ -61,7 +67,7 @@ def test_rounding_above_the_tolerance_is_judged_by_float64() -> None:
             if tensor.name in values:
                 tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
         graphs.append(graph)
-    proof = verify.verify(*graphs)
+    proof = _prove(tmp_path, *graphs)
     assert proof.difference > proof.tolerance == 1e-5
 
 

@@ -1,21 +1,24 @@
-"""Operators on one tensor, element by element: activations, Identity, Dropout, Cast."""
+"""Activations: a function of one tensor, element by element."""
 
 from __future__ import annotations
 
-from math import erf, pi, sqrt
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.numbers import fits, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_deploy.surgery.facts import Floats, Step
+    from polar_deploy.surgery.facts import Bools, Floats, Step
 
 Attributes = dict[str, Any]
+
+# Functions that jump: how far the result may go from itself where the input goes to a number nearby.
+JUMPS, ROUNDS = 0.05, 0.0
 
 
 class Unary(Operator):
@@ -24,11 +27,22 @@ class Unary(Operator):
     Args:
         function: from the values and the node's attributes.
         nonnegative: whether no result is below zero; None: where the input is not.
+        fragile: see `Operator`.
+        steady: for a function that jumps, the relative change that is none; None: it does not jump.
     """
 
-    def __init__(self, function: Callable[[Floats, Attributes], Floats], nonnegative: bool | None = False) -> None:
+    def __init__(
+        self,
+        function: Callable[[Floats, Attributes], Floats],
+        nonnegative: bool | None = False,
+        *,
+        fragile: bool = False,
+        steady: float | None = None,
+    ) -> None:
         self.function = function
         self.nonnegative = nonnegative
+        self.fragile = fragile
+        self.steady = steady
 
     def couple(self, step: Step) -> None:
         step.carry()
@@ -37,8 +51,9 @@ class Unary(Operator):
         super().constants(step)
         source, target = step.require(), step.output
         with np.errstate(all="ignore"):
-            value = self.apply(step, source.value)
-        target.constant = source.constant & np.isfinite(value)
+            value = np.asarray(self.apply(step, source.value), np.float64)
+            trusted = fits(value, step.graph.dtype(step.made[0])) & self._is_steady(step, source.value)
+        target.constant = source.constant & trusted
         target.value = np.where(target.constant, value, 0.0)
         known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
@@ -46,6 +61,16 @@ class Unary(Operator):
     def apply(self, step: Step, values: Floats) -> Floats:
         """The function on values of the input."""
         return self.function(values, step.node.attrs)
+
+    def change(self, step: Step) -> float | None:
+        """The relative change that is no jump; None where the function has no jumps."""
+        return self.steady
+
+    def _is_steady(self, step: Step, values: Floats) -> Bools:
+        change = self.change(step)
+        if change is None or is_whole(step.graph.dtype(step.original[0])):
+            return np.ones(len(values), bool)
+        return is_steady(lambda x: self.apply(step, x), [values], change)
 
 
 class Relu(Unary):
@@ -58,50 +83,36 @@ class Relu(Unary):
 
 
 class Clip(Unary):
-    """Clip with constant bounds: attributes before opset 11, inputs since."""
+    """Clip: bounds are attributes before opset 11, inputs since. With bounds that are computed nothing is constant."""
 
     def couple(self, step: Step) -> None:
-        step.memo = tuple(
-            float(step.parameter(index, "bound").reshape(())) if step.has(index) else step.node.attrs.get(name, default)
+        found = [
+            step.constant(index) if step.has(index) else np.array(step.node.attrs.get(name, default), np.float64)
             for index, name, default in ((1, "min", -np.inf), (2, "max", np.inf))
-        )
+        ]
+        bounds = [float(bound.reshape(())) for bound in found if bound is not None]
+        step.memo = bounds if len(bounds) == 2 else None
         step.carry()
 
     def constants(self, step: Step) -> None:
         super().constants(step)
-        if step.memo[0] >= 0:
-            step.output.nonnegative[:] = True
+        source, target = step.require(), step.output
+        if step.memo is None:
+            target.constant[:] = target.nonnegative[:] = False
+            return
+        low, high = step.memo
+        target.nonnegative |= (source.nonnegative | (low >= 0)) & (high >= 0)
 
     def apply(self, step: Step, values: Floats) -> Floats:
+        if step.memo is None:
+            return values
         low, high = step.memo
-        clipped: Floats = np.clip(values, low, high)
+        clipped: Floats = np.minimum(np.maximum(values, low), high)
         return clipped
 
 
-class Identity(Unary):
-    """Identity and, in inference, Dropout."""
-
-    def couple(self, step: Step) -> None:
-        if len(step.node.outputs) > 1 and step.node.outputs[1].outputs:
-            raise Wall("its mask is used")
-        if step.has(2) and np.any(step.parameter(2, "training mode")):
-            raise Wall("it is in training mode")
-        step.carry()
-
-
-class Cast(Unary):
-    """Cast between floating-point types."""
-
-    def couple(self, step: Step) -> None:
-        import onnx
-
-        names = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
-        if onnx.TensorProto.DataType.Name(step.node.attrs["to"]) not in names:
-            raise Wall("it casts to another kind of number")
-        step.carry()
-
-
-def _sigmoid(x: Floats, _: Attributes) -> Floats:
+def sigmoid(x: Floats) -> Floats:
+    """Of any shape."""
     return 1 / (1 + np.exp(-x))
 
 
@@ -109,21 +120,33 @@ def _softplus(x: Floats, _: Attributes) -> Floats:
     return np.logaddexp(0.0, x)
 
 
-def _erf(x: Floats) -> Floats:
-    return np.array([erf(value) for value in x.tolist()])
+def erf(x: Floats) -> Floats:
+    """The error function, on a vector."""
+    return np.array([math.erf(value) for value in x.tolist()])
 
 
 def _gelu(x: Floats, attrs: Attributes) -> Floats:
     if attrs.get("approximate", "none") == "tanh":
-        inner: Floats = np.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))
+        inner: Floats = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     else:
-        inner = _erf(x / sqrt(2))
+        inner = erf(x / math.sqrt(2))
     return 0.5 * x * (1 + inner)
 
 
 def _elu(x: Floats, attrs: Attributes) -> Floats:
     slope: float = attrs.get("alpha", 1.0)
     return np.where(x < 0, slope * np.expm1(np.minimum(x, 0)), x)
+
+
+def _selu(x: Floats, attrs: Attributes) -> Floats:
+    scale: float = attrs.get("gamma", 1.0507010221481323)
+    slope: float = attrs.get("alpha", 1.6732631921768188)
+    return scale * np.where(x <= 0, slope * np.expm1(np.minimum(x, 0)), x)
+
+
+def _celu(x: Floats, attrs: Attributes) -> Floats:
+    slope: float = attrs.get("alpha", 1.0)
+    return np.maximum(x, 0) + np.minimum(slope * np.expm1(x / slope), 0)
 
 
 def _hard_sigmoid(x: Floats, attrs: Attributes) -> Floats:
@@ -137,28 +160,37 @@ def _leaky(x: Floats, attrs: Attributes) -> Floats:
     return np.where(x < 0, slope * x, x)
 
 
-def _swish(x: Floats, attrs: Attributes) -> Floats:
+def _thresholded(x: Floats, attrs: Attributes) -> Floats:
+    return np.where(x > attrs.get("alpha", 1.0), x, 0.0)
+
+
+def _shrink(x: Floats, attrs: Attributes) -> Floats:
+    width, bias = attrs.get("lambd", 0.5), attrs.get("bias", 0.0)
+    return np.where(x < -width, x + bias, np.where(x > width, x - bias, 0.0))
+
+
+def swish(x: Floats, attrs: Attributes) -> Floats:
+    """Of any shape; `alpha` is the slope inside the sigmoid."""
     slope: float = attrs.get("alpha", 1.0)
-    return x * _sigmoid(slope * x, attrs)
+    return x * sigmoid(slope * x)
 
 
-HANDLERS = {
+HANDLERS: dict[str, Operator] = {
     "Relu": Relu(lambda x, _: np.maximum(x, 0), True),
     "Clip": Clip(lambda x, _: x),
-    "LeakyRelu": Unary(_leaky),
-    "Elu": Unary(_elu),
-    "Gelu": Unary(_gelu),
-    "Sigmoid": Unary(_sigmoid, True),
+    "LeakyRelu": Unary(_leaky, None),
+    "ThresholdedRelu": Unary(_thresholded, None, steady=JUMPS),
+    "Elu": Unary(_elu, None),
+    "Selu": Unary(_selu),
+    "Celu": Unary(_celu, None),
+    "Gelu": Unary(_gelu, None),
+    "Sigmoid": Unary(lambda x, _: sigmoid(x), True),
     "HardSigmoid": Unary(_hard_sigmoid, True),
-    "HardSwish": Unary(lambda x, _: x * np.clip(x / 6 + 0.5, 0, 1)),
-    "Swish": Unary(_swish),
-    "Mish": Unary(lambda x, _: x * np.tanh(_softplus(x, _))),
+    "HardSwish": Unary(lambda x, _: x * np.clip(x / 6 + 0.5, 0, 1), None),
+    "Swish": Unary(swish, None),
+    "Mish": Unary(lambda x, _: x * np.tanh(_softplus(x, _)), None),
     "Tanh": Unary(lambda x, _: np.tanh(x), None),
     "Softplus": Unary(_softplus, True),
-    "Erf": Unary(lambda x, _: _erf(x), None),
-    "Abs": Unary(lambda x, _: np.abs(x), True),
-    "Neg": Unary(lambda x, _: -x),
-    "Identity": Identity(lambda x, _: x, None),
-    "Dropout": Identity(lambda x, _: x, None),
-    "Cast": Cast(lambda x, _: x, None),
+    "Softsign": Unary(lambda x, _: x / (1 + np.abs(x)), None),
+    "Shrink": Unary(_shrink, steady=JUMPS),
 }

@@ -1,74 +1,163 @@
-"""Conv and ConvTranspose."""
+"""Conv, ConvTranspose and DeformConv."""
 
 from __future__ import annotations
 
+from functools import reduce
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.mixing import Mix, Mixing
+from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
+from polar_deploy.surgery.quantization import Weight, weight
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Floats, Step
-    from polar_deploy.surgery.graph import Array
+    from polar_deploy.surgery.facts import Bools, Step
+    from polar_deploy.surgery.model import Dim
+    from polar_deploy.surgery.stored import Array
 
 
 class Conv(Mixing):
     """Convolution of any rank, plain, grouped or depthwise. weight: [filters, inputs a group, *kernel]."""
 
+    bias_index: int | None = 2
+    uneven = "the zero padding"  # why a constant that is not zero may not come out constant
+
+    def kernels(self, step: Step) -> Weight:
+        """The weight as stored."""
+        return weight(step, 1, "weight")
+
+    def bias(self, step: Step) -> Weight | None:
+        """The bias as stored."""
+        return weight(step, self.bias_index, "bias") if self.bias_index and step.has(self.bias_index) else None
+
+    def to_blocks(self, values: Array, groups: int) -> Array:
+        """The weight as `Mix` takes it."""
+        blocks: Array = values.reshape(groups, -1, values.shape[1], prod(values.shape[2:]))
+        return blocks
+
+    def from_blocks(self, blocks: Array, kernel: tuple[int, ...]) -> Array:
+        """The weight as the operator takes it."""
+        values: Array = blocks.reshape(-1, blocks.shape[2], *kernel)
+        return values
+
+    def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
+        """[taps] steady and loose ones, see `Mix`."""
+        shape = step.graph.shape(step.original[0])
+        return _sight(step.node.attrs, kernel, shape[2:] if shape is not None else (None,) * len(kernel))
+
     def read(self, step: Step) -> Mix:
-        weight = step.parameter(1, "weight")
-        groups = _groups(step, weight.shape[0])
-        blocks = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-        return Mix(blocks, _bias(step, groups), padded=_is_padded(step.node.attrs))
+        kernels, bias, groups = self.kernels(step), self.bias(step), step.node.attrs.get("group", 1)
+        if groups < 1 or kernels.values.shape[0] % groups:
+            raise Wall(f"{kernels.values.shape[0]} channels do not divide into {groups} groups")
+        zero, scale = per_filter(kernels, groups)
+        steady, loose = self.sight(step, kernels.values.shape[2:])
+        fixed = "an operator without a bias" if self.bias_index is None else "a quantised bias"
+        plain = bias is None or bias.plain
+        return Mix(
+            weight=self.to_blocks(kernels.values, groups),
+            bias=None if bias is None else bias.numbers.reshape(groups, -1),
+            zero=zero,
+            scale=scale,
+            steady=steady,
+            loose=loose | (kernels.unsure is not None),
+            why=kernels.unsure or self.uneven,
+            fixed=None if plain and self.bias_index else fixed,
+            plain=plain and kernels.plain,
+        )
 
-    def write(self, step: Step, weight: Array | None, bias: Floats | None, groups: int) -> None:
-        if weight is not None:
-            kernel = step.parameter(1, "weight").shape[2:]
-            step.graph.set_constant(step.node, 1, weight.reshape(-1, weight.shape[2], *kernel))
-        _write_bias(step, bias, groups)
+    def write(self, step: Step, trim: Trim) -> None:
+        kernels, bias = self.kernels(step), self.bias(step)
+        values = None if trim.weight is None else self.from_blocks(trim.weight, kernels.values.shape[2:])
+        kernels.write(step.graph, values, trim.kept)
+        if self.bias_index:
+            write_bias(step, self.bias_index, bias, trim, self.bias_type(step))
+        if trim.groups != step.node.attrs.get("group", 1):
+            step.graph.set_attribute(step.node, "group", trim.groups)
 
 
-class ConvTranspose(Mixing):
-    """Transposed convolution. weight: [inputs, filters a group, *kernel]. Strides leave holes: never constant."""
+class ConvTranspose(Conv):
+    """Transposed convolution. weight: [inputs, filters a group, *kernel]."""
+
+    uneven = "the gaps of a transposed convolution"
+
+    def kernels(self, step: Step) -> Weight:
+        kernels = weight(step, 1, "weight", axis=1)
+        if kernels.vectors and step.node.attrs.get("group", 1) > 1:
+            raise Wall("its groups share the scales of the weight")
+        return kernels
+
+    def to_blocks(self, values: Array, groups: int) -> Array:
+        blocks: Array = super().to_blocks(values, groups).swapaxes(1, 2)
+        return blocks
+
+    def from_blocks(self, blocks: Array, kernel: tuple[int, ...]) -> Array:
+        values: Array = super().from_blocks(blocks.swapaxes(1, 2), kernel)
+        return values
+
+    def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
+        attrs = step.node.attrs
+        pointwise = {*kernel, *attrs.get("strides", ())} <= {1} and not any(attrs.get("pads", ()))
+        steady = np.full(prod(kernel), pointwise and "output_shape" not in attrs)
+        return steady, ~steady
+
+
+class DeformConv(Conv):
+    """Convolution at computed sampling points, each of which sees all channels."""
+
+    bias_index = 3
+    uneven = "sampling points outside of the input"
 
     def read(self, step: Step) -> Mix:
-        weight = step.parameter(1, "weight")
-        groups = _groups(step, weight.shape[0])
-        blocks = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-        return Mix(blocks.swapaxes(1, 2), _bias(step, groups), padded=True)
+        if step.node.attrs.get("offset_group", 1) != 1:
+            raise Wall("its sampling points differ between channels")
+        return super().read(step)
 
-    def write(self, step: Step, weight: Array | None, bias: Floats | None, groups: int) -> None:
-        if weight is not None:
-            kernel = step.parameter(1, "weight").shape[2:]
-            step.graph.set_constant(step.node, 1, weight.swapaxes(1, 2).reshape(-1, weight.shape[1], *kernel))
-        _write_bias(step, bias, groups)
+    def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
+        loose = np.ones(prod(kernel), bool)
+        return ~loose, loose
 
 
-def _groups(step: Step, channels: int) -> int:
-    groups: int = step.node.attrs.get("group", 1)
-    if groups < 1 or channels % groups:
-        raise Wall(f"{channels} channels do not divide into {groups} groups")
-    return groups
+def _sight(attrs: dict[str, Any], kernel: tuple[int, ...], sizes: tuple[Dim, ...]) -> tuple[Bools, Bools]:
+    """[taps] which always see data, and which see padding at some positions of the output."""
+    rank = len(kernel)
+    pads, strides = attrs.get("pads", [0] * 2 * rank), attrs.get("strides", [1] * rank)
+    dilations, mode = attrs.get("dilations", [1] * rank), attrs.get("auto_pad", "NOTSET")
+    steady, blind = [], []
+    for axis, (taps, size) in enumerate(zip(kernel, sizes, strict=True)):
+        span = (taps - 1) * dilations[axis] + 1
+        padding = (pads[axis], pads[axis + rank]) if mode == "NOTSET" else _automatic(mode, size, span, strides[axis])
+        always, never = _sight_along(np.arange(taps) * dilations[axis], strides[axis], padding, size)
+        steady.append(always)
+        blind.append(never)
+    always, never = reduce(np.logical_and.outer, steady).ravel(), reduce(np.logical_or.outer, blind).ravel()
+    return always, ~always & ~never
 
 
-def _bias(step: Step, groups: int) -> Floats | None:
-    if not step.has(2):
-        return None
-    return step.parameter(2, "bias").astype(np.float64).reshape(groups, -1)
+def _automatic(mode: str, size: Dim, span: int, stride: int) -> tuple[int, int]:
+    """What auto_pad adds before and after; where the size is not known: something."""
+    if mode == "VALID" or span == 1:
+        return 0, 0
+    if not isinstance(size, int):
+        return 1, 1
+    total = max((-(-size // stride) - 1) * stride + span - size, 0)
+    return (total // 2, total - total // 2) if mode == "SAME_UPPER" else (total - total // 2, total // 2)
 
 
-def _write_bias(step: Step, bias: Floats | None, groups: int) -> None:
-    if bias is not None:
-        step.graph.set_constant(step.node, 2, bias.astype(step.parameter(1, "weight").dtype))
-    if groups != step.node.attrs.get("group", 1):
-        step.graph.set_attribute(step.node, "group", groups)
+def _sight_along(taps: Array, stride: int, padding: tuple[int, int], size: Dim) -> tuple[Bools, Bools]:
+    """[taps] along one axis (given by their distance from the first) which always see data, and which never do."""
+    if not any(padding):
+        return np.ones(len(taps), bool), np.zeros(len(taps), bool)
+    if not isinstance(size, int):
+        return np.zeros(len(taps), bool), np.zeros(len(taps), bool)
+    last = (
+        (size + sum(padding) - taps[-1] - 1) // stride * stride
+    )  # where the window stands at the end, padding counted
+    start = taps - padding[0]
+    first_inside = start + np.maximum(-(start // stride), 0) * stride
+    always = (start >= 0) & (start + last < size)
+    return always, ~((first_inside < size) & (first_inside <= start + last))
 
 
-def _is_padded(attrs: dict[str, Any]) -> bool:
-    automatic = attrs.get("auto_pad", "NOTSET")
-    return any(attrs.get("pads", ())) if automatic == "NOTSET" else automatic != "VALID"
-
-
-HANDLERS = {"Conv": Conv(), "ConvTranspose": ConvTranspose()}
+HANDLERS: dict[str, Mixing] = {"Conv": Conv(), "ConvTranspose": ConvTranspose(), "DeformConv": DeformConv()}

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.mixing import Mix, Mixing
+from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
+from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Floats, Step
-    from polar_deploy.surgery.graph import Array
+    from polar_deploy.surgery.facts import Bools, Channels, Facts, Step
+    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.stored import Array
+
+LEFT, RIGHT = 0, 1
 
 
 class Gemm(Mixing):
@@ -21,55 +26,190 @@ class Gemm(Mixing):
         attrs = step.node.attrs
         if attrs.get("transA", 0):
             raise Wall("its input is transposed")
-        weight = step.parameter(1, "weight")
-        rows = weight if attrs.get("transB", 0) else weight.T
-        alpha, beta = attrs.get("alpha", 1.0), attrs.get("beta", 1.0)
-        bias = None
-        if step.has(2):
-            values = step.parameter(2, "bias").astype(np.float64)
-            if values.ndim > 1 and values.size not in (1, values.shape[-1]):
-                raise Wall("its bias differs from row to row")
-            bias = beta * np.broadcast_to(values.reshape(-1), len(rows))[None]
-        scaled = rows if alpha == 1 else rows * rows.dtype.type(alpha)
-        return Mix(scaled[None, :, :, None], bias, padded=False)
-
-    def write(self, step: Step, weight: Array | None, bias: Floats | None, groups: int) -> None:
-        dtype = step.parameter(1, "weight").dtype
-        if weight is not None:
-            rows = weight[0, :, :, 0]
-            step.graph.set_constant(step.node, 1, rows if step.node.attrs.get("transB", 0) else rows.T)
-            _reset(step, "alpha")
+        matrix, bias = self._matrix(step), self._bias(step)
+        zero, scale = per_filter(matrix, 1)
+        rows = matrix.values if attrs.get("transB", 0) else matrix.values.T
+        plain = bias is None or bias.plain
+        offset = None
         if bias is not None:
-            step.graph.set_constant(step.node, 2, bias.astype(dtype))
-            _reset(step, "beta")
+            offset = attrs.get("beta", 1.0) * np.broadcast_to(bias.numbers.ravel(), (1, len(rows)))
+        return Mix(
+            weight=rows[None, :, :, None],
+            bias=offset,
+            zero=zero,
+            scale=attrs.get("alpha", 1.0) * scale,
+            steady=np.ones(1, bool),
+            loose=np.full(1, matrix.unsure is not None),
+            why=matrix.unsure or "",
+            fixed=None if plain else "a quantised bias",
+            plain=plain and matrix.plain,
+        )
 
+    def write(self, step: Step, trim: Trim) -> None:
+        matrix, bias = self._matrix(step), self._bias(step)
+        values = None if trim.weight is None else trim.weight[0, :, :, 0]
+        if values is not None and not step.node.attrs.get("transB", 0):
+            values = values.T
+        matrix.write(step.graph, values, trim.kept)
+        write_bias(step, 2, bias, trim, self.bias_type(step))
+        if trim.bias is not None and (bias is None or bias.plain) and step.node.attrs.get("beta", 1.0) != 1:
+            step.graph.set_attribute(step.node, "beta", 1.0)  # the new bias has taken it up
 
-def _reset(step: Step, name: str) -> None:
-    if step.node.attrs.get(name, 1.0) != 1:
-        step.graph.set_attribute(step.node, name, 1.0)
+    def _matrix(self, step: Step) -> Weight:
+        return weight(step, 1, "weight", axis=0 if step.node.attrs.get("transB", 0) else 1)
+
+    def _bias(self, step: Step) -> Weight | None:
+        bias = weight(step, 2, "bias", axis=-1) if step.has(2) else None
+        if bias is not None and bias.values.size not in (1, *bias.values.shape[-1:]):
+            raise Wall("its bias differs from row to row")
+        if bias is not None and bias.values.size == 1 and not bias.plain:
+            raise Wall("its quantised bias is one number for all")
+        return bias
 
 
 class MatMul(Mixing):
-    """`x @ weight`, weight: [inputs, outputs]; channels on the last axis."""
+    """`x @ weight`, weight: [inputs, outputs], or `weight @ x`, weight: [outputs, inputs], with or without more axes.
 
-    def read(self, step: Step) -> Mix:
-        weight = step.parameter(1, "second factor")
-        if weight.ndim != 2:
-            raise Wall("its second factor is no matrix")
-        return Mix(weight.T[None, :, :, None], None, padded=False, takes_bias=False)
+    What adds a bias to it is an Add with a constant, where nobody else reads the product.
+    """
 
-    def write(self, step: Step, weight: Array | None, bias: Floats | None, groups: int) -> None:
-        if weight is not None:
-            step.graph.set_constant(step.node, 1, weight[0, :, :, 0].T)
+    factors = (0, 1)  # which inputs are multiplied, on the left and on the right
+    sides: tuple[int, ...] = (RIGHT, LEFT)  # where weights may be
+    across = True  # whether channels on an axis that is not multiplied are followed
+
+    def side(self, step: Step) -> int:
+        """Where the weight is."""
+        for side in self.sides:
+            if is_stored(step, self.factors[side]):
+                return side
+        raise Wall("both of its factors are computed: attention heads are not followed")
+
+    def matrix(self, step: Step) -> Weight:
+        """The weight as stored."""
+        side = self.side(step)
+        return weight(step, self.factors[side], "weight", axis=-1 if side == RIGHT else -2)
+
+    def data(self, step: Step) -> int:
+        return self.factors[1 - self.side(step)]
 
     def input_axis(self, step: Step) -> int:
-        return self.output_axis(step)
+        return _rank(step, self.data(step)) - (1 if self.side(step) == RIGHT else 2)
 
     def output_axis(self, step: Step) -> int:
-        shape = step.graph.shape(step.node.inputs[0])
-        if shape is None or len(shape) < 2:
-            raise Wall("the rank of its input is not known")
-        return len(shape) - 1
+        shape = step.graph.shape(step.made[0])
+        return len(shape or ()) - (1 if self.side(step) == RIGHT else 2)
+
+    def couple(self, step: Step) -> None:
+        source = step.inputs[self.data(step)]
+        elsewhere = source is not None and self.input_axis(step) not in source.axes
+        if self.across and source is not None and elsewhere and not _stuck(step.facts, source).all():
+            step.handler = ACROSS
+            ACROSS.couple(step)
+        else:
+            super().couple(step)
+
+    def read(self, step: Step) -> Mix:
+        matrix = self.matrix(step)
+        if matrix.values.ndim < 2 or _rank(step, self.data(step)) < 2:
+            raise Wall("one of its factors is a vector")
+        stack = matrix.values.reshape(-1, *matrix.values.shape[-2:])
+        steady = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
+        zero, scale = per_filter(matrix, 1)
+        return Mix(
+            weight=stack.transpose((2, 1, 0) if self.side(step) == RIGHT else (1, 2, 0))[None],
+            bias=None,
+            zero=zero,
+            scale=scale,
+            steady=steady,
+            loose=~steady,
+            why=matrix.unsure or "several matrices",
+            fixed=None if self.adder(step) else "an operator without a bias",
+            plain=matrix.plain,
+        )
+
+    def write(self, step: Step, trim: Trim) -> None:
+        matrix, values = self.matrix(step), None
+        if trim.weight is not None:
+            stack = trim.weight[0].transpose((2, 1, 0) if self.side(step) == RIGHT else (2, 0, 1))
+            values = stack.reshape(*matrix.values.shape[:-2], *stack.shape[1:])
+        matrix.write(step.graph, values, trim.kept)
+        found = self.adder(step)
+        if trim.bias is not None and found is not None:
+            node, index, old = found
+            moved = trim.bias if self.side(step) == RIGHT else trim.bias[:, None]
+            step.graph.set_constant(node, index, (old.astype(np.float64) + moved).astype(old.dtype))
+
+    def adder(self, step: Step) -> tuple[Node, int, Array] | None:
+        """The Add behind the product, which of its inputs is a constant along the outputs alone, and that constant."""
+        product = step.node.outputs[0]
+        node = product.outputs[0] if len(product.outputs) == 1 and step.graph.is_private(product.name) else None
+        if node is None or node.op != "Add" or node.domain not in (None, "", "ai.onnx"):
+            return None
+        index = 0 if node.inputs[1] is product else 1
+        values, shape = step.graph.constant(node, index), step.graph.shape(product)
+        if values is None or shape is None:
+            return None
+        axis = self.output_axis(step) - len(shape)
+        along = values.shape[axis] if values.ndim >= -axis else 1
+        return (node, index, values) if values.size == along in (1, shape[axis]) else None
 
 
-HANDLERS = {"Gemm": Gemm(), "MatMul": MatMul()}
+class Across(Operator):
+    """MatMul along another axis than the channels': each channel by itself, and zero stays zero."""
+
+    def couple(self, step: Step) -> None:
+        data, matrix = MATMUL.data(step), MATMUL.matrix(step)
+        shift = MATMUL.output_axis(step) - MATMUL.input_axis(step)
+        target = step.carry(tuple(axis + shift for axis in step.require(data).axes), data)
+        if not matrix.plain and any(_own_axis(step, axis, matrix.values) is not None for axis in target.axes):
+            raise Wall("every channel has a quantised matrix of its own")
+
+    def constants(self, step: Step) -> None:
+        super().constants(step)
+        target = step.output
+        target.constant &= target.value == 0
+        target.nonnegative = target.constant.copy()
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        source = step.require(MATMUL.data(step))
+        if (constant := source.needed & source.constant & (source.value != 0)).any():
+            reason = f"the constant {source.value[constant][0]:.6g} meets a product along another axis"
+            source.notes.append(step.note(reason, constant))
+
+    def slice(self, step: Step) -> None:
+        """Where every channel has a matrix of its own, they go with the channels."""
+        index, target = MATMUL.factors[MATMUL.side(step)], step.output
+        for axis in target.axes if not target.kept.all() else ():
+            values = step.constant(index)
+            own = None if values is None else _own_axis(step, axis, values)
+            if values is not None and own is not None:
+                step.graph.set_constant(step.node, index, values.take(target.keep(axis), axis=own))
+
+
+def _own_axis(step: Step, axis: int, values: Array) -> int | None:
+    """The axis of a stack of matrices that runs along an axis of the output; None where it has no extent there."""
+    own = axis - len(step.graph.shape(step.made[0]) or ()) + values.ndim
+    return own if 0 <= own < values.ndim - 2 and values.shape[own] > 1 else None
+
+
+MATMUL, ACROSS = MatMul(), Across()
+HANDLERS: dict[str, Operator] = {"Gemm": Gemm(), "MatMul": MATMUL}
+
+
+def _rank(step: Step, index: int) -> int:
+    shape = step.graph.shape(step.original[index])
+    if shape is None:
+        raise Wall("the rank of its input is not known")
+    return len(shape)
+
+
+def _stuck(facts: Facts, channels: Channels) -> Bools:
+    """Which channels stay whatever is closed, because of what is coupled with them so far."""
+    stuck = {id(one): one.pinned.copy() for one in facts.everything()}
+    for step in facts.steps:
+        for link in step.links:
+            if link.coupled:
+                stuck[id(link.target)][link.into] |= stuck[id(link.source)][link.out_of]
+    found: Bools = stuck[id(channels)]
+    return found

@@ -2,64 +2,210 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery import regroup
 from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.operator import Operator, Retained
+from polar_deploy.surgery.ops.extent import Sized, Told
+from polar_deploy.surgery.trace import Size, is_fixed, trace
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Channels, Ints, Step
-    from polar_deploy.surgery.model import Shape
+    from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
+    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.stored import Array
 
 
-class Regroup(Operator):
+class Moving(Operator):
+    """Any operator that only moves elements; one channel of the output may hold elements of several of the input."""
+
+    def constants(self, step: Step) -> None:
+        for link in step.links:
+            source, target = link.source, link.target
+            target.value[link.into] = source.value[link.out_of]
+            target.constant[:] = target.nonnegative[:] = True
+            same = source.constant[link.out_of] & (source.value[link.out_of] == target.value[link.into])
+            np.logical_and.at(target.constant, link.into, same)
+            np.logical_and.at(target.nonnegative, link.into, source.nonnegative[link.out_of])
+
+
+class Regroup(Moving):
     """Any operator that keeps the order of the elements. Flatten before a Gemm gives each channel several columns."""
 
     def couple(self, step: Step) -> None:
         before, after = step.graph.shape(step.original[0]), step.graph.shape(step.made[0])
         if before is None or after is None:
             raise Wall("its shape is not known")
-        source = step.require()
-        axes, out_of = _follow(before, after, source)
-        target = step.create(axes)
-        step.link(source, target, out_of, np.arange(len(target)))
-        if len(axes) > 1:
-            _tie_rows(step, target)
+        source, result = step.require(), step.node.outputs[0]
+
+        def choose(spread: Array, among: range) -> int | None:
+            return regroup.cut_axis(step.graph, result, _origins(step.facts, source)[spread], among)
+
+        places = regroup.follow(before, after, source.axes, choose)
+        target = step.create(places.axes)
+        step.link(source, target, places.out_of, places.into)
+        if places.split:  # position by position along the last axis, so that what is left is a block
+            rows = np.arange(len(target)).reshape(-1, target.dims[-1])
+            for row in rows[1:]:
+                step.tie(target, rows[0], row)
 
 
-class Reshape(Regroup):
-    """Reshape to a constant shape, or to one that is known but for one dimension."""
+def _origins(facts: Facts, channels: Channels) -> Ints:
+    """Which channels go together because they were one before, as behind a Flatten: numbers, the same for those."""
+    numbers = np.arange(len(channels))
+    for step in reversed(facts.steps):
+        if not any(tensor.name == channels.tensor for tensor in step.made):
+            continue
+        links = [link for link in step.links if link.target is channels and link.coupled]
+        if len(links) != 1 or len(links[0].into) != len(channels):
+            break
+        source_of = np.empty(len(channels), np.int64)
+        source_of[links[0].into] = links[0].out_of
+        numbers, channels = source_of[numbers], links[0].source
+        if len(np.unique(numbers)) < len(numbers):
+            break
+    return numbers
+
+
+@dataclass
+class Reshaped(Told):
+    """Of a Reshape. edit: the number (input, position) of the Concat that makes the shape which is to become -1."""
+
+    edit: tuple[int, int] | None = None
+
+
+class Reshape(Sized, Regroup):
+    """Reshape to a constant shape, or to a computed one that a constant can stand for or that goes with the cut."""
 
     def couple(self, step: Step) -> None:
-        shape = step.graph.shape(step.made[0]) or ()
-        if step.constant(1) is None and sum(not isinstance(dim, int) for dim in shape) > 1:
-            raise Wall("its shape is computed")
         super().couple(step)
+        step.memo = Reshaped()
+        if step.constant(1) is not None:
+            return
+        rank = len(step.graph.shape(step.made[0]) or ())
+        sizes = trace(step.facts, step.original[1])
+        if sizes is None or len(sizes) != rank:
+            sizes = [Size()] * rank
+        step.memo.written = self._written(step, sizes)
+        if step.memo.written is None:
+            self._go_along(step, sizes)
+
+    def _written(self, step: Step, sizes: list[Size]) -> Ints | None:
+        """The shape as a constant with at most one -1, and 0 for leading dimensions that stay; None: there is none."""
+        before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
+        fixed = (*range(len(after)),) if is_fixed(step.graph) else step.output.axes
+        head = regroup.same_head(before, after)
+        new = [
+            dim if isinstance(dim, int) and (axis in fixed or size.value == dim) else 0 if axis < head else -1
+            for axis, (dim, size) in enumerate(zip(after, sizes, strict=True))
+        ]
+        return np.array(new, np.int64) if new.count(-1) < 2 else None
+
+    def _go_along(self, step: Step, sizes: list[Size]) -> None:
+        """A shape that stays computed: the axis that the cut goes along has to get its size from somewhere."""
+        (*others, axis), size = step.output.axes, sizes[step.output.axes[-1]]
+        if others and not step.ties:
+            raise Wall("its shape is computed, and its channels lie on several axes")
+        if size.value == -1 or (size.value == 0 and step.output.axes == step.require().axes and not _zeros(step)):
+            return
+        step.memo.edit = _place(step, axis)
+        if step.memo.edit is None:
+            self.follow(step, step.output, axis, size)
+            step.memo.followed = frozenset((axis,))
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        if step.memo.edit is not None:
+            concat, (index, _) = step.node.inputs[1].inputs[0], step.memo.edit
+            if not step.graph.is_constant(concat.inputs[index]):
+                maker = next(maker for maker in step.facts.steps if maker.node is concat)
+                maker.replaced[index] = np.array([-1.0])
 
     def slice(self, step: Step) -> None:
-        target = step.output
-        if target.kept.all():
-            return
-        asked = step.constant(1)
-        if asked is None:
-            shape = step.graph.shape(step.made[0]) or ()
-            asked = np.array([dim if isinstance(dim, int) else -1 for dim in shape], np.int64)
+        target, memo, asked = step.output, step.memo, step.constant(1)
+        if memo.written is not None:
+            self._write(step, memo.written, literal=False)
+            if (memo.written == 0).any() and _zeros(step):
+                step.graph.set_attribute(step.node, "allowzero", 0)
+        elif asked is not None and not target.kept.all():
+            self._write(step, asked, literal=_zeros(step))
+        elif memo.edit is not None:
+            concat, (index, position) = step.node.inputs[1].inputs[0], memo.edit
+            held = step.graph.constant(concat, index)
+            if held is None or not target.kept.all():
+                values = np.zeros(1, np.int64) if held is None else held.copy()
+                values[position] = -1
+                step.graph.set_constant(concat, index, values)
+
+    def _write(self, step: Step, asked: Ints, *, literal: bool) -> None:
+        """Writes the shape after the cut; 0 copies the input's size unless it is meant literally."""
+        given, wanted = (
+            [len(x.keep(axis)) if axis in x.axes else dim for axis, dim in enumerate(step.graph.shape(tensor) or ())]
+            for x, tensor in ((step.require(), step.original[0]), (step.output, step.made[0]))
+        )
         new = asked.copy()
-        for axis in target.axes:
-            if new[axis] > 0:
-                new[axis] = len(target.keep(axis))
+        for axis in range(len(new)):
+            copied = new[axis] == 0 and not literal
+            if (new[axis] > 0 and axis in step.output.axes) or (copied and given[axis] != wanted[axis]):
+                new[axis] = wanted[axis]
         step.graph.set_constant(step.node, 1, new)
 
 
+def _zeros(step: Step) -> bool:
+    """Whether a 0 in the shape is meant literally."""
+    return bool(step.node.attrs.get("allowzero", 0))
+
+
+def _place(step: Step, axis: int) -> tuple[int, int] | None:
+    """Where the number of channels stands in the Concat that makes a shape: input, and position in that.
+
+    It can be left to be inferred (-1) if nobody but Reshapes with their channels on the same axis reads that shape.
+    """
+    tensor = step.node.inputs[1]
+    concat = tensor.inputs[0] if tensor.inputs else None
+    if concat is None or concat.op != "Concat" or not step.graph.is_private(tensor.name):
+        return None
+    if not all(_agrees(step, reader, axis) for reader in tensor.outputs):
+        return None
+    found, first = None, 0
+    for index, part in enumerate(concat.inputs):
+        sizes = trace(step.facts, part)
+        if sizes is None or any(size.value == -1 or (size.value == 0 and _zeros(step)) for size in sizes):
+            return None
+        alone = step.graph.is_constant(part) or (len(sizes) == 1 and step.graph.dtype(part) == np.int64)
+        if first <= axis < first + len(sizes) and alone:
+            found = index, axis - first
+        first += len(sizes)
+    return found
+
+
+def _agrees(step: Step, reader: Node, axis: int) -> bool:
+    """Whether `reader` is a Reshape told by the same input that, as far as is known, has its channels on `axis` too."""
+    known = step.facts.of(reader.outputs[0]) if reader.outputs else None
+    told = reader.op == "Reshape" and reader.inputs[0] is not step.node.inputs[1]
+    return told and (known is None or known.axes[-1] == axis)
+
+
 class Squeeze(Regroup):
-    """Squeeze of named axes."""
+    """Squeeze; without a list of axes it takes away whatever has size 1, which the channels must not come to."""
 
     def couple(self, step: Step) -> None:
-        if not step.has(1) and "axes" not in step.node.attrs:
-            raise Wall("it squeezes whatever has size 1")
+        if not self._is_told(step) and len(step.require().axes) > 1:
+            raise Wall("it squeezes whatever has size 1, and its channels lie on several axes")
         super().couple(step)
+
+    def _is_told(self, step: Step) -> bool:
+        return step.has(1) or "axes" in step.node.attrs
+
+    def retain(self, step: Step) -> list[Retained]:
+        retained = super().retain(step)
+        source = step.require()
+        if not self._is_told(step) and not step.output.gone and len(source) > 1 == int(source.kept.sum()):
+            retained.append(Retained(source, np.flatnonzero(~source.kept)[:1], "it squeezes whatever has size 1"))
+        return retained
 
 
 class Transpose(Operator):
@@ -74,43 +220,8 @@ class Transpose(Operator):
         numbers = np.arange(len(source)).reshape(source.dims).transpose(np.argsort(moved)).ravel()
         step.link(source, target, numbers, np.arange(len(target)))
 
-
-def _follow(before: Shape, after: Shape, source: Channels) -> tuple[tuple[int, ...], Ints]:
-    """Where channels lie after a reshape: their axes, and the source channel of every channel there."""
-    first, last = min(source.axes), max(source.axes)
-    head = 0
-    while head < min(len(before), len(after)) and before[head] == after[head] is not None and head != first:
-        head += 1
-    tail = 0
-    while (
-        tail < min(len(before), len(after)) - head
-        and before[-1 - tail] == after[-1 - tail] not in (None, 1)
-        and len(before) - 1 - tail != last
-    ):
-        tail += 1
-    inner, outer = before[head : len(before) - tail], after[head : len(after) - tail]
-    if inner[: len(source.axes)] == outer[: len(source.axes)] == source.dims and source.axes[0] == head:
-        return source.axes, np.arange(len(source))  # the axes themselves stay; whatever is behind them is regrouped
-    count = len(source.axes)
-    if inner[-count:] == outer[-count:] == source.dims and source.axes[0] == head + len(inner) - count:
-        return tuple(range(head + len(outer) - count, head + len(outer))), np.arange(len(source))
-    sizes = [dim for dim in (*inner, *outer) if isinstance(dim, int)]
-    if len(sizes) != len(inner) + len(outer):
-        raise Wall("it joins or splits the channels with a dimension that is not fixed")
-    shape = [size if head + i in source.axes else 1 for i, size in enumerate(sizes[: len(inner)])]
-    numbers = np.arange(len(source)).reshape(shape)
-    spread = np.broadcast_to(numbers, sizes[: len(inner)]).reshape(sizes[len(inner) :])
-    axes = [axis for axis in range(spread.ndim) if (spread != spread.take([0], axis=axis)).any()]
-    axes = axes or [0]  # one channel: all that it becomes goes with it
-    corner = tuple(slice(None) if axis in axes else 0 for axis in range(spread.ndim))
-    return tuple(head + axis for axis in axes), spread[corner].ravel()
-
-
-def _tie_rows(step: Step, target: Channels) -> None:
-    """Channels on several axes go position by position along the last one, so that what is left is a block."""
-    numbers = np.arange(len(target)).reshape(-1, target.dims[-1])
-    for row in numbers[1:]:
-        step.tie(target, numbers[0], row)
+    def through(self, step: Step) -> int | None:
+        return 0 if len(step.output.axes) == 1 else None
 
 
 HANDLERS: dict[str, Operator] = {

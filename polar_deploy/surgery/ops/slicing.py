@@ -2,121 +2,260 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
 from polar_deploy.surgery.operator import Operator, Retained
+from polar_deploy.surgery.trace import Size, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Channels, Step
+    from polar_deploy.surgery.facts import Bools, Channels, Step
+    from polar_deploy.surgery.stored import Array
 
 
-def _only_axis(channels: Channels) -> int:
+def only_axis(channels: Channels) -> int:
+    """The one axis that the channels lie on. Raises Wall."""
     if len(channels.axes) > 1:
         raise Wall("its channels lie on several axes")
     return channels.axes[0]
 
 
+def rank_of(step: Step, index: int = 0) -> int:
+    """The rank of an input. Raises Wall."""
+    shape = step.graph.shape(step.original[index])
+    if shape is None:
+        raise Wall("the rank of its input is not known")
+    return len(shape)
+
+
+@dataclass
+class Cutting:
+    """What a Slice along the channels does.
+
+    bounds: starts, ends, axes and steps as far as they are given; at: which of them are the channels'.
+    computed: inputs that hold shape arithmetic and become constants.
+    """
+
+    bounds: dict[str, list[int]]
+    at: int
+    computed: list[int]
+
+    @property
+    def stride(self) -> int:
+        return self.bounds["steps"][self.at] if "steps" in self.bounds else 1
+
+
 class Slice(Operator):
-    """Slice with constant bounds; along the channels only without strides."""
+    """Slice, forwards and backwards. With strides, the channels that it steps over go with the one that it takes."""
+
+    names = ("starts", "ends", "axes", "steps")
 
     def couple(self, step: Step) -> None:
         source = step.require()
-        axis = _only_axis(source)
-        rank = len(step.graph.shape(step.original[0]) or ())
-        bounds = self._bounds(step)
-        axes = [a % rank for a in bounds.get("axes", range(len(bounds["starts"])))]
-        if axis not in axes:
+        axes = self._axes(step)
+        if not set(axes) & set(source.axes):
             step.carry()
             return
-        at = axes.index(axis)
-        if bounds.get("steps", [1] * len(axes))[at] != 1:
-            raise Wall("it takes every n-th channel")
-        out_of = np.arange(len(source))[slice(bounds["starts"][at], bounds["ends"][at])]
+        axis = only_axis(source)
+        step.memo = memo = self._cutting(step, axes.index(axis))
+        start, end = (memo.bounds[name][memo.at] for name in ("starts", "ends"))
+        taken = np.arange(len(source))[slice(start, end, memo.stride)]
         target = step.create(source.axes)
-        step.memo = at
-        step.link(source, target, out_of, np.arange(len(target)))
+        step.link(source, target, taken, np.arange(len(target)))
+        if (width := abs(memo.stride)) > 1:
+            between = np.arange(taken.min(), taken.max() + 1)
+            step.tie(source, between, between - between % width + taken[0] % width)
 
-    def _bounds(self, step: Step) -> dict[str, list[int]]:
-        names = ("starts", "ends", "axes", "steps")
+    def _axes(self, step: Step) -> list[int]:
+        """The axes that are cut."""
+        rank = rank_of(step)
         if not step.has(1):
-            return {name: step.node.attrs[name] for name in names if name in step.node.attrs}
-        return {name: step.parameter(i, name).tolist() for i, name in enumerate(names, start=1) if step.has(i)}
+            axes = step.node.attrs.get("axes", range(len(step.node.attrs["starts"])))
+        elif step.has(3):
+            axes = whole_numbers(step, 3)
+        else:
+            axes = range(len(trace(step.facts, step.original[1]) or range(rank)))
+        if axes is None:
+            raise Wall("its axes are computed")
+        return [axis % rank for axis in axes]
+
+    def _cutting(self, step: Step, at: int) -> Cutting:
+        if not step.has(1):
+            return Cutting({name: step.node.attrs[name] for name in self.names if name in step.node.attrs}, at, [])
+        bounds, computed = {}, []
+        for index, name in enumerate(self.names, start=1):
+            if step.has(index):
+                values = whole_numbers(step, index)
+                if values is None:
+                    raise Wall("its bounds are computed")
+                bounds[name] = values
+                computed += [index] if step.constant(index) is None else []
+        return Cutting(bounds, at, computed)
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        for index in step.memo.computed if step.memo else ():
+            step.replaced[index] = np.array(step.memo.bounds[self.names[index - 1]], np.float64)
 
     def slice(self, step: Step) -> None:
-        if step.memo is None or step.require().kept.all():
+        source, target, memo = step.require(), step.output, step.memo
+        if memo is None or (source.kept.all() and not memo.computed):
             return
-        first = int(step.links[0].out_of[0])
-        start = int(step.require().kept[:first].sum())
-        for index, (name, bound) in enumerate((("starts", start), ("ends", start + int(step.output.kept.sum()))), 1):
-            values = self._bounds(step)[name]
-            values = [*values[: step.memo], bound, *values[step.memo + 1 :]]
-            if step.has(1):
-                step.graph.set_constant(step.node, index, np.array(values, step.parameter(index, name).dtype))
-            else:
-                step.graph.set_attribute(step.node, name, values)
+        left = (np.cumsum(source.kept) - 1)[step.links[0].out_of[target.kept]]
+        total = int(source.kept.sum())
+        everything = len(left) == total and (memo.stride == 1 or total == 1)
+        if everything and _is_whole_elsewhere(step) and step.graph.bypass(step.node):
+            return
+        end = int(left[-1]) + (1 if memo.stride > 0 else -1)
+        bounds = {"starts": int(left[0]), "ends": end if end >= 0 else -total - 1}
+        for index, name in enumerate(self.names, start=1):
+            if name in bounds or index in memo.computed:
+                values = [*memo.bounds[name]]
+                values[memo.at] = bounds.get(name, values[memo.at])
+                self._write(step, index, values)
+
+    def _write(self, step: Step, index: int, values: list[int]) -> None:
+        if step.has(1):
+            write_numbers(step, index, values)
+        else:
+            step.graph.set_attribute(step.node, self.names[index - 1], values)
+
+
+def _is_whole_elsewhere(step: Step) -> bool:
+    """Whether input and output have the same shape but for the channels."""
+    before, after = (step.graph.shape(tensors[0]) or () for tensors in (step.original, step.made))
+    same = [a == b is not None for a, b in zip(before, after, strict=True)]
+    return all(is_same for axis, is_same in enumerate(same) if axis not in step.output.axes)
+
+
+@dataclass
+class Padding:
+    """Widths of a Pad, an entry a dimension, negative where it crops, None where they are computed.
+
+    taken: the input channels that are not cropped; written: the widths stand in an input that is computed.
+    """
+
+    axis: int
+    before: list[int | None]
+    after: list[int | None]
+    taken: range
+    written: bool
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Widths along the channels."""
+        return self.before[self.axis] or 0, self.after[self.axis] or 0
+
+    @property
+    def inner(self) -> bool:
+        """Whether anything is added along other dimensions."""
+        others = [(b, a) for i, (b, a) in enumerate(zip(self.before, self.after, strict=True)) if i != self.axis]
+        return any(width is None or width > 0 for pair in others for width in pair)
 
 
 class Pad(Operator):
-    """Pad with constant widths; added channels hold the pad value."""
+    """Pad; along the channels with a constant, or cropping. Added channels hold the pad value."""
 
     def couple(self, step: Step) -> None:
         source = step.require()
-        axis = _only_axis(source)
-        rank = len(step.graph.shape(step.original[0]) or ())
-        before, after = self._widths(step, rank)
-        mode = step.node.attrs.get("mode", "constant")
-        if min(before[axis], after[axis]) < 0 or (mode != "constant" and (before[axis] or after[axis])):
-            raise Wall(f"it pads the channels by {before[axis]} and {after[axis]} in mode {mode}")
-        inner = [before[i] or after[i] for i in range(rank) if i != axis]
-        step.memo = (axis, rank, before[axis], mode == "constant" and any(inner))
+        axis = only_axis(source)
+        before, after = self._widths(step)
+        low, high = before[axis], after[axis]
+        if low is None or high is None:
+            raise Wall("its widths are computed")
+        mode = self._mode(step)
+        if (low or high) and mode != "constant":
+            raise Wall(f"it pads the channels by {low} and {high} in mode {mode}")
+        written = step.has(1) and step.constant(1) is None and bool(low or high)
+        if written and any(width is None for width in (*before, *after)):
+            raise Wall("its widths are computed")
+        taken = range(len(source))[max(-low, 0) : len(source) - max(-high, 0)]
+        if not taken:
+            raise Wall("it crops all channels")
+        step.memo = Padding(axis, before, after, taken, written)
         target = step.create(source.axes)
-        step.link(source, target, np.arange(len(source)), before[axis] + np.arange(len(source)))
+        step.link(source, target, np.array(taken), max(low, 0) + np.arange(len(taken)))
 
-    def _widths(self, step: Step, rank: int) -> tuple[list[int], list[int]]:
+    def _mode(self, step: Step) -> str:
+        mode: str = step.node.attrs.get("mode", "constant")
+        return mode
+
+    def _widths(self, step: Step) -> tuple[list[int | None], list[int | None]]:
         """Widths before and after, an entry a dimension."""
-        pads = step.parameter(1, "list of widths").tolist() if step.has(1) else step.node.attrs["pads"]
-        axes = [a % rank for a in step.parameter(3, "list of axes").tolist()] if step.has(3) else list(range(rank))
-        before, after = [0] * rank, [0] * rank
+        rank = rank_of(step)
+        axes = [axis % rank for axis in self._axes(step, rank)]
+        if step.has(1):
+            sizes = trace(step.facts, step.original[1]) or [Size()] * (2 * len(axes))
+            pads = [size.value if isinstance(size.value, int) else None for size in sizes]
+        else:
+            pads = list(step.node.attrs["pads"])
+        before: list[int | None] = [0] * rank
+        after: list[int | None] = [0] * rank
         for position, axis in enumerate(axes):
             before[axis], after[axis] = pads[position], pads[position + len(axes)]
         return before, after
 
-    def _value(self, step: Step) -> float:
-        if step.has(2):
-            return float(step.parameter(2, "value").reshape(()))
-        return float(step.node.attrs.get("value", 0.0))
+    def _axes(self, step: Step, rank: int) -> list[int]:
+        if not step.has(3):
+            return list(range(rank))
+        axes = step.parameter(3, "list of axes")
+        return [int(axis) for axis in axes.ravel()]
+
+    def _value(self, step: Step) -> float | None:
+        """What is added; None where it is computed."""
+        if not step.has(2):
+            return float(step.node.attrs.get("value", 0.0))
+        value = step.constant(2)
+        return None if value is None else float(value.reshape(()))
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        if step.memo.written:
+            step.replaced[1] = np.array(self._list(step), np.float64)
 
     def constants(self, step: Step) -> None:
-        source, target, (_, _, before, inner) = step.require(), step.output, step.memo
+        source, target, memo = step.require(), step.output, step.memo
         value = self._value(step)
-        target.constant[:], target.value[:], target.nonnegative[:] = True, value, value >= 0
+        known = value is not None
+        target.constant[:], target.value[:], target.nonnegative[:] = known, value or 0.0, known and (value or 0.0) >= 0
         super().constants(step)
-        if inner:
-            inside = slice(before, before + len(source))
-            target.constant[inside] &= source.value == value
-            target.nonnegative[inside] &= value >= 0
+        if memo.inner and self._mode(step) == "constant":
+            inside, taken = step.links[0].into, step.links[0].out_of
+            target.constant[inside] &= known and source.value[taken] == value
+            target.nonnegative[inside] &= known and (value or 0.0) >= 0
+
+    def retain(self, step: Step) -> list[Retained]:
+        """Of what is not cropped, one channel is left."""
+        source, taken = step.require(), step.memo.taken
+        if step.output.gone or source.kept[taken].any():
+            return []
+        return [Retained(source, np.array(taken[:1]), "an operator must keep one input channel")]
 
     def slice(self, step: Step) -> None:
-        axis, rank, first, _ = step.memo
-        kept = step.output.kept
-        before, after = self._widths(step, rank)
-        if not kept.all():
-            before[axis] = int(kept[:first].sum())
-            after[axis] = int(kept[first + len(step.require()) :].sum())
-            self._write(step, before, after)
-        if not any(before) and not any(after):
-            step.graph.bypass(step.node)
-
-    def _write(self, step: Step, before: list[int], after: list[int]) -> None:
-        if not step.has(1):
-            step.graph.set_attribute(step.node, "pads", [*before, *after])
+        source, kept, memo = step.require(), step.output.kept, step.memo
+        low, high = memo.channels
+        first, last = memo.taken[0], memo.taken[-1] + 1
+        if low or high:
+            memo.before[memo.axis] = int(kept[:low].sum()) if low > 0 else -int(source.kept[:first].sum())
+            memo.after[memo.axis] = int(kept[-high:].sum()) if high > 0 else -int(source.kept[last:].sum())
+        if (*memo.before, *memo.after) == (0,) * 2 * len(memo.before) and step.graph.bypass(step.node):
             return
-        axes = step.parameter(3, "axes").tolist() if step.has(3) else range(len(before))
-        widths = [*(before[axis] for axis in axes), *(after[axis] for axis in axes)]
-        step.graph.set_constant(step.node, 1, np.array(widths, np.int64))
+        if memo.written or (low, high) != memo.channels:
+            self._write(step)
+
+    def _write(self, step: Step) -> None:
+        if step.has(1):
+            step.graph.set_constant(step.node, 1, np.array(self._list(step), np.int64))
+        else:
+            step.graph.set_attribute(step.node, "pads", self._list(step))
+
+    def _list(self, step: Step) -> list[int | None]:
+        """The widths as the operator takes them."""
+        axes = self._axes(step, len(step.memo.before))
+        return [widths[axis] for widths in (step.memo.before, step.memo.after) for axis in axes]
 
 
 class Concat(Operator):
@@ -152,16 +291,21 @@ class Concat(Operator):
         return size
 
     def constants(self, step: Step) -> None:
-        super().constants(step)
-        if step.memo:
-            return
+        """A part that the model holds counts like one that is computed; joined otherwise, all parts have to agree."""
         target = step.output
-        values = [link.source.value for link in step.links]
-        agree = np.all([link.source.constant & (link.source.value == values[0]) for link in step.links], axis=0)
-        target.constant = agree & (len(step.links) == len(step.inputs))
-        target.value = np.where(target.constant, values[0], 0.0)
-        positive = np.all([link.source.nonnegative for link in step.links], axis=0)
-        target.nonnegative = positive & (len(step.links) == len(step.inputs))
+        at = 0
+        target.constant[:] = target.nonnegative[:] = True
+        for index, source in enumerate(step.inputs):
+            if source is not None:
+                constant, value, nonnegative = source.constant, source.value, source.nonnegative
+            else:
+                constant, value, nonnegative = by_channel(step.parameter(index, "part"), target.axes)
+            part = slice(at, at + len(value)) if step.memo else slice(None)
+            if step.memo or index == 0:
+                target.value[part] = value
+            target.constant[part] &= constant & (target.value[part] == value)
+            target.nonnegative[part] &= nonnegative
+            at += len(value)
 
     def retain(self, step: Step) -> list[Retained]:
         """An input that has gone is left out."""
@@ -180,11 +324,22 @@ class Concat(Operator):
                 gone.append(index)
             elif source is None and not kept.all():
                 values = step.parameter(index, "part")
-                step.graph.set_constant(node, index, values.take(np.flatnonzero(kept), axis=axis))
+                for each in target.axes:
+                    own = np.flatnonzero(kept) if step.memo else target.keep(each)
+                    values = values.take(own, axis=each)
+                step.graph.set_constant(node, index, values)
         for index in reversed(gone):
             del node.inputs[index]
         if len(node.inputs) == 1:
             step.graph.bypass(node)
+
+
+def by_channel(values: Array, axes: tuple[int, ...]) -> tuple[Bools, Array, Bools]:
+    """Of a constant tensor, by channel: whether it is one and the same number, that number, whether nothing is < 0."""
+    moved = np.moveaxis(values, axes, range(len(axes)))
+    rows = moved.reshape(int(np.prod(moved.shape[: len(axes)])), -1).astype(np.float64)
+    same = np.asarray((rows == rows[:, :1]).all(axis=1))
+    return same, np.where(same, rows[:, 0], 0.0), np.asarray((rows >= 0).all(axis=1))
 
 
 HANDLERS: dict[str, Operator] = {"Slice": Slice(), "Pad": Pad(), "Concat": Concat()}

@@ -1,0 +1,252 @@
+"""Surgery is fast and lean, reading and writing the file included; beside it Torch-Pruning 1.6 and onnxsim 0.8.
+
+All get the same masks: of the coupled sets that the same layers write, half are closed. The rivals work in memory,
+without any file; onnxsim gets the gates folded by hand into zero filters, because it stops at gates, and Torch-Pruning
+the numbers of the closed channels. They are no requirement of this project; install them anywhere and name the place,
+
+    pip install --target /tmp/rivals --no-deps torch-pruning==1.6.* onnxsim==0.8.*
+    PYTHONPATH=/tmp/rivals python -m benchmarks.bar_surgery_speed
+
+else their figures are null. Figures are medians of five runs. Memory is the peak of what the system holds for the
+process (VmHWM, with pages mapped from files) above what it held after the imports. Some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch.nn.functional import conv2d, relu
+
+from benchmarks.bar_surgery_complete import Subject
+from benchmarks.common import ROOT, write_result
+from benchmarks.surgery_models import INPUT, OUTPUT, TOLERANCE, Array, Site, gated, random_images, run
+from benchmarks.surgery_oracle import Sets, widths
+
+LIMITS = {"resnet50": 1.0, "mobilenet_v2": 0.5, "densenet121": 2.0, "chain-2000": 10.0}  # seconds
+MEMORY = ("resnet50", 3.0)  # times the size of the file
+CHAINS = (500, 1000, 2000)  # convolutions
+LINEAR = 1.2  # the exponent with which time may grow
+RUNS = 5
+RIVALS = {"onnxsim": "onnxsim", "torch-pruning": "torch_pruning"}  # and what is imported
+PATIENCE = 300  # seconds for a rival's five runs
+PIXELS = 224  # a side of the networks' input
+WIDTH, SIDE = 16, 16  # channels and pixels of a chain
+
+
+def prepare_network(name: str, cache: Path, folder: Path) -> int:
+    """Writes what `surgery_contenders` reads; returns how many elements of weights a complete cut leaves."""
+    subject = Subject(name, cache, PIXELS)
+    sets = subject.sets
+    closed, roots = _half_of_each_group(sets, subject.random)
+    masks = {writer: ~closed[sets.outputs[writer]] for writer in subject.writers if closed[sets.outputs[writer]].any()}
+    onnx.save(subject.gate(masks), folder / "gated.onnx")
+    zeros = {subject.nodes[writer].output[0]: mask for writer, mask in masks.items()}
+    onnx.save(_folded(subject.model, zeros), folder / "folded.onnx")
+    _save(folder / "masks.npz", {root: masks[root] for root in roots})
+    _save(folder / "images.npz", {"images": random_images(subject.model, 4)})
+    was = subject.weights(subject.model)
+    return sum(
+        aim.outputs * (aim.inputs // max(aim.groups, 1)) * math.prod(was[mixer][2:])
+        for mixer, aim in widths(sets, closed).items()
+    )
+
+
+def _half_of_each_group(sets: Sets, random: np.random.Generator) -> tuple[Array, list[str]]:
+    """[sets] closed: half of those that the same writers write; and for each such group, its first writer."""
+    written: dict[int, list[str]] = {}
+    for name, labels in sets.outputs.items():
+        for label in np.unique(labels[sets.removable[labels]]).tolist():
+            written.setdefault(label, []).append(name)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for label, writers in written.items():
+        groups.setdefault(tuple(writers), []).append(label)
+    closed = np.zeros_like(sets.removable)
+    for members in groups.values():
+        closed[random.permutation(members)[: len(members) // 2]] = True
+    return closed, [writers[0] for writers in groups]
+
+
+def _save(path: Path, arrays: Mapping[str, Array]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def _folded(model: onnx.ModelProto, masks: Mapping[str, Array]) -> onnx.ModelProto:
+    """A copy in which closed filters are zero: gates, folded by hand through activations that are zero at zero."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
+    for node in model.graph.node:
+        if node.output[0] in masks:
+            for name in node.input[1:]:
+                values = numpy_helper.to_array(tensors[name]).copy()
+                values[~masks[node.output[0]]] = 0
+                tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+    return result
+
+
+def prepare_chain(length: int, folder: Path) -> int:
+    """The same for a chain of convolutions of 3 x 3 with Relu in between, each half closed."""
+    random = np.random.default_rng(length)
+    nodes, tensors, masks, x = [], [], {}, INPUT
+    signal = torch.from_numpy(random.random((8, 3, SIDE, SIDE), np.float32))
+    for layer in range(length):
+        masks[layer] = random.permutation(WIDTH) >= WIDTH // 2
+        weight = torch.from_numpy(random.random((WIDTH, signal.shape[1], 3, 3), np.float32))
+        signal = relu(conv2d(signal, weight, padding=1)) * torch.from_numpy(masks[layer])[:, None, None]
+        scale = signal.mean()  # all is positive, or rounding would grow over the layers; and signals neither grow
+        signal, weight = signal / scale, weight / scale
+        tensors.append(numpy_helper.from_array(weight.numpy(), f"weight{layer}"))
+        last = layer == length - 1
+        nodes.append(
+            helper.make_node("Conv", [x, f"weight{layer}"], [OUTPUT if last else f"conv{layer}"], pads=[1] * 4)
+        )
+        if not last:
+            x = f"relu{layer}"
+            nodes.append(helper.make_node("Relu", [f"conv{layer}"], [x], name=x))
+    del masks[length - 1]
+    ends = [
+        helper.make_tensor_value_info(name, 1, ["batch", width, SIDE, SIDE])
+        for name, width in ((INPUT, 3), (OUTPUT, WIDTH))
+    ]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    sites = {Site(f"relu{layer}", WIDTH, (1, WIDTH, 1, 1)): mask for layer, mask in masks.items()}
+    onnx.save(model, folder / "chain.onnx")
+    onnx.save(gated(model, sites), folder / "gated.onnx")
+    onnx.save(_folded(model, {f"conv{layer}": mask for layer, mask in masks.items()}), folder / "folded.onnx")
+    _save(folder / "masks.npz", {str(2 * layer): mask for layer, mask in masks.items()})  # as in Sequential
+    _save(folder / "images.npz", {"images": random_images(model, 4)})
+    half = WIDTH // 2
+    return 9 * (half * 3 + (length - 2) * half * half + half * WIDTH)
+
+
+def measure(who: str, name: str, folder: Path, optimum: int) -> dict[str, Any]:
+    """Times, share of what had to go, and how far the result is from the gated graph; or why there is none."""
+    for file in ("out.onnx", "logits.npz"):
+        (folder / file).unlink(missing_ok=True)
+    answers = []
+    for _ in range(1 if who in RIVALS else RUNS):
+        answers.append(_ask(who, name, folder))
+        if "reason" in answers[-1]:
+            return {"seconds": None, **answers[-1]}
+    before, images = onnx.load(folder / "gated.onnx"), np.load(folder / "images.npz")["images"]
+    if (folder / "out.onnx").is_file():
+        after = onnx.load(folder / "out.onnx")
+        found, weights = run(after, images), _weights(after)
+    else:
+        found, weights = np.load(folder / "logits.npz")["logits"], answers[0]["weights"]
+    full, expected = _weights(before), run(before, images)
+    runs = [seconds for answer in answers for seconds in answer["seconds"]]
+    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    row: dict[str, Any] = {
+        "seconds": round(statistics.median(runs), 3),
+        "runs": [round(seconds, 3) for seconds in runs],
+        "share_removed": (full - weights) / (full - optimum),
+        "difference": difference,
+        "exact": difference <= TOLERANCE,
+    }
+    if "memory" in answers[0]:
+        peak, size = statistics.median(answer["memory"] for answer in answers), (folder / "gated.onnx").stat().st_size
+        row["processor_seconds"] = round(statistics.median(answer["processor"] for answer in answers), 3)
+        row["memory"] = {"bytes": peak, "file": size, "times_the_file": round(peak / size, 2)}
+    return row
+
+
+def _ask(who: str, name: str, folder: Path) -> dict[str, Any]:
+    """What `surgery_contenders` answers in a process of its own, or the reason why it does not."""
+    module = RIVALS.get(who)
+    if module is not None and importlib.util.find_spec(module) is None:
+        return {"reason": f"{module} cannot be imported"}
+    command = [sys.executable, "-m", "benchmarks.surgery_contenders", who, name, str(folder)]
+    try:
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"reason": f"not done after {PATIENCE} s"}
+    if child.returncode:
+        return {"reason": (child.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return answer
+
+
+def _weights(model: onnx.ModelProto) -> int:
+    """Elements of the weights of all convolutions and matrix products."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    return sum(sizes[n.input[1]] for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul"))
+
+
+def show(name: str, row: Mapping[str, Any]) -> None:
+    """A line for each contender."""
+    for who, figures in row.items():
+        if figures["seconds"] is None:
+            print(f"{name:14} {who:14} -- {figures['reason']}", flush=True)
+            continue
+        memory = f"  {figures['memory']['times_the_file']} x the file" if "memory" in figures else ""
+        print(
+            f"{name:14} {who:14} {figures['seconds']:7.3f} s  {figures['share_removed']:.1%} removed"
+            f"  {'exact' if figures['exact'] else 'DIFFERS'} {figures['difference']:.1e}{memory}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Run the bar; 0 if it is met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, help="folder for exported networks, kept (default: a temporary one)")
+    names = [*(name for name in LIMITS if not name.startswith("chain")), *(f"chain-{length}" for length in CHAINS)]
+    parser.add_argument("names", nargs="*", default=names, help="only these; no result is written")
+    args = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    for name in args.names:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            if name.startswith("chain-"):
+                optimum = prepare_chain(int(name.removeprefix("chain-")), folder)
+            else:
+                optimum = prepare_network(name, args.cache or folder, folder)
+            rows[name] = {who: measure(who, name, folder, optimum) for who in ("ours", *RIVALS)}
+        show(name, rows[name])
+    if set(args.names) != set(names):
+        return 0
+    bars, growth = _bars(rows), _growth(rows)
+    return write_result("surgery-speed", bars, {"growth_of_chains": growth, "networks": rows})
+
+
+def _growth(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The power of a chain's length with which time grows, from the shortest to the longest one."""
+    short, long = (rows[f"chain-{length}"]["ours"]["seconds"] for length in (CHAINS[0], CHAINS[-1]))
+    return round(math.log(long / short) / math.log(CHAINS[-1] / CHAINS[0]), 2) if short and long else None
+
+
+def _bars(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+    ours = {name: row["ours"] for name, row in rows.items()}
+    name, times = MEMORY
+    return {
+        **{
+            f"{name}: at most {limit} s": (ours[name]["seconds"] or math.inf) <= limit for name, limit in LIMITS.items()
+        },
+        f"{name}: at most {times} times the file in memory": "memory" in ours[name]
+        and ours[name]["memory"]["times_the_file"] <= times,
+        f"time grows with at most the length of a chain to the power of {LINEAR}": (_growth(rows) or math.inf)
+        <= LINEAR,
+        "all that is closed is removed, exactly": all(
+            row.get("exact", False) and abs(row["share_removed"] - 1) < 1e-12 for row in ours.values()
+        ),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

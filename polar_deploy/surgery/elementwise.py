@@ -1,0 +1,282 @@
+"""Operators on several tensors, element by element, with broadcasting: what their handlers share.
+
+A branch that is constant throughout is replaced by that constant: in a residual block the Add becomes an identity and
+goes with the branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.numbers import fits, is_steady, is_whole
+from polar_deploy.surgery.operator import Operator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
+    from polar_deploy.surgery.model import Shape
+    from polar_deploy.surgery.stored import Array
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input as the output sees it. Arrays: [output channels].
+
+    finite: False where the model itself holds something infinite, or no number, in a constant.
+    """
+
+    constant: Bools
+    value: Floats
+    nonnegative: Bools
+    finite: Bools
+
+    @property
+    def zero(self) -> Bools:
+        """Where it is known to be zero throughout."""
+        return np.asarray(self.constant & (self.value == 0))
+
+
+class Elementwise(Operator):
+    """Handler of an operator that computes each output element from one element of every input.
+
+    Args:
+        compute: the operator on two arrays; more are folded from the left.
+        neutral: the constant that leaves the other operand as it is; None: there is none.
+        commutes: whether `neutral` works on the left as well.
+        nonnegative: whether operands >= 0 give a result >= 0.
+        steady: for an operator that jumps, the relative change that is none; None: it does not jump.
+    """
+
+    verdict = 0.0  # what comes out where one operand decides, see `decided`
+    whole: int | None = None  # the input that has to have the shape of the output
+
+    def __init__(
+        self,
+        compute: Callable[..., Array],
+        neutral: float | None = None,
+        *,
+        commutes: bool = True,
+        nonnegative: bool = False,
+        steady: float | None = None,
+    ) -> None:
+        self.compute = compute
+        self.neutral = neutral
+        self.commutes = commutes
+        self.nonnegative = nonnegative
+        self.steady = steady
+
+    def couple(self, step: Step) -> None:
+        lead = next((i for i, x in enumerate(step.inputs) if x is not None and len(x) > 1), None)
+        if lead is None:
+            lead = next((i for i, x in enumerate(step.inputs) if x is not None), None)
+        if lead is None:
+            raise Wall("the channels of its inputs are not known")
+        step.memo = {}  # constant operands, spread once
+        leader = step.require(lead)
+        offset = len(_shape(step)) - len(step.graph.shape(step.original[lead]) or ())
+        target = step.create(tuple(axis + offset for axis in leader.axes))
+        for index, source in enumerate(step.inputs):
+            if source is not None:
+                self._join(step, index, source, target)
+            elif (values := step.constant(index)) is not None:
+                _check(values)
+            elif not _is_broadcast(step, index, target):
+                raise Wall(f"the channels of {step.original[index].name} are not known")
+
+    def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
+        every = np.arange(len(target))
+        offset = len(_shape(step)) - len(step.graph.shape(step.original[index]) or ())
+        if tuple(axis + offset for axis in source.axes) != target.axes:
+            if not _is_broadcast(step, index, target):
+                raise Wall("its inputs have their channels on different axes")
+        elif source.dims == target.dims:
+            step.link(source, target, every, every)
+        elif len(source) == 1:
+            step.link(source, target, np.zeros_like(every), every, coupled=False)
+        else:
+            raise Wall("its inputs have different numbers of channels")
+
+    def operands(self, step: Step) -> list[Operand]:
+        """The inputs' facts, spread over the output's channels."""
+        return [self._operand(step, index) for index in range(len(step.original))]
+
+    def _operand(self, step: Step, index: int) -> Operand:
+        source, every = step.inputs[index], np.ones(len(step.output), bool)
+        if index in step.replaced:
+            value = step.replaced[index]
+            return Operand(every, value, value >= 0, every)
+        link = next((link for link in step.links if link.source is source), None)
+        if link is not None:
+            x, out_of = link.source, link.out_of
+            return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of], every)
+        values = step.constant(index)
+        if values is None:
+            return Operand(~every, np.zeros(len(every)), ~every, every)
+        if index not in step.memo:
+            step.memo[index] = _spread(values, len(_shape(step)), step.output)
+        spread: Operand = step.memo[index]
+        return spread
+
+    def constants(self, step: Step) -> None:
+        target, result = step.output, self.conclude(step, self.operands(step))
+        target.constant = result.constant & fits(result.value, step.graph.dtype(step.made[0]))
+        target.value = np.where(target.constant, result.value, 0.0)
+        target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
+
+    def conclude(self, step: Step, operands: list[Operand]) -> Operand:
+        """The result's facts, from those of the operands."""
+        values = [operand.value for operand in operands]
+        constant = np.all([operand.constant for operand in operands], axis=0)
+        with np.errstate(all="ignore"):
+            value = np.asarray(self.combine(step, values), np.float64)
+            whole = is_whole(step.graph.dtype(step.original[0]))
+            if self.steady is not None and not whole:
+                constant &= is_steady(lambda *near: self.combine(step, list(near)), values, self.steady)
+        decided = self.decided(step, operands) & np.all([operand.finite for operand in operands], axis=0)
+        value = np.where(decided, self.verdict, value)
+        return Operand(constant | decided, value, self.is_nonnegative(step, operands), np.isfinite(value))
+
+    def combine(self, step: Step, values: list[Floats]) -> Floats:
+        """The operator on numbers."""
+        return reduce(self.compute, values)
+
+    def decided(self, step: Step, operands: list[Operand]) -> Bools:
+        """[output channels] where one operand alone makes the result `verdict`, whatever finite the others hold."""
+        return np.zeros(len(step.output), bool)
+
+    def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
+        """[output channels] where no result is below zero."""
+        every = np.all([operand.nonnegative for operand in operands], axis=0)
+        return np.asarray(every & self.nonnegative)
+
+    def need(self, step: Step) -> None:
+        self._replace(step)
+        replaced = [step.inputs[index] for index in step.replaced]
+        step.links = [link for link in step.links if link.source not in replaced]
+        for source in step.inputs:
+            if source is not None and source not in [*replaced, *(link.source for link in step.links)]:
+                source.pin(step.note("it joins tensors with channels on different axes"))
+        for link in step.links:
+            wanted = link.target.needed[link.into] & self.reads(step, link.source)
+            link.source.needed[link.out_of[wanted]] = True
+
+    def reads(self, step: Step, source: Channels) -> Bools:
+        """[output channels] where the result depends on what `source` holds."""
+        return np.ones(len(step.output), bool)
+
+    def _replace(self, step: Step) -> None:
+        """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
+        target, shape = step.output, _shape(step)
+        for source in {id(link.source): link.source for link in step.links}.values():
+            mine = [index for index, x in enumerate(step.inputs) if x is source]  # all of them or none
+            if self.whole in mine:
+                continue
+            operand, read = self._operand(step, mine[0]), target.needed & self.reads(step, source)
+            others = [
+                step.graph.shape(tensor)
+                for index, tensor in enumerate(step.original)
+                if step.inputs[index] is not None and index not in (*mine, *step.replaced)
+            ]
+            exact = self.steady is None or bool(np.all(operand.value[read] == 0))  # two of a kind may not part
+            if (operand.constant | ~read).all() and exact and shape in others and None not in shape:
+                step.replaced.update(dict.fromkeys(mine, np.where(read, operand.value, self.neutral or 0.0)))
+
+    def slice(self, step: Step) -> None:
+        for index in range(len(step.node.inputs)):
+            if (values := self._constant_operand(step, index)) is not None:
+                step.graph.set_constant(step.node, index, values)
+        self.simplify(step)
+
+    def _constant_operand(self, step: Step, index: int) -> Array | None:
+        """The operand cut to what is kept; None where it stays as it is."""
+        target, rank = step.output, len(_shape(step))
+        if index in step.replaced:
+            shape = [1] * (rank - min(target.axes))
+            for axis, size in zip(target.axes, target.dims, strict=True):
+                shape[axis - rank] = size
+            dtype = step.graph.dtype(step.original[index])
+            return _cut(step.replaced[index].reshape(shape).astype(dtype), rank, target)
+        values = step.constant(index)
+        if values is None or target.kept.all():
+            return None
+        return _cut(values, rank, target)
+
+    def simplify(self, step: Step) -> None:
+        """Drops the operator where all but one of its operands are neutral."""
+        rest = [index for index in range(len(step.node.inputs)) if not self._is_neutral(step, index)]
+        if len(rest) == 1 and (self.commutes or rest == [0]) and keeps_shape(step, rest[0]):
+            step.graph.bypass(step.node, rest[0])
+
+    def _is_neutral(self, step: Step, index: int) -> bool:
+        values = step.constant(index)
+        return values is not None and self.neutral is not None and bool(np.all(values == self.neutral))
+
+
+class Absorbing(Elementwise):
+    """An operator whose result is `verdict` wherever one operand is: a factor of zero."""
+
+    def decided(self, step: Step, operands: list[Operand]) -> Bools:
+        return np.asarray(np.any([operand.constant & (operand.value == self.verdict) for operand in operands], axis=0))
+
+    def reads(self, step: Step, source: Channels) -> Bools:
+        """A channel that another operand decides is not read; where several do, the first one counts."""
+        deciding = [operand.constant & (operand.value == self.verdict) for operand in self.operands(step)]
+        read = np.ones(len(step.output), bool)
+        for index in sorted(range(len(deciding)), key=lambda index: step.inputs[index] is not None):  # gates first
+            if step.inputs[index] is source:
+                break
+            read &= ~deciding[index]
+        return read
+
+
+def keeps_shape(step: Step, index: int) -> bool:
+    """Whether the output has the shape of input `index`, so that the operator may go."""
+    shape = _shape(step)
+    return None not in shape and step.graph.shape(step.original[index]) == shape
+
+
+def _cut(values: Array, rank: int, target: Channels) -> Array:
+    for axis in target.axes:
+        own = axis - rank + values.ndim
+        if own >= 0 and values.shape[own] > 1:
+            values = values.take(target.keep(axis), axis=own)
+    return values
+
+
+def _check(values: Array) -> None:
+    if values.dtype.kind not in "biufV":
+        raise Wall("it works on what is no number")
+    if not values.size:
+        raise Wall("one of its inputs has no elements")
+
+
+def _is_broadcast(step: Step, index: int, target: Channels) -> bool:
+    """Whether an input has no extent along the channels."""
+    shape, rank = step.graph.shape(step.original[index]), len(_shape(step))
+    if shape is None:
+        return False
+    return all(axis < rank - len(shape) or shape[axis - rank] == 1 for axis in target.axes)
+
+
+def _shape(step: Step) -> Shape:
+    shape = step.graph.shape(step.made[0])
+    if shape is None:
+        raise Wall("its shape is not known")
+    return shape
+
+
+def _spread(values: Array, rank: int, target: Channels) -> Operand:
+    """A constant operand, channel by channel: constant where it holds one number."""
+    full = values.reshape((1,) * (rank - values.ndim) + values.shape)
+    moved = np.moveaxis(full, target.axes, range(len(target.axes)))
+    flat = moved.reshape(*moved.shape[: len(target.axes)], -1).astype(np.float64)
+
+    low, high, finite = flat.min(axis=-1), flat.max(axis=-1), np.isfinite(flat).all(axis=-1)
+    spread = (np.broadcast_to(facts, target.dims).reshape(-1).copy() for facts in (low == high, low, low >= 0, finite))
+    return Operand(*spread)

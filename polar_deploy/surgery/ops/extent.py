@@ -1,0 +1,137 @@
+"""Shape and Size, and what those operators have in common that are told a shape by an input.
+
+A tensor whose shape is read keeps its channels where its number of channels is used: unless an operator that is told a
+shape puts a constant in place of it, or follows the size of that tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Link, Wall
+from polar_deploy.surgery.operator import Operator, Retained
+from polar_deploy.surgery.trace import taken, trace
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
+    from polar_deploy.surgery.graph import Node, Tensor
+    from polar_deploy.surgery.trace import Size
+
+
+@dataclass
+class Told:
+    """How an operator gets along with the input that tells it a shape.
+
+    written: the constant that takes the place of shape arithmetic, before the cut; None: the input stays.
+    followed: positions of the input that give the size of a tensor whose channels go with the output's.
+    """
+
+    written: Ints | None = None
+    followed: frozenset[int] = frozenset()
+
+
+class Sized(Operator):
+    """Handler of an operator that is told a shape. Its memo is a `Told`."""
+
+    def told_by(self, step: Step) -> int:
+        """The input that tells the shape."""
+        return 1
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        if step.memo.written is not None:
+            step.replaced[self.told_by(step)] = step.memo.written.astype(np.float64)
+
+    def follow(self, step: Step, target: Channels, axis: int, size: Size) -> None:
+        """The output's channels on `axis` go with those of the tensor whose size that axis has. Raises Wall."""
+        other = None if size.extent is None else step.facts.of(size.extent.tensor)
+        if other is None or size.extent is None or other.axes != (size.extent.axis,) or len(other) != len(target):
+            raise Wall("its shape is computed")
+        if target.axes != (axis,):
+            raise Wall("its shape is computed, and its channels lie on several axes")
+        every = np.arange(len(target))
+        step.ties.append(Link(other, target, every, every))
+
+
+class Shape(Operator):
+    """Shape and Size: whoever uses the number of channels keeps the channels."""
+
+    def couple(self, step: Step) -> None:
+        """What comes out has no channels."""
+
+    def need(self, step: Step) -> None:
+        source = step.inputs[0]
+        if source is not None and self._is_told(step, source):
+            source.pinned[:] = True
+            source.notes.append(step.note("its shape is read"))
+
+    def _is_told(self, step: Step, source: Channels) -> bool:
+        """Whether the number of channels reaches somebody who cannot do without it."""
+        if step.node.op == "Size":
+            return True
+        rank = len(step.graph.shape(step.original[0]) or ())
+        first, last, _ = slice(step.node.attrs.get("start", 0), step.node.attrs.get("end", rank)).indices(rank)
+        inside = [axis - first for axis in source.axes if first <= axis < last]
+        return any(_is_used(step.facts, step.made[0], position) for position in inside)
+
+    def retain(self, step: Step) -> list[Retained]:
+        """The tensor must be there, with at least one channel."""
+        source = step.inputs[0]
+        gone = source is not None and source.gone
+        return [Retained(source, np.zeros(1, np.int64), "its shape is read")] if gone and source is not None else []
+
+
+def _is_used(facts: Facts, tensor: Tensor, position: int) -> bool:
+    """Whether anybody needs the number at a position of a vector as it is before the cut."""
+    pending, seen = [(tensor, position)], set()
+    while pending:
+        tensor, position = pending.pop()
+        if (tensor.name, position) in seen:
+            continue
+        seen.add((tensor.name, position))
+        if not facts.graph.is_private(tensor.name):
+            return True
+        for reader in tensor.outputs:
+            for index in (index for index, given in enumerate(reader.inputs) if given is tensor):
+                moved = _read(facts, reader, index, position)
+                if moved is None:
+                    return True
+                pending.extend((reader.outputs[0], place) for place in moved)
+    return False
+
+
+def _read(facts: Facts, reader: Node, index: int, position: int) -> list[int] | None:
+    """Where a number lies in what `reader` makes of it; None: it is needed as it is before the cut."""
+    step = next((step for step in facts.steps if step.node is reader), None)
+    if step is None or index in step.replaced or isinstance(step.handler, Shape):
+        return []
+    if isinstance(step.handler, Sized):
+        return [] if index == step.handler.told_by(step) and position in step.memo.followed else None
+    return _moved(facts, reader, index, position) if reader.domain in (None, "", "ai.onnx") else None
+
+
+def _moved(facts: Facts, reader: Node, index: int, position: int) -> list[int] | None:
+    """Where a number lies after an operator of shape arithmetic; None: it is computed with."""
+    if reader.op == "Concat":
+        lengths = [trace(facts, tensor) for tensor in reader.inputs[:index]]
+        return None if None in lengths else [position + sum(len(length or ()) for length in lengths)]
+    if reader.op in ("Gather", "Slice") and index == 0:
+        sources = taken(facts, reader)
+        return None if sources is None else [place for place, source in enumerate(sources) if source == position]
+    shapes = [facts.graph.shape(tensor) for tensor in (reader.inputs[index], reader.outputs[0])]
+    if any(shape is None or len(shape) > 1 for shape in shapes):
+        return None
+    if reader.op in ("Unsqueeze", "Squeeze", "Identity", "Cast", "Reshape") and index == 0:
+        return [position]
+    if reader.op == "Where" and index > 0 and shapes[0] == shapes[1]:
+        return [position]
+    if reader.op == "Equal":  # whether a size is -1: it is not, cut or not
+        other = trace(facts, reader.inputs[1 - index]) or ()
+        return [] if other and all(size.value is not None and size.value < 0 for size in other) else None
+    return None
+
+
+HANDLERS: dict[str, Operator] = {"Shape": Shape(), "Size": Shape()}

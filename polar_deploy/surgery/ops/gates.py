@@ -1,0 +1,155 @@
+"""Mul and Where: with a constant factor, or a constant mask, a channel, they are gates.
+
+A gate that closes channels which are kept, and that nobody needs or that are zero anyhow, opens there: when all of it
+is open, it goes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, keeps_shape
+from polar_deploy.surgery.numbers import is_half
+from polar_deploy.surgery.ops.activation import swish
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
+    from polar_deploy.surgery.operator import Operator
+
+
+class Multiply(Absorbing):
+    """Mul: zero wins over whatever the other side holds."""
+
+    fragile = True
+
+    def operands(self, step: Step) -> list[Operand]:
+        operands = super().operands(step)
+        index = self._factor(step, operands)
+        if index is not None and step.facts.settled:
+            value, other = operands[index].value, operands[1 - index]
+            free = ~step.output.needed | other.zero
+            if step.parameter(index, "factor").size == 1:  # one for all
+                free[:] = free.all()
+            value = np.where(free, 1.0, value)
+            operands[index] = Operand(np.ones(len(value), bool), value, value >= 0, operands[index].finite)
+        return operands
+
+    def gate(self, step: Step) -> Floats | None:
+        operands = super().operands(step)
+        index = self._factor(step, operands)
+        return None if index is None else operands[index].value
+
+    def _factor(self, step: Step, operands: list[Operand]) -> int | None:
+        """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
+        factors = [index for index in (0, 1) if step.constant(index) is not None]
+        if len(factors) != 1 or step.inputs[1 - factors[0]] is None:
+            return None
+        factor, size = operands[factors[0]], step.parameter(factors[0], "factor").size
+        switch = size == 1 and factor.value[0] in (0, 1)
+        return factors[0] if factor.constant.all() and (size == len(step.output) or switch) else None
+
+    def risky(self, step: Step) -> Bools:
+        """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
+        operands = super().operands(step)
+        known = np.any([operand.constant for operand in operands], axis=0)
+        if any(step.constant(index) is not None for index in (0, 1)):
+            known[:] = True
+        half = is_half(step.graph.dtype(step.made[0]))
+        return np.asarray(~known & half | ~np.all([operand.finite for operand in operands], axis=0))
+
+    def slice(self, step: Step) -> None:
+        if (index := self._factor(step, super().operands(step))) is not None:
+            values, opened = step.parameter(index, "factor"), self.operands(step)[index].value
+            opened = opened[: values.size]
+            if not np.array_equal(opened, values.ravel()):
+                step.graph.set_constant(step.node, index, opened.reshape(values.shape).astype(values.dtype))
+        super().slice(step)
+
+
+class SwiGLU(Absorbing):
+    """`swish(a) * b`: zero where one of them is."""
+
+    def combine(self, step: Step, values: list[Floats]) -> Floats:
+        gate, linear = values
+        return swish(gate, step.node.attrs) * linear
+
+
+class Where(Elementwise):
+    """Where: each channel comes from one side where the condition is known, from either where it is not."""
+
+    def __init__(self) -> None:
+        super().__init__(np.where)
+
+    def operands(self, step: Step) -> list[Operand]:
+        operands = super().operands(step)
+        if step.facts.settled and self._has_mask(step, operands):
+            mask = self._opened(step, operands).astype(np.float64)
+            operands[0] = Operand(operands[0].constant, mask, mask >= 0, operands[0].finite)
+        return operands
+
+    def conclude(self, step: Step, operands: list[Operand]) -> Operand:
+        condition, yes, no = operands
+        known, chosen = condition.constant, condition.value != 0
+
+        def choose(one: Bools, other: Bools) -> Bools:
+            return np.where(known, np.where(chosen, one, other), one & other)
+
+        same = known | (yes.value == no.value)
+        value = np.where(known & ~chosen, no.value, yes.value)
+        nonnegative = choose(yes.nonnegative, no.nonnegative)
+        return Operand(choose(yes.constant, no.constant) & same, value, nonnegative, choose(yes.finite, no.finite))
+
+    def reads(self, step: Step, source: Channels) -> Bools:
+        condition = super().operands(step)[0]
+        chosen = condition.value != 0
+        sides = (np.ones(len(chosen), bool), ~condition.constant | chosen, ~condition.constant | ~chosen)
+        return np.asarray(np.any([side for x, side in zip(step.inputs, sides, strict=True) if x is source], axis=0))
+
+    def gate(self, step: Step) -> Floats | None:
+        """A mask that lets one tensor through, or zero."""
+        operands = super().operands(step)
+        data = [index for index in (1, 2) if step.inputs[index] is not None]
+        if not self._has_mask(step, operands) or len(data) != 1 or not operands[3 - data[0]].zero.all():
+            return None
+        mask = operands[0].value
+        return mask if data == [1] else 1 - mask
+
+    def _has_mask(self, step: Step, operands: list[Operand]) -> bool:
+        """Whether the condition is one constant a channel."""
+        values = step.constant(0)
+        return values is not None and values.size == len(step.output) and bool(operands[0].constant.all())
+
+    def _opened(self, step: Step, operands: list[Operand]) -> Bools:
+        """[output channels] the mask, turned to the side that makes it uniform wherever that does not matter."""
+        mask, yes, no = np.asarray(operands[0].value != 0), operands[1], operands[2]
+        free = ~step.output.needed | (yes.constant & no.constant & (yes.value == no.value))
+        data = [index for index in (1, 2) if step.inputs[index] is not None and index not in step.replaced]
+        wanted = np.unique(mask[~free]) if len(data) == 2 else np.array([data == [1]])
+        if len(wanted) == 1 and data:
+            mask = np.where(free, wanted[0], mask)
+        return mask
+
+    def slice(self, step: Step) -> None:
+        if self._has_mask(step, super().operands(step)):
+            values, opened = step.parameter(0, "condition"), self.operands(step)[0].value != 0
+            if not np.array_equal(opened, values.ravel()):
+                step.graph.set_constant(step.node, 0, opened.reshape(values.shape))
+        super().slice(step)
+
+    def simplify(self, step: Step) -> None:
+        condition = step.constant(0)
+        if condition is None:
+            return
+        for index, whole in ((1, condition.all()), (2, not condition.any())):
+            if whole and index not in step.replaced and keeps_shape(step, index):
+                step.graph.bypass(step.node, index)
+                return
+
+
+HANDLERS: dict[str, Operator] = {
+    "Mul": Multiply(np.multiply, 1.0, nonnegative=True),
+    "SwiGLU": SwiGLU(np.multiply),
+    "Where": Where(),
+}

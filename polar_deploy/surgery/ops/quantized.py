@@ -1,0 +1,163 @@
+"""QuantizeLinear, DequantizeLinear and DynamicQuantizeLinear. Layers that compute with integers are in `integer`.
+
+Between quantising and dequantising, facts are about the integers: a closed channel holds the zero point.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.quantization import INPUT, SCALE, ZERO, doubt, quantize, scheme, smallest
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
+    from polar_deploy.surgery.graph import Node, Tensor
+    from polar_deploy.surgery.quantization import Scheme
+    from polar_deploy.surgery.stored import Array
+
+
+class Quantization(Operator):
+    """QuantizeLinear or DequantizeLinear with one scale for all, or one for every index of an axis.
+
+    The channels of a constant lie on the one axis that it has an extent along. Other constants have none: layers cut
+    their weights themselves.
+    """
+
+    def couple(self, step: Step) -> None:
+        values, shape = step.constant(INPUT), step.graph.shape(step.original[INPUT]) or ()
+        along = [axis for axis, size in enumerate(shape) if size != 1]
+        if values is not None and len(along) != 1:
+            return
+        axis = step.node.attrs.get("axis", 1) % max(len(shape), 1)
+        step.memo = scheme(step.graph, step.node, SCALE, ZERO, axis, self.stored(step))
+        if values is None:
+            step.carry()
+        else:
+            step.create((along[0],))
+
+    def stored(self, step: Step) -> np.dtype[Any]:
+        """The type of the integers."""
+        raise NotImplementedError
+
+    def convert(self, step: Step, value: Floats, scale: Floats, zero: Array) -> tuple[Floats, Bools]:
+        """The operator on constants, and where every runtime agrees. All: [variants, channels]."""
+        raise NotImplementedError
+
+    def keeps_sign(self, step: Step, source: Bools) -> Bools:
+        """[channels] where nothing below zero comes out."""
+        raise NotImplementedError
+
+    def constants(self, step: Step) -> None:
+        for target in step.outputs:
+            source, values = step.inputs[INPUT], step.constant(INPUT)
+            value = source.value if source is not None else np.asarray(values, np.float64).ravel()
+            scale, zero = (_met(target, step.memo.axis, part) for part in (step.memo.scale, step.memo.zero))
+            results, certain = self.convert(step, value, scale, zero)
+            target.constant = certain.all(axis=0) & (results == results[0]).all(axis=0)
+            target.constant &= source.constant if source is not None else True
+            target.value = np.where(target.constant, results[0], 0.0)
+            signs = self.keeps_sign(step, source.nonnegative if source is not None else value >= 0)
+            target.nonnegative = np.where(target.constant, target.value >= 0, signs)
+
+    def slice(self, step: Step) -> None:
+        for target in step.outputs:
+            values = step.constant(INPUT)
+            if values is not None and not target.kept.all():
+                (axis,) = target.axes
+                step.graph.set_constant(step.node, INPUT, values.take(target.keep(axis), axis=axis))
+            for index in step.memo.vectors if step.memo.axis in target.axes and not target.kept.all() else ():
+                vector = step.parameter(index, "scale")
+                step.graph.set_constant(step.node, index, vector[target.keep(step.memo.axis)])
+
+
+class Quantize(Quantization):
+    """`saturate(round(x / scale) + zero point)`."""
+
+    def stored(self, step: Step) -> np.dtype[Any]:
+        return step.graph.dtype(step.made[0])
+
+    def convert(self, step: Step, value: Floats, scale: Floats, zero: Array) -> tuple[Floats, Bools]:
+        values = step.constant(INPUT)
+        dtype = step.graph.dtype(step.original[INPUT]) if values is None else values.dtype
+        return quantize(value, scale, zero, doubt(dtype))
+
+    def keeps_sign(self, step: Step, source: Bools) -> Bools:
+        upward = bool((step.memo.offset >= 0).all() and (step.memo.scale > 0).all())
+        return np.asarray(source & upward | (smallest(self.stored(step)) >= 0))
+
+
+class Dequantize(Quantization):
+    """`(x - zero point) * scale`."""
+
+    def stored(self, step: Step) -> np.dtype[Any]:
+        values = step.constant(INPUT)
+        return step.graph.dtype(step.original[INPUT]) if values is None else values.dtype
+
+    def convert(self, step: Step, value: Floats, scale: Floats, zero: Array) -> tuple[Floats, Bools]:
+        numbers = (value - zero.astype(np.float64)) * scale
+        return numbers, fits(numbers, step.graph.dtype(step.made[0]))
+
+    def keeps_sign(self, step: Step, source: Bools) -> Bools:
+        found: Scheme = step.memo
+        above = smallest(self.stored(step)) >= found.offset.max()  # no integer is below the zero point
+        return np.asarray((source & bool((found.offset <= 0).all()) | above) & bool((found.scale > 0).all()))
+
+
+class DynamicQuantize(Operator):
+    """DynamicQuantizeLinear before integer layers that take its zero point along.
+
+    Its range always holds zero, so channels that are zero do not change it, and all others do. What they are stored as
+    is not known: facts about its result count from the zero point, and nobody else may read it.
+    """
+
+    def couple(self, step: Step) -> None:
+        result, _, zero = step.node.outputs
+        known = all(_reads(reader, result, zero) for reader in result.outputs)
+        if not known or not step.graph.is_private(result.name):
+            raise Wall("its zero point is not known beforehand")
+        step.carry()
+
+    def constants(self, step: Step) -> None:
+        source, target = step.require(), step.output
+        target.constant = source.constant & (source.value == 0)
+        target.nonnegative = target.constant.copy()
+
+    def need(self, step: Step) -> None:
+        source = step.require()
+        counts = ~(source.constant & (source.value == 0))
+        source.needed |= counts
+        source.notes.append(step.note("its range depends on every channel that is not zero", counts))
+
+    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
+        """Zeros that stay must stay zero."""
+        source = step.require()
+        which = source.kept & ~source.needed
+        return [(source, which)] if which.any() else []
+
+
+def _met(target: Channels, axis: int | None, parameters: Array) -> Array:
+    """[variants, channels] the parameters that each channel meets: one, or all where they lie across the channels."""
+    if axis is None or axis not in target.axes or parameters.size == 1:
+        return np.repeat(parameters[:, None], len(target), axis=1)
+    shape = [1] * len(target.dims)
+    shape[target.axes.index(axis)] = -1
+    return np.broadcast_to(parameters.reshape(shape), target.dims).reshape(1, -1)
+
+
+def _reads(reader: Node, result: Tensor, zero: Tensor) -> bool:
+    """Whether `reader` is an integer layer that reads a tensor as data and knows its zero point."""
+    tensors = reader.inputs
+    layer = reader.op in ("ConvInteger", "MatMulInteger") and len(tensors) > 2
+    return layer and tensors[0] is result and tensors[2] is zero
+
+
+HANDLERS: dict[str, Operator] = {
+    "QuantizeLinear": Quantize(),
+    "DequantizeLinear": Dequantize(),
+    "DynamicQuantizeLinear": DynamicQuantize(),
+}

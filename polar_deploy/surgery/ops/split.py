@@ -1,0 +1,90 @@
+"""Split: each output takes a part of the channels; along another axis, every output has all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.ops.slicing import only_axis, rank_of
+from polar_deploy.surgery.trace import whole_numbers, write_numbers
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Step
+
+
+class Split(Operator):
+    """Split with sizes (an attribute before opset 13, an input since) or into equal parts (num_outputs since 18).
+
+    The memo is a list of sizes, an entry an output; None where it splits along another axis than that of the channels.
+    """
+
+    def couple(self, step: Step) -> None:
+        source = step.require()
+        axis = step.node.attrs.get("axis", 0) % rank_of(step)
+        every = np.arange(len(source))
+        if axis not in source.axes:
+            for index, tensor in enumerate(step.made):
+                if tensor.name:
+                    step.link(source, step.create(source.axes, index), every, every)
+            return
+        only_axis(source)
+        step.memo = sizes = self._sizes(step, len(source))
+        if len(sizes) != len(step.made) or sum(sizes) != len(source):
+            raise ValueError(f"it splits {len(source)} channels into {sizes}")
+        ends = np.cumsum(sizes)
+        for index, (tensor, size, end) in enumerate(zip(step.made, sizes, ends, strict=True)):
+            if tensor.name and size:
+                step.link(source, step.create(source.axes, index), every[end - size : end], np.arange(size))
+
+    def _sizes(self, step: Step, width: int) -> list[int]:
+        if step.has(1):
+            sizes = whole_numbers(step, 1)
+            if sizes is None:
+                raise Wall("its sizes are computed")
+            return sizes
+        return list(step.node.attrs["split"]) if "split" in step.node.attrs else _equal(width, len(step.made))
+
+    def need(self, step: Step) -> None:
+        super().need(step)
+        if step.memo is not None and step.has(1) and step.constant(1) is None:
+            step.replaced[1] = np.array(step.memo, np.float64)
+
+    def slice(self, step: Step) -> None:
+        """A part that is gone as a whole is read by nobody: its output goes. So does a Split of one part."""
+        source, node = step.require(), step.node
+        if step.memo is None or (source.kept.all() and not step.replaced):
+            return
+        ends = np.cumsum(step.memo)
+        sizes = [int(source.kept[end - size : end].sum()) for size, end in zip(step.memo, ends, strict=True)]
+        for index in reversed(range(len(sizes))):
+            if step.memo[index] and not sizes[index]:
+                del node.outputs[index], sizes[index]
+        if len(sizes) == 1 and step.graph.bypass(node):
+            return
+        self._write(step, sizes)
+
+    def _write(self, step: Step, sizes: list[int]) -> None:
+        graph, node = step.graph, step.node
+        told = step.has(1) or "split" in node.attrs
+        if not told and sizes == _equal(sum(sizes), len(sizes)):
+            if "num_outputs" in node.attrs:
+                graph.set_attribute(node, "num_outputs", len(sizes))
+        elif graph.body.opset < 13:
+            graph.set_attribute(node, "split", sizes)
+        else:
+            if "num_outputs" in node.attrs:
+                graph.set_attribute(node, "axis", node.attrs.get("axis", 0))
+                del node.attrs["num_outputs"]
+            write_numbers(step, 1, sizes)
+
+
+def _equal(width: int, parts: int) -> list[int]:
+    """Sizes of that many parts: as equal as can be, the last one may be smaller."""
+    size = -(-width // parts)
+    return [*[size] * (parts - 1), width - size * (parts - 1)]
+
+
+HANDLERS: dict[str, Operator] = {"Split": Split()}

@@ -1,0 +1,57 @@
+"""Operators that channels cannot be followed through, by nature: each with its reason, for the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.operator import Unknown
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Step
+    from polar_deploy.surgery.operator import Operator
+
+
+class Stated(Unknown):
+    """A wall with a reason of its own."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def couple(self, step: Step) -> None:
+        raise Wall(self.reason)
+
+
+REASONS = {
+    "its gates mix all channels at every step": ("GRU", "LSTM", "RNN"),
+    "attention heads are not followed": ("Attention", "LinearAttention"),
+    "it turns channels by their position": ("RotaryEmbedding",),
+    "its state is carried from call to call": ("CausalConvWithState", "TensorScatter"),
+    "its equation is not followed": ("Einsum",),
+    "its body is not followed": ("If", "Loop", "Scan", "SequenceMap"),
+    "it mixes all numbers along an axis": ("DFT", "Det", "STFT"),
+    "what comes out has a shape that depends on numbers": ("Compress", "NonMaxSuppression", "NonZero", "Unique"),
+    "its result is random": (
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    ),
+    "it joins channels and positions": ("Col2Im",),
+    "it is a loss": ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
+    "sequences are not followed": (
+        "ConcatFromSequence",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceErase",
+        "SequenceInsert",
+        "SplitToSequence",
+    ),
+    "optional values are not followed": ("Optional", "OptionalGetElement", "OptionalHasElement"),
+    "it works on text": ("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer"),
+}
+HANDLERS: dict[str, Operator] = {
+    operator: Stated(reason) for reason, operators in REASONS.items() for operator in operators
+}

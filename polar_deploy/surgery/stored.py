@@ -1,0 +1,272 @@
+"""A model with its large constants beside the graph: nothing is held twice, and more than 2 GB fit.
+
+Protobuf ends at 2 GB, copies data whenever it hands it out, and frees nothing before the whole message goes. So the
+graph is a small ModelProto, and its weights are arrays: taken out of the message once, or mapped from the file of
+external data and read where they are touched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_graph, check_text, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx
+    from google.protobuf.message import Message
+
+Array = npt.NDArray[Any]
+PACKED = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")  # several elements a byte
+FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
+MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
+DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, so that readers can map them
+
+
+@dataclass
+class Stored:
+    """A checked model. `model`: its graph, in which large initializers have a name, type and shape, and no data.
+
+    arrays: their values, by name.
+    external: whether the values lay in a file of their own, and so belong into one again.
+    """
+
+    model: onnx.ModelProto
+    arrays: dict[str, Array] = field(default_factory=dict)
+    external: bool = False
+
+    @property
+    def needs_data_file(self) -> bool:
+        """Whether the weights go into a file beside the model: they came from one, or a message cannot hold them."""
+        return self.external or sum(array.nbytes for array in self.arrays.values()) > MAX_MESSAGE
+
+
+def take(model: onnx.ModelProto) -> Stored:
+    """Checks `model`, which is left as it is, and takes its weights out.
+
+    Raises:
+        ContentError: the model is invalid.
+    """
+    return _take(model, "the model", None)
+
+
+def read(path: Path) -> Stored:
+    """Reads and checks the model in `path`; external data is mapped, not read.
+
+    Raises:
+        UsageError: the path is missing or a folder.
+        ContentError: the file is not a valid ONNX model, or its external data is missing, damaged or elsewhere.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file", "give the path of an ONNX file")
+    try:
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ContentError(f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file") from error
+    return _take(model, str(path), path.parent)
+
+
+def to_model(stored: Stored) -> onnx.ModelProto:
+    """The model as one message."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(stored.model)
+    for tensor in model.graph.initializer:
+        if tensor.name in stored.arrays:
+            tensor.raw_data = stored.arrays[tensor.name].tobytes()
+    return model
+
+
+def write(stored: Stored, path: Path, data: Path | None = None, name: str | None = None) -> None:
+    """Writes a model to `path`: in one file, or with the weights in the file `data` (referred to as `name`)."""
+    if data is None:
+        path.write_bytes(to_model(stored).SerializeToString(deterministic=True))
+        return
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(stored.model)
+    at = 0
+    with open(data, "wb") as file:
+        for tensor in model.graph.initializer:
+            if tensor.name in stored.arrays:
+                at = -(-at // DATA_ALIGNMENT) * DATA_ALIGNMENT
+                file.seek(at)
+                np.ascontiguousarray(stored.arrays[tensor.name]).tofile(file)
+                _refer(tensor, name or data.name, at, file.tell() - at)
+                at = file.tell()
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def refer_to(path: Path, name: str) -> None:
+    """Makes the model in `path` look for its external data in the file `name`."""
+    import onnx
+
+    model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    import onnx
+
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _take(model: onnx.ModelProto, name: str, folder: Path | None) -> Stored:
+    import onnx
+
+    check_text(model, name)
+    shell = onnx.ModelProto()
+    _copy_fields(model, shell, without="graph")
+    _copy_fields(model.graph, shell.graph, without="initializer")
+    stored = Stored(shell)
+    files: dict[str, Array] = {}
+    for tensor in model.graph.initializer:
+        where = f"initializer {tensor.name} of {name}"
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        stored.external |= external
+        values = _mapped(tensor, where, folder, files) if external else _values(tensor, where)
+        if values is None or values.size <= SMALL:
+            shell.graph.initializer.append(tensor if values is None else _inline(tensor, values))
+        else:
+            header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            if tensor.HasField("doc_string"):
+                header.doc_string = tensor.doc_string
+            stored.arrays[tensor.name] = values
+    for tensor in _other_tensors(shell.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
+    check_graph(shell, name)
+    return stored
+
+
+def _inline(tensor: onnx.TensorProto, values: Array) -> onnx.TensorProto:
+    """The same tensor with its data inside."""
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
+
+
+def _values(tensor: onnx.TensorProto, where: str) -> Array | None:
+    """The values of a tensor with its data inside; None where they are best left there (small, packed, text).
+
+    Raises:
+        ContentError: its data is not as long as its shape says; onnx.checker does not look.
+    """
+    import onnx
+
+    if any(dim < 0 for dim in tensor.dims):
+        raise ContentError(f"{where} has the shape {list(tensor.dims)}", EXPORT_AGAIN)
+    filled = [name for name in FIELDS if len(getattr(tensor, name))]
+    if tensor.HasField("raw_data") and filled:
+        raise ContentError(f"{where} has its values twice, as raw_data and as {filled[0]}", EXPORT_AGAIN)
+    try:
+        if not tensor.HasField("raw_data") or _kind(tensor) in PACKED:
+            values: Array = onnx.numpy_helper.to_array(tensor)
+            return None if _kind(tensor) in PACKED or values.dtype == object else values
+        data = tensor.raw_data
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        wanted = math.prod(tensor.dims) * dtype.itemsize
+        if len(data) != wanted:
+            raise ValueError(f"{len(data)} bytes of data, the shape {list(tensor.dims)} wants {wanted}")
+        return np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ContentError(f"{where} is damaged: {first_line(error)}", EXPORT_AGAIN) from error
+
+
+def _mapped(tensor: onnx.TensorProto, where: str, folder: Path | None, files: dict[str, Array]) -> Array:
+    """The values of a tensor in a file of external data, as a view of that file.
+
+    Raises:
+        ContentError: the file is missing, lies outside the model's folder, or is too short.
+    """
+    import onnx
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if folder is None:
+        raise ContentError(f"{where} lies in another file, {location!r}", "load the model with its external data")
+    if _kind(tensor) in PACKED:
+        raise ContentError(f"{where}: external data of type {_kind(tensor)} is not supported", "store it inside")
+    if location not in files:
+        files[location] = _map(folder, location, where)
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        wanted = math.prod(tensor.dims) * dtype.itemsize
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", wanted))
+        if offset < 0 or length != wanted or any(dim < 0 for dim in tensor.dims):
+            raise ValueError(f"offset {offset}, length {length}; the shape {list(tensor.dims)} wants {wanted} bytes")
+        if offset + length > files[location].size:
+            raise ValueError(f"{location} has {files[location].size} bytes, it wants those up to {offset + length}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ContentError(f"external data of {where} is damaged: {first_line(error)}", EXPORT_AGAIN) from error
+    return files[location][offset : offset + length].view(dtype).reshape(tuple(tensor.dims))
+
+
+def _map(folder: Path, location: str, where: str) -> Array:
+    """A file of external data as bytes. What is not below the model's folder is not opened, links included."""
+    keep = "keep the data files beside the model, inside its folder"
+    pure = PurePosixPath(location)
+    if not location or "\0" in location or pure.is_absolute() or ".." in pure.parts or "\\" in location:
+        raise ContentError(f"external data of {where} points outside the model's folder: {location!r}", keep)
+    path = folder / location
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ContentError(f"external data of {where} leads outside the model's folder: {location!r}", keep)
+        if not path.is_file():
+            raise ContentError(f"external data of {where} is missing: {path}", keep)
+        return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise ContentError(f"external data of {where} cannot be read: {first_line(error)}", keep) from error
+
+
+def _kind(tensor: onnx.TensorProto) -> str:
+    """Name of the element type."""
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return name
+
+
+def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Tensors in attributes and in the bodies of If, Loop and Scan."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
+                yield from body.initializer
+                yield from _other_tensors(body)
+
+
+def _copy_fields(source: Message, target: Message, without: str) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name == without:
+            continue
+        if isinstance(value, (str, bytes, int, float)):
+            setattr(target, descriptor.name, value)
+        elif hasattr(value, "extend"):
+            getattr(target, descriptor.name).extend(value)
+        else:
+            getattr(target, descriptor.name).CopyFrom(value)
