@@ -113,7 +113,7 @@ class Step:
     facts: Facts
     handler: Operator
     links: list[Link] = field(default_factory=list)
-    ties: list[Link] = field(default_factory=list)  # channels of one tensor that can only go together
+    ties: list[Link] = field(default_factory=list)  # channels that go together, none made of the other
     memo: Any = None  # the handler's own notes from one phase to the next
     replaced: dict[int, Floats] = field(default_factory=dict)  # inputs that become constants: values a channel
 

@@ -280,6 +280,8 @@ class Graph:
     def _is_foldable(self, node: Node) -> bool:
         if node.domain not in (None, "", "ai.onnx") or node.op in UNFOLDED:
             return False
+        if node.op in FLATTENING and self.body.opset < 13:
+            return False
         if not all(self.is_constant(tensor) or not tensor.name for tensor in node.inputs):
             return False
         if any(isinstance(value, self._gs.Graph) for value in node.attrs.values()):
@@ -298,6 +300,8 @@ class Graph:
 # Weights stay quantised, and what is drawn at random is no constant.
 UNFOLDED = {"DequantizeLinear", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"}
 UNFOLDED |= {"RandomNormalLike", "RandomUniformLike", "Dropout"}
+# Before opset 13 these took several axes together, which onnx's reference does not know.
+FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
 
 
 def _labels(nodes: list[Node]) -> list[str]:

@@ -28,9 +28,10 @@ class Tensors(NamedTuple):
 
 
 BATCH_PROBES = (2, 3)
-# Sizes that other dynamic dimensions (height, width) are tried at; five halvings do not make them equal. The odd second
-# one tells floor from ceil; networks that demand multiples of 32 get the second pair.
-SIZE_PROBES = ((224, 379), (224, 384))
+# Sizes that other dynamic dimensions (height, width) are tried at, and how far apart two of them are: five halvings
+# make none of them equal, and the odd one tells floor from ceil. Networks that demand multiples of 32 get the second
+# pair, those that demand squares the third.
+SIZE_PROBES = ((224, 379, 32), (224, 384, 32), (224, 384, 0))
 DEFAULT_SIZE = 224
 SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
 SAME_SHAPE = ("GroupNormalization", "MeanVarianceNormalization")  # as the first input; onnx infers none, or fails
@@ -143,10 +144,10 @@ def infer_shapes(model: onnx.ModelProto) -> Tensors:
     skeleton = _skeleton(model)
     if not any(isinstance(dim, str) for shape in input_shapes(model).values() for dim in shape):
         return _infer(skeleton)
-    for sizes in SIZE_PROBES:
+    for *sizes, apart in SIZE_PROBES:
         try:
             first, second = (
-                _infer(_with_inputs(skeleton, concrete_inputs(model, batch, size)))
+                _infer(_with_inputs(skeleton, concrete_inputs(model, batch, size, apart)))
                 for batch, size in zip(BATCH_PROBES, sizes, strict=True)
             )
         except ContentError:
@@ -178,12 +179,21 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     return shapes
 
 
-def concrete_inputs(model: onnx.ModelProto, batch: int, size: int = DEFAULT_SIZE) -> dict[str, tuple[int, ...]]:
-    """Input shapes with the dynamic dimensions filled in: `batch` for a first one, `size` for others."""
+def concrete_inputs(
+    model: onnx.ModelProto, batch: int, size: int = DEFAULT_SIZE, apart: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Input shapes with the dynamic dimensions filled in: `batch` for a first one, `size` for others.
+
+    apart: how much larger each further one is.
+    """
     shapes = input_shapes(model)
-    batches = {shape[0] for shape in shapes.values() if shape}
+    sizes: dict[str, int] = {shape[0]: batch for shape in shapes.values() if shape and isinstance(shape[0], str)}
+    others = dict.fromkeys(
+        dim for shape in shapes.values() for dim in shape if isinstance(dim, str) and dim not in sizes
+    )
+    sizes.update((dim, size + apart * number) for number, dim in enumerate(others))
     return {
-        name: tuple(dim if isinstance(dim, int) else batch if dim in batches else size for dim in shape)
+        name: tuple(dim if isinstance(dim, int) else sizes[dim] if isinstance(dim, str) else size for dim in shape)
         for name, shape in shapes.items()
     }
 

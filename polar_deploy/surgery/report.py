@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
+LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
@@ -136,9 +137,10 @@ def _branch(step: Step, makers: dict[str, Step], dropped: set[int]) -> list[str]
 
 
 def _is_wall(step: Step) -> bool:
-    """Whether channels end at a node that they cannot be followed through; shape arithmetic has none."""
-    ends = step.outputs or any(channels is not None for channels in step.inputs)
-    return isinstance(step.handler, Unknown) and bool(ends)
+    """Whether channels end at a node that they cannot be followed through; arithmetic on indices has none."""
+    graph = step.graph
+    ends = [tensor for tensor in (*step.original, *step.made) if step.facts.of(tensor) is not None]
+    return isinstance(step.handler, Unknown) and any(graph.dtype(tensor) != np.int64 for tensor in ends)
 
 
 def _entry(note: Note) -> dict[str, Any]:
@@ -242,10 +244,11 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def _plain(text: str) -> Text:
-    """Names come from strangers: no markup, no control characters."""
+    """Names come from strangers: no markup, no control characters, no end."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    short = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in short))
 
 
 def _shares(padding: dict[str, float] | None) -> str:

@@ -33,10 +33,29 @@ class Round:
 
     @property
     def worth_another(self) -> bool:
-        """Whether the cut has left tensors that are constant throughout only now: their readers can do without them."""
+        """Whether the cut has left more to do: facts that hold only now."""
+        changed = bool(self.cut.dropped) or not all(c.kept.all() for c in self.facts.everything())
+        return changed and (self._has_new_constants or self._has_new_gates or self._has_new_neighbours)
+
+    @property
+    def _has_new_constants(self) -> bool:
+        """Tensors that are constant throughout by now: their readers can do without them."""
         channels = self.facts.everything()
-        changed = bool(self.cut.dropped) or not all(c.kept.all() for c in channels)
-        return changed and any(not c.was_constant and not c.gone and (c.constant | ~c.kept).all() for c in channels)
+        return any(not c.was_constant and not c.gone and (c.constant | ~c.kept).all() for c in channels)
+
+    @property
+    def _has_new_gates(self) -> bool:
+        """Products and choices of which one side was computed, and is a constant now."""
+        graph = self.facts.graph
+        products = [step for step in self.facts.alive if step.node.op in ("Mul", "Where") and step.replaced]
+        return any(graph.contains(step.node) for step in products)
+
+    @property
+    def _has_new_neighbours(self) -> bool:
+        """Products that a constant could not leave, while gates went: the Add behind may be next to them now."""
+        gates = any(node.op in ("Mul", "Where") for node in self.cut.dropped)
+        notes = (note for channels in self.facts.everything() for note in channels.notes)
+        return gates and any(note.operator == "MatMul" and note.channels is not None for note in notes)
 
 
 def operate(model: Stored) -> list[Round]:

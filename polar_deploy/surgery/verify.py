@@ -62,7 +62,14 @@ def verify(model: onnx.ModelProto, before: Path, after: Path) -> Proof:
         inputs = random_inputs(model, batch)
         worst = max(worst, largest_difference(run_before(inputs), run_after(inputs)))
     if worst > tolerance:
-        was, now = _errors(model, before, (run_before, run_after))
+        try:
+            was, now = _errors(model, before, (run_before, run_after))
+        except ContentError as error:
+            raise ContentError(
+                f"outputs differ by {worst:.2g} of their scale (allowed {tolerance:g}), and there is no float64 result "
+                f"that tells whether this is rounding: {error.what}",
+                NOT_RUN,
+            ) from error
         if not now <= 2 * was:
             raise ContentError(
                 f"the cut changed the function: outputs differ by {worst:.2g} of their scale (allowed {tolerance:g}); "
@@ -90,7 +97,7 @@ def random_inputs(model: onnx.ModelProto, batch: int, seed: int = 0) -> Arrays:
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...], name: str) -> npt.NDArray[np.float64]:
     try:
-        return generator.standard_normal(shape)
+        return np.asarray(generator.standard_normal(shape))
     except (MemoryError, ValueError) as error:
         raise ContentError(f"input {name} of shape {list(shape)} is too large to try the cut on", NOT_RUN) from error
 

@@ -116,9 +116,14 @@ def test_without_onnxruntime_exit_3_names_the_extra(
 
 
 def test_inputs_of_other_kinds() -> None:
-    values = [helper.make_tensor_value_info("i", 7, ["n", 2]), helper.make_tensor_value_info("b", 9, ["n", 2])]
+    values = [
+        helper.make_tensor_value_info("s", 1, []),
+        helper.make_tensor_value_info("i", 7, ["n", 2]),
+        helper.make_tensor_value_info("b", 9, ["n", 2]),
+    ]
     graph = helper.make_graph([], "g", values, [])
     inputs = verify.random_inputs(helper.make_model(graph), 3)
+    assert (inputs["s"].dtype, inputs["s"].shape) == (np.float32, ())
     assert inputs["i"].dtype == np.int64
     assert set(np.unique(inputs["i"])) <= {0, 1}
     assert inputs["b"].dtype == np.bool_
