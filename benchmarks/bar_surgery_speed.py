@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -31,7 +31,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch.nn.functional import conv2d, relu
 
-from benchmarks.bar_surgery_complete import Subject
+from benchmarks import bar_surgery_complete as complete
 from benchmarks.common import ROOT, write_result
 from benchmarks.surgery_models import INPUT, OUTPUT, TOLERANCE, Array, Site, gated, random_images, run
 from benchmarks.surgery_oracle import Sets, widths
@@ -48,8 +48,8 @@ WIDTH, SIDE = 16, 16  # channels and pixels of a chain
 
 
 def prepare_network(name: str, cache: Path, folder: Path) -> int:
-    """Writes what `surgery_contenders` reads; returns how many elements of weights a complete cut leaves."""
-    subject = Subject(name, cache, PIXELS)
+    """A torchvision network; returns how many elements of weights a complete cut leaves."""
+    subject = complete.Subject(name, cache, PIXELS)
     sets = subject.sets
     closed, roots = _half_of_each_group(sets, subject.random)
     masks = {writer: ~closed[sets.outputs[writer]] for writer in subject.writers if closed[sets.outputs[writer]].any()}
@@ -134,44 +134,57 @@ def prepare_chain(length: int, folder: Path) -> int:
     return 9 * (half * 3 + (length - 2) * half * half + half * WIDTH)
 
 
-def measure(who: str, name: str, folder: Path, optimum: int) -> dict[str, Any]:
-    """Times, share of what had to go, and how far the result is from the gated graph; or why there is none."""
-    for file in ("out.onnx", "logits.npz"):
-        (folder / file).unlink(missing_ok=True)
-    answers = []
-    for _ in range(1 if who in RIVALS else RUNS):
-        answers.append(_ask(who, name, folder))
-        if "reason" in answers[-1]:
-            return {"seconds": None, **answers[-1]}
+class Subject(NamedTuple):
+    """A prepared folder, and how many elements of weights a complete cut leaves."""
+
+    name: str
+    folder: Path
+    optimum: int
+
+
+def prepare(name: str, cache: Path, folder: Path) -> Subject:
+    """Writes what `surgery_contenders` reads into a folder of its own."""
+    folder.mkdir()
+    if name.startswith("chain-"):
+        return Subject(name, folder, prepare_chain(int(name.removeprefix("chain-")), folder))
+    return Subject(name, folder, prepare_network(name, cache, folder))
+
+
+def judge(subject: Subject, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Times, share of what had to go, and how far the last result is from the gated graph; or why there is none."""
+    failed = next((answer for answer in answers if "reason" in answer), None)
+    if failed is not None:
+        return {"seconds": None, **failed}
+    folder = subject.folder
     before, images = onnx.load(folder / "gated.onnx"), np.load(folder / "images.npz")["images"]
-    if (folder / "out.onnx").is_file():
+    if "weights" in answers[0]:
+        found, weights = np.load(folder / "logits.npz")["logits"], answers[0]["weights"]
+    else:
         after = onnx.load(folder / "out.onnx")
         found, weights = run(after, images), _weights(after)
-    else:
-        found, weights = np.load(folder / "logits.npz")["logits"], answers[0]["weights"]
     full, expected = _weights(before), run(before, images)
     runs = [seconds for answer in answers for seconds in answer["seconds"]]
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     row: dict[str, Any] = {
         "seconds": round(statistics.median(runs), 3),
         "runs": [round(seconds, 3) for seconds in runs],
-        "share_removed": (full - weights) / (full - optimum),
+        "share_removed": (full - weights) / (full - subject.optimum),
         "difference": difference,
         "exact": difference <= TOLERANCE,
     }
     if "memory" in answers[0]:
-        peak, size = statistics.median(answer["memory"] for answer in answers), (folder / "gated.onnx").stat().st_size
         row["processor_seconds"] = round(statistics.median(answer["processor"] for answer in answers), 3)
+        peak, size = statistics.median(answer["memory"] for answer in answers), (folder / "gated.onnx").stat().st_size
         row["memory"] = {"bytes": peak, "file": size, "times_the_file": round(peak / size, 2)}
     return row
 
 
-def _ask(who: str, name: str, folder: Path) -> dict[str, Any]:
+def ask(who: str, subject: Subject) -> dict[str, Any]:
     """What `surgery_contenders` answers in a process of its own, or the reason why it does not."""
     module = RIVALS.get(who)
     if module is not None and importlib.util.find_spec(module) is None:
         return {"reason": f"{module} cannot be imported"}
-    command = [sys.executable, "-m", "benchmarks.surgery_contenders", who, name, str(folder)]
+    command = [sys.executable, "-m", "benchmarks.surgery_contenders", who, subject.name, str(subject.folder)]
     try:
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -209,29 +222,30 @@ def main() -> int:
     names = [*(name for name in LIMITS if not name.startswith("chain")), *(f"chain-{length}" for length in CHAINS)]
     parser.add_argument("names", nargs="*", default=names, help="only these; no result is written")
     args = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
-    for name in args.names:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            if name.startswith("chain-"):
-                optimum = prepare_chain(int(name.removeprefix("chain-")), folder)
-            else:
-                optimum = prepare_network(name, args.cache or folder, folder)
-            rows[name] = {who: measure(who, name, folder, optimum) for who in ("ours", *RIVALS)}
-        show(name, rows[name])
+    with tempfile.TemporaryDirectory() as place:
+        subjects = [prepare(name, args.cache or Path(place), Path(place, name)) for name in args.names]
+        # In turns, so that whatever else the machine does slows all of them alike.
+        rounds = [{subject.name: ask("ours", subject) for subject in subjects} for _ in range(RUNS)]
+        rows = {}
+        for subject in subjects:
+            rows[subject.name] = {"ours": judge(subject, [answers[subject.name] for answers in rounds])}
+            rows[subject.name].update({who: judge(subject, [ask(who, subject)]) for who in RIVALS})
+            show(subject.name, rows[subject.name])
     if set(args.names) != set(names):
         return 0
-    bars, growth = _bars(rows), _growth(rows)
+    growth = _growth(rows)
+    bars = _bars(rows, growth)
     return write_result("surgery-speed", bars, {"growth_of_chains": growth, "networks": rows})
 
 
-def _growth(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The power of a chain's length with which time grows, from the shortest to the longest one."""
-    short, long = (rows[f"chain-{length}"]["ours"]["seconds"] for length in (CHAINS[0], CHAINS[-1]))
-    return round(math.log(long / short) / math.log(CHAINS[-1] / CHAINS[0]), 2) if short and long else None
+def _growth(rows: Mapping[str, Mapping[str, Any]]) -> float:
+    """The power of a chain's length with which time grows from the shortest to the longest: median over the rounds."""
+    short, long = (rows[f"chain-{length}"]["ours"].get("runs", [math.nan]) for length in (CHAINS[0], CHAINS[-1]))
+    ratio = statistics.median(after / before for before, after in zip(short, long, strict=True))
+    return round(math.log(ratio) / math.log(CHAINS[-1] / CHAINS[0]), 2)
 
 
-def _bars(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+def _bars(rows: Mapping[str, Mapping[str, Any]], growth: float) -> dict[str, bool]:
     ours = {name: row["ours"] for name, row in rows.items()}
     name, times = MEMORY
     return {

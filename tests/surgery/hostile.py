@@ -86,7 +86,8 @@ def weight(graph: onnx.ModelProto, name: str = "two.weight") -> onnx.TensorProto
 
 
 def _node(graph: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(node for node in graph.graph.node if node.name == name)
+    found: onnx.NodeProto = next(node for node in graph.graph.node if node.name == name)
+    return found
 
 
 def _with(operator: str, *extra: Any, opset: int = 17, **attributes: Any) -> bytes:
@@ -160,6 +161,14 @@ def _renamed(old: str, new: str) -> Change:
             node.name = new if node.name == old else node.name
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
+
+    return change
+
+
+def _all_called(name: str) -> Change:
+    def change(graph: onnx.ModelProto) -> None:
+        for node in graph.graph.node:
+            node.name = name
 
     return change
 
@@ -372,7 +381,7 @@ def _structure() -> dict[str, Case]:
         "bodies twelve deep": Case(changed(_if("one", 12)), DONE),
         "loop body with too few outputs": Case(changed(_loop)),
         "nodes without names": Case(changed(lambda g: [n.ClearField("name") for n in g.graph.node]), DONE),
-        "nodes of one name": Case(changed(lambda g: [setattr(n, "name", "x") for n in g.graph.node]), DONE),
+        "nodes of one name": Case(changed(_all_called("x")), DONE),
         "unused branch": Case(changed(_appended(relu)), DONE),
     }  # fmt: skip
 

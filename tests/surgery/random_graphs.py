@@ -35,7 +35,7 @@ class RandomGraph(Net):
         self.inline = self.chance(2)  # constants are Constant nodes
         self.gates: list[str] = []  # constants that gates share
         self.scales: dict[str, list[Array]] = {}  # of quantized tensors: scale and zero point
-        self.weights: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+        self.weights: dict[tuple[int, ...], list[str]] = {}  # of convolutions, by shape
         if not fixed:
             del self.inputs[0].type.tensor_type.shape.dim[2:]
             for name in ("height", "width"):
@@ -130,13 +130,13 @@ class RandomGraph(Net):
         key = (self.width[x] // group, kernel, group, width)
         known = self.weights.setdefault(key, [])
         if known and self.chance(2):
-            weight = self.pick(known)[0]
+            weight = self.pick(known)
         else:
             values = self.normal(width, key[0], kernel, kernel) / np.sqrt(key[0] * kernel**2, dtype=np.float32)
             if self.chance(1):
                 values[self.closed(width)] = 0
             weight = self.value(values)
-            known.append((weight, width))
+            known.append(weight)
         bias = [] if self.chance(3) else [self.value(self.normal(width))]
         attributes.setdefault("pads", [kernel // 2] * 4)
         return self.op("Conv", x, weight, *bias, width=width, group=group, **attributes)
@@ -152,7 +152,7 @@ class RandomGraph(Net):
         """A linear layer in one of the ways that Gemm writes it."""
         weight, bias = self.matrix(inputs, width), self.normal(*self.pick(((width,), (1, width), (1,))))
         transposed = self.chance(5)
-        scales = self.pick(({}, {"alpha": 0.5}, {"alpha": 2.0, "beta": 0.5}))
+        scales: dict[str, Any] = self.pick(({}, {"alpha": 0.5}, {"alpha": 2.0, "beta": 0.5}))
         return self.op(
             "Gemm", x, weight.T.copy() if transposed else weight, bias, width=width, transB=int(transposed), **scales
         )
@@ -177,7 +177,7 @@ class RandomGraph(Net):
         return GATES[self.pick(tuple(GATES))](self, x, values.reshape(self.per_channel(width)))
 
     def tokens(self, x: str) -> str:
-        """[batch, width, height, width] to [batch, positions, channels]."""
+        """An image to [batch, positions, channels]."""
         height, width = self.space[x]
         if self.chance(5):
             flat = self.op("Reshape", x, np.array([0, self.width[x], height * width]))
@@ -207,8 +207,10 @@ class RandomGraph(Net):
         """Joins an image with one of height and width 1, of the same width or of width 1."""
         if self.chance(3):
             return self.op("Add", x, small)
-        return self.op("Mul", *((small, x) if self.chance(3) else (x, self.op("Sigmoid", small))), width=self.width[x],
-                       space=self.space[x])  # fmt: skip
+        factor = self.op("Sigmoid", small)
+        return self.op(
+            "Mul", *((factor, x) if self.chance(3) else (x, factor)), width=self.width[x], space=self.space[x]
+        )
 
 
 def _cast_gate(graph: RandomGraph, x: str, values: Array) -> str:

@@ -18,7 +18,7 @@ from polar_deploy.surgery import Surgery, compress
 from polar_deploy.surgery.ops import table
 from polar_deploy.surgery.verify import largest_difference
 from tests.surgery.entries import ABSENT, ENTRIES, STEPS
-from tests.surgery.graphs import TOLERANCE, cut, run
+from tests.surgery.graphs import TOLERANCE, Array, cut, run
 from tests.surgery.random_graphs import random_graphs, text
 
 GRAPHS = 100
@@ -79,18 +79,27 @@ def _shapes(model: onnx.ModelProto) -> dict[str, bytes]:
 
 
 def judged(model: onnx.ModelProto) -> Surgery:
-    """Cuts and compares. Where rounding can flip a result (Round, ArgMax), a difference must show more often."""
+    """Cuts and compares.
+
+    Where rounding can flip a result (Round, ArgMax), or means are taken over the large pictures that surgery tries
+    where height and width are open, a difference must show at other sizes too.
+    """
     try:
         return cut(model)
     except (AssertionError, ContentError):
-        if not STEPS & {node.op_type for node in model.graph.node}:
+        large = any(dim.dim_param == "height" for dim in model.graph.input[0].type.tensor_type.shape.dim)
+        if not large and not STEPS & {node.op_type for node in model.graph.node}:
             raise
     surgery = compress(model, verify=False)
     batches = (3, 4, 6)
-    outputs = [[dict(enumerate(run(one, batch))) for one in (model, surgery.model)] for batch in batches]
-    differences = [largest_difference(*pair) for pair in outputs]
+    differences = [largest_difference(_outputs(model, batch), _outputs(surgery.model, batch)) for batch in batches]
     assert sorted(differences)[1] <= TOLERANCE, f"outputs differ by {differences} at batch sizes {batches}"
     return surgery
+
+
+def _outputs(model: onnx.ModelProto, batch: int) -> dict[str, Array]:
+    names = [value.name for value in model.graph.output]
+    return dict(zip(names, run(model, batch), strict=True))
 
 
 def fuzz(
@@ -104,7 +113,7 @@ def fuzz(
 
     rare: operator types to draw more often than others.
     """
-    names = [name for name in sorted(ENTRIES) for _ in range(3 if name.split()[0] in rare else 1)]
+    names = [name for name in sorted(ENTRIES) for _ in range(6 if name.split()[0] in rare else 1)]
     order = [str(name) for name in np.random.default_rng(number).permutation(names)]
 
     @seed(number)

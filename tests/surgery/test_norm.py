@@ -245,6 +245,16 @@ def test_zero_stays_zero_in_rms_normalisation() -> None:
     assert columns.tolist() == [0, 2, 3, 5]
 
 
+@needs_opset_23
+def test_what_is_not_zero_stays_so_in_rms_normalisation() -> None:
+    """Closed channels are 0.5 behind the Sigmoid, and no mean is taken off: they do not vanish as in LayerNorm."""
+    net = Net(opset=23)
+    x = net.node("Sigmoid", [net.gate(net.conv("input", 6, "one"), CLOSED, "gate")], "half")
+    x = net.node("RMSNormalization", [x, net.constant("scale", _v(8))], "norm", axis=-1)
+    model = net.model(net.conv(x, 4, "two", kernel=1))
+    assert np.array_equal(weight(cut(model).model, "two"), weight(model, "two"))
+
+
 @pytest.mark.parametrize(
     ("closed", "expected"),
     [((2, 3), "folded"), ((1, 4), "kept: it goes together with channels in use, in one")],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.ops.across import Across, Span, nothing, rank_of
+from polar_deploy.surgery.ops.across import Across, Span, nothing, only_zero, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.operator import Operator
     from polar_deploy.surgery.stored import Array
 
+SHARED = "its statistics run over all channels"
 SCALE, OFFSET, MEAN, VARIANCE = 1, 2, 3, 4
 NAMES = {SCALE: "scale", OFFSET: "offset", MEAN: "mean", VARIANCE: "variance"}
 
@@ -189,7 +190,7 @@ class GroupNormalization(Normalisation):
 
 
 class LayerNormalization(Normalisation):
-    """LayerNormalization and RMSNormalization: statistics, and parameters, over the last axes."""
+    """Statistics, and parameters, over the last axes."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         return range(step.node.attrs.get("axis", -1) % rank, rank)
@@ -201,6 +202,14 @@ class LayerNormalization(Normalisation):
     def write(self, step: Step, index: int, values: Array) -> None:
         rank = step.parameter(index, NAMES[index]).ndim
         step.graph.set_constant(step.node, index, values.reshape(values.shape[values.ndim - rank :]))
+
+
+class RMSNormalization(LayerNormalization):
+    """No mean is taken off: of what is the same everywhere only zero is known to come out as zero."""
+
+    def __init__(self) -> None:
+        super().__init__(SHARED, zero_stays=True)
+        self.uniform = only_zero
 
 
 class MeanVarianceNormalization(Across):
@@ -231,12 +240,11 @@ def _put(old: Array, new: Floats | None, target: Channels) -> Array:
     return np.where(np.isnan(put), old, put.astype(old.dtype))
 
 
-SHARED = "its statistics run over all channels"
 HANDLERS: dict[str, Operator] = {
     "BatchNormalization": BatchNormalization(),
     "InstanceNormalization": InstanceNormalization("its statistics run over several channels"),
     "GroupNormalization": GroupNormalization("the statistics of its group run over it"),
     "LayerNormalization": LayerNormalization(SHARED),
-    "RMSNormalization": LayerNormalization(SHARED, zero_stays=True),
+    "RMSNormalization": RMSNormalization(),
     "MeanVarianceNormalization": MeanVarianceNormalization(SHARED, nothing),
 }

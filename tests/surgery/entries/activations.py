@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 
@@ -12,7 +14,7 @@ from tests.surgery.random_graphs import RandomGraph
 def _clip(g: RandomGraph, x: str) -> str:
     low, high = g.pick(((0.0, 6.0), (-1.0, 1.0), (0.5, 2.0), (None, 1.0), (-0.5, None)))
     if g.opset < 11:
-        bounds = {name: bound for name, bound in (("min", low), ("max", high)) if bound is not None}
+        bounds: dict[str, Any] = {name: bound for name, bound in (("min", low), ("max", high)) if bound is not None}
         return g.op("Clip", x, **bounds)
     return g.op("Clip", x, *("" if bound is None else np.float32(bound) for bound in (low, high)))
 

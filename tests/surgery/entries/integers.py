@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 
@@ -15,7 +17,8 @@ def _quantized(g: RandomGraph, x: str, axis: int | None = None, *, signed: bool 
     scale = np.exp2(-g.random.integers(3, 6, count)).astype(np.float32)
     zero = np.zeros(count, np.int8) if signed else np.full(count, 128, np.uint8)
     parameters = [scale, zero]
-    y = g.op("QuantizeLinear", x, *parameters, **({} if axis is None else {"axis": axis}))
+    along: dict[str, Any] = {} if axis is None else {"axis": axis}
+    y = g.op("QuantizeLinear", x, *parameters, **along)
     g.scales[y] = parameters
     return y
 
@@ -24,7 +27,8 @@ def _quantize(g: RandomGraph, x: str) -> str:
     """The pair Q, DQ: a tensor or a channel at a time."""
     axis = 1 if g.opset >= 13 and g.chance(4) else None
     y = _quantized(g, x, axis, signed=g.chance(5))
-    return g.op("DequantizeLinear", y, *g.scales[y], **({} if axis is None else {"axis": axis}))
+    along: dict[str, Any] = {} if axis is None else {"axis": axis}
+    return g.op("DequantizeLinear", y, *g.scales[y], **along)
 
 
 def _quantized_conv(g: RandomGraph, x: str) -> str:
@@ -35,7 +39,8 @@ def _quantized_conv(g: RandomGraph, x: str) -> str:
     each = g.opset >= 13 and g.chance(6)
     scale = np.exp2(-g.random.integers(7, 9, (width,) if each else ())).astype(np.float32)
     zero = np.zeros(scale.shape, np.int8)
-    weight = g.op("DequantizeLinear", numbers, scale, zero, **({"axis": 0} if each else {}))
+    along: dict[str, Any] = {"axis": 0} if each else {}
+    weight = g.op("DequantizeLinear", numbers, scale, zero, **along)
     return g.op("Conv", y, weight, g.normal(width), width=width)
 
 

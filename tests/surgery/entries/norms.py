@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 
@@ -103,7 +105,8 @@ def _softmax(operator: str) -> Add:
 def _cumulated(g: RandomGraph, x: str) -> str:
     """Running sums over rows, or over the channels."""
     axis = g.pick((2, 1, -1))
-    sums = g.op("CumSum", x, np.array(axis), **g.pick(({}, {"reverse": 1}, {"exclusive": 1})))
+    how: dict[str, Any] = g.pick(({}, {"reverse": 1}, {"exclusive": 1}))
+    sums = g.op("CumSum", x, np.array(axis), **how)
     return g.op("Mul", sums, np.float32(0.2))
 
 

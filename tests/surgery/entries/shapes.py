@@ -19,7 +19,7 @@ def _split(g: RandomGraph, x: str) -> str:
         return x
     sizes = [first, width - first]
     if first * 2 == width and g.chance(5):
-        extra = {"num_outputs": 2} if g.opset >= 18 else {}
+        extra: dict[str, Any] = {"num_outputs": 2} if g.opset >= 18 else {}
         parts = g.ops("Split", x, axis=1, widths=sizes, **extra)
     elif g.opset < 13:
         parts = g.ops("Split", x, axis=1, widths=sizes, split=sizes)
@@ -220,7 +220,8 @@ def _shape(g: RandomGraph, x: str) -> str:
 def _resize(g: RandomGraph, x: str) -> str:
     height, across = g.space[x]
     if height > 4:
-        return g.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], space=(height // 2, across // 2))
+        height, across = height // 2, across // 2
+        x = g.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], space=(height, across))
     space, scales = (2 * height, 2 * across), np.array([1, 1, 2, 2], np.float32)
     mode = g.pick(("nearest", "linear"))
     if g.opset < 11:
