@@ -79,7 +79,6 @@ def compress_file(source: Path, target: Path, *, report: Path | None = None, ver
     after, proof = done[-1].model, None
     with ExitStack() as files:  # they are moved into place at the end, the last one entered first
         tmp = files.enter_context(atomic_path(target))
-        tmp_report = files.enter_context(atomic_path(report)) if report else None
         data = target.with_name(f"{target.name}.data") if after.needs_data_file else None
         tmp_data = files.enter_context(atomic_path(data)) if data else None
         stored.write(after, tmp, tmp_data)
@@ -88,8 +87,8 @@ def compress_file(source: Path, target: Path, *, report: Path | None = None, ver
         if data:
             stored.refer_to(tmp, data.name)
         told = reports.build(done, before.model, proof)
-        if tmp_report:
-            write_json(tmp_report, told)
+        if report is not None:
+            write_json(files.enter_context(atomic_path(report)), told)
     return told
 
 
