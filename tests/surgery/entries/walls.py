@@ -72,8 +72,8 @@ def _if(g: RandomGraph, x: str) -> str:
 
 
 def _loop(g: RandomGraph, x: str) -> str:
-    """Three times: halved, and an image from outside added."""
-    outer, number = g.partner(x), len(g.nodes)
+    """A branch that is squashed three times, an image from outside added. Nobody knows its shape behind it."""
+    inner, outer, number = g.conv_of(x, 2), g.conv_of(x, 2), len(g.nodes)
     old, half, new, at, go, on = (f"{name}{number}" for name in ("old", "half", "new", "at", "go", "go.on"))
     nodes = [
         helper.make_node("Sigmoid", [old], [half]),
@@ -81,7 +81,8 @@ def _loop(g: RandomGraph, x: str) -> str:
         helper.make_node("Identity", [go], [on]),
     ]
     body = _body("again", [at, go, old], nodes, [on, new])
-    return g.op("Loop", np.array(3), np.array(True), x, body=body, width=g.width[x], space=g.space[x])
+    g.images.append(g.op("Loop", np.array(3), np.array(True), inner, body=body, width=2, space=g.space[x]))
+    return g.act(x)
 
 
 def _scan(g: RandomGraph, x: str) -> str:
