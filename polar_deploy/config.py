@@ -11,6 +11,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
 Triple = tuple[float, float, float]
 
 
@@ -48,7 +50,38 @@ class Verdict(_Frozen):
 
     max_drop: NonNegative = 1.0
     min_speedup: Positive = 1.02
-    batch: Annotated[int, Field(ge=1)] = 1
+    max_latency_ms: Positive | None = None  # of the compressed engine, beside the speed-up; None: any
+    batch: Count = 1
+
+
+class Calibration(_Frozen):
+    """What fixes the ranges of INT8: so many training images, and how a range is read off the values they give."""
+
+    images: Count = 512
+    method: Literal["minmax", "entropy", "percentile"] = "percentile"
+    percentile: Annotated[float, Field(gt=50, le=100, allow_inf_nan=False)] = 99.99
+
+
+class Build(_Frozen):
+    """How engines are built."""
+
+    batches: tuple[Count, Count, Count] = (1, 8, 64)  # smallest, usual and largest: the optimisation profile
+    edges: Literal["fp32", "native"] = "fp32"  # types of the graph's input and output; native: the engine's own
+    tf32: bool = False  # whether FP32 may be computed with the precision of TF32, in both engines
+    workspace: Count | None = None  # MiB of scratch memory; None: the library's choice
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None  # None: the library's choice
+    version_compatible: bool = False  # the plan runs with later TensorRT versions of the same major one
+    hardware_compatible: bool = False  # the plan runs on later GPU architectures
+    capabilities: tuple[Capability, ...] = ()  # TensorRT for RTX; (): the GPU's here, or all that can
+    max_layer_error: Positive = 0.1  # INT8: a layer whose error is larger stays in the wider type
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Build:
+        least, usual, largest = self.batches
+        if not least <= usual <= largest:
+            raise ValueError(f"build.batches are smallest,usual,largest, but {least},{usual},{largest} do not ascend")
+        return self
 
 
 class Training(_Frozen):
@@ -108,6 +141,17 @@ class Settings(_Frozen):
     budget: Budget = Budget(macs=0.5)
     align: Annotated[int, Field(ge=1, le=64)] | None = None  # None: the target's
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    build: Build = Build()
     verdict: Verdict = Verdict()
+    latency_table: Path | None = None  # for a latency budget; None: the pipeline makes it, if the target is here
     training: Training = Training()
     gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _verdict_within_profile(self) -> Settings:
+        least, _, largest = self.build.batches
+        if not least <= self.verdict.batch <= largest:
+            raise ValueError(
+                f"verdict.batch is {self.verdict.batch}, the engines are built for batches of {least} to {largest}"
+            )
+        return self

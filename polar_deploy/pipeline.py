@@ -39,6 +39,8 @@ _SETTINGS = {
     "max_drop": "verdict.max_drop",
     "min_speedup": "verdict.min_speedup",
     "verdict_batch": "verdict.batch",
+    "max_latency_ms": "verdict.max_latency_ms",
+    "latency_table": "latency_table",
 }
 
 
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help="resnet20/32/44/56/110, a torchvision classifier, or package.module:function")
-    add("--target", help="what the engine is for, such as trt-fp16 (default: ort-fp32)")
+    add("--target", help="what the engine is for, such as trt-fp16; auto: the fastest one here (default: ort-fp32)")
     add("--data", help="digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function")
     add("--data-dir", metavar="DIR", help="where the data lies (default: data)")
     add("--recipe", metavar="FILE", type=Path, help="settings in YAML; the options here are laid over it")
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-drop", metavar="POINTS", help="accuracy the compressed network may lose (default: 1.0)")
     add("--min-speedup", metavar="X", help="how much faster it must be at least (default: 1.02)")
     add("--verdict-batch", metavar="N", help="batch size at which the speed-up is judged (default: 1)")
+    add("--max-latency-ms", metavar="MS", help="what an inference of the compressed network may take (default: any)")
+    add("--batch", metavar="N[,N,N]", help="smallest, usual and largest batch of the engines (default: 1,8,64)")
+    add("--latency-table", metavar="FILE", help="for a latency budget; made by `python -m polar_deploy.engines table`")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="any setting, such as training.lr=0.05")
     add("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/MODEL-DATA-TARGET-BUDGET-sSEED)")
     add("--from", metavar="STAGE", dest="first", choices=STAGES, default=STAGES[0], help=f"one of {', '.join(STAGES)}")
@@ -126,6 +131,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             overrides[key], options[key] = value, f"--{option.replace('_', '-')}"
     if arguments.budget is not None:
         overrides["budget"], options["budget"] = recipes.parse_budget(arguments.budget), "--budget"
+    if arguments.batch is not None:
+        overrides["build.batches"], options["build.batches"] = recipes.parse_batches(arguments.batch), "--batch"
+    if arguments.target == "auto":
+        overrides["target"] = targets.choose().name
     overrides |= dict(recipes.parse_set(text) for text in arguments.set)
     if arguments.recipe is None and "model" not in overrides:
         raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
@@ -136,7 +145,7 @@ def _require_packages(names: Sequence[str]) -> None:
     """Ask for what the stages import before anything is written."""
     needs = [("torch", "train"), ("torchvision", "train"), ("safetensors", "train")] if _TRAINING & {*names} else []
     needs += [("onnxscript", "train")] if "export" in names else []
-    needs += [("onnxruntime", "ort")] if {"export", "surgery", "parity"} & {*names} else []
+    needs += [("onnxruntime", "ort")] if {"export", "surgery", "build", "parity"} & {*names} else []
     for module, extra in needs:
         if find_spec(module) is None:
             raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")

@@ -77,6 +77,17 @@ def parse_budget(text: str) -> Budget:
         raise UsageError(f"--budget {text}: {'; '.join(map(_sentence, error.errors()))}", _BUDGET_HELP) from error
 
 
+def parse_batches(text: str) -> list[int]:
+    """Read the batch sizes of an engine: "1,8,64" are the smallest, the usual and the largest; "16" is all three."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(
+            f"--batch {text}: not one size, or three", "give the smallest, the usual and the largest: 1,8,64"
+        )
+    sizes = [int(part) for part in parts]
+    return sizes * 3 if len(sizes) == 1 else sizes
+
+
 # --------------------------------------------------------------------------- YAML, with the place of each key
 
 

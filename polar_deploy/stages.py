@@ -91,6 +91,11 @@ class Run:
         return GatedNetwork(network, self.input_size, mode=gates.mode, blocks=gates.blocks)
 
     @property
+    def target(self) -> targets.Target:
+        """What the engines are built for."""
+        return targets.parse(self.settings.target)
+
+    @property
     def input_size(self) -> int:
         """Pixels a side."""
         assert self.settings.input_size is not None
@@ -145,7 +150,7 @@ class Stage:
         Raises:
             UsageError: one is missing.
         """
-        paths = [run.path(name) for name in self.reads]
+        paths = _paths(run, self.reads)
         for path in paths:
             if not path.is_file():
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
@@ -155,7 +160,12 @@ class Stage:
 
     def outputs(self, run: Run) -> list[Path]:
         """The files it writes."""
-        return [run.path(name) for name in self.writes]
+        return _paths(run, self.writes)
+
+
+def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
+    """The files of these names; a target without plans has none."""
+    return [run.path(name) for name in names if run.target.has_plans or not name.endswith(".plan")]
 
 
 def _full(run: Run) -> None:
@@ -259,27 +269,43 @@ def _require_budget(run: Run, surgery: dict[str, Any]) -> None:
 def _build(run: Run) -> None:
     from polar_deploy import engines
 
-    target = targets.parse(run.settings.target)
+    calibration = _calibration(run) if run.target.precision == "int8" else None
     sources = (run.path("full/model.onnx"), run.path("compressed/model.onnx"))
-    write_json(run.path("engines/build.json"), engines.build_all(*sources, run.path("engines"), target))
+    built = engines.build_all(*sources, run.path("engines"), run.target, run.settings.build, calibration)
+    write_json(run.path("engines/build.json"), built)
+
+
+def _calibration(run: Run) -> np.ndarray:
+    """Normalised images of the training set, un-augmented, none of those that choices were validated on."""
+    import numpy as np
+
+    from polar_deploy import data
+
+    normal, count = run.settings.normalize, run.settings.build.calibration.images
+    assert normal is not None
+    chosen = np.sort(np.random.default_rng(run.settings.seed).permutation(run.split[0])[:count])
+    return data.normalise(run.dataset.train.images[chosen], normal.mean, normal.std)
 
 
 def _parity(run: Run) -> None:
     from polar_deploy import engines, parity
-    from polar_deploy.engines.ort import OrtEngine
 
-    settings, target = run.settings, targets.parse(run.settings.target)
+    settings = run.settings
     assert settings.normalize is not None
-    result = parity.compare(
-        engines.load(run.path("engines"), "full", target),
-        engines.load(run.path("engines"), "compressed", target),
-        run.dataset.test,
-        mean=settings.normalize.mean,
-        std=settings.normalize.std,
-        verdict=settings.verdict,
-        gated=OrtEngine(run.path("gated/model.onnx")),
-        reference=run.path("gated/reference.npz"),
-    )
+    test = parity.TestSet(run.dataset.test, settings.normalize.mean, settings.normalize.std)
+    full, compressed, gated = (engines.graph(run.path(f"{name}/model.onnx")) for name in _GRAPHS)
+    graphs = parity.Graphs(full, compressed, gated, run.path("gated/reference.npz"))
+    if lacks := targets.lacks_to_run(run.target):
+        result = parity.not_run("; ".join(lacks), test, settings.verdict, graphs)
+    else:
+        result = parity.compare(
+            engines.load(run.path("engines"), "full", run.target),
+            engines.load(run.path("engines"), "compressed", run.target),
+            test,
+            settings.verdict,
+            graphs=graphs,
+            batches=settings.build.batches,
+        )
     write_json(run.path("parity.json"), result)
 
 
@@ -308,7 +334,24 @@ def _gates_key(run: Run) -> object:
     return _basis(run) | settings
 
 
-_ENGINES = tuple(f"engines/{name}{end}" for name in ("full", "compressed") for end in (".onnx", ".layers.json"))
+def _build_key(run: Run) -> object:
+    key = run.settings.model_dump(mode="json", include={"target", "build"})
+    if run.target.precision != "int8":
+        return key
+    return key | _basis(run) | {"final": run.settings.training.final}
+
+
+def _parity_key(run: Run) -> object:
+    settings = run.settings.model_dump(mode="json", include={"verdict", "normalize"})
+    batches = run.settings.build.batches
+    # Where the engines could not run, they may on another machine.
+    return settings | {"data": run.dataset.fingerprint(), "batches": batches, "lacks": targets.lacks_to_run(run.target)}
+
+
+_GRAPHS = ("full", "compressed", "gated")
+_ENDS = (".onnx", ".plan", ".layers.json")
+# build.json tells how long the build took, too: nothing that follows from the engines alone reads it as an input.
+_ENGINES = tuple(f"engines/{name}{end}" for name in ("full", "compressed") for end in _ENDS)
 
 STAGES = (
     Stage(
@@ -344,23 +387,21 @@ STAGES = (
     Stage(
         "build",
         _build,
-        lambda run: run.settings.target,
+        _build_key,
         reads=("full/model.onnx", "compressed/model.onnx"),
         writes=(*_ENGINES, "engines/build.json"),
     ),
     Stage(
         "parity",
         _parity,
-        lambda run: (
-            run.settings.model_dump(mode="json", include={"verdict", "normalize"}) | {"data": run.dataset.fingerprint()}
-        ),
-        reads=(*_ENGINES[::2], "gated/model.onnx", "gated/reference.npz"),
+        _parity_key,
+        reads=(*_ENGINES, *(f"{name}/model.onnx" for name in _GRAPHS), "gated/reference.npz"),
         writes=("parity.json",),
     ),
     Stage(
         "report",
         _report,
-        lambda run: run.settings.model_dump(mode="json", exclude={"data_dir", "full_weights"}),
+        lambda run: run.settings.model_dump(mode="json", exclude={"data_dir", "full_weights", "latency_table"}),
         reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json"),
         writes=("report.json",),
     ),

@@ -11,10 +11,8 @@ import importlib.util
 import re
 from dataclasses import dataclass
 
-from polar_deploy import __version__, gpu
+from polar_deploy import gpu
 from polar_deploy.errors import MachineError, UsageError
-
-BUILDS = frozenset({"ort-fp32"})  # the targets whose engines this version can build
 
 # Channels that fill the hardware's matrix units, by precision. On a CPU any number of channels does: 1.
 _ALIGN = {"fp32": 1, "fp16": 8, "bf16": 8, "int8": 32}
@@ -36,6 +34,11 @@ class Target:
     precision: str
     align: int
 
+    @property
+    def has_plans(self) -> bool:
+        """Whether its engines are files of their own beside the ONNX graph."""
+        return self.backend in ("trt", "rtx")
+
 
 def _target(name: str) -> Target:
     backend, _, precision = name.rpartition("-")
@@ -52,6 +55,10 @@ TARGETS = {
 }
 
 
+AUTO = ("trt-fp16", "rtx-fp16", "ort-cuda-fp16", "ort-fp32")  # what `auto` tries, the fastest first
+EXTRAS = {"ort": "ort", "ort-cuda": "ort-gpu", "trt": "trt", "rtx": "rtx"}  # backend -> what pip installs for it
+
+
 @dataclass(frozen=True)
 class _Need:
     """A Python package: the module, the distributions that bring it, the oldest version that will do."""
@@ -63,25 +70,31 @@ class _Need:
     def missing(self) -> str | None:
         """Say what is missing, or None."""
         found = next((version for name in self.distributions if (version := _version(name))), None)
-        if found is None or importlib.util.find_spec(self.module) is None:
+        if found is None or not _found(self.module):
             return f"{self.distributions[0]} >= {self.oldest} is not installed"
         if _numbers(found) < _numbers(self.oldest):
             return f"{self.distributions[0]} is {found}, older than {self.oldest}"
         return None
 
 
-_NEEDS = {
-    "ort": (_Need("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.19"),),
+_ORT = _Need("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.19")  # writes FP16 and INT8 graphs, too
+_POLYGRAPHY = _Need("polygraphy", ("polygraphy",), "0.53.4")  # older ones break on TensorRT 11
+_TO_BUILD = {
+    "ort": (_ORT,),
     "ort-cuda": (_Need("onnxruntime", ("onnxruntime-gpu",), "1.19"),),
-    "trt": (
-        _Need("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "10.0"),
-        _Need("polygraphy", ("polygraphy",), "0.53.4"),
-    ),
+    "trt": (_Need("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "10.0"), _POLYGRAPHY, _ORT),
     "rtx": (
         _Need("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"),
-        _Need("polygraphy", ("polygraphy",), "0.53.4"),
+        _POLYGRAPHY,
+        _ORT,
     ),
 }
+_CUDA = _Need("cuda.bindings", ("cuda-bindings",), "12.6")
+_TO_RUN = {"ort": (), "ort-cuda": (), "trt": (_CUDA,), "rtx": (_CUDA,)}  # besides
+
+# The oldest compute capability that has a precision in its matrix units, and that a backend supports.
+PRECISION_SINCE = {"fp32": (5, 0), "fp16": (7, 0), "bf16": (8, 0), "int8": (7, 2), "fp8": (8, 9)}
+_BACKEND_SINCE = {"ort": (0, 0), "ort-cuda": (5, 0), "trt": (7, 5), "rtx": (7, 5)}
 
 
 def parse(name: str) -> Target:
@@ -99,30 +112,56 @@ def parse(name: str) -> Target:
     raise UsageError(f"unknown target {name!r}; known are {', '.join(TARGETS)}", todo)
 
 
+def choose() -> Target:
+    """The best target that can be built and run here: what `--target auto` means."""
+    return next((t for t in map(parse, AUTO) if not lacks_to_build(t) + lacks_to_run(t)), TARGETS[AUTO[-1]])
+
+
 def check(target: Target) -> None:
-    """Find out in milliseconds whether an engine for `target` can be built and run here.
+    """Find out in milliseconds whether an engine for `target` can be built here, and whether all is there to run it.
+
+    TensorRT for RTX builds without a GPU; that such an engine cannot run here is no error (`lacks_to_run`).
 
     Raises:
         MachineError: names everything that is missing, and what works here instead.
     """
-    lacking = [lack for need in _NEEDS[target.backend] if (lack := need.missing())]
-    if target.backend != "ort" and (lack := _gpu_missing(target)):
-        lacking.insert(0, lack)
-    if target.name not in BUILDS:
-        lacking.append(f"polar_deploy {__version__} builds {', '.join(sorted(BUILDS))} only")
+    lacking = lacks_to_build(target)
+    if not lacking and _gpu_missing(target) is None:
+        lacking = lacks_to_run(target)
     if lacking:
         what = f"target {target.name} cannot be built here: {'; '.join(lacking)}"
         raise MachineError(what, f"{_way_out(target)}, or add --until surgery, which works anywhere")
 
 
+def lacks_to_build(target: Target) -> list[str]:
+    """What is missing here to build an engine for `target`, a clause each; [] if nothing is."""
+    lacking = [lack for need in _TO_BUILD[target.backend] if (lack := need.missing())]
+    if target.backend in ("trt", "ort-cuda") and (lack := _gpu_missing(target)):
+        lacking.insert(0, lack)
+    return lacking
+
+
+def lacks_to_run(target: Target) -> list[str]:
+    """What is missing here to run an engine of `target`, a clause each; [] if nothing is."""
+    lacking = [lack for need in _TO_RUN[target.backend] if (lack := need.missing())]
+    if lack := _gpu_missing(target):
+        lacking.insert(0, lack)
+    return lacking
+
+
 def _way_out(target: Target) -> str:
-    """Name the nearest target that works here (ort-fp32 needs no GPU), or what to install for it."""
-    if any(need.missing() for need in _NEEDS["ort"]):
-        return "install polar-deploy[ort], which is enough for --target ort-fp32"
-    return "use --target ort-fp32, which works here"
+    """Name the nearest target that works here (those of ONNX Runtime need no GPU), or what to install for it."""
+    if _gpu_missing(target) is None:
+        return f"install what is missing: pip install 'polar-deploy[{EXTRAS[target.backend]}]'"
+    near = TARGETS.get(f"ort-{target.precision}", TARGETS["ort-fp32"])
+    if lacks_to_build(near):
+        return f"install polar-deploy[ort], which is enough for --target {near.name}"
+    return f"use --target {near.name}, which works here"
 
 
 def _gpu_missing(target: Target) -> str | None:
+    if target.backend == "ort":
+        return None
     try:
         return _too_old(gpu.first(), target)
     except gpu.NoGpuError as error:
@@ -130,9 +169,23 @@ def _gpu_missing(target: Target) -> str | None:
 
 
 def _too_old(device: gpu.Gpu, target: Target) -> str | None:
-    if target.precision == "bf16" and device.capability < (8, 0):
-        return f"{device.name} has no BF16 (compute capability {'.'.join(map(str, device.capability))}, 8.0 is needed)"
-    return None
+    """Why a GPU is no good for a target: what its architecture lacks."""
+    what, since = max(
+        (f"support for {target.backend}", _BACKEND_SINCE[target.backend]),
+        (target.precision.upper(), PRECISION_SINCE[target.precision]),
+        key=lambda each: each[1],
+    )
+    if device.capability >= since:
+        return None
+    has, needed = (".".join(map(str, each)) for each in (device.capability, since))
+    return f"{device.name} has no {what} (compute capability {has}, {needed} is needed)"
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is not there
+        return False
 
 
 def _version(distribution: str) -> str | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from polar_deploy import __version__
+from polar_deploy import gpu
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.gpu import Gpu
-from polar_deploy.targets import TARGETS, _too_old, check, parse
+from polar_deploy.targets import TARGETS, _too_old, check, choose, lacks_to_build, lacks_to_run, parse
 
 
 def has_driver() -> bool:
@@ -74,25 +74,75 @@ def test_ort_works_where_onnxruntime_is() -> None:
     check(parse("ort-fp32"))
 
 
-@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"ort-fp32"}))
-def test_what_this_version_cannot_build_is_said_with_a_way_out(name: str) -> None:
+@pytest.mark.skipif(has_driver(), reason="there is an NVIDIA driver here")
+@pytest.mark.parametrize("name", ["trt-fp32", "trt-fp16", "trt-bf16", "trt-int8", "ort-cuda-fp32", "ort-cuda-fp16"])
+def test_without_a_gpu_they_are_refused_with_a_way_out(name: str) -> None:
     began = time.perf_counter()
-    with pytest.raises(MachineError, match=f"target {name} cannot be built here: ") as error:
+    with pytest.raises(MachineError, match=f"target {name} cannot be built here: no NVIDIA driver") as error:
         check(parse(name))
-    seconds = time.perf_counter() - began
-    assert f"polar_deploy {__version__} builds ort-fp32 only" in error.value.what
-    assert "--until surgery" in error.value.todo
-    assert "ort-fp32" in error.value.todo
-    assert ("libcuda.so.1" in error.value.what) == (not has_driver() and not name.startswith("ort-int8"))
-    assert seconds < 0.05 or has_driver()
+    assert time.perf_counter() - began < 0.05
+    near = "ort-int8" if name == "trt-int8" else "ort-fp32"
+    assert error.value.todo == f"use --target {near}, which works here, or add --until surgery, which works anywhere"
+
+
+def rtx(site: Path) -> None:
+    """Put TensorRT for RTX, polygraphy and ONNX Runtime on a path."""
+    install(site, "tensorrt-rtx-cu13", "1.7.1.116", "tensorrt_rtx")
+    install(site, "polygraphy", "0.53.6", "polygraphy")
+    install(site, "onnxruntime", "1.32.0", "onnxruntime")
+
+
+def test_rtx_builds_without_a_gpu_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(gpu, "first", lacking)
+    check(parse("rtx-fp16"))
+    assert lacks_to_build(parse("rtx-fp16")) == []
+    assert lacks_to_run(parse("rtx-fp16")) == ["no driver", "cuda-bindings >= 12.6 is not installed"]
+
+
+def test_where_there_is_a_gpu_what_runs_engines_has_to_be_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(gpu, "first", lambda: Gpu("RTX 4090", (8, 9)))
+    with pytest.raises(MachineError, match=r"cuda-bindings >= 12\.6 is not installed") as error:
+        check(parse("rtx-fp16"))
+    assert "pip install 'polar-deploy[rtx]'" in error.value.todo
+
+
+def lacking() -> Gpu:
+    raise gpu.NoGpuError("no driver")
+
+
+@pytest.mark.parametrize(
+    ("there", "best"),
+    [((), "ort-fp32"), (("onnxruntime-gpu",), "ort-cuda-fp16"), (("tensorrt", "onnxruntime-gpu"), "trt-fp16")],
+)
+def test_auto_is_the_fastest_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], best: str
+) -> None:
+    versions = {"tensorrt": ("11.4.0", "tensorrt"), "onnxruntime-gpu": ("1.32.0", "onnxruntime")}
+    for name in there:
+        install(tmp_path, name, *versions[name])
+    install(tmp_path, "polygraphy", "0.53.6", "polygraphy")
+    install(tmp_path, "cuda-bindings", "13.0.0", "cuda")
+    (tmp_path / "cuda.py").unlink()
+    (tmp_path / "cuda" / "bindings").mkdir(parents=True)
+    (tmp_path / "cuda" / "bindings" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "cuda", raising=False)
+    monkeypatch.setattr(gpu, "first", lambda: Gpu("H200", (9, 0)))
+    assert choose().name == best
 
 
 def test_everything_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(MachineError) as error:
         check(parse("trt-fp16"))
-    for part in ("tensorrt >= 10.0 is not installed", "polygraphy >= 0.53.4 is not installed", "builds ort-fp32 only"):
-        assert part in error.value.what
+    for part in ("tensorrt >= 10.0", "polygraphy >= 0.53.4", "onnxruntime >= 1.19"):
+        assert f"{part} is not installed" in error.value.what
     with pytest.raises(MachineError, match=r"onnxruntime >= 1\.19 is not installed") as error:
         check(parse("ort-fp32"))
     assert "polar-deploy[ort]" in error.value.todo
@@ -106,11 +156,10 @@ def test_packages_are_judged_by_version_and_never_imported(
 ) -> None:
     install(tmp_path, "tensorrt-cu13", version, "tensorrt")
     install(tmp_path, "polygraphy", "0.53.6", "polygraphy")
+    install(tmp_path, "onnxruntime-gpu", "1.32.0", "onnxruntime")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(MachineError) as error:
-        check(parse("trt-fp16"))
-    assert (f"tensorrt is {version}, older than 10.0" in error.value.what) == old
-    assert "is not installed" not in error.value.what
+    monkeypatch.setattr(gpu, "first", lambda: Gpu("Tesla T4", (7, 5)))
+    assert lacks_to_build(parse("trt-fp16")) == ([f"tensorrt is {version}, older than 10.0"] if old else [])
 
 
 def test_bf16_needs_a_gpu_that_has_it() -> None:
@@ -119,6 +168,14 @@ def test_bf16_needs_a_gpu_that_has_it() -> None:
     assert _too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
     assert _too_old(t4, fp16) is None
     assert _too_old(orin, bf16) is None
+
+
+def test_old_gpus_are_no_good_for_tensorrt() -> None:
+    v100 = Gpu("Tesla V100", (7, 0))
+    assert (
+        _too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
+    )
+    assert _too_old(v100, parse("ort-cuda-fp16")) is None
 
 
 def test_importing_targets_is_light() -> None:

@@ -5,22 +5,33 @@
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from polar_deploy.engines.base import Array, Backend, Engine, Timer
-from polar_deploy.errors import MachineError
+from polar_deploy import __version__, precision, targets
+from polar_deploy.engines import machine, network
+from polar_deploy.engines.base import Array, Backend, Engine, Timer, infer_all
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.workspace import read_json, sha256
 
 if TYPE_CHECKING:
-    from polar_deploy.targets import Target
+    from polar_deploy.config import Build
 
-__all__ = ["Array", "Backend", "Engine", "Timer", "build_all", "load"]
+__all__ = ["Array", "Backend", "Engine", "Timer", "build", "build_all", "graph", "infer_all", "load"]
 
-_BACKENDS = {"ort-fp32": "ort"}  # target -> module of this package
+_MODULES = {"ort": "ort", "ort-cuda": "ort", "trt": "trt", "rtx": "trt"}  # backend -> module of this package
 
 
-def build_all(full_onnx: Path, compressed_onnx: Path, folder: Path, target: Target) -> dict[str, Any]:
+def build_all(
+    full_onnx: Path,
+    compressed_onnx: Path,
+    folder: Path,
+    target: targets.Target,
+    options: Build,
+    calibration: Array | None = None,
+) -> dict[str, Any]:
     """Build both engines into `folder` and return the content of build.json.
 
     Args:
@@ -28,24 +39,90 @@ def build_all(full_onnx: Path, compressed_onnx: Path, folder: Path, target: Targ
         compressed_onnx: the compressed one, of the same input and classes.
         folder: the run's `engines/`.
         target: what to build for.
+        options: how.
+        calibration: normalised training images [N,C,H,W], for an INT8 target.
 
     Raises:
-        MachineError: no backend for the target here.
-        UsageError: a file is missing. ContentError: a file is not a network that the target can run.
+        UsageError: a file is missing. MachineError: this machine lacks something.
+        ContentError: a file is not a network that the target can run, or no calibration images.
     """
-    backend = _backend(target)
     sources = {"full": full_onnx, "compressed": compressed_onnx}
-    engines = {name: backend.build(source, folder, name, target) for name, source in sources.items()}
+    engines = {name: build(source, folder, name, target, options, calibration) for name, source in sources.items()}
     return {"schema": 1, "target": target.name, "engines": engines}
 
 
-def load(folder: Path, name: str, target: Target) -> Engine:
-    """Load the engine `name` ("full" or "compressed") that `build_all` wrote into `folder`. Raises as `build_all`."""
-    return _backend(target).load(folder, name)
+def build(
+    source: Path, folder: Path, name: str, target: targets.Target, options: Build, calibration: Array | None = None
+) -> dict[str, Any]:
+    """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
+    import onnx
+
+    from polar_deploy.surgery import cost
+
+    start = time.perf_counter()
+    targets.check(target)
+    model = network.read(source)
+    network.require_fp32(model, source)
+    costs, onnx_path = cost(model), folder / f"{name}.onnx"
+    typed = precision.write(source, onnx_path, target, options, calibration)
+    made = _backend(target).build(onnx_path, folder, name, target, options)
+    files = [folder / file for file in made.pop("files")]
+    return {
+        "backend": target.backend,
+        "versions": {"polar_deploy": __version__, "onnx": onnx.__version__, **made.pop("versions")},
+        "precision": {"asked": target.precision, "found": made.pop("found"), **typed},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
+        **made,
+        "macs": costs.macs,
+        "params": costs.params,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
 
 
-def _backend(target: Target) -> Backend:
-    if target.name not in _BACKENDS:
-        known = ", ".join(_BACKENDS)
-        raise MachineError(f"no engine can be built for {target.name} here", f"choose one of these targets: {known}")
-    return cast("Backend", import_module(f"{__name__}.{_BACKENDS[target.name]}"))
+def load(folder: Path, name: str, target: targets.Target) -> Engine:
+    """Load the engine `name` ("full" or "compressed") that `folder/build.json` lists.
+
+    Raises:
+        UsageError: a file is missing.
+        ContentError: it is not the file that was built, or is damaged.
+        MachineError: it cannot run here.
+    """
+    if lacks := targets.lacks_to_run(target):
+        raise MachineError(
+            f"an engine for {target.name} cannot run here: {'; '.join(lacks)}",
+            "`python -m polar_deploy.engines doctor` says what can",
+        )
+    entry = _entry(folder / "build.json", name, target)
+    for file, listed in entry["files"].items():
+        if (found := sha256(folder / file)) != listed["sha256"]:
+            raise ContentError(
+                f"{folder / file} is not the file that was built: its sha256 is {found[:12]}…, build.json says "
+                f"{listed['sha256'][:12]}…",
+                "let the build stage run again",
+            )
+    return _backend(target).load(folder, name, target, entry)
+
+
+def graph(path: Path) -> Engine:
+    """An FP32 ONNX file as an engine of ONNX Runtime on all cores: the reference that others are held against."""
+    from polar_deploy.engines.ort import OrtEngine
+
+    return OrtEngine(path, threads=machine.cores())
+
+
+def _entry(path: Path, name: str, target: targets.Target) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        built_for, entry = content["target"], content["engines"][name]
+        _ = [listed["sha256"][:12] for listed in entry["files"].values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ContentError(f"{path} does not list the engine {name!r}", "let the build stage run again") from error
+    if built_for != target.name:
+        raise ContentError(
+            f"{path}: the engines were built for {built_for}, not {target.name}", "let the build stage run again"
+        )
+    return cast("dict[str, Any]", entry)
+
+
+def _backend(target: targets.Target) -> Backend:
+    return cast("Backend", import_module(f"{__name__}.{_MODULES[target.backend]}"))

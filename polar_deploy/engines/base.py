@@ -1,4 +1,4 @@
-"""What every engine can do, and what every backend offers. A backend is a module; `ort.py` is the first."""
+"""What every engine can do, and what every backend offers. A backend is a module: `ort.py`, `trt.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from polar_deploy.errors import ContentError
 
 if TYPE_CHECKING:
+    from polar_deploy.config import Build
     from polar_deploy.targets import Target
 
 Array = npt.NDArray[np.float32]
@@ -26,6 +27,11 @@ class Engine(Protocol):
         """Channels, height and width of one image."""
         ...
 
+    @property
+    def batches(self) -> tuple[int, int | None]:
+        """Smallest and largest batch of one inference; None: no upper bound."""
+        ...
+
     def infer(self, images: Array) -> Array:
         """Normalised images [B,C,H,W] -> logits [B,classes]. ContentError if the shape does not fit."""
         ...
@@ -38,30 +44,63 @@ class Engine(Protocol):
         """Load the same engine a second time, sharing nothing with this one: the control of a time measurement."""
         ...
 
+    def conditions(self) -> dict[str, Any] | None:
+        """What state the device is in now: name, clocks, power, temperature, throttling; None for a CPU."""
+        ...
+
 
 class Backend(Protocol):
     """A runtime: how its engines are made and loaded."""
 
-    def build(self, source: Path, folder: Path, name: str, target: Target) -> dict[str, Any]:
-        """Make `folder/name.*` from the ONNX file `source` and return its entry in build.json.
+    def build(self, onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+        """Make an engine of `folder/NAME.onnx`, whose types are already those of the target.
+
+        Writes `folder/NAME.layers.json` and what else the backend has, and returns its part of build.json: "provider",
+        "versions", "found" (element type -> layers), "files" (the names of all files) and "plan".
 
         Raises:
-            ContentError: the file is not a valid network, or the backend cannot run it in the target's precision.
+            ContentError: the backend cannot run the network in the target's precision.
         """
         ...
 
-    def load(self, folder: Path, name: str) -> Engine:
-        """Load what `build` made. UsageError if it is missing, ContentError if it is damaged."""
+    def load(self, folder: Path, name: str, target: Target, entry: dict[str, Any]) -> Engine:
+        """Load what `build` made; `entry` is its entry of build.json, the files' hashes are those it has.
+
+        Raises:
+            UsageError: a file is missing. ContentError: it is damaged.
+            MachineError: it was built for another machine.
+        """
         ...
 
 
-def require_shape(images: Array, input_shape: tuple[int, int, int], place: str) -> None:
-    """Raise ContentError, naming both shapes, unless `images` is [B,C,H,W] with B >= 1 and the engine's C, H, W."""
-    if images.ndim == 4 and len(images) > 0 and images.shape[1:] == input_shape:
-        return
-    expected = " x ".join(str(size) for size in input_shape)
-    found = " x ".join(str(size) for size in images.shape)
-    raise ContentError(
-        f"{place} takes images of batch x {expected}, but got {found}",
-        "give it the data and the input size that the network was exported for",
-    )
+def require_shape(images: Array, engine: Engine, place: str) -> None:
+    """Raise ContentError unless `images` is [B,C,H,W] with the engine's C, H, W and a B that it takes."""
+    shape, (least, largest) = images.shape, engine.batches
+    if len(shape) != 4 or shape[0] == 0 or shape[1:] != engine.input_shape:
+        expected = " x ".join(str(size) for size in engine.input_shape)
+        found = " x ".join(str(size) for size in shape)
+        raise ContentError(
+            f"{place} takes images of batch x {expected}, but got {found}",
+            "give it the data and the input size that the network was exported for",
+        )
+    if shape[0] < least or (largest is not None and shape[0] > largest):
+        raise ContentError(
+            f"{place} was built for batches of {least} to {largest}, but got {shape[0]} images",
+            "split the batch, or build again with --batch SMALLEST,USUAL,LARGEST",
+        )
+
+
+def infer_all(engine: Engine, images: Array, at_once: int = 128) -> Array:
+    """Logits [N,classes] of any number of images [N,C,H,W], in batches that the engine takes.
+
+    Where its smallest batch is larger than what is left, the last image is repeated and the surplus dropped.
+    """
+    least, largest = engine.batches
+    size = max(least, min(at_once, largest or at_once))
+    parts = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = max(0, least - len(part))
+        padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        parts.append(engine.infer(padded)[: len(part)])
+    return np.concatenate(parts)

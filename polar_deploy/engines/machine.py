@@ -8,23 +8,39 @@ from pathlib import Path
 from typing import Any
 
 _CPUINFO = Path("/proc/cpuinfo")
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # x86 and ARM
 
 
 def describe() -> dict[str, Any]:
     """CPU model, cores that this process may use, architecture, operating system. No host and no user name."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "architecture": platform.machine(),
         "system": platform.system(),
     }
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def int8_instructions() -> list[str]:
+    """The CPU's instructions for dot products of bytes, without which INT8 is no faster than FP32."""
+    return sorted(_DOT_PRODUCTS & set(_cpuinfo("flags", "Features").split()))
+
+
 def _cpu_model() -> str:
     """As Linux gives it; ARM boards often give none there, then the architecture has to do."""
+    return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    """The first line of Linux's description of the CPU that has one of the keys; "" where there is none."""
     if _CPUINFO.is_file():
         for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in {"model name", "Model"}:
+            if key.strip() in keys:
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, FP32.
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU.
 
 The artefact is the typed ONNX graph. ONNX Runtime optimises it each time it is loaded and the result is never kept:
 it has layouts and fused operators of this very CPU inside and is not portable. What the engine really ran is read
@@ -18,110 +18,124 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from polar_deploy import __version__
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.workspace import atomic_path, sha256, write_json
+from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
     import onnxruntime
 
+    from polar_deploy.config import Build
     from polar_deploy.targets import Target
 
-PROVIDER = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 THREADS = 1  # the figure that a shared machine disturbs least, and that compares between machines
+_PROVIDERS = {"ort": CPU, "ort-cuda": CUDA}
 _NO_PLAN = "none: the graph that ONNX Runtime optimises when it loads the ONNX file is not portable, so it is not kept"
-_PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}  # the profile's names
+# the profile's names; integers wider than a byte are shapes and indices, and no precision
+_PRECISIONS = {
+    "float": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "double": "fp64",
+    "int8": "int8",
+    "uint8": "int8",
+}
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtEngine:
-    """One session on one ONNX file. `Engine` of the base module; `threads` is what an inference uses.
+    """One session on one ONNX file. `Engine` of the base module.
+
+    Args:
+        path: an ONNX file.
+        provider: `CPU` or `CUDA`.
+        threads: CPU threads of an inference.
+        tf32: on a GPU, whether FP32 may be computed as TF32.
 
     Raises:
         UsageError: no such file.
         ContentError: not ONNX, an operator that ONNX Runtime does not have, or not a classifier of images.
+        MachineError: the provider does not start here.
     """
 
-    def __init__(self, path: Path, threads: int = THREADS) -> None:
-        self.path = path
-        self.threads = threads
-        self._session = _session(path, _options(threads))
-        self._input, self.input_shape = _image_input(self._session, path)
+    batches = (1, None)
+
+    def __init__(self, path: Path, provider: str = CPU, threads: int = THREADS, *, tf32: bool = False) -> None:
+        self.path, self.provider, self.threads, self.tf32 = path, provider, threads, tf32
+        self._session = _session(path, _options(threads), provider, tf32=tf32)
+        self._input, self.input_shape, self._type = _image_input(self._session, path)
         self._output = _logits_output(self._session, path)
 
     def infer(self, images: Array) -> Array:
         """Normalised images [B,C,H,W] -> logits [B,classes]."""
-        require_shape(images, self.input_shape, str(self.path))
+        require_shape(images, self, str(self.path))
         with _translated(self.path):
-            logits: Array = self._session.run([self._output], {self._input: images})[0]
-        return logits
+            logits = self._session.run([self._output], {self._input: images.astype(self._type, copy=False)})[0]
+        return np.asarray(logits, np.float32)
 
     def timer(self, images: Array) -> Timer:
-        """Bind `images` [B,C,H,W]; the clock is the host's, as the CPU has no other."""
-        require_shape(images, self.input_shape, str(self.path))
+        """Bind `images` [B,C,H,W] where the engine runs; the clock is the host's, the device is waited for."""
+        import onnxruntime
+
+        require_shape(images, self, str(self.path))
+        device = "cuda" if self.provider == CUDA else "cpu"
         session, binding = self._session, self._session.io_binding()
-        binding.bind_cpu_input(self._input, np.ascontiguousarray(images))
-        binding.bind_output(self._output)
+        held: npt.NDArray[Any] = np.ascontiguousarray(images, self._type)
+        binding.bind_ortvalue_input(self._input, onnxruntime.OrtValue.ortvalue_from_numpy(held, device, 0))
+        binding.bind_output(self._output, device)
 
         def milliseconds(inferences: int) -> float:
             with _translated(self.path):
                 start = time.perf_counter_ns()
                 for _ in range(inferences):
                     session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
                 return (time.perf_counter_ns() - start) / inferences / 1e6
 
         return milliseconds
 
     def duplicate(self) -> OrtEngine:
         """A second session, loaded from the same file."""
-        return OrtEngine(self.path, self.threads)
+        return OrtEngine(self.path, self.provider, self.threads, tf32=self.tf32)
+
+    def conditions(self) -> dict[str, Any] | None:
+        """The GPU's state; None on the CPU."""
+        if self.provider == CPU:
+            return None
+        from polar_deploy.engines import nvml
+
+        return nvml.conditions()
 
 
-def build(source: Path, folder: Path, name: str, target: Target) -> dict[str, Any]:
-    """Write `folder/NAME.onnx` (checked, every float FP32) and `folder/NAME.layers.json` (what ran, in which type).
-
-    Returns the engine's entry in build.json. Raises as `Backend.build` says.
-    """
-    import onnx
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+    """Write `folder/NAME.layers.json`: what ran, in which type. The rest as `Backend.build` says."""
     import onnxruntime
 
-    from polar_deploy.surgery import cost
-
-    start = time.perf_counter()
-    model = network.read(source)
-    network.require_fp32(model, source)
-    onnx_path, layers_path = folder / f"{name}.onnx", folder / f"{name}.layers.json"
-    layers = read_layers(source)
-    found = require_precision(layers, target.precision, source)
-    with atomic_path(onnx_path) as path:
-        onnx.save(model, path)
+    layers_path, provider = folder / f"{name}.layers.json", _PROVIDERS[target.backend]
+    layers = read_layers(onnx_path, provider)
+    found = require_precision(layers, target.precision, onnx_path)
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
-    seconds = time.perf_counter() - start
-    costs = cost(model)
     return {
-        "backend": target.backend,
-        "provider": PROVIDER,
+        "provider": provider,
         "threads": THREADS,
-        "versions": {"polar_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "precision": {"asked": target.precision, "found": found},
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in (onnx_path, layers_path)
-        },
+        "tf32": options.tf32,
+        "versions": {"onnxruntime": onnxruntime.__version__},
+        "found": found,
+        "files": [onnx_path.name, layers_path.name],
         "plan": _NO_PLAN,
-        "macs": costs.macs,
-        "params": costs.params,
-        "seconds": round(seconds, 3),
     }
 
 
-def load(folder: Path, name: str) -> OrtEngine:
-    """Load the engine that `build` wrote as `folder/NAME.onnx`."""
-    return OrtEngine(folder / f"{name}.onnx")
+def load(folder: Path, name: str, target: Target, entry: dict[str, Any]) -> OrtEngine:
+    """Load the engine that `build` looked at, `folder/NAME.onnx`."""
+    return OrtEngine(folder / f"{name}.onnx", _PROVIDERS[target.backend], tf32=bool(entry.get("tf32")))
 
 
-def read_layers(path: Path) -> list[dict[str, Any]]:
+def read_layers(path: Path, provider: str = CPU) -> list[dict[str, Any]]:
     """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order.
 
     Each is {"name", "op", "provider", "inputs", "type"}: `inputs` the element types read, `type` the one written.
@@ -130,26 +144,30 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
         options = _options(THREADS)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, options)
-        name, shape = _image_input(session, path)
+        session = _session(path, options, provider)
+        name, shape, kind = _image_input(session, path)
         with _translated(path):
-            session.run(None, {name: np.zeros((1, *shape), np.float32)})
+            session.run(None, {name: np.zeros((1, *shape), kind)})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return [_layer(event) for event in events if event["cat"] == "Node"]
 
 
 def require_precision(layers: list[dict[str, Any]], precision: str, path: Path) -> dict[str, int]:
-    """Count layers by element type; ContentError if floats of another precision ran, or none of the one asked."""
-    found = Counter(layer["type"] for layer in layers)
-    for layer in layers:
-        if layer["type"] in _PRECISIONS.values() and layer["type"] != precision:
-            raise ContentError(
-                f"{path}: layer {layer['name']!r} ({layer['op']}) runs in {layer['type']}, the target is {precision}",
-                "export the network in FP32, or choose another target",
-            )
-    if precision not in found:
+    """Count layers by the type they write; ContentError unless the layers with weights run as the target says.
+
+    In a float precision all of them have to. For INT8 one is enough: which ones stay wider is measured, and reported.
+    """
+    computing = [layer for layer in layers if re.search("Conv|Gemm|MatMul", layer["op"])]
+    odd = [layer for layer in computing if precision not in layer["inputs"]]
+    if not layers or len(odd) == max(1, len(computing)):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
-    return dict(found.most_common())
+    if odd and precision != "int8":
+        layer = odd[0]
+        raise ContentError(
+            f"{path}: layer {layer['name']!r} ({layer['op']}) runs in {layer['type']}, the target is {precision}",
+            "export the network in FP32, or choose another target",
+        )
+    return dict(Counter(layer["type"] for layer in layers).most_common())
 
 
 def _layer(event: dict[str, Any]) -> dict[str, Any]:
@@ -182,11 +200,21 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(
+    path: Path, options: onnxruntime.SessionOptions, provider: str, *, tf32: bool = False
+) -> onnxruntime.InferenceSession:
+    """Load a network. On a GPU what CUDA cannot run may fall to the CPU, but CUDA itself has to start."""
     import onnxruntime
 
+    providers = [CPU] if provider == CPU else [(provider, {"use_tf32": str(int(tf32))}), CPU]
     with _translated(path):
-        return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if provider not in session.get_providers():
+        raise MachineError(
+            f"ONNX Runtime does not start its {provider} here: it has {', '.join(session.get_providers())}",
+            "install the onnxruntime-gpu that fits this CUDA and cuDNN; its own messages say what it lacks",
+        )
+    return session
 
 
 @contextmanager
@@ -208,20 +236,20 @@ def _translated(path: Path) -> Iterator[None]:
         raise ContentError(what, "export the network with operators that this ONNX Runtime has") from error
 
 
-def _image_input(session: onnxruntime.InferenceSession, path: Path) -> tuple[str, tuple[int, int, int]]:
-    """Name and [C,H,W] of the only input; ContentError unless it is [any batch,C,H,W] of FP32."""
+def _image_input(session: onnxruntime.InferenceSession, path: Path) -> tuple[str, tuple[int, int, int], type]:
+    """Name, [C,H,W] and type of the only input; ContentError unless it is [any batch,C,H,W] of FP32 or FP16."""
     inputs = session.get_inputs()
-    if len(inputs) == 1 and inputs[0].type == "tensor(float)":
+    if len(inputs) == 1 and inputs[0].type in _FLOATS:
         match inputs[0].shape:
             case [str() | None, int(channels), int(height), int(width)]:
-                return inputs[0].name, (channels, height, width)
+                return inputs[0].name, (channels, height, width), _FLOATS[inputs[0].type]
     raise _wrong_edge(path, "input", "[any batch, channels, height, width]", inputs)
 
 
 def _logits_output(session: onnxruntime.InferenceSession, path: Path) -> str:
-    """Name of the only output; ContentError unless it is [any batch,classes] of FP32."""
+    """Name of the only output; ContentError unless it is [any batch,classes] of FP32 or FP16."""
     outputs = session.get_outputs()
-    if len(outputs) == 1 and outputs[0].type == "tensor(float)" and len(outputs[0].shape) == 2:
+    if len(outputs) == 1 and outputs[0].type in _FLOATS and len(outputs[0].shape) == 2:
         return str(outputs[0].name)
     raise _wrong_edge(path, "output", "[any batch, classes]", outputs)
 

@@ -12,7 +12,8 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +40,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds an inference, over the samples of one round; `iqr_ms` is the 75th minus the 25th percentile."""
+    """Milliseconds an inference, over the samples of one round.
+
+    `low_ms` and `high_ms` enclose the median with 95 %; `iqr_ms` is the 75th minus the 25th percentile.
+    """
 
     median_ms: float
+    low_ms: float
+    high_ms: float
     p99_ms: float
     iqr_ms: float
 
@@ -51,7 +57,7 @@ class Round:
     """One whole measurement of a against b.
 
     `speedup` is time of a / time of b (above 1: b is faster), `control` time of a / time of its twin, `inferences` how
-    many make a sample (p99 is that of samples).
+    many make a sample (p99 is that of samples). `before` and `after` are the device's conditions.
     """
 
     pairs: int
@@ -60,6 +66,14 @@ class Round:
     b: Latency
     speedup: Interval
     control: Interval
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+
+    @property
+    def throttled(self) -> list[str]:
+        """Why the GPU slowed down, during or right after the round; [] if it did not."""
+        reasons = [reason for state in (self.before, self.after) if state for reason in state["throttle"]]
+        return list(dict.fromkeys(reasons))
 
     @property
     def noise(self) -> float:
@@ -118,9 +132,34 @@ def compare(
     rounds: list[Round] = []
     while len(rounds) < max_rounds and (not rounds or rounds[-1].noise > NOISE):
         twin = a.duplicate()
-        rounds.append(_measure([engine.timer(images) for engine in (a, b, twin)], pairs, seconds))
+        timers = [engine.timer(images) for engine in (a, b, twin)]
+        before = a.conditions()
+        measured = _measure(timers, pairs, seconds)
+        rounds.append(replace(measured, before=before, after=a.conditions()))
     chosen = min(range(len(rounds)), key=lambda index: rounds[index].noise)
     return Timing(len(images), tuple(rounds), chosen)
+
+
+def energy(engine: Engine, images: Array, seconds: float = 2.0) -> float | None:
+    """Millijoules of one inference on the batch `images`, as the device counts them over `seconds`; None: it does not.
+
+    The count is the whole device's, idle power included, and is renewed some ten times a second.
+    """
+    if _counted(engine) is None:
+        return None
+    timer, inferences, spent = engine.timer(images), 0, 0.0
+    at_once = math.ceil(100 / timer(1))  # a tenth of a second
+    start = _counted(engine) or 0.0
+    while spent < 1000 * seconds:
+        spent += timer(at_once) * at_once
+        inferences += at_once
+    return ((_counted(engine) or 0.0) - start) / inferences
+
+
+def _counted(engine: Engine) -> float | None:
+    """Millijoules since the driver was loaded, or None."""
+    counted: float | None = (engine.conditions() or {}).get("energy_mj")
+    return counted
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -169,8 +208,9 @@ def _warm_up(timers: Sequence[Timer]) -> int:
 
 
 def _latency(times: Sequence[float]) -> Latency:
-    low, high, p99 = np.percentile(times, [25, 75, 99])
-    return Latency(statistics.median(times), float(p99), float(high - low))
+    lower, upper, p99 = np.percentile(times, [25, 75, 99])
+    median = median_interval(times)
+    return Latency(median.median, median.low, median.high, float(p99), float(upper - lower))
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:

@@ -56,7 +56,11 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "full": "given" if settings.full_weights else "trained",
         "budget": {"asked": gates.get("budget"), "achieved": gates.get("achieved")},
         "verified": surgery.get("verified"),
+        "not_run": parity.get("not_run"),
         "accuracy": parity.get("accuracy"),
+        "worst_classes": _worst(parity),
+        "graphs": parity.get("graphs"),
+        "precision": {name: _precision(entries[name], parity.get("precision"), name) for name in entries},
         "macs": _pair({name: engines.get("engines", name, "macs") for name in entries}),
         "params": _pair({name: engines.get("engines", name, "params") for name in entries}),
         "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
@@ -83,8 +87,24 @@ def _latency(measured: dict[str, Any]) -> dict[str, Any]:
     return {
         "batch": measured["batch"],
         "decided": measured["decided"],
+        "images_per_second": measured["images_per_second"],
+        "energy_mj": measured["energy_mj"],
         **measured["rounds"][measured["chosen"]],
     }
+
+
+def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """The types of one engine, which layers stayed wider, and what the precision cost (None: nobody looked)."""
+    return {**entry["precision"], "loss": loss and loss[name]}
+
+
+def _worst(parity: _File) -> list[dict[str, Any]] | None:
+    """The classes that lose most, worst first."""
+    worst = parity.get("worst_classes")
+    if worst is None:
+        return None
+    classes = {each["class"]: each for each in parity.get("classes")}
+    return [classes[label] for label in worst]
 
 
 def _blocks(sites: list[dict[str, Any]]) -> dict[str, int]:

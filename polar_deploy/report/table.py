@@ -27,17 +27,45 @@ def table(report: dict[str, Any], console: Console) -> None:
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    accuracy, blocks = report["accuracy"], report["blocks"]
-    low, high = accuracy["interval"]
-    change = f"{-accuracy['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f})"
-    rows = [("accuracy", f"{accuracy['full']:.2f} %", f"{accuracy['compressed']:.2f} %", change)]
+    blocks, rows = report["blocks"], _accuracy(report)
     for label, key, unit in (("MACs", "macs", ""), ("parameters", "params", ""), ("file size", "bytes", "B")):
         full, compressed, ratio = (report[key][name] for name in ("full", "compressed", "ratio"))
         rows.append((label, _short(full, unit), _short(compressed, unit), f"{100 * ratio:.1f} % of full"))
     for measured in report["latency"]:
         rows.extend(_latency(measured))
+    if report["latency"]:
+        rows.extend(_at_largest(report["latency"][-1]))
     kept = blocks["total"] - blocks["removed"]
     rows.append(("gated blocks", str(blocks["total"]), str(kept), f"{blocks['removed']} of {blocks['total']} removed"))
+    return rows
+
+
+def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Accuracy of the engines, or of their FP32 graphs where they cannot run; and what the precision costs."""
+    accuracy = report["accuracy"] or report["graphs"]
+    low, high = accuracy["interval"]
+    change = f"{-accuracy['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f})"
+    label = "accuracy" if report["accuracy"] else "accuracy, graphs"
+    rows = [(label, f"{accuracy['full']:.2f} %", f"{accuracy['compressed']:.2f} %", change)]
+    full, compressed = (report["precision"][name] for name in ("full", "compressed"))
+    asked = full["asked"]
+    if asked != "fp32" and full["loss"] and compressed["loss"]:
+        plain, pruned = (f"{-each['loss']['drop']:+.2f}" for each in (full, compressed))
+        agree = f"points; {compressed['loss']['agreement']:.2f} % agree"
+        rows.append((f"{asked} for fp32", plain, pruned, agree))
+    if full["kept"] or compressed["kept"]:
+        rows.append(("layers kept wider", str(len(full["kept"])), str(len(compressed["kept"])), "see build.json"))
+    return rows
+
+
+def _at_largest(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Throughput, and energy where the device counts it, at the largest batch."""
+    full, compressed = (measured["images_per_second"][name] for name in ("full", "compressed"))
+    rows = [("images a second", f"{full:,.0f}", f"{compressed:,.0f}", f"at batch {measured['batch']}")]
+    full, compressed = (measured["energy_mj"][name] for name in ("full", "compressed"))
+    if full and compressed:
+        most, less = (f"{energy / measured['batch']:.3g} mJ" for energy in (full, compressed))
+        rows.append(("energy an image", most, less, f"{100 * compressed / full:.1f} % of full"))
     return rows
 
 

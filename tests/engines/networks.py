@@ -56,6 +56,7 @@ class TimedEngine:
     """Takes the milliseconds that `times` says; its twins take `twin` times as long, or what `twins` says in turn."""
 
     input_shape = (3, 8, 8)
+    batches = (1, None)
 
     def __init__(self, times: Iterator[float], twins: Iterator[float] | None = None) -> None:
         self.times, self.twins = times, twins
@@ -74,11 +75,15 @@ class TimedEngine:
     def duplicate(self) -> TimedEngine:
         return TimedEngine(self.twins or self.times)
 
+    def conditions(self) -> None:
+        return None
+
 
 class BusyEngine:
     """Really keeps the CPU busy for `loops` rounds of a loop; its twins likewise."""
 
     input_shape = (3, 8, 8)
+    batches = (1, None)
 
     def __init__(self, loops: int) -> None:
         self.loops = loops
@@ -97,6 +102,9 @@ class BusyEngine:
 
     def duplicate(self) -> BusyEngine:
         return BusyEngine(self.loops)
+
+    def conditions(self) -> None:
+        return None
 
 
 def noisy(milliseconds: float, seed: int, noise: float = 0.05, burst: float = 0.05) -> Iterator[float]:

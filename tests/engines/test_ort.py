@@ -9,13 +9,15 @@ import onnx
 import onnxruntime
 import pytest
 from jsonschema import Draft202012Validator
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import polar_deploy
 from polar_deploy import engines, targets
+from polar_deploy.config import Build
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.workspace import write_json
 from tests.engines.networks import classifier, model, saved
 
 TARGET = targets.parse("ort-fp32")
@@ -33,11 +35,13 @@ def schema(name: str) -> Draft202012Validator:
 def built(tmp_path: Path) -> dict[str, object]:
     full = saved(classifier(16), tmp_path / "full.onnx")
     compressed = saved(classifier(4), tmp_path / "compressed.onnx")
-    return engines.build_all(full, compressed, tmp_path / "engines", TARGET)
+    made = engines.build_all(full, compressed, tmp_path / "engines", TARGET, Build())
+    write_json(tmp_path / "engines/build.json", made)
+    return made
 
 
-def test_every_target_that_can_be_built_has_its_backend() -> None:
-    assert set(engines._BACKENDS) == targets.BUILDS
+def test_every_target_has_its_backend() -> None:
+    assert set(engines._MODULES) == {target.backend for target in targets.TARGETS.values()}
 
 
 def test_build_json(built: dict, tmp_path: Path) -> None:
@@ -96,32 +100,56 @@ def test_sessions_do_not_spin_and_use_one_thread() -> None:
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-def test_target_without_a_backend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="trt-fp16"):
-        engines.build_all(tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path, targets.TARGETS["trt-fp16"])
+@pytest.mark.skipif(not targets.lacks_to_build(targets.parse("trt-fp16")), reason="this machine can build it")
+def test_a_target_that_this_machine_lacks_is_refused(tmp_path: Path) -> None:
+    target = targets.parse("trt-fp16")
+    with pytest.raises(MachineError, match="target trt-fp16 cannot be built here"):
+        engines.build_all(tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path, target, Build())
+    with pytest.raises(MachineError, match="an engine for trt-fp16 cannot run here"):
+        engines.load(tmp_path, "full", target)
 
 
 def test_missing_engine_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no file .*full\.onnx"):
+    with pytest.raises(UsageError, match=r"cannot read .*build\.json"):
         engines.load(tmp_path, "full", TARGET)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"target": "ort-fp32", "engines": {"full": {"files": ["full.onnx"]}}}])
+def test_build_json_that_lists_nothing_is_refused(content: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "build.json", content)
+    with pytest.raises(ContentError, match=r"build\.json does not list the engine 'full'"):
+        engines.load(tmp_path, "full", TARGET)
+
+
+def test_engine_of_another_target_is_refused(built: dict, tmp_path: Path) -> None:
+    with pytest.raises(ContentError, match="built for ort-fp32, not ort-int8"):
+        engines.load(tmp_path / "engines", "full", targets.parse("ort-int8"))
+
+
+def test_file_that_is_not_the_one_built_is_refused(built: dict, tmp_path: Path) -> None:
+    path = tmp_path / "engines/full.onnx"
+    saved(classifier(16, seed=1), path)
+    with pytest.raises(ContentError, match=r"full\.onnx is not the file that was built: its sha256 is [0-9a-f]{12}…"):
+        engines.load(path.parent, "full", TARGET)
+    assert engines.load(path.parent, "compressed", TARGET).infer(IMAGES).shape == (5, 4)
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n" * 50])
 def test_damaged_engine_is_a_content_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "full.onnx").write_bytes(content)
     with pytest.raises(ContentError, match=r"is empty|not an ONNX file"):
-        engines.load(tmp_path, "full", TARGET)
+        ort.OrtEngine(tmp_path / "full.onnx")
 
 
 def build(network: onnx.ModelProto, tmp_path: Path) -> None:
-    ort.build(saved(network, tmp_path / "a.onnx"), tmp_path / "engines", "full", TARGET)
+    engines.build(saved(network, tmp_path / "a.onnx"), tmp_path / "engines", "full", TARGET, Build())
 
 
 def test_custom_operator_names_node_and_operator(tmp_path: Path) -> None:
     nodes = [helper.make_node("Fancy", ["input"], ["logits"], name="head", domain="my.ops")]
     with pytest.raises(ContentError, match=r"node 'head' \(operator my\.ops:Fancy\)"):
         build(model(nodes, {}, classes=3, size=8, domains=("my.ops",)), tmp_path)
-    assert not (tmp_path / "engines").exists()
+    assert not (tmp_path / "engines/full.layers.json").exists()
 
 
 def test_other_float_types_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -180,9 +208,32 @@ def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
         ort.OrtEngine(saved(small, tmp_path / "a.onnx")).infer(np.zeros((1, 3, 1, 1), np.float32))
 
 
+def layer(name: str, op: str, kind: str) -> dict[str, object]:
+    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind}
+
+
 def test_layers_of_another_precision_are_an_error() -> None:
-    layers = [{"name": "conv", "op": "Conv", "type": "fp32"}, {"name": "fc", "op": "Gemm", "type": "fp16"}]
+    layers = [layer("conv", "Conv", "fp32"), layer("fc", "Gemm", "fp16")]
     with pytest.raises(ContentError, match=r"layer 'fc' \(Gemm\) runs in fp16, the target is fp32"):
         ort.require_precision(layers, "fp32", Path("a.onnx"))
-    with pytest.raises(ContentError, match="no layer of the engine runs in fp32"):
-        ort.require_precision([{"name": "s", "op": "Shape", "type": "int64"}], "fp32", Path("a.onnx"))
+    for lacking in ([], [layer("conv", "FusedConv", "fp32")]):
+        for precision in ("fp16", "int8"):
+            with pytest.raises(ContentError, match=f"no layer of the engine runs in {precision}"):
+                ort.require_precision(lacking, precision, Path("a.onnx"))
+
+
+def test_int8_may_leave_layers_wider() -> None:
+    layers = [layer("conv", "QLinearConv", "int8"), layer("pool", "MaxPool", "int8"), layer("fc", "Gemm", "fp32")]
+    assert ort.require_precision(layers, "int8", Path("a.onnx")) == {"int8": 2, "fp32": 1}
+
+
+def test_half_precision_edges_are_cast(tmp_path: Path) -> None:
+    network = classifier()
+    for value in (*network.graph.input, *network.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in network.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    logits = ort.OrtEngine(saved(network, tmp_path / "half.onnx")).infer(IMAGES)
+    assert logits.dtype == np.float32
+    expected = ReferenceEvaluator(classifier()).run(None, {"input": IMAGES})[0]
+    np.testing.assert_allclose(logits, expected, rtol=0.02, atol=0.02)

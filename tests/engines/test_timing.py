@@ -67,8 +67,8 @@ def test_figures_of_known_times() -> None:
     result = compare(a, TimedEngine(steady(2.0)), IMAGES, pairs=200)
     assert result.batch == 2
     assert result.best.pairs == 204  # a multiple of the six orders
-    assert result.best.a == timing.Latency(4.0, 4.0, 0.0)
-    assert result.best.b == timing.Latency(2.0, 2.0, 0.0)
+    assert result.best.a == timing.Latency(4.0, 4.0, 4.0, 4.0, 0.0)
+    assert result.best.b == timing.Latency(2.0, 2.0, 2.0, 2.0, 0.0)
     assert result.best.speedup == timing.Interval(2.0, 2.0, 2.0)
     assert result.best.control == timing.Interval(1.0, 1.0, 1.0)
     assert result.decided
@@ -141,3 +141,29 @@ def test_warm_up_waits_for_stable_times() -> None:
     a = TimedEngine(falling, steady(2.0))
     result = compare(a, TimedEngine(steady(2.0)), IMAGES)
     assert result.best.a.p99_ms == 2.0  # none of the first, slow samples was counted
+
+
+class CountingEngine(TimedEngine):
+    """Uses 3 mJ an inference, 5 before anything is asked of it; hot once it has run."""
+
+    def conditions(self) -> dict[str, object]:
+        return {
+            "name": "a GPU",
+            "throttle": ["thermal"] if self.samples else [],
+            "energy_mj": 5 + 3 * sum(self.samples),
+        }
+
+
+def test_energy_is_that_of_an_inference() -> None:
+    engine = CountingEngine(steady(4.0))
+    assert timing.energy(engine, IMAGES, seconds=1.0) == 3.0
+    assert sum(engine.samples) >= 250
+    assert timing.energy(TimedEngine(steady(4.0)), IMAGES) is None
+
+
+def test_conditions_are_those_before_and_after_a_round() -> None:
+    result = compare(CountingEngine(steady(2.0), steady(2.0)), TimedEngine(steady(1.0)), IMAGES)
+    assert result.best.before == {"name": "a GPU", "throttle": [], "energy_mj": 5}
+    assert result.best.after is not None
+    assert result.best.after["energy_mj"] > 5 + 3 * 200
+    assert result.best.throttled == ["thermal"]

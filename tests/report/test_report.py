@@ -25,12 +25,12 @@ def interval(median: float, low: float, high: float) -> dict[str, float]:
 
 
 def latency(median: float, p99: float) -> dict[str, float]:
-    return {"median_ms": median, "p99_ms": p99, "iqr_ms": 0.01}
+    return {"median_ms": median, "low_ms": 0.99 * median, "high_ms": 1.01 * median, "p99_ms": p99, "iqr_ms": 0.01}
 
 
 def timed(control: float, speedup: dict[str, float], full: dict[str, float], small: dict[str, float]) -> dict[str, Any]:
     row = {"pairs": 204, "inferences": 1, "speedup": speedup, "control": interval(control, 0.99, 1.05)}
-    return {**row, "full": full, "compressed": small}
+    return {**row, "full": full, "compressed": small, "before": None, "after": None}
 
 
 GATES = {
@@ -48,7 +48,10 @@ GATES = {
 
 def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
     files = {f"{name}.onnx": {"bytes": size, "sha256": "0" * 64}}
-    return {"macs": macs, "params": params, "files": files, "versions": {"onnxruntime": "1.32.0"}}
+    types = {"edges": "fp32", "types": {}, "kept": [], "calibration": None}
+    precision = {"asked": "fp32", "found": {"fp32": 21}, **types}
+    versions = {"onnxruntime": "1.32.0"}
+    return {"macs": macs, "params": params, "files": files, "versions": versions, "precision": precision}
 
 
 BUILD = {
@@ -62,6 +65,14 @@ BUILD = {
 PARITY = {
     "schema": 1,
     "machine": {"cpu": "Some CPU", "cores": 2, "architecture": "x86_64", "system": "Linux"},
+    "not_run": None,
+    "classes": [
+        {"class": 0, "samples": 180, "full": 99.0, "compressed": 99.5, "drop": -0.5},
+        {"class": 1, "samples": 180, "full": 99.9, "compressed": 98.3, "drop": 1.6},
+    ],
+    "worst_classes": [1],
+    "precision": None,
+    "graphs": None,
     "accuracy": {
         "samples": 360,
         "full": 99.4444,
@@ -79,7 +90,10 @@ PARITY = {
         {
             "batch": 1,
             "decided": True,
+            "different": True,
             "chosen": 1,
+            "images_per_second": {"full": 810.4, "compressed": 1158.7},
+            "energy_mj": {"full": None, "compressed": None},
             "rounds": [
                 timed(1.05, interval(9.0, 8.0, 10.0), latency(7.0, 8.0), latency(6.0, 7.0)),
                 timed(1.01, interval(1.43, 1.38, 1.46), latency(1.234, 1.876), latency(0.863, 1.211)),
@@ -88,13 +102,17 @@ PARITY = {
         {
             "batch": 64,
             "decided": False,
+            "different": False,
             "chosen": 0,
+            "images_per_second": {"full": 1226.1, "compressed": 1963.2},
+            "energy_mj": {"full": 640.0, "compressed": 320.0},
             "rounds": [timed(1.034, interval(1.6, 1.5, 1.7), latency(52.2, 65.1), latency(32.6, 40.9))],
         },
     ],
     "verdict": {
         "max_drop": 1.0,
         "min_speedup": 1.02,
+        "max_latency_ms": None,
         "batch": 1,
         "accuracy": {"result": "pass", "reason": "accuracy drops by 0.56 points, 1 are allowed"},
         "latency": {"result": "pass", "reason": "the speed-up at batch 1 is 1.430"},

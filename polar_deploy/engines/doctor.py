@@ -1,0 +1,118 @@
+"""What this machine can build and run, and what to install for the rest, on one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from polar_deploy import __version__, gpu, targets
+from polar_deploy.engines import machine
+
+_PACKAGES = (
+    *("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    *("polygraphy", "cuda-bindings", "nvidia-ml-py"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the page; exit code 0, whatever is missing."""
+    found = examine()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Look at CPU, GPUs, packages and targets. Nothing is imported that may abort without a GPU."""
+    try:
+        gpus, cuda, lack = gpu.every(), gpu.cuda_version(), None
+    except gpu.NoGpuError as error:
+        gpus, cuda, lack = [], None, str(error)
+    return {
+        "polar_deploy": __version__,
+        "python": platform.python_version(),
+        "machine": machine.describe(),
+        "int8_instructions": machine.int8_instructions(),
+        "gpus": [_gpu(each) for each in gpus],
+        "no_gpu": lack,
+        "cuda": cuda,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "providers": _providers(),
+        "targets": {name: _target(target) for name, target in targets.TARGETS.items()},
+        "auto": targets.choose().name,
+    }
+
+
+def _gpu(device: gpu.Gpu) -> dict[str, Any]:
+    """Name, compute capability, and the precisions that its matrix units lack."""
+    lacks = [name for name, since in targets.PRECISION_SINCE.items() if device.capability < since]
+    return {"name": device.name, "capability": ".".join(map(str, device.capability)), "lacks": lacks}
+
+
+def _target(target: targets.Target) -> dict[str, Any]:
+    return {
+        "build": targets.lacks_to_build(target),
+        "run": targets.lacks_to_run(target),
+        "install": f"pip install 'polar-deploy[{targets.EXTRAS[target.backend]}]'",
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _providers() -> list[str]:
+    """What ONNX Runtime was built with; whether CUDA starts shows when it is used."""
+    if find_spec("onnxruntime") is None:
+        return []
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for label, value in _facts(found):
+        console.print(f"[bold]{label:<13}[/bold]{value}", soft_wrap=True)
+    table = Table(title="targets")
+    for heading in ("target", "build", "run", "missing"):
+        table.add_column(heading, overflow="fold")
+    for name, target in found["targets"].items():
+        missing = list(dict.fromkeys([*target["build"], *target["run"]]))
+        hint = f"\n{target['install']}" if any("not installed" in lack for lack in missing) else ""
+        answers = ("no" if target[what] else "yes" for what in ("build", "run"))
+        table.add_row(name, *answers, "; ".join(missing) + hint, style="" if missing else "green")
+    console.print(table)
+    console.print(f"--target auto means {found['auto']} here.")
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, quick = found["machine"], found["int8_instructions"]
+    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    facts = [
+        ("polar_deploy", f"{found['polar_deploy']}, Python {found['python']}"),
+        ("CPU", f"{cpu['cpu']}, {cpu['cores']} cores, {cpu['architecture']}"),
+        ("INT8 on it", f"fast ({', '.join(quick)})" if quick else "slow: it has no dot products of bytes (VNNI)"),
+    ]
+    for device in found["gpus"]:
+        lacks = f", no {', '.join(map(str.upper, device['lacks']))}" if device["lacks"] else ""
+        facts.append(("GPU", f"{device['name']}, compute capability {device['capability']}{lacks}"))
+    facts.append(("driver", f"CUDA up to {found['cuda']}") if found["cuda"] else ("GPU", f"none: {found['no_gpu']}"))
+    return [*facts, ("packages", ", ".join(packages)), ("providers", ", ".join(found["providers"]) or "none")]

@@ -1,0 +1,145 @@
+"""What two engines answered to the same images: accuracies, their paired difference, agreement, classes, logits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.engines import Array
+
+_Z95 = 1.959964  # 97.5th percentile of the normal distribution
+_WORST = 10  # classes
+
+
+@dataclass
+class Tally:
+    """What both engines answered over a data set. A sample with NaN or Inf in its logits counts as wrong."""
+
+    samples: int = 0
+    full_right: int = 0
+    compressed_right: int = 0
+    lost: int = 0  # right in the full engine alone
+    gained: int = 0  # right in the compressed engine alone
+    agreed: int = 0  # same answer, right or wrong
+    full_nonfinite: int = 0  # samples
+    compressed_nonfinite: int = 0
+    seen_of: Counter[int] = field(default_factory=Counter)  # class -> samples; the next two: those that are right
+    full_right_of: Counter[int] = field(default_factory=Counter)
+    compressed_right_of: Counter[int] = field(default_factory=Counter)
+
+    def add(self, full: Array, compressed: Array, labels: npt.NDArray[np.int64]) -> None:
+        """Count a batch: logits [B,classes] of both engines, labels [B]."""
+        answers, others = _answers(full), _answers(compressed)
+        right, other_right = answers == labels, others == labels
+        self.samples += len(labels)
+        self.full_right += int(right.sum())
+        self.compressed_right += int(other_right.sum())
+        self.lost += int((right & ~other_right).sum())
+        self.gained += int((~right & other_right).sum())
+        self.agreed += int(((answers == others) & (answers >= 0)).sum())
+        self.full_nonfinite += int((answers < 0).sum())
+        self.compressed_nonfinite += int((others < 0).sum())
+        self.seen_of.update(labels.tolist())
+        self.full_right_of.update(labels[right].tolist())
+        self.compressed_right_of.update(labels[other_right].tolist())
+
+    @property
+    def drop(self) -> float:
+        """Accuracy lost, in percentage points; below 0: gained."""
+        return 100 * (self.lost - self.gained) / self.samples
+
+    def as_dict(self) -> dict[str, Any]:
+        """Accuracies and agreement in percent, drop and its paired 95 % interval in percentage points, counts."""
+        share = 100 / self.samples
+        return {
+            "samples": self.samples,
+            "full": self.full_right * share,
+            "compressed": self.compressed_right * share,
+            "drop": self.drop,
+            "interval": list(drop_interval(self.lost, self.gained, self.samples)),
+            "agreement": self.agreed * share,
+            "lost": self.lost,
+            "gained": self.gained,
+            "nonfinite": {"full": self.full_nonfinite, "compressed": self.compressed_nonfinite},
+        }
+
+    def classes(self) -> list[dict[str, Any]]:
+        """Each class's samples, accuracies in percent and drop in points, in the order of the labels."""
+        found = []
+        for label, seen in sorted(self.seen_of.items()):
+            full, compressed = (100 * right[label] / seen for right in (self.full_right_of, self.compressed_right_of))
+            found.append(
+                {"class": label, "samples": seen, "full": full, "compressed": compressed, "drop": full - compressed}
+            )
+        return found
+
+    def worst(self) -> list[int]:
+        """The labels of the (at most ten) classes that lose most, those that lose nothing left out."""
+        losing = [each for each in self.classes() if each["drop"] > 0]
+        return [each["class"] for each in sorted(losing, key=lambda each: -each["drop"])[:_WORST]]
+
+
+@dataclass
+class Gap:
+    """Largest difference between two sets of logits, and the largest logit: what "relative" is measured by."""
+
+    difference: float = 0.0
+    scale: float = 0.0
+
+    def add(self, reference: Array, other: Array) -> None:
+        """Take in two arrays [B,classes]. Samples that are not finite in both are left out: `Tally` counts them."""
+        finite = np.isfinite(reference).all(axis=1) & np.isfinite(other).all(axis=1)
+        reference, other = reference[finite].astype(np.float64), other[finite].astype(np.float64)
+        self.difference = max(self.difference, float(np.abs(reference - other).max(initial=0.0)))
+        self.scale = max(self.scale, float(np.abs(reference).max(initial=0.0)))
+
+    @property
+    def relative(self) -> float | None:
+        """Difference as a share of the scale; None where the scale is 0 and the difference is not."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.scale if self.scale else None
+
+
+@dataclass
+class Comparison:
+    """A reference and another engine on the same images: answers and logits."""
+
+    tally: Tally = field(default_factory=Tally)
+    gap: Gap = field(default_factory=Gap)
+
+    def add(self, reference: Array, other: Array, labels: npt.NDArray[np.int64]) -> None:
+        """Take in logits [B,classes] of both, labels [B]."""
+        self.tally.add(reference, other, labels)
+        self.gap.add(reference, other)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Drop against the reference in points with its interval, agreement in percent, largest relative difference."""
+        counted = self.tally.as_dict()
+        return {
+            **{key: counted[key] for key in ("samples", "drop", "interval", "agreement")},
+            "relative_difference": self.gap.relative,
+            "scale": self.gap.scale,
+        }
+
+
+def drop_interval(lost: int, gained: int, samples: int) -> tuple[float, float]:
+    """95 % interval of the drop in percentage points, from the pairs that only one engine gets right.
+
+    The adjusted Wald interval for matched pairs: half a sample more in each of the four cells, that is b = lost + 1/2,
+    c = gained + 1/2, n = samples + 2; (b - c)/n +- z sqrt(b + c - (b - c)^2/n)/n. Near its nominal coverage also where
+    there are few such pairs or none (Agresti and Min, Statistics in Medicine 24, 2005, pp. 729-740).
+    """
+    b, c, n = lost + 0.5, gained + 0.5, samples + 2
+    half = _Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return 100 * max(-1.0, (b - c) / n - half), 100 * min(1.0, (b - c) / n + half)
+
+
+def _answers(logits: Array) -> npt.NDArray[np.int64]:
+    """Class of each sample [B]; -1 where a logit is NaN or Inf."""
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
