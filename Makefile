@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 bars: $(INSTALLED)

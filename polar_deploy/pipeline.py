@@ -221,17 +221,18 @@ def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str,
         },
         "full": {name: round(model.full) for name, model in costs.items()},
         "smallest": {name: float(model(least)) for name, model in costs.items()},
-        "target": {"name": settings.target, "align": settings.align, "missing": _missing(settings.target)},
+        "target": {"name": settings.target, "align": settings.align, **_missing(settings.target)},
     }
 
 
-def _missing(target: str) -> str | None:
-    """What this machine lacks to build for the target; None: nothing."""
+def _missing(name: str) -> dict[str, str | None]:
+    """What this machine lacks to build for the target, and to run what it built; None: nothing."""
+    target = targets.parse(name)
     try:
-        targets.check(targets.parse(target))
+        targets.check(target)
     except MachineError as error:
-        return str(error)
-    return None
+        return {"missing": str(error), "not_run": None}
+    return {"missing": None, "not_run": "; ".join(targets.lacks_to_run(target)) or None}
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -247,7 +248,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     print(f"gates     {gates['channels']} channels at {gates['channel_sites']} sites, {gates['blocks']} blocks")
     print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
     print(f"smallest  macs={least['macs']:.3f}, params={least['params']:.3f} of the full network")
-    print(f"target    {plan['target']['missing'] or plan['target']['name'] + ': can be built and run here'}")
+    name, missing, not_run = (plan["target"][key] for key in ("name", "missing", "not_run"))
+    can = f"{name}: can be built here, not run ({not_run})" if not_run else f"{name}: can be built and run here"
+    print(f"target    {missing or can}")
 
 
 def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 import statistics
@@ -12,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import onnx
 import pytest
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
 from polar_deploy.pipeline import STAGES
-from tests.conftest import ROOT, child_environment, polar
+from tests.conftest import ROOT, child_environment
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnx_graphsurgeon", "sklearn")
 
@@ -93,35 +91,3 @@ def test_a_target_that_cannot_be_built_is_refused_at_once(tmp_path: Path) -> Non
     assert "what to do: use --target ort-fp32" in todo
     assert "--until surgery" in todo
     assert os.listdir(tmp_path) == []
-
-
-def test_train_here_and_build_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ("--model", "resnet20", "--data", "digits", "--epochs", "1", "--target", "trt-fp16")
-    outcome = polar(*command, "--until", "surgery")
-    assert (outcome.code, outcome.ran) == (0, ["full", "gates", "export", "surgery"]), outcome.err
-    folder = tmp_path / "runs" / "resnet20-digits-trt-fp16-macs0.5-s0"
-    full, compressed = (onnx.load(folder / name / "model.onnx").graph for name in ("full", "compressed"))
-    before, after = inner_widths(full), inner_widths(compressed)
-    assert sorted(before) == [16] * 3 + [32] * 3 + [64] * 3
-    assert all(width % 8 == 0 and width > 0 for width in after)
-    assert sum(after) < sum(before)
-    assert not (folder / "engines").exists()
-
-
-def inner_widths(graph: onnx.GraphProto) -> list[int]:
-    """Channels between the two convolutions of each block: Conv, Relu, Conv with no other reader in between."""
-    weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    readers = {name: [node for node in graph.node if name in node.input] for n in graph.node for name in n.output}
-    widths = []
-    for conv in (node for node in graph.node if node.op_type == "Conv"):
-        following = readers[conv.output[0]]
-        if [node.op_type for node in following] != ["Relu"]:
-            continue
-        second = readers[following[0].output[0]]
-        if [node.op_type for node in second] == ["Conv"]:
-            out, into = weights[conv.input[1]][0], weights[second[0].input[1]][1]
-            assert out == into
-            assert math.prod(weights[second[0].input[1]][2:]) == 9
-            widths.append(out)
-    return widths

@@ -88,19 +88,24 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for label, value in _facts(found):
-        console.print(f"[bold]{label:<13}[/bold]{value}", soft_wrap=True)
+        console.print(f"{label:<14}{value}", soft_wrap=True)
     table = Table(title="targets")
     for heading in ("target", "build", "run", "missing"):
         table.add_column(heading, overflow="fold")
     for name, target in found["targets"].items():
         missing = list(dict.fromkeys([*target["build"], *target["run"]]))
-        hint = f"\n{target['install']}" if any("not installed" in lack for lack in missing) else ""
         answers = ("no" if target[what] else "yes" for what in ("build", "run"))
-        table.add_row(name, *answers, "; ".join(missing) + hint, style="" if missing else "green")
+        table.add_row(name, *answers, "\n".join(missing), style="" if missing else "green")
     console.print(table)
-    console.print(f"--target auto means {found['auto']} here.")
+    for install in dict.fromkeys(each["install"] for each in found["targets"].values() if _installable(each)):
+        console.print(f"to install     {install}")
+    console.print(f"--target auto  means {found['auto']} here")
+
+
+def _installable(target: dict[str, Any]) -> bool:
+    return any("not installed" in lack for lack in [*target["build"], *target["run"]])
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -35,6 +35,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.extend(_latency(measured))
     if report["latency"]:
         rows.extend(_at_largest(report["latency"][-1]))
+    full, compressed = (sum(report["precision"][name]["found"].values()) for name in ("full", "compressed"))
+    rows.append(("layers run", str(full), str(compressed), "launches: what counts on a large GPU at batch 1"))
     kept = blocks["total"] - blocks["removed"]
     rows.append(("gated blocks", str(blocks["total"]), str(kept), f"{blocks['removed']} of {blocks['total']} removed"))
     return rows

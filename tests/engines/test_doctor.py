@@ -1,0 +1,79 @@
+"""The page about this machine: what is missing is named, with the line that installs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from polar_deploy import gpu, targets
+from polar_deploy.engines import doctor, machine
+from polar_deploy.gpu import Gpu
+
+
+def page(capsys: pytest.CaptureFixture[str]) -> str:
+    assert doctor.run(argparse.Namespace(json=False)) == 0
+    return capsys.readouterr().out
+
+
+def no_gpu() -> None:
+    raise gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "first", no_gpu)
+    monkeypatch.setattr(gpu, "every", no_gpu)
+
+
+@pytest.fixture
+def with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = [Gpu("Tesla T4", (7, 5)), Gpu("Orin", (8, 7)), Gpu("H200", (9, 0))]
+    monkeypatch.setattr(gpu, "first", lambda: boards[0])
+    monkeypatch.setattr(gpu, "every", lambda: boards)
+    monkeypatch.setattr(gpu, "cuda_version", lambda: "12.8")
+
+
+def test_machine_without_a_gpu(without_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = doctor.examine()
+    assert found["gpus"] == []
+    assert found["targets"]["ort-fp32"] == {"build": [], "run": [], "install": "pip install 'polar-deploy[ort]'"}
+    assert "no NVIDIA driver (libcuda.so.1 is not found)" in found["targets"]["rtx-fp16"]["run"]
+    assert set(found["targets"]) == set(targets.TARGETS)
+    shown = page(capsys)
+    assert "GPU           none: no NVIDIA driver (libcuda.so.1 is not found)" in shown
+    assert "--target auto  means ort-fp32 here" in shown
+    assert "pip install 'polar-deploy[ort-gpu]'" in shown  # the brackets are no markup
+
+
+def test_gpus_lack_what_their_architecture_lacks(with_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = doctor.examine()
+    assert [each["lacks"] for each in found["gpus"]] == [["bf16", "fp8"], ["fp8"], []]
+    assert "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)" in found["targets"]["trt-bf16"]["build"]
+    shown = page(capsys)
+    assert "GPU           Tesla T4, compute capability 7.5, no BF16, FP8\n" in shown
+    assert "GPU           H200, compute capability 9.0\n" in shown
+    assert "driver        CUDA up to 12.8" in shown
+
+
+def test_json_is_what_was_found(without_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run(argparse.Namespace(json=True)) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(doctor.examine()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("flags\t: fpu sse avx512f avx512_vnni", ["avx512_vnni"]),
+        ("Features\t: fp asimd asimddp", ["asimddp"]),
+        ("", []),
+    ],
+)
+def test_dot_products_of_bytes_are_found(
+    flags: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.int8_instructions() == found
