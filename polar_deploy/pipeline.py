@@ -110,14 +110,25 @@ def _run(arguments: argparse.Namespace) -> int:
     target = targets.parse(settings.target)
     if "build" in names and not arguments.dry_run:
         targets.check(target)
-    if settings.budget.latency is not None:
-        raise UsageError("budget latency= needs a latency table, which this version cannot make", "use macs or params")
+    if "gates" in names and settings.budget.latency is not None and settings.latency_table is None:
+        _require_measurable(target)
     _require_packages(names)
     settings = resolve(settings, target.align)
     if arguments.dry_run:
         _print_plan(dry_run(settings, names, arguments.out or default_folder(settings)), as_json=arguments.json)
         return 0
     return _execute(settings, names, arguments)
+
+
+def _require_measurable(target: targets.Target) -> None:
+    """A latency budget without a table: the target has to be here, so that one can be made."""
+    if lacks := targets.lacks_to_build(target) + targets.lacks_to_run(target):
+        raise UsageError(
+            f"budget latency= needs a latency table, and {target.name} cannot be measured here: "
+            f"{'; '.join(dict.fromkeys(lacks))}",
+            "make one where it runs, with `python -m polar_deploy.engines table GATED.onnx` on the gated/model.onnx of "
+            "any run of this model, and give it with --latency-table",
+        )
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -174,7 +185,8 @@ def resolve(settings: Settings, align: int) -> Settings:
         update={
             "input_size": settings.input_size or spec.input_size,
             "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
-            "align": settings.align or align,
+            # Latency is measured in steps of 8: odd widths between them are often slower than the whole layer.
+            "align": settings.align or (align if settings.budget.latency is None else max(align, 8)),
             "training": training.model_copy(update=filled),
         }
     )
@@ -193,9 +205,8 @@ def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str,
     Raises:
         UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
     """
-    from polar_deploy import data, models
-    from polar_deploy.gating.cost import Constraint
-    from polar_deploy.gating.freeze import smallest, unreachable
+    from polar_deploy import data, latency, models
+    from polar_deploy.gating.freeze import require_reachable, smallest
     from polar_deploy.gating.network import GatedNetwork
 
     assert settings.input_size is not None
@@ -203,12 +214,13 @@ def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str,
     spec = data.spec(settings.data, settings.data_dir)
     network = models.build(settings.model, spec.classes, settings.input_size)
     gated = GatedNetwork(network, settings.input_size, mode=settings.gates.mode, blocks=settings.gates.blocks)
-    costs = {name: gated.cost_model(name) for name in ("macs", "params")}
-    asked = settings.budget.asked()
+    table = latency.read(settings.latency_table, settings.target) if settings.latency_table else None
+    known = {"macs", "params"} | ({"latency"} if table else set())  # one that will be made is not known yet
+    constraint = gated.constraint({n: share for n, share in settings.budget.asked().items() if n in known}, table)
+    if constraint.models:
+        require_reachable(constraint, gated.sites, settings.align, settings.gates.min_width)
     least = smallest(gated.sites, settings.align, settings.gates.min_width)
-    constraint = Constraint({name: costs[name] for name in asked}, asked)
-    if float(constraint(least)) > 0:
-        raise unreachable(constraint, least)
+    costs = {name: gated.cost_model(name) for name in ("macs", "params")}
     channels = [site for site in gated.sites if site.kind == "channel"]
     return {
         "settings": settings.model_dump(mode="json"),

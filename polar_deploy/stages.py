@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
 from polar_deploy.config import Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, write_json
+from polar_deploy.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
     from polar_deploy.data import Dataset
     from polar_deploy.gating.network import GatedNetwork
+    from polar_deploy.latency import LatencyTable
     from polar_deploy.training.batches import Batches
     from polar_deploy.training.loop import Fit
 
 REFERENCE_SAMPLES = 32
+LATENCY_TABLE = "latency-table.json"
 
 
 @dataclass
@@ -156,6 +159,8 @@ class Stage:
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
         if self.name == "full" and run.settings.full_weights is not None:
             paths.append(run.settings.full_weights)
+        if self.name == "gates" and run.settings.latency_table is not None:
+            paths.append(run.settings.latency_table)
         return paths
 
     def outputs(self, run: Run) -> list[Path]:
@@ -164,8 +169,10 @@ class Stage:
 
 
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
-    """The files of these names; a target without plans has none."""
-    return [run.path(name) for name in names if run.target.has_plans or not name.endswith(".plan")]
+    """The files of these names; only some targets have plans, and only a latency budget has a table."""
+    absent = {".plan"} if not run.target.has_plans else set()
+    absent |= {LATENCY_TABLE} if run.settings.budget.latency is None else set()
+    return [run.path(name) for name in names if not name.endswith(tuple(absent))]
 
 
 def _full(run: Run) -> None:
@@ -190,15 +197,16 @@ def _gates(run: Run) -> None:
     import torch
 
     from polar_deploy import models
-    from polar_deploy.gating.cost import Constraint
     from polar_deploy.gating.document import sites
+    from polar_deploy.gating.freeze import require_reachable
     from polar_deploy.training.gated import train_gated
     from polar_deploy.training.loop import choose_device, prepare
 
     settings, asked = run.settings, run.settings.budget.asked()
     assert settings.training.epochs is not None
     network = run.gated(run.full_network() if settings.training.start == "full" else run.network())
-    constraint = Constraint({name: network.cost_model(name) for name in asked}, asked)
+    constraint = network.constraint(asked, _latency_table(run) if "latency" in asked else None)
+    require_reachable(constraint, network.sites, settings.align or 1, settings.gates.min_width)
     teacher = prepare(run.full_network(), settings, choose_device()) if settings.training.distill else None
     state = train_gated(run.fit("gates", "gated", network, settings.training.epochs), constraint, teacher, run.progress)
     models.save_weights(network.net, run.path("gated/weights.safetensors"))
@@ -214,6 +222,34 @@ def _gates(run: Run) -> None:
         "sites": sites(network, state.notes["freeze"]["share"]),
     }
     write_json(run.path("gated/gates.json"), document)
+
+
+def _latency_table(run: Run) -> LatencyTable:
+    """The table of a latency budget, which then lies in the run's folder: the one given, or else made here.
+
+    One that was made here before, for the same target and batch on a machine of this kind, is used again: a killed run
+    shall go on under the budget that it began with.
+    """
+    import torch
+
+    from polar_deploy import export, latency
+    from polar_deploy.engines import table
+
+    settings, path = run.settings, run.path(LATENCY_TABLE)
+    if settings.latency_table is not None:
+        write_json(path, read_json(settings.latency_table))
+    elif not table.is_of_here(path, run.target, settings.verdict.batch):
+        run.progress.note(f"measuring the latency table on {run.target.name}")
+        network = run.gated(run.network())  # untrained: latency does not depend on weights
+        network.freeze(torch.ones(network.masks))
+        with TemporaryDirectory(prefix="polar_deploy-") as folder:
+            gated = Path(folder, "gated.onnx")
+            export.export(network.static(), run.input_size, gated, network.sites)
+            measured = table.measure(
+                gated, run.target, batch=settings.verdict.batch, options=settings.build, tell=run.progress.note
+            )
+        write_json(path, measured)
+    return latency.read(path, run.target.name)
 
 
 def _export(run: Run) -> None:
@@ -257,6 +293,8 @@ def _require_budget(run: Run, surgery: dict[str, Any]) -> None:
 
     full = cost(onnx.load(run.path("full/model.onnx")))
     for name, asked in run.settings.budget.asked().items():
+        if name == "latency":  # is predicted, and measured in the parity stage
+            continue
         achieved = surgery[name][1] / getattr(full, name)
         if achieved > asked:
             raise ContentError(
@@ -331,6 +369,8 @@ def _full_key(run: Run) -> object:
 def _gates_key(run: Run) -> object:
     settings = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
     del settings["training"]["full_epochs"]
+    if run.settings.budget.latency is not None:
+        settings |= {"target": run.target.name, "batch": run.settings.verdict.batch}
     return _basis(run) | settings
 
 
@@ -367,7 +407,7 @@ STAGES = (
         _gates,
         _gates_key,
         reads=("full/weights.safetensors",),
-        writes=("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl"),
+        writes=("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl", LATENCY_TABLE),
         scratch=("gated/checkpoint.safetensors",),
     ),
     Stage(
@@ -402,7 +442,7 @@ STAGES = (
         "report",
         _report,
         lambda run: run.settings.model_dump(mode="json", exclude={"data_dir", "full_weights", "latency_table"}),
-        reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json"),
+        reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json", LATENCY_TABLE),
         writes=("report.json",),
     ),
 )

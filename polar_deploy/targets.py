@@ -79,10 +79,11 @@ class _Need:
 
 _ORT = _Need("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.19")  # writes FP16 and INT8 graphs, too
 _POLYGRAPHY = _Need("polygraphy", ("polygraphy",), "0.53.4")  # older ones break on TensorRT 11
+_TRT_WHEELS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 _TO_BUILD = {
     "ort": (_ORT,),
     "ort-cuda": (_Need("onnxruntime", ("onnxruntime-gpu",), "1.19"),),
-    "trt": (_Need("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "10.0"), _POLYGRAPHY, _ORT),
+    "trt": (_Need("tensorrt", ("tensorrt", *_TRT_WHEELS), "10.0"), _POLYGRAPHY, _ORT),
     "rtx": (
         _Need("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"),
         _POLYGRAPHY,
@@ -95,6 +96,7 @@ _TO_RUN = {"ort": (), "ort-cuda": (), "trt": (_CUDA,), "rtx": (_CUDA,)}  # besid
 # The oldest compute capability that has a precision in its matrix units, and that a backend supports.
 PRECISION_SINCE = {"fp32": (5, 0), "fp16": (7, 0), "bf16": (8, 0), "int8": (7, 2), "fp8": (8, 9)}
 _BACKEND_SINCE = {"ort": (0, 0), "ort-cuda": (5, 0), "trt": (7, 5), "rtx": (7, 5)}
+_BACKEND_NEVER = {"rtx": {(9, 0), (10, 0), (10, 3)}}  # no TensorRT for RTX on GPUs for data centres
 
 
 def parse(name: str) -> Target:
@@ -175,9 +177,11 @@ def _too_old(device: gpu.Gpu, target: Target) -> str | None:
         (target.precision.upper(), PRECISION_SINCE[target.precision]),
         key=lambda each: each[1],
     )
+    has, needed = (".".join(map(str, each)) for each in (device.capability, since))
+    if device.capability in _BACKEND_NEVER.get(target.backend, ()):
+        return f"{device.name} has no support for {target.backend} (compute capability {has})"
     if device.capability >= since:
         return None
-    has, needed = (".".join(map(str, each)) for each in (device.capability, since))
     return f"{device.name} has no {what} (compute capability {has}, {needed} is needed)"
 
 

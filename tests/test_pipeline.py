@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -18,7 +17,8 @@ from onnx import helper, numpy_helper
 
 from polar_deploy import recipes
 from polar_deploy.pipeline import STAGES
-from tests.conftest import MINIATURE, ROOT, Miniature, contents, polar
+from tests.conftest import MINIATURE, Miniature, contents, polar
+from tests.schemas import valid
 from tests.tiny import layer_macs
 
 FILES = {
@@ -86,9 +86,7 @@ def test_all_files_are_there_and_nothing_else(miniature: Miniature) -> None:
     "name", ["gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json", "report.json"]
 )
 def test_the_file_is_as_its_schema_says(miniature: Miniature, name: str) -> None:
-    schema = read(ROOT / "polar_deploy" / "schemas" / f"{Path(name).stem}.schema.json")
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(read(miniature.folder / name))
+    valid(Path(name).stem, read(miniature.folder / name))
 
 
 def test_stdout_is_the_report_as_json_and_nothing_else(miniature: Miniature) -> None:

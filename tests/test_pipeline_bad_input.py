@@ -62,7 +62,11 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "budget is a word": ([*TINY, "--budget", "half"], 2, ["--budget half", "number"]),
     "budget of what": ([*TINY, "--budget", "flops=0.5"], 2, ["'flops'", "macs, params, latency"]),
     "budget too low": ([*TINY, "--budget", "0.01"], 2, ["macs=0.01 cannot be reached", "ask for at least macs=0.0"]),
-    "budget latency": ([*TINY, "--budget", "latency=0.5"], 2, ["latency", "use macs or params"]),
+    "budget latency, no such table": (
+        [*TINY, "--budget", "latency=0.5", "--latency-table", "nowhere.json"],
+        2,
+        ["cannot read nowhere.json"],
+    ),
     "seed -1": ([*TINY, "--seed", "-1"], 2, ["--seed", "-1", "greater than or equal to 0"]),
     "epochs 0": ([*TINY, "--epochs", "0"], 2, ["--epochs", "greater than or equal to 1"]),
     "epochs a word": ([*TINY, "--epochs", "ten"], 2, ["--epochs", "'ten'", "integer"]),

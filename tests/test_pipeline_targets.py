@@ -13,6 +13,7 @@ import pytest
 from polar_deploy import targets
 from polar_deploy.workspace import read_json
 from tests.conftest import MINIATURE, Miniature, Outcome, polar
+from tests.schemas import valid
 
 RESNET20 = ("--model", "resnet20", "--data", "digits", "--epochs", "1", "--set", "training.threads=1")
 needs_rtx = pytest.mark.skipif(
@@ -74,6 +75,8 @@ def test_what_is_built_and_not_run_never_passes(precision: str, trained: tuple[P
     assert report["not_run"].startswith("built, not run here: no NVIDIA driver")
     assert {report["verdict"][part]["result"] for part in ("accuracy", "latency", "overall")} == {"undecided"}
     assert "passed" not in outcome.out
+    for name in ("engines/build.json", "parity.json", "report.json"):
+        valid(Path(name).stem, read_json(folder / name))
     for name in ("full", "compressed"):
         assert (folder / "engines" / f"{name}.plan").stat().st_size > 10_000
         layers = read_json(folder / "engines" / f"{name}.layers.json")["layers"]
@@ -98,10 +101,12 @@ def test_int8_on_the_cpu_runs_and_is_judged(miniature: Miniature, tmp_path: Path
         precision = build["engines"][name]["precision"]
         assert precision["asked"] == "int8"
         assert precision["found"]["int8"] > 5
-        assert precision["calibration"]["images"] == 512
+        assert 480 <= precision["calibration"]["images"] <= 512  # some are held out, to see what layers lose
         assert 90 < parity["precision"][name]["agreement"] <= 100
         assert 0 < parity["precision"][name]["relative_difference"] < 0.5
     assert "int8 for fp32" in outcome.out
+    for name in ("engines/build.json", "parity.json", "report.json"):
+        valid(Path(name).stem, read_json(folder / name))
 
 
 def test_auto_takes_what_runs_here(miniature: Miniature, tmp_path: Path) -> None:

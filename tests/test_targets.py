@@ -170,12 +170,15 @@ def test_bf16_needs_a_gpu_that_has_it() -> None:
     assert _too_old(orin, bf16) is None
 
 
-def test_old_gpus_are_no_good_for_tensorrt() -> None:
+def test_some_gpus_are_no_good_for_tensorrt() -> None:
     v100 = Gpu("Tesla V100", (7, 0))
     assert (
         _too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
     )
     assert _too_old(v100, parse("ort-cuda-fp16")) is None
+    h200 = Gpu("H200", (9, 0))
+    assert _too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
+    assert _too_old(h200, parse("trt-fp16")) is None
 
 
 def test_importing_targets_is_light() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from polar_deploy.gating.graph import Traced
+from polar_deploy.gating.latency import LatencyModel
 from polar_deploy.gating.sites import Site
 
 CostName = Literal["macs", "params"]
@@ -90,10 +91,14 @@ class Constraint:
     Args:
         models: the cost models by name.
         asked: the budgets by the same names, shares of the full network's cost in (0, 1).
+
+    `linear`: whether all of them are, in the gates of any one site: MACs and parameters are (no product holds two gates
+    of one site), latency is not.
     """
 
-    def __init__(self, models: Mapping[str, CostModel], asked: Mapping[str, float]) -> None:
+    def __init__(self, models: Mapping[str, CostModel | LatencyModel], asked: Mapping[str, float]) -> None:
         self.models, self.asked = dict(models), dict(asked)
+        self.linear = not any(isinstance(model, LatencyModel) for model in self.models.values())
 
     def __call__(self, gates: Tensor) -> Tensor:
         """Excess for gates [G] in [0, 1]; differentiable."""
@@ -105,14 +110,42 @@ class Constraint:
 
     def marginal(self, gates: Tensor) -> Tensor:
         """What each gate adds to the tightest budget's excess, all others standing as in `gates` [G]; [G]."""
-        excess, slopes = self.linear(gates)
-        return slopes[excess.argmax()]
+        excess, slopes = self.slopes(gates)
+        return slopes[excess.argmax()].clamp_min(0.0)
 
-    def linear(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Excess of each budget [K] at `gates` [G], and how it changes with each gate [K, G].
+    def changes(self, gates: Tensor, groups: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """Excess of each budget [K], and what opening (step 1) or closing (-1) each of M groups adds to it [K, M].
 
-        No product holds two gates of one site, so the cost is linear in the gates of any single site: the slopes are
-        the exact differences between open and closed for one gate, and add up for several gates of one site.
+        Args:
+            gates: where from, 0 or 1, [G].
+            groups: indices of gates, each time of one site.
+            step: 1 or -1, for gates that are closed or open now.
+        """
+        excess, slopes = self.slopes(gates)
+        added = [step * slopes[:, group].sum(dim=1) for group in groups]
+        changes = torch.stack(added, dim=1) if added else slopes[:, :0]
+        for row, (name, model) in enumerate(self.models.items()):
+            if groups and isinstance(model, LatencyModel):
+                moved = gates.double().repeat(len(groups), 1)
+                for each, group in zip(moved, groups, strict=True):
+                    each[group] += step
+                changes[row] = (model(moved) - model(gates)) / (1 - self.asked[name])
+        return excess, changes
+
+    def resting(self, gates: Tensor) -> Tensor:
+        """The gates that no budget depends on, as in a closed block; bool [G], for 0/1 gates [G]."""
+        _, slopes = self.slopes(gates)
+        rests = [
+            model.resting(gates) if isinstance(model, LatencyModel) else slope == 0
+            for slope, model in zip(slopes, self.models.values(), strict=True)
+        ]
+        return torch.stack(rests).all(dim=0)
+
+    def slopes(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Excess of each budget [K] at `gates` [G], and its gradient [K, G].
+
+        Where a cost is linear in the gates of one site, this is the exact difference between open and closed for one
+        gate, and adds up for several gates of one site.
         """
         with torch.enable_grad():
             at = gates.detach().double().requires_grad_()

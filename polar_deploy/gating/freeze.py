@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class _Plan:
 
     level: tuple[int, ...]
 
-    def moved(self, site: int, step: int) -> _Plan:
-        return _Plan((*self.level[:site], self.level[site] + step, *self.level[site + 1 :]))
+    def moved(self, site: int, level: int) -> _Plan:
+        return _Plan((*self.level[:site], level, *self.level[site + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class _Move:
     saved: float  # of the tightest budget's excess
     price: float  # what it adds to the excess of the budget that it touches most
     excess: float  # afterwards
+    free: bool  # costs nothing, and yet is not in vain
 
 
 class Knapsack:
@@ -113,7 +114,7 @@ class Knapsack:
         for site, start in zip(self.sites, self.starts, strict=True):
             if site.kind == "block":
                 closed = torch.ones_like(utility).index_fill(0, torch.tensor(start), 0.0)
-                inside = (self.constraint.linear(closed)[1] == 0).all(dim=0)  # nothing depends on these gates then
+                inside = self.constraint.resting(closed)
                 worth[start] = max(float(utility[start]), float(utility[inside] @ self.state[inside]))
         return worth
 
@@ -132,22 +133,38 @@ class Knapsack:
         return _Plan(tuple(level))
 
     def _moves(self, plan: _Plan, step: int, among: Iterable[int]) -> Iterator[_Move]:
-        """All plans in which one of some sites is a step away: -1 closes a group of channels or a block, +1 opens."""
-        excess, slopes = self.constraint.linear(self.gates(plan))
-        for site in among:
-            level, choices = plan.level[site], self.choices[site]
-            if 0 <= level + step < len(choices):
-                low, high = sorted((choices[level], choices[level + step]))
-                moved = self._order[site][low:high]
-                change = step * slopes[:, moved].sum(dim=1)
-                yield _Move(
-                    plan=plan.moved(site, step),
-                    site=site,
-                    utility=float(self.utility[moved].sum()),
-                    saved=float(excess.max() - (excess + change).max()),
-                    price=float(change.max()),
-                    excess=float((excess + change).max()),
-                )
+        """All plans in which one of some sites is a step away: -1 closes a group of channels or a block, +1 opens.
+
+        Where a cost is not linear in a site's gates, further levels are a step, too: the next one may save nothing
+        while the one behind it does.
+        """
+        gates = self.gates(plan)
+        levels = [(site, level) for site in among for level in self._reach(site, plan.level[site], step)]
+        groups = [self._between(site, plan.level[site], level) for site, level in levels]
+        excess, changes = self.constraint.changes(gates, groups, step)
+        resting = None if self.constraint.linear else self.constraint.resting(gates)
+        for (site, level), moved, change in zip(levels, groups, changes.unbind(dim=1), strict=True):
+            price = float(change.max())
+            yield _Move(
+                plan=plan.moved(site, level),
+                site=site,
+                utility=float(self.utility[moved].sum()),
+                saved=float(excess.max() - (excess + change).max()),
+                price=price,
+                excess=float((excess + change).max()),
+                free=price <= 0 and resting is not None and not bool(resting[moved].all()),
+            )
+
+    def _reach(self, site: int, level: int, step: int) -> range:
+        """The levels of a site that are one step from `level`."""
+        last = len(self.choices[site]) if step > 0 else -1
+        reach = range(level + step, last, step)
+        return reach[:1] if self.constraint.linear else reach
+
+    def _between(self, site: int, level: int, other: int) -> Tensor:
+        """The gates of a site that are open at one of two levels only."""
+        low, high = sorted((self.choices[site][level], self.choices[site][other]))
+        return self._order[site][low:high]
 
     def _shrink(self, plan: _Plan, among: Sequence[int]) -> _Plan:
         """Close the least utility per cost saved until the budget holds, or nothing is left to close."""
@@ -160,8 +177,8 @@ class Knapsack:
 
     def _fill(self, plan: _Plan, among: Sequence[int]) -> _Plan:
         """Open the most utility per cost while anything fits."""
-        while fitting := [m for m in self._moves(plan, +1, among) if m.price > 0 and m.excess <= 0]:
-            plan = max(fitting, key=lambda move: move.utility / move.price).plan
+        while fitting := [m for m in self._moves(plan, +1, among) if (m.price > 0 or m.free) and m.excess <= 0]:
+            plan = max(fitting, key=lambda move: inf if move.free else move.utility / move.price).plan
         return plan
 
     def _exchange(self, plan: _Plan) -> _Plan:
@@ -188,8 +205,8 @@ class Knapsack:
 
     def _rest(self, plan: _Plan) -> _Plan:
         """Closed blocks at the least width inside, where it costs nothing: they open as a small step."""
-        _, slopes = self.constraint.linear(self.gates(plan))
-        idle = [s.kind == "channel" and not slopes[:, o].any() for s, o in zip(self.sites, self._order, strict=True)]
+        resting = self.constraint.resting(self.gates(plan))
+        idle = [s.kind == "channel" and bool(resting[o].all()) for s, o in zip(self.sites, self._order, strict=True)]
         return _Plan(tuple(0 if rests else level for rests, level in zip(idle, plan.level, strict=True)))
 
     def _excess(self, plan: _Plan) -> float:
@@ -200,6 +217,13 @@ def smallest(sites: Sequence[Site], align: int, min_width: float) -> Tensor:
     """The cheapest state, float [G]: every layer at its least width (`widths`), every block closed that may be."""
     ones = [min(widths(s.width, align, min_width)) if s.kind == "channel" else 0 for s in sites]
     return torch.cat([(torch.arange(s.gates) < n).double() for s, n in zip(sites, ones, strict=True)])
+
+
+def require_reachable(constraint: Constraint, sites: Sequence[Site], align: int, min_width: float) -> None:
+    """Raise UsageError if even the cheapest state is above the budget."""
+    least = smallest(sites, align, min_width)
+    if float(constraint(least)) > 0:
+        raise unreachable(constraint, least)
 
 
 def unreachable(constraint: Constraint, state: Tensor) -> UsageError:

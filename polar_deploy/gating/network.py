@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from operator import attrgetter
 from typing import Literal
@@ -15,8 +15,10 @@ from polar_deploy.errors import UsageError
 from polar_deploy.gating.cost import Constraint, CostModel, offsets
 from polar_deploy.gating.gate import Gate, Phase
 from polar_deploy.gating.graph import Traced, trace
+from polar_deploy.gating.latency import LatencyModel
 from polar_deploy.gating.losses import find_price, polarization, steering
 from polar_deploy.gating.sites import Site, find_sites
+from polar_deploy.latency import LatencyTable
 
 GATES = "gates"  # submodule of the traced network that holds the gates
 
@@ -58,6 +60,21 @@ class GatedNetwork(nn.Module):
     def cost_model(self, cost: str = "macs") -> CostModel:
         """The cost of this network as a function of its gates."""
         return CostModel(self.traced, self.sites, cost)  # type: ignore[arg-type]
+
+    def constraint(self, asked: Mapping[str, float], table: LatencyTable | None = None) -> Constraint:
+        """The budgets `asked` of this network; one for latency needs the table.
+
+        Raises:
+            ContentError: the table is of another network.
+        """
+        models: dict[str, CostModel | LatencyModel] = {}
+        for name in asked:
+            if name == "latency":
+                assert table is not None
+                models[name] = LatencyModel(table, self.sites)
+            else:
+                models[name] = self.cost_model(name)
+        return Constraint(models, asked)
 
     def network_parameters(self) -> list[nn.Parameter]:
         """The parameters of the network itself."""

@@ -1,17 +1,20 @@
-"""Types in the graph: what the build stage writes before an engine is made of it. No torch."""
+"""Types in the graph: what the build stage writes before an engine is made of it. No torch.
+
+TensorRT 11 knows no other way than types in the graph, and 10 can go it: so there is one way for all. A precision is
+a file here; its result is checked by ONNX's own type inference, and its layers are counted by type.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from polar_deploy.config import Build
     from polar_deploy.targets import Target
 
@@ -19,7 +22,41 @@ if TYPE_CHECKING:
 def write(
     source: Path, destination: Path, target: Target, options: Build, calibration: npt.NDArray[np.float32] | None
 ) -> dict[str, Any]:
-    """Write the network `source` to `destination` with the types of `target`."""
+    """Write the network `source` to `destination` with the types of `target`; graph inputs and outputs keep names.
+
+    Args:
+        source: a valid FP32 network.
+        destination: the .onnx file to write, atomically.
+        target: precision, and for INT8 whose graph: ONNX Runtime's or TensorRT's.
+        options: `edges`, `max_layer_error` and `calibration` are read.
+        calibration: normalised training images [N,C,H,W], un-augmented; for INT8 only.
+
+    Returns:
+        {"edges": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "kept": the layers that INT8
+        would hurt, "calibration": None or how}, as build.json has it.
+
+    Raises:
+        ContentError: a tensor of another float type, a constant that FP16 cannot hold, an operator that ONNX does not
+            know, no calibration images or wrong ones, no layer that INT8 suits; the message names file, tensor or node,
+            and operator.
+    """
+    import onnx
+
+    from polar_deploy.precision import bf16, fp16, graph, int8
+
+    kept: list[dict[str, Any]] = []
+    described: dict[str, Any] | None = None
+    keep_edges = options.edges == "fp32"
+    if target.precision == "fp32":
+        model = onnx.load(source)  # as it is
+    elif target.precision == "fp16":
+        model = fp16.converted(graph.load(source), source, keep_edges=keep_edges)
+    elif target.precision == "bf16":
+        model = bf16.converted(graph.load(source), source, keep_edges=keep_edges)
+    else:
+        scheme = int8.TRT if target.has_plans else int8.ORT
+        model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration)
+    types = graph.checked(model, source, target.precision)
     with atomic_path(destination) as path:
-        shutil.copyfile(source, path)
-    return {"edges": options.edges, "types": {}, "kept": [], "calibration": None}
+        onnx.save(model, path)
+    return {"edges": options.edges, "types": types, "kept": kept, "calibration": described}

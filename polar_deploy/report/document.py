@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy import latency
 from polar_deploy.errors import ContentError
 from polar_deploy.workspace import read_json
 
@@ -37,7 +38,8 @@ class _File:
 def build(folder: Path, settings: Settings) -> dict[str, Any]:
     """The content of report.json for the run in `folder`.
 
-    Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`.
+    Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`; where latency has a
+    budget, `latency-table.json` too.
 
     Raises:
         UsageError: one of the files is missing.
@@ -64,7 +66,9 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "macs": _pair({name: engines.get("engines", name, "macs") for name in entries}),
         "params": _pair({name: engines.get("engines", name, "params") for name in entries}),
         "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
+        "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.get("latency")],
+        "predicted": _predicted(folder / "latency-table.json", gates) if "latency" in gates.get("budget") else None,
         "blocks": _blocks(gates.get("sites")),
         "verdict": parity.get("verdict"),
         "versions": engines.get("engines", "compressed", "versions"),
@@ -91,6 +95,19 @@ def _latency(measured: dict[str, Any]) -> dict[str, Any]:
         "energy_mj": measured["energy_mj"],
         **measured["rounds"][measured["chosen"]],
     }
+
+
+def _layers(entry: dict[str, Any]) -> dict[str, Any]:
+    """How many layers an engine runs, and what of that computes nothing (None: the backend does not tell)."""
+    overheads = {key: entry.get(key) for key in ("reformats", "padded_channels")}
+    return {"layers": sum(entry["precision"]["found"].values()), **overheads}
+
+
+def _predicted(path: Path, gates: _File) -> dict[str, Any]:
+    """What the latency table says of the gates that stayed open, to be held against what was measured."""
+    table = latency.read(path)
+    compressed_ms = table.predicted_ms({site["name"]: len(site["open"]) for site in gates.get("sites")})
+    return {"batch": table.batch, "full_ms": table.full_ms, "compressed_ms": compressed_ms}
 
 
 def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) -> dict[str, Any]:

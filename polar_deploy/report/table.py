@@ -33,10 +33,11 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append((label, _short(full, unit), _short(compressed, unit), f"{100 * ratio:.1f} % of full"))
     for measured in report["latency"]:
         rows.extend(_latency(measured))
+    if report["predicted"]:
+        rows.append(_predicted(report["predicted"], report["latency"]))
     if report["latency"]:
         rows.extend(_at_largest(report["latency"][-1]))
-    full, compressed = (sum(report["precision"][name]["found"].values()) for name in ("full", "compressed"))
-    rows.append(("layers run", str(full), str(compressed), "launches: what counts on a large GPU at batch 1"))
+    rows.extend(_layers(report["layers"]))
     kept = blocks["total"] - blocks["removed"]
     rows.append(("gated blocks", str(blocks["total"]), str(kept), f"{blocks['removed']} of {blocks['total']} removed"))
     return rows
@@ -58,6 +59,26 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if full["kept"] or compressed["kept"]:
         rows.append(("layers kept wider", str(len(full["kept"])), str(len(compressed["kept"])), "see build.json"))
     return rows
+
+
+def _layers(layers: dict[str, dict[str, int | None]]) -> list[tuple[str, str, str, str]]:
+    """What the engines run, and what of that only moves values about."""
+    notes = {"layers": "launches, on a GPU", "reformats": "change a format only", "padded_channels": "fill up formats"}
+    rows = []
+    for key, note in notes.items():
+        full, compressed = layers["full"][key], layers["compressed"][key]
+        if full is not None and compressed is not None:
+            rows.append((key.replace("_", " "), str(full), str(compressed), note))
+    return rows
+
+
+def _predicted(predicted: dict[str, Any], latency: list[dict[str, Any]]) -> tuple[str, str, str, str]:
+    """What the latency table promised, and by how much what was measured differs from it."""
+    full, compressed = predicted["full_ms"], predicted["compressed_ms"]
+    row = (f"by table, batch {predicted['batch']}", _milliseconds(full), _milliseconds(compressed))
+    measured = [each["speedup"]["median"] for each in latency if each["batch"] == predicted["batch"]]
+    off = f", off by {100 * (compressed / full * measured[0] - 1):+.1f} %" if measured else ""
+    return (*row, f"{full / compressed:.2f}× as fast{off}")
 
 
 def _at_largest(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:

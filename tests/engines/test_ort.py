@@ -8,27 +8,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-import polar_deploy
 from polar_deploy import engines, targets
 from polar_deploy.config import Build
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.workspace import write_json
 from tests.engines.networks import classifier, model, saved
+from tests.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
-
-
-def schema(name: str) -> Draft202012Validator:
-    path = Path(polar_deploy.__file__).parent / "schemas" / f"{name}.schema.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    Draft202012Validator.check_schema(content)
-    return Draft202012Validator(content)
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def test_every_target_has_its_backend() -> None:
 
 
 def test_build_json(built: dict, tmp_path: Path) -> None:
-    schema("build").validate(built)
+    valid("build", built)
     for name, channels in (("full", 16), ("compressed", 4)):
         entry = built["engines"][name]
         files = {path.name: path for path in (tmp_path / "engines").iterdir() if path.name.startswith(f"{name}.")}

@@ -74,7 +74,7 @@ def test_slopes_are_exact_differences(tiny: GatedNetwork) -> None:
     asked = {"macs": 0.5, "params": 0.7}
     constraint = Constraint({name: tiny.cost_model(name) for name in asked}, asked)
     gates = (torch.rand(tiny.masks, generator=torch.Generator().manual_seed(0)) > 0.3).double()
-    excess, slopes = constraint.linear(gates)
+    excess, slopes = constraint.slopes(gates)
     for gate in range(0, tiny.masks, 5):
         flipped = gates.clone()
         flipped[gate] = 1 - gates[gate]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 from rich.console import Console
 
-import polar_deploy
 from polar_deploy import report
 from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import write_json
+from tests.schemas import valid
 
 SETTINGS = Settings(model="resnet20", data="digits", seed=3)
 
@@ -144,9 +143,7 @@ def row(text: str, label: str) -> list[str]:
 
 def test_report_takes_each_figure_from_its_stage(folder: Path) -> None:
     document = report.build(folder, SETTINGS)
-    schema = json.loads((Path(polar_deploy.__file__).parent / "schemas/report.schema.json").read_text(encoding="utf-8"))
-    Draft202012Validator.check_schema(schema)
-    Draft202012Validator(schema).validate(document)
+    valid("report", document)
     names = ("model", "data", "target", "seed", "full")
     assert [document[name] for name in names] == ["resnet20", "digits", "ort-fp32", 3, "trained"]
     assert document["budget"] == {"asked": {"macs": 0.5}, "achieved": {"macs": 0.496}}
@@ -217,3 +214,64 @@ def test_missing_file_and_missing_key_are_named(folder: Path) -> None:
     (folder / "gated/gates.json").unlink()
     with pytest.raises(UsageError, match=r"gates\.json"):
         report.build(folder, SETTINGS)
+
+
+def test_throughput_and_energy_are_those_of_the_largest_batch(folder: Path) -> None:
+    text = printed(report.build(folder, SETTINGS))
+    assert row(text, "images a second") == ["images a second", "1,226", "1,963", "at batch 64"]
+    assert row(text, "energy an image") == ["energy an image", "10 mJ", "5 mJ", "50.0 % of full"]
+    assert row(text, "layers") == ["layers", "21", "21", "launches, on a GPU"]
+    assert "reformats" not in text  # ONNX Runtime does not tell
+
+
+def test_layers_that_compute_nothing_are_shown(folder: Path) -> None:
+    build = copy.deepcopy(BUILD)
+    for entry, reformats, padded in zip(build["engines"].values(), (4, 2), (7, 0), strict=True):
+        entry |= {"reformats": reformats, "padded_channels": padded}
+    write_json(folder / "engines/build.json", build)
+    text = printed(report.build(folder, SETTINGS))
+    assert row(text, "reformats") == ["reformats", "4", "2", "change a format only"]
+    assert row(text, "padded channels") == ["padded channels", "7", "0", "fill up formats"]
+
+
+def test_what_the_precision_cost_is_a_line_of_its_own(folder: Path) -> None:
+    document = report.build(folder, SETTINGS)
+    loss = {"samples": 360, "interval": [0.0, 1.0], "agreement": 98.5, "relative_difference": 0.03, "scale": 9.0}
+    for name, drop in (("full", 0.28), ("compressed", -0.56)):
+        document["precision"][name] |= {"asked": "int8", "loss": {**loss, "drop": drop}}
+    document["precision"]["compressed"]["kept"] = [{"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32"}]
+    text = printed(document)
+    assert row(text, "int8 for fp32") == ["int8 for fp32", "-0.28", "+0.56", "points; 98.50 % agree"]
+    assert row(text, "layers kept wider") == ["layers kept wider", "0", "1", "see build.json"]
+
+
+def test_engines_that_did_not_run_have_the_accuracy_of_their_graphs(folder: Path) -> None:
+    graphs = {**PARITY["accuracy"], "full": 97.5}
+    lost = dict.fromkeys(("accuracy", "classes", "worst_classes"))
+    not_run = "built, not run here: no NVIDIA driver"
+    write_json(folder / "parity.json", {**PARITY, **lost, "not_run": not_run, "graphs": graphs, "latency": []})
+    document = report.build(folder, SETTINGS)
+    assert (document["accuracy"], document["not_run"], document["latency"]) == (None, not_run, [])
+    text = printed(document)
+    assert row(text, "accuracy, graphs")[1] == "97.50 %"
+    assert "images a second" not in text
+
+
+def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> None:
+    """Block a, which is closed, saves 3 ms of 10; site d lies in b and saves 1 ms with all its channels closed."""
+    blocks = [
+        {"name": name, "kind": "block", "width": 1, "widths": [0, 1], "ms": [7, 10], "within": []} for name in "abc"
+    ]
+    inner = {"name": "d", "kind": "channel", "width": 4, "widths": [2, 4], "ms": [9, 10], "within": ["b"]}
+    table = {"schema": 1, "target": "ort-fp32", "batch": 1, "full_ms": 10.0, "sites": [*blocks, inner], "overlaps": []}
+    write_json(folder / "latency-table.json", table)
+    write_json(folder / "gated/gates.json", {**GATES, "budget": {"latency": 0.6}})
+    document = report.build(folder, SETTINGS)
+    assert document["predicted"] == {"batch": 1, "full_ms": 10.0, "compressed_ms": 6.0}
+    # 1.43 times as fast means 6.99 of 10 ms; 6.00 were promised
+    assert row(printed(document), "by table, batch 1") == [
+        "by table, batch 1",
+        "10 ms",
+        "6 ms",
+        "1.67× as fast, off by -14.2 %",
+    ]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import jsonschema
 import onnx
 import pytest
 from onnx import helper
 from rich.console import Console
 
-import polar_deploy
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import compress, cost
 from polar_deploy.surgery.report import alignment, show
+from tests.schemas import valid
 from tests.surgery.graphs import Net, cut, names
-
-SCHEMA = json.loads((Path(polar_deploy.__file__).parent / "schemas" / "surgery.schema.json").read_text())
 
 
 def _model() -> onnx.ModelProto:
@@ -72,7 +67,7 @@ def test_cost_of_a_graph_that_cannot_run_is_an_error() -> None:
 
 def test_report_says_what_went_and_what_stayed() -> None:
     report = cut(_model()).report
-    jsonschema.validate(report, SCHEMA)
+    valid("surgery", report)
     layers = {layer["name"]: layer for layer in report["layers"]}
     assert layers["stem"]["out"] == [16, 15]
     assert layers["a"]["out"] == layers["b"]["in"] == [16, 0]

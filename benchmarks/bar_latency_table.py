@@ -1,0 +1,110 @@
+"""The latency table predicts what networks take that were never measured: some widths, some blocks closed.
+
+    python -m benchmarks.bar_latency_table
+
+On ort-fp32: a table of ResNet-56 is made, then ten networks are drawn (a width in steps of 8 for each layer, each
+block closed with some probability), cut by surgery, built and timed in pairs against the whole network. The weights
+are untrained, which latency does not depend on. The same of ResNet-20, and of torchvision's ResNet-50, in whose blocks
+layers depend on two widths, is recorded without a bar. About ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import write_result
+from polar_deploy import export, latency, models, targets
+from polar_deploy.engines import table
+from polar_deploy.gating.network import GatedNetwork
+from polar_deploy.workspace import write_json
+
+TARGET = "ort-fp32"
+NETWORKS = {"resnet56": 32, "resnet20": 32, "resnet50": 64}  # and pixels a side
+PATTERNS = 10
+MEAN_ERROR, RANKS = 0.10, 0.9  # the bar
+
+
+def main() -> int:
+    figures = {name: examine(name, size) for name, size in NETWORKS.items()}
+    judged = figures["resnet56"]
+    bars = {
+        f"ResNet-56 on {TARGET}: mean error of the prediction <= 10 %: {judged['mean_error']:.1%}": (
+            judged["mean_error"] <= MEAN_ERROR
+        ),
+        f"ResNet-56 on {TARGET}: rank correlation >= 0.9: {judged['rank_correlation']:.3f}": (
+            judged["rank_correlation"] >= RANKS
+        ),
+    }
+    return write_result("latency-table", bars, {"target": TARGET, "batch": 1, "networks": figures})
+
+
+def examine(name: str, size: int) -> dict[str, Any]:
+    """Make the table of a network, and hold its predictions against measurements."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        gated = folder / "gated.onnx"
+        export_open(name, size, gated)
+        document = table.measure(gated, targets.parse(TARGET), tell=lambda text: print(f"{name}: {text}", flush=True))
+        write_json(folder / "latency-table.json", document)
+        read = latency.read(folder / "latency-table.json", TARGET)
+        bench = table.Bench(gated, folder, targets.parse(TARGET))
+        random = np.random.default_rng(0)
+        rows = [judge(bench, read, draw(read, random)) for _ in range(PATTERNS)]
+    predicted, measured = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
+    return {
+        "mean_error": statistics.mean(row["error"] for row in rows),
+        "worst_error": max(row["error"] for row in rows),
+        "rank_correlation": statistics.correlation(_ranks(predicted), _ranks(measured)),
+        "full_ms": read.full_ms,
+        "seconds": document["seconds"],
+        "engines": document["engines"],
+        "noise": document["noise"],
+        "patterns": rows,
+    }
+
+
+def export_open(name: str, size: int, path: Path) -> None:
+    """Write an untrained network with all gates open."""
+    torch.manual_seed(0)
+    network = GatedNetwork(models.build(name, 10, size), size)
+    network.freeze(torch.ones(network.masks))
+    export.export(network.static(), size, path, network.sites)
+
+
+def draw(read: latency.LatencyTable, random: np.random.Generator) -> dict[str, int]:
+    """A network: how many gates are open at each site; widths are multiples of 8, how likely blocks close varies."""
+    closing = random.uniform(0, 0.6)
+    return {
+        site.name: int(random.random() >= closing)
+        if site.kind == "block"
+        else int(random.choice([*range(8, site.width, 8), site.width]))
+        for site in read.sites
+    }
+
+
+def judge(bench: table.Bench, read: latency.LatencyTable, opened: dict[str, int]) -> dict[str, Any]:
+    """Prediction and measurement of one network; the measurement is a ratio to the whole network, timed in pairs."""
+    predicted = read.predicted_ms(opened)
+    measured = read.full_ms * (1 - bench.saved(opened))
+    return {
+        "predicted_ms": round(predicted, 4),
+        "measured_ms": round(measured, 4),
+        "error": round(abs(predicted / measured - 1), 4),
+        "noise": round(bench.rounds[-1].noise, 4),
+        "blocks_closed": sum(opened[site.name] == 0 for site in read.sites if site.kind == "block"),
+    }
+
+
+def _ranks(values: list[float]) -> list[float]:
+    return np.argsort(np.argsort(values)).astype(float).tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""TensorRT (10.0 and later, 11.x) and TensorRT for RTX, one code path: strongly typed, the types are in the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.engines import child
+from polar_deploy.errors import ContentError, MachineError
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Build
+    from polar_deploy.engines.trt.run import TrtEngine
+    from polar_deploy.targets import Target
+
+_AGAIN = "build again here: --from build"
+_COMPATIBLE_SINCE = (8, 0)  # Ampere: a hardware-compatible plan runs on it and on what came later
+
+
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+    """Build in a child process. As `Backend.build` says."""
+    request = {
+        "folder": str(folder.resolve()),
+        "name": name,
+        "target": target.name,
+        "options": options.model_dump(mode="json"),
+    }
+    made = child.call(f"{__name__}.builder:run", request, f"building an engine of {onnx_path}")
+    plan = made["plan"]
+    return {
+        **made,
+        "provider": plan["library"],
+        "tf32": options.tf32,
+        "versions": {plan["library"]: plan["version"]},
+        "files": [onnx_path.name, plan["file"], f"{name}.layers.json"],
+    }
+
+
+def load(folder: Path, name: str, target: Target, entry: dict[str, Any]) -> TrtEngine:
+    """Load a plan that was built for this GPU and this version of the library. As `Backend.load` says."""
+    from polar_deploy.engines.trt import library
+    from polar_deploy.engines.trt.run import TrtEngine
+
+    require_fit(folder / f"{name}.plan", entry["plan"], library.version(target.backend))
+    brings_code = bool(entry["plan"].get("version_compatible"))
+    module, logger = library.load(target.backend), library.logger(target.backend)
+    return TrtEngine(folder / f"{name}.plan", module, logger, host_code=brings_code)
+
+
+def require_fit(path: Path, plan: dict[str, Any], version: str) -> None:
+    """Raise unless a plan is for the version of the library and the GPU that are here.
+
+    Args:
+        path: the plan's file.
+        plan: its description in build.json.
+        version: of the library here, four parts.
+
+    Raises:
+        MachineError: it is for others. ContentError: it is not described.
+    """
+    from polar_deploy import gpu
+
+    try:
+        built_with, capabilities = str(plan["version"]), [_numbers(each) for each in plan["capabilities"]]
+        built_on = plan["gpu"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ContentError(f"{path}: build.json does not say what the plan is for", _AGAIN) from error
+    later = plan.get("version_compatible") and _runs_later(built_with, version)
+    if built_with != version and not later:
+        raise MachineError(f"{path} was built with {plan['library']} {built_with}, here is {version}", _AGAIN)
+    here = gpu.first()
+    same = here.capability in capabilities and built_on in (None, here.name)
+    if not same and not (plan.get("hardware_compatible") and here.capability >= _COMPATIBLE_SINCE):
+        listed = ", ".join(".".join(map(str, each)) for each in capabilities)
+        raise MachineError(
+            f"{path} was built for {built_on or 'GPUs'} (compute capability {listed}), here is {here.name} "
+            f"({'.'.join(map(str, here.capability))})",
+            _AGAIN,
+        )
+
+
+def _runs_later(built_with: str, version: str) -> bool:
+    """Whether a version-compatible plan runs: with its own version and later ones of the same major version."""
+    return _numbers(built_with)[0] == _numbers(version)[0] and _numbers(built_with) <= _numbers(version)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

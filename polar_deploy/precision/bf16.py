@@ -1,0 +1,151 @@
+"""BF16: no converter writes it, so this one does. Weights are rounded to nearest even, casts stand where they must.
+
+ONNX's own schemas say which inputs and outputs of an operator may be BF16; the others stay FP32 behind a cast. Conv
+and pooling have BF16 since opset 22.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from polar_deploy.errors import ContentError
+from polar_deploy.precision import graph
+
+OPSET = 22
+_FLOAT, _BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
+
+
+def converted(model: onnx.ModelProto, path: Path, *, keep_edges: bool) -> onnx.ModelProto:
+    """Write BF16 into a graph, casts where an operator cannot have it. The model given is used up.
+
+    Args:
+        model: FP32, as `graph.load` gives it.
+        path: its file, for messages.
+        keep_edges: the graph's inputs and outputs stay FP32.
+
+    Raises:
+        ContentError: the graph has a body in it (If, Loop, Scan).
+    """
+    for node in model.graph.node:
+        if any(attribute.HasField("g") for attribute in node.attribute):
+            raise ContentError(
+                f"{path}: {graph.described(node)} has a body of its own, and BF16 is not written into bodies",
+                "export the network without control flow, or build for an FP16 or FP32 target",
+            )
+    model = graph.at_least(model, OPSET)
+    _Caster(model).run(keep_edges)
+    graph.sort(model.graph)
+    return graph.inferred(model)
+
+
+class _Caster:
+    """Turns each FP32 tensor of a graph into BF16; where FP32 is needed, there is one cast, `NAME/fp32`."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph, self.opset = model.graph, graph.opset_of(model)
+        known = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+        self.floats = {value.name for value in known if value.type.tensor_type.elem_type == _FLOAT}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == _FLOAT}
+        self.floats -= set(self.constants)
+        self.casts: dict[str, onnx.NodeProto] = {}
+
+    def run(self, keep_edges: bool) -> None:
+        """Convert the graph in place."""
+        edges = [self._edge(value, keep_edges) for value in (*self.graph.input, *self.graph.output)]
+        self._round_constants()
+        for node in list(self.graph.node):
+            self._convert(node)
+        self.graph.node.extend([*self.casts.values(), *filter(None, edges)])
+
+    def _edge(self, value: onnx.ValueInfoProto, keep: bool) -> onnx.NodeProto | None:
+        """Make an input or output of the graph BF16; or keep it, by name and type, and return the cast beside it."""
+        if value.name not in self.floats:
+            return None
+        if not keep:
+            value.type.tensor_type.elem_type = _BF16
+            return None
+        inner = f"{value.name}/bf16"
+        for node in self.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [inner if name == value.name else name for name in names]
+        self.floats.add(inner)
+        if value in self.graph.input:
+            return _cast_node(value.name, inner, _BF16)
+        return _cast_node(inner, value.name, _FLOAT)
+
+    def _round_constants(self) -> None:
+        """What an operator needs in FP32 keeps its exact value there: no cast, and a copy if others want BF16."""
+        wide = {name for node in self.graph.node for name, narrow in self._inputs(node) if not narrow}
+        narrow = {name for node in self.graph.node for name, narrow in self._inputs(node) if narrow}
+        for name, tensor in self.constants.items():
+            if name in wide & narrow:
+                self.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensor), f"{name}/fp32"))
+            if name not in wide - narrow:
+                tensor.CopyFrom(_rounded(tensor))
+
+    def _inputs(self, node: onnx.NodeProto) -> Iterator[tuple[str, bool]]:
+        """The inputs of a node, and whether each may be BF16."""
+        schema = _schema(node, self.opset)
+        for index, name in enumerate(node.input):
+            yield name, schema is not None and _allows(schema.inputs, index)
+
+    def _convert(self, node: onnx.NodeProto) -> None:
+        for index, (name, narrow) in enumerate(self._inputs(node)):
+            if name in self.floats and not narrow:
+                node.input[index] = f"{name}/fp32"
+                self.casts[f"{name}/fp32"] = _cast_node(name, f"{name}/fp32", _FLOAT)
+            elif name in self.constants and not narrow and self.constants[name].data_type == _BF16:
+                node.input[index] = f"{name}/fp32"
+        schema = _schema(node, self.opset)
+        for index, name in enumerate(node.output):
+            if name in self.floats:
+                if schema is not None and _allows(schema.outputs, index):
+                    _narrow_attributes(node)
+                else:
+                    node.output[index] = f"{name}/made"
+                    self.casts[node.output[index]] = _cast_node(node.output[index], name, _BF16)
+
+
+def _narrow_attributes(node: onnx.NodeProto) -> None:
+    """Cast's `to`, `dtype` of what makes tensors, and the value that ConstantOfShape repeats (without one: FP32 0)."""
+    for attribute in node.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i == _FLOAT:
+            attribute.i = _BF16
+        elif attribute.HasField("t") and attribute.t.data_type == _FLOAT:
+            attribute.t.CopyFrom(_rounded(attribute.t))
+    if node.op_type == "ConstantOfShape" and not node.attribute:
+        node.attribute.append(helper.make_attribute("value", helper.make_tensor("value", _BF16, [1], [0.0])))
+
+
+def _schema(node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
+    """What ONNX says of an operator; None for those of others, which stay FP32."""
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    return onnx.defs.get_schema(node.op_type, opset)
+
+
+def _allows(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:
+    """Whether BF16 may stand there. The last parameter may stand for many (Concat)."""
+    return "tensor(bfloat16)" in parameters[min(index, len(parameters) - 1)].types
+
+
+def _cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [result], name=f"{result}/cast", to=kind)
+
+
+def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The tensor in BF16, which is the upper half of FP32's bits: rounded to nearest, ties to even.
+
+    Numbers between BF16's largest and FP32's would round to infinity (0.4 % above); they become the largest.
+    """
+    wide = numpy_helper.to_array(tensor).ravel()  # not a scalar: numpy warns where one wraps around
+    bits = wide.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    rounded = np.where(np.isfinite(wide) & (rounded & 0x7F80 == 0x7F80), rounded - 1, rounded)
+    rounded = np.where(np.isnan(wide), bits >> 16 | 0x40, rounded)  # the sum may overflow; the bit keeps it a NaN
+    return helper.make_tensor(tensor.name, _BF16, tensor.dims, rounded.astype("<u2").tobytes(), raw=True)

@@ -1,0 +1,190 @@
+"""The range that INT8 covers of each tensor, read off what the tensor holds while calibration images pass.
+
+ONNX Runtime has calibrators, too. They keep all tensors of all images, print, and need minutes; and their entropy
+method in its default setting tries one threshold only, the largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from polar_deploy.errors import ContentError
+from polar_deploy.precision import graph
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from polar_deploy.config import Calibration
+
+Array = npt.NDArray[np.float32]
+Range = tuple[float, float]  # the smallest and the largest value that is represented
+
+BINS = 2048  # of a histogram
+LEVELS = 128  # magnitudes that INT8 has
+_BYTES = 1 << 28  # of intermediate tensors held at once
+
+
+def require_images(images: Array | None, model: onnx.ModelProto, path: Path) -> Array:
+    """The images, or ContentError: none, of another shape than the network's input, or not finite."""
+    shape = _input_shape(model, path)
+    if images is None or len(images) == 0:
+        raise ContentError(
+            f"{path}: INT8 needs training images to calibrate on, and there are none",
+            "give data with a training set, or set build.calibration.images to 1 or more",
+        )
+    if images.ndim != 4 or any(isinstance(n, int) and n != m for n, m in zip(shape, images.shape[1:], strict=False)):
+        expected, found = (" x ".join(map(str, each)) for each in (("N", *shape), images.shape))
+        raise ContentError(
+            f"{path}: calibration images are {found}, but the network takes {expected}",
+            "calibrate with the data and the input size that the network was exported for",
+        )
+    if bad := len(images) - int(np.isfinite(images).all(axis=(1, 2, 3)).sum()):
+        raise ContentError(
+            f"{path}: {bad} of {len(images)} calibration images hold NaN or infinite values",
+            "check the data and the normalisation (a std of 0?)",
+        )
+    return images
+
+
+def ranges(
+    model: onnx.ModelProto, tensors: list[str], images: Array, settings: Calibration, path: Path
+) -> dict[str, Range]:
+    """The range of each tensor over all images [N,C,H,W], by the method that `settings` names.
+
+    minmax: from the smallest to the largest value. percentile: what encloses that share of the values, with equal
+    shares left out below and above. entropy: the threshold at which 128 levels lose least of the distribution of
+    magnitudes (Kullback-Leibler divergence; Migacz, 8-bit inference with TensorRT, GTC 2017).
+
+    Raises:
+        ContentError: a tensor is NaN or infinite for some image.
+    """
+    run = _Run(model, tensors, path)
+    extremes = dict.fromkeys(tensors, (np.inf, -np.inf))
+    for name, values in run.over(images):
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite([low, high]).all():
+            raise _not_finite(model, name, path)
+        extremes[name] = (min(low, extremes[name][0]), max(high, extremes[name][1]))
+    if settings.method == "minmax":
+        return extremes
+    counts = {name: np.zeros(BINS, np.int64) for name in tensors}
+    if settings.method == "entropy":
+        tops = {name: max(-low, high) for name, (low, high) in extremes.items()}
+        for name, values in run.over(images):
+            counts[name] += histogram(np.abs(values), 0.0, tops[name])
+        limits = {name: tops[name] * threshold(counts[name]) / BINS for name in tensors}
+        return {name: (max(low, -limits[name]), min(high, limits[name])) for name, (low, high) in extremes.items()}
+    for name, values in run.over(images):
+        counts[name] += histogram(values, *extremes[name])
+    return {name: percentile(counts[name], extremes[name], settings.percentile) for name in tensors}
+
+
+def histogram(values: Array, low: float, high: float) -> npt.NDArray[np.int64]:
+    """Count the values in BINS equal bins from `low` to `high`. Several times as fast as numpy's own."""
+    width = (high - low) / BINS
+    if width <= 0:
+        return np.bincount([0], [values.size], BINS).astype(np.int64)
+    index = ((values.ravel() - np.float32(low)) * np.float32(1 / width)).astype(np.int32)
+    return np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+
+
+def percentile(counts: npt.NDArray[np.int64], extremes: Range, share: float) -> Range:
+    """The range that encloses `share` percent of the values, in whole bins."""
+    low, high = extremes
+    below = np.cumsum(counts)
+    outside = (100 - share) / 200 * below[-1]
+    first = int(np.searchsorted(below, outside, side="right"))
+    last = int(np.searchsorted(below, below[-1] - outside, side="left"))
+    width = (high - low) / BINS
+    return low + first * width, min(high, low + (last + 1) * width)
+
+
+def threshold(counts: npt.NDArray[np.int64]) -> int:
+    """How many bins of a histogram of magnitudes INT8 should cover, LEVELS to BINS: the least divergence."""
+    counts = counts.copy()
+    counts[0] = counts[1]  # zeros, half of what a Relu gives, are exact with any threshold
+    candidates = range(LEVELS, BINS + 1, 8)
+    return min(candidates, key=lambda bins: _divergence(counts, bins))
+
+
+def _divergence(counts: npt.NDArray[np.int64], bins: int) -> float:
+    """Of the first `bins` bins, clipped values in the last, from the same spread evenly over LEVELS levels."""
+    inside = counts[:bins].astype(np.float64)
+    clipped = inside.copy()
+    clipped[-1] += counts[bins:].sum()
+    level = np.arange(bins) * LEVELS // bins
+    filled = inside > 0
+    sums = np.bincount(level, inside, LEVELS)
+    spread = np.bincount(level, filled, LEVELS)
+    coarse = np.where(filled, (sums / np.maximum(spread, 1))[level], 0)
+    # A bin that only clipped values fill would make the divergence infinite: a tiny share, as is usual, for every one.
+    p, q = (each / each.sum() + 1e-9 for each in (clipped, coarse)) if inside.any() else (np.ones(1), np.ones(1))
+    return float((p * np.log(p / q)).sum())
+
+
+class _Run:
+    """Runs a network with chosen tensors as its outputs, as many images at once as fit into `_BYTES`."""
+
+    def __init__(self, model: onnx.ModelProto, tensors: list[str], path: Path) -> None:
+        opened = onnx.ModelProto()
+        opened.CopyFrom(model)
+        del opened.graph.output[:]
+        made = {name for node in model.graph.node for name in node.output}
+        self.inner = [name for name in tensors if name in made]
+        opened.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in self.inner)
+        self.input, self.tensors = model.graph.input[0].name, tensors
+        self.session = session(opened, path)
+
+    def over(self, images: Array) -> Iterator[tuple[str, Array]]:
+        """Name and values of each tensor, batch after batch."""
+        start, size = 0, 1
+        while start < len(images):
+            batch = images[start : start + size]
+            found = dict(zip(self.inner, self.session.run(self.inner, {self.input: batch}), strict=True))
+            found[self.input] = batch
+            yield from ((name, found[name]) for name in self.tensors)
+            start += size
+            size = max(1, _BYTES // (sum(values.nbytes for values in found.values()) // len(batch)))
+
+
+def session(
+    model: onnx.ModelProto, path: Path, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on the CPU; ContentError if it cannot run the network."""
+    import onnxruntime
+
+    options = options or onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised, and reported once
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no base class in common but this
+        raise ContentError(
+            f"{path}: ONNX Runtime, which measures the ranges of INT8, cannot run it: {' '.join(str(error).split())}",
+            "export the network with operators that ONNX Runtime has, or choose a float target",
+        ) from error
+
+
+def _input_shape(model: onnx.ModelProto, path: Path) -> tuple[int | str, ...]:
+    """Channels, height and width of an image; a name where any size will do."""
+    if len(model.graph.input) != 1:
+        names = ", ".join(value.name for value in model.graph.input)
+        raise ContentError(f"{path} has the inputs {names}, but INT8 is calibrated on one", "export a classifier")
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    return tuple(dim.dim_value or dim.dim_param or "any" for dim in dims)[1:]
+
+
+def _not_finite(model: onnx.ModelProto, tensor: str, path: Path) -> ContentError:
+    maker = next((node for node in model.graph.node if tensor in node.output), None)
+    place = graph.described(maker) if maker is not None else "the network's input"
+    return ContentError(
+        f"{path}: tensor {tensor!r} of {place} is NaN or infinite for a calibration image",
+        "check the network's weights: it cannot work in FP32 either",
+    )

@@ -1,0 +1,61 @@
+"""FP16: ONNX Runtime's converter, its result put in order and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from polar_deploy.errors import ContentError
+from polar_deploy.precision import graph
+
+LARGEST = float(np.finfo(np.float16).max)  # 65504
+MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
+
+
+def converted(model: onnx.ModelProto, path: Path, *, keep_edges: bool) -> onnx.ModelProto:
+    """Write FP16 into a graph, casts where an operator cannot have it. The model given is used up.
+
+    Args:
+        model: FP32, as `graph.load` gives it; it may have Q/DQ pairs, whose scales become FP16 (opset >= 19).
+        path: its file, for messages.
+        keep_edges: the graph's inputs and outputs stay FP32.
+
+    Raises:
+        ContentError: a constant does not fit into FP16's range.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    _require_range(model, path)
+    model = convert_float_to_float16(model, keep_io_types=keep_edges, disable_shape_infer=True)
+    graph.sort(model.graph)  # the converter appends its casts
+    return graph.inferred(model)
+
+
+def _require_range(model: onnx.ModelProto, path: Path) -> None:
+    """The converter clamps without a word what FP16 cannot hold: find it before."""
+    layers = {node.input[1]: node for node in model.graph.node if node.op_type in graph.LAYERS}
+    for name, value in graph.weights(model).items():
+        node = layers.get(name) or next(iter(graph.users(model, name)), None)
+        if node is None or not value.size:
+            continue
+        largest = float(np.abs(value).max())
+        if np.isfinite(largest) and largest > LARGEST:
+            raise _misfit(path, name, node, f"holds {largest:g}, and FP16 ends at {LARGEST:g}")
+        if name in layers and (loss := _loss(value)) > MAX_LOSS:
+            raise _misfit(path, name, node, f"is too small for FP16 ({largest:g} at most): {loss:.0%} would be lost")
+
+
+def _loss(value: np.ndarray) -> float:
+    """What rounding to FP16 changes, RMS, as a share of the RMS."""
+    wide = value.astype(np.float64)
+    norm = float(np.linalg.norm(wide))
+    return float(np.linalg.norm(wide.astype(np.float16) - wide)) / norm if norm else 0.0
+
+
+def _misfit(path: Path, name: str, node: onnx.NodeProto, why: str) -> ContentError:
+    return ContentError(
+        f"{path}: constant {name!r} of {graph.described(node)} {why}",
+        "scale the weights of this layer in training (weight decay, BatchNorm), or build for a BF16 or FP32 target",
+    )

@@ -1,0 +1,279 @@
+"""The latency table: on networks whose "latency" is their MACs, worked out by hand, and once for real."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from jsonschema import Draft202012Validator
+from onnx import helper, numpy_helper
+
+import polar_deploy
+from polar_deploy import engines, latency, targets
+from polar_deploy.engines import __main__ as command
+from polar_deploy.engines import table, timing
+from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.surgery import cost
+from polar_deploy.workspace import read_json, write_json
+from tests.engines.networks import classifier, model, saved
+
+TARGET = targets.parse("ort-fp32")
+SCHEMA = json.loads((Path(polar_deploy.__file__).parent / "schemas/latency-table.schema.json").read_text("utf-8"))
+PIXELS, CLASSES = 64, 4  # all layers see 8 x 8
+Opened = dict[str, int]
+
+
+class _Builder:
+    """Writes gated networks; like the exporter's, gates of equal shape share one constant."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, np.ndarray] = {}
+        self.random = np.random.default_rng(0)
+
+    def conv(self, x: str, before: int, after: int, kernel: int) -> str:
+        name = f"conv{len(self.nodes)}"
+        self.weights[name] = self.random.normal(size=(after, before, kernel, kernel)) / before
+        self.nodes.append(helper.make_node("Conv", [x, name], [f"{name}.y"], name=name, pads=[kernel // 2] * 4))
+        return f"{name}.y"
+
+    def relu(self, x: str) -> str:
+        self.nodes.append(helper.make_node("Relu", [x], [f"relu{len(self.nodes)}"]))
+        return self.nodes[-1].output[0]
+
+    def gate(self, x: str, width: int, site: str, kind: str = "channel") -> str:
+        self.weights[f"ones{width}"] = np.ones((1, width, 1, 1))
+        node = helper.make_node("Mul", [x, f"ones{width}"], [f"{site}.y"], name=f"gate of {site}")
+        node.metadata_props.add(key="polar_deploy.site", value=site)
+        node.metadata_props.add(key="polar_deploy.kind", value=kind)
+        self.nodes.append(node)
+        return f"{site}.y"
+
+    def add(self, a: str, b: str) -> str:
+        self.nodes.append(helper.make_node("Add", [a, b], [f"add{len(self.nodes)}"]))
+        return self.relu(self.nodes[-1].output[0])
+
+    def head(self, x: str, width: int) -> onnx.ModelProto:
+        self.weights["fc"] = self.random.normal(size=(CLASSES, width))
+        self.nodes += [
+            helper.make_node("GlobalAveragePool", [x], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "fc"], ["logits"], transB=1),
+        ]
+        return model(self.nodes, {name: w.astype(np.float32) for name, w in self.weights.items()}, CLASSES, 8)
+
+
+BOTTLENECKS = {"a": 16, "b": 16, "c": 24}  # name -> inner width
+
+
+def bottlenecks() -> onnx.ModelProto:
+    """Three blocks of three layers, of which the middle one depends on two widths; two of the blocks are alike."""
+    net = _Builder()
+    x = net.relu(net.conv("input", 3, 8, 3))
+    for name, width in BOTTLENECKS.items():
+        y = net.gate(net.relu(net.conv(x, 8, width, 1)), width, f"{name}.1")
+        y = net.gate(net.relu(net.conv(y, width, width, 3)), width, f"{name}.2")
+        x = net.add(net.gate(net.conv(y, width, 8, 1), 8, name, "block"), x)
+    return net.head(x, 8)
+
+
+def bottlenecks_macs(opened: Opened) -> int:
+    total = PIXELS * 27 * 8 + 8 * CLASSES
+    for name in BOTTLENECKS:
+        first, second = opened[f"{name}.1"], opened[f"{name}.2"]
+        total += opened[name] * PIXELS * (8 * first + 9 * first * second + second * 8)
+    return total
+
+
+def chain() -> onnx.ModelProto:
+    """Five layers in a row: sites of one kind meet in the layers between them."""
+    net = _Builder()
+    x = "input"
+    for index in range(4):
+        x = net.gate(net.relu(net.conv(x, 16 if index else 3, 16, 3)), 16, f"site{index}")
+    return net.head(net.relu(net.conv(x, 16, 8, 3)), 8)
+
+
+def chain_macs(opened: Opened) -> int:
+    widths = [3, *(opened[f"site{index}"] for index in range(4)), 8]
+    return 9 * PIXELS * sum(a * b for a, b in pairwise(widths)) + 8 * CLASSES
+
+
+def projection() -> onnx.ModelProto:
+    """A gated stem that a block and its shortcut both read: the two meet in a layer, and neither holds the other."""
+    net = _Builder()
+    x = net.gate(net.relu(net.conv("input", 3, 16, 3)), 16, "stem")
+    y = net.gate(net.relu(net.conv(x, 16, 16, 3)), 16, "inner")
+    y = net.gate(net.conv(y, 16, 8, 3), 8, "block", "block")
+    return net.head(net.add(y, net.conv(x, 16, 8, 1)), 8)
+
+
+def projection_macs(opened: Opened) -> int:
+    stem, inner = opened["stem"], opened["inner"]
+    layers = 27 * stem + opened["block"] * 9 * (stem * inner + inner * 8) + stem * 8
+    return PIXELS * layers + 8 * CLASSES
+
+
+@pytest.fixture
+def macs_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that shows an engine's MACs, so that what a table should say can be worked out. Surgery is real."""
+
+    def build(source: Path, folder: Path, name: str, *how: object) -> dict[str, Any]:
+        return {"versions": {"onnx": onnx.__version__}}
+
+    def load(folder: Path, name: str, target: targets.Target) -> Any:
+        return SimpleNamespace(macs=cost(onnx.load(folder / "source.onnx")).macs, conditions=lambda: None)
+
+    def compare(a: Any, b: Any, images: np.ndarray, **how: object) -> timing.Timing:
+        first, second = float(a.macs), float(b.macs)
+        even = timing.Interval(1.0, 1.0, 1.0)
+        took = [timing.Latency(ms, ms, ms, ms, 0.0) for ms in (first, second)]
+        speedup = timing.Interval(first / second, first / second, first / second)
+        return timing.Timing(len(images), (timing.Round(12, 1, *took, speedup, even),), 0)
+
+    monkeypatch.setattr(table, "build", build)
+    monkeypatch.setattr(table, "load", load)
+    monkeypatch.setattr(table.timing, "compare", compare)
+
+
+@pytest.mark.usefixtures("macs_are_milliseconds")
+@pytest.mark.parametrize(
+    ("network", "macs", "expected"),
+    [
+        # The whole network; a width of either layer, the block and the pair, once for a and b; two widths each for c.
+        (bottlenecks, bottlenecks_macs, 1 + (1 + 1 + 1 + 1) + (2 + 2 + 1 + 1)),
+        # A width of the first, the inner and the last layer; pairs: first and inner, two inner, inner and last.
+        (chain, chain_macs, 1 + 3 + 3),
+        # The stem meets the inner layer, and the block.
+        (projection, projection_macs, 1 + 1 + 1 + 1 + 2),
+    ],
+)
+def test_prediction_is_exact_where_cost_is_a_product_of_widths(
+    tmp_path: Path, network: Callable[[], onnx.ModelProto], macs: Callable[[Opened], int], expected: int
+) -> None:
+    document = table.measure(saved(network(), tmp_path / "gated.onnx"), TARGET)
+    Draft202012Validator(SCHEMA).validate(document)
+    assert document["engines"] == expected
+    write_json(tmp_path / "table.json", document)
+    read, random = latency.read(tmp_path / "table.json", "ort-fp32"), np.random.default_rng(0)
+    for _ in range(20):
+        opened = {
+            site.name: int(random.integers(site.widths[0], (1 if site.kind == "block" else site.width) + 1))
+            for site in read.sites
+        }
+        assert read.predicted_ms(opened) == pytest.approx(macs(opened), rel=1e-4)
+
+
+@pytest.mark.usefixtures("macs_are_milliseconds")
+def test_what_gates_were_open_does_not_matter(tmp_path: Path) -> None:
+    """All are opened first; and a constant that two gates share is not cut for both."""
+    network = bottlenecks()
+    for tensor in network.graph.initializer:
+        if tensor.name.startswith("ones"):
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
+    document = table.measure(saved(network, tmp_path / "gated.onnx"), TARGET, batch=3)
+    full = {site["name"]: 1 if site["kind"] == "block" else site["width"] for site in document["sites"]}
+    assert document["full_ms"] == bottlenecks_macs(full)
+    assert document["batch"] == 3
+    first = document["sites"][0]
+    assert (first["name"], first["widths"], first["within"]) == ("a.1", [8, 16], ["a"])
+    assert first["ms"] == pytest.approx([bottlenecks_macs(full | {"a.1": width}) for width in (8, 16)])
+    assert document["sites"][2]["ms"] == pytest.approx([bottlenecks_macs(full | {"a": 0}), bottlenecks_macs(full)])
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (64, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (16, [8, 16]),
+        (20, [8, 16, 20]),
+        (12, [4, 8, 12]),
+        (3, [3]),
+        (1, [1]),
+        (128, list(range(8, 129, 8))),
+        (256, list(range(16, 257, 16))),
+        (136, [*range(16, 136, 16), 136]),
+    ],
+)
+def test_widths(width: int, expected: list[int]) -> None:
+    assert table.widths(width) == expected
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(table, "PAIRS", 6)
+    monkeypatch.setattr(table, "_SECONDS", (0.0, 0.01))
+    gated, out = saved(projection(), tmp_path / "gated.onnx"), tmp_path / "new" / "table.json"
+    assert command.main(["table", str(gated), "--target", "ort-fp32", "--out", str(out)]) == 0
+    document = read_json(out)
+    Draft202012Validator(SCHEMA).validate(document)
+    assert document["versions"].keys() >= {"onnxruntime", "polar_deploy"}
+    said = capsys.readouterr()
+    assert "3 sites, 6 engines" in said.out
+    assert "block block and 0 like it: 3 engines timed" in said.err
+    text = out.read_text(encoding="utf-8")
+    assert platform.node() not in text
+    assert str(tmp_path) not in text
+
+
+def test_a_table_of_here_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    own = {"schema": 1, "target": "ort-fp32", "batch": 1, "machine": engines.machine.describe()}
+    own["versions"] = {"polar_deploy": polar_deploy.__version__}
+    assert not table.is_of_here(path, TARGET, 1)
+    write_json(path, own)
+    assert table.is_of_here(path, TARGET, 1)
+    assert not table.is_of_here(path, TARGET, 8)
+    assert not table.is_of_here(path, targets.parse("ort-int8"), 1)
+    for change in ({"machine": {"cpu": "another"}}, {"versions": {}}, {"versions": None}, {"schema": 0}):
+        write_json(path, own | change)
+        assert not table.is_of_here(path, TARGET, 1)
+    path.write_text("no JSON")
+    assert not table.is_of_here(path, TARGET, 1)
+
+
+def _without_constant(network: onnx.ModelProto) -> onnx.ModelProto:
+    gate = next(node for node in network.graph.node if node.name == "gate of stem")
+    gate.input[1] = gate.input[0]
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (classifier, "gated.onnx has no gate"),
+        (lambda: _without_constant(projection()), r"gate 'stem' \(node 'gate of stem', operator Mul\) is no Mul by"),
+    ],
+)
+def test_a_network_without_proper_gates_is_refused(
+    tmp_path: Path, network: Callable[[], onnx.ModelProto], message: str
+) -> None:
+    with pytest.raises(ContentError, match=message):
+        table.measure(saved(network(), tmp_path / "gated.onnx"), TARGET)
+
+
+def test_other_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="there is no file"):
+        table.measure(tmp_path / "gated.onnx", TARGET)
+    gated = str(saved(projection(), tmp_path / "gated.onnx"))
+    assert command.main(["table", gated, "--target", "ort-fp32", "--batch", "0"]) == UsageError.exit_code
+    assert command.main(["table", gated, "--target", "ort-fp31"]) == UsageError.exit_code
+    assert "--batch is 0" in capsys.readouterr().err
+
+
+def test_a_target_that_is_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise targets.gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
+
+    monkeypatch.setattr(targets.gpu, "first", missing)
+    gated = saved(projection(), tmp_path / "gated.onnx")
+    for name in ("trt-fp16", "rtx-fp16", "ort-cuda-fp16"):
+        with pytest.raises(MachineError):
+            table.measure(gated, targets.parse(name))

@@ -1,0 +1,75 @@
+"""The error of one layer alone: held against rounding by hand, and against what the whole network loses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from polar_deploy.precision import sensitivity
+from tests.engines.networks import model
+from tests.precision.networks import SIZE, images, residual, run, written
+
+MINMAX = {"calibration": {"method": "minmax"}, "max_layer_error": 10}
+PATH = Path("a.onnx")
+
+
+def test_error_of_a_layer_is_that_of_rounding_by_hand(tmp_path: Path) -> None:
+    """The only layer of a network: 8 bits for what it reads, and 8 with a sign for its weights, a scale a row."""
+    batch = images(sensitivity.IMAGES)
+    weight = np.random.default_rng(0).normal(size=(4, 3 * SIZE * SIZE)).astype(np.float32)
+    flatten = helper.make_node("Flatten", ["input"], ["flat"], name="flatten")
+    gemm = helper.make_node("Gemm", ["flat", "weight"], ["logits"], name="fc", transB=1)
+    network = model([flatten, gemm], {"weight": weight}, 4, SIZE)
+
+    flat, step = batch.reshape(len(batch), -1), (batch.max() - batch.min()) / 255
+    rows = np.abs(weight).max(axis=1, keepdims=True) / 127
+    exact = flat @ weight.T
+    found = (np.round(flat / step) * step) @ (np.round(weight / rows) * rows).T
+    exact, found = (each - each.mean(axis=1, keepdims=True) for each in (exact, found))
+    expected = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+    typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
+    assert sensitivity.errors(network, typed, batch, PATH) == {"fc": pytest.approx(expected, rel=0.02)}
+
+
+def test_errors_of_single_layers_add_up_to_that_of_the_network(tmp_path: Path) -> None:
+    """As squares do, nearly: roundings are independent."""
+    network, batch = residual(), images(sensitivity.IMAGES)
+    typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
+    errors = sensitivity.errors(network, typed, batch, PATH)
+    assert {"stem", "conv1", "conv2", "add1", "shortcut", "fc"} < errors.keys()
+    assert not {"relu1", "flatten"} & errors.keys()  # they compute with nothing
+    whole = sensitivity.relative_error(run(typed, batch), run(network, batch))
+    assert 0.5 < np.sqrt(sum(error**2 for error in errors.values())) / whole < 2
+
+
+def test_alone_only_that_layer_reads_rounded_numbers(tmp_path: Path) -> None:
+    network = residual()
+    typed, _ = written(network, "ort-int8", tmp_path, images(4), **MINMAX)
+    before = network.SerializeToString()
+    layer = next(node for node in typed.graph.node if node.name == "conv2")
+    alone = sensitivity.alone(network, typed, layer)
+    onnx.checker.check_model(alone, full_check=True)
+    rounded = {name for node in alone.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    readers = [node.name for node in alone.graph.node if rounded.intersection(node.input)]
+    assert readers == ["conv2"]
+    assert network.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("logits", "exact", "error"),
+    [
+        ([[1, 2, 3]], [[1, 2, 3]], 0),
+        ([[6, 7, 8]], [[1, 2, 3]], 0),  # softmax sees no constant
+        ([[1, -1], [0, 0]], [[1, -1], [1, -1]], np.sqrt(1 / 2)),
+        ([[3.0]], [[2.0]], 0.5),  # one logit has no mean to take off
+        ([[0, 0]], [[0, 0]], 0),
+    ],
+)
+def test_relative_error(logits: list[list[float]], exact: list[list[float]], error: float) -> None:
+    found = sensitivity.relative_error(np.array(logits, np.float64), np.array(exact, np.float64))
+    assert found == pytest.approx(error)

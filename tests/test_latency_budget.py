@@ -1,0 +1,119 @@
+"""--budget latency=: the whole command under a table that is given, made here, or cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polar_deploy import latency
+from polar_deploy.engines import machine, table
+from polar_deploy.workspace import read_json, write_json
+from tests.conftest import MINIATURE, Miniature, polar
+
+TINY = (*MINIATURE, "--epochs", "1", "--until", "gates")
+
+
+def _document(target: str = "ort-fp32") -> dict[str, Any]:
+    """A table of the tiny network: 10 ms; a layer takes 1 ms, of which half a width saves half, and its block 2 ms."""
+    sites = []
+    for index, width in ((1, 12), (2, 24), (3, 24)):
+        name = f"block{index}"
+        inner = {"name": f"{name}.relu1", "kind": "channel", "width": 16, "widths": [4, 8, 16], "ms": [9.25, 9.5, 10.0]}
+        block = {"name": f"{name}.add", "kind": "block", "width": width, "widths": [0, 1], "ms": [8.0, 10.0]}
+        sites += [inner | {"within": [f"{name}.add"]}, block | {"within": []}]
+    about = {"machine": machine.describe(), "versions": {"polar_deploy": table.__version__}}
+    return about | {"schema": 1, "target": target, "batch": 1, "full_ms": 10.0, "sites": sites, "overlaps": []}
+
+
+def _given(folder: Path, document: object) -> tuple[str, str]:
+    write_json(folder / "table.json", document)
+    return "--latency-table", str(folder / "table.json")
+
+
+def test_a_given_table_steers_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = (*TINY, "--budget", "latency=0.8,macs=0.9", *_given(tmp_path, _document()), "--out", str(run))
+    first = polar(*command)
+    assert first.code == 0, first.err
+    gates = read_json(run / "gated" / "gates.json")
+    opened = {site["name"]: len(site["open"]) for site in gates["sites"]}
+    predicted = latency.read(run / "latency-table.json", "ort-fp32").predicted_ms(opened)
+    assert gates["achieved"]["latency"] == pytest.approx(predicted / 10)
+    assert gates["achieved"]["latency"] <= 0.8
+    assert gates["achieved"]["macs"] <= 0.9
+    assert polar(*command).up_to_date == ["full", "gates"]
+    write_json(tmp_path / "table.json", _document() | {"full_ms": 10.5})  # measured again: the gates are learned again
+    assert polar(*command).ran == ["gates"]
+
+
+def test_surgery_counts_what_it_can_and_leaves_latency_out(tmp_path: Path, miniature: Miniature) -> None:
+    run = miniature.copy(tmp_path / "run", "surgery")
+    command = (*MINIATURE, "--from", "surgery", "--until", "surgery", "--out", str(run), *_given(tmp_path, _document()))
+    assert polar(*command, "--budget", "latency=0.1,macs=0.9").code == 0
+    assert polar(*command, "--budget", "latency=0.1,macs=0.1").code == 4
+
+
+def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measure(gated: Path, target: Any, *, batch: int, **how: Any) -> dict[str, Any]:
+        asked.append((gated.is_file(), target.name, batch))
+        return _document()
+
+    monkeypatch.setattr(table, "measure", measure)
+    run = tmp_path / "run"
+    command = (*TINY, "--budget", "latency=0.8", "--out", str(run))
+    assert polar(*command).code == 0
+    assert asked == [(True, "ort-fp32", 1)]
+    assert read_json(run / "latency-table.json") == _document()
+    assert polar(*command).up_to_date == ["full", "gates"]
+    (run / "stamps" / "gates.json").unlink()  # as if it had been killed
+    assert "gates" in polar(*command).ran
+    assert len(asked) == 1
+    (run / "latency-table.json").unlink()
+    assert "gates" in polar(*command).ran
+    assert len(asked) == 2
+
+
+def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_gates_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "measure", lambda *_, **__: _document())
+    outcome = polar(*TINY, "--budget", "latency=0.3", "--out", str(tmp_path / "run"))
+    assert outcome.code == 2
+    assert "budget latency=0.3 cannot be reached" in outcome.err
+    assert "gates 1/" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("document", "budget", "code", "message"),
+    [
+        (_document(), "latency=0.3", 2, "budget latency=0.3 cannot be reached"),
+        (_document("trt-fp16"), "latency=0.8", 4, "was measured on trt-fp16, the target is ort-fp32"),
+        (_document() | {"sites": _document()["sites"][2:]}, "latency=0.8", 4, "'block1.relu1' is a channel site"),
+        ({}, "latency=0.8", 4, "is no latency table"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, document: dict[str, Any], budget: str, code: int, message: str
+) -> None:
+    options = ("--budget", budget, *_given(tmp_path, document), "--out", str(tmp_path / "run"))
+    for dry in ((), ("--dry-run",)):
+        outcome = polar(*TINY, *options, *dry)
+        assert outcome.code == code
+        assert message in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_table_the_target_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise table.targets.gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
+
+    monkeypatch.setattr(table.targets.gpu, "first", missing)
+    options = ("--budget", "latency=0.8", "--target", "trt-fp16", "--out", str(tmp_path / "run"))
+    outcome = polar(*TINY, *options)
+    assert outcome.code == 2
+    assert "trt-fp16 cannot be measured here: no NVIDIA driver" in outcome.err
+    assert "--latency-table" in outcome.err
