@@ -243,11 +243,11 @@ class Bench:
                 kinds.setdefault((a.alike, b.alike), []).append(pair)
         found: dict[tuple[str, str], tuple[list[int], float]] = {}
         for pairs in kinds.values():
-            half = [_nearest(curves[site.name], site.probe) for site in pairs[0]]
+            few = [_nearest(curves[site.name], site.probe // 2) for site in pairs[0]]  # a deep cut: a large signal
             chosen = _apart(pairs)
-            opened = {site.name: w for pair in chosen for site, w in zip(pair, half, strict=True)}
+            opened = {site.name: w for pair in chosen for site, w in zip(pair, few, strict=True)}
             both = self.saved(opened) / len(chosen)
-            found |= {(a.name, b.name): (half, both) for a, b in pairs}
+            found |= {(a.name, b.name): (few, both) for a, b in pairs}
         return found
 
     def _engine(self, name: str, opened: Mapping[str, int]) -> Engine:

@@ -157,12 +157,13 @@ class _Run:
 def session(
     model: onnx.ModelProto, path: Path, options: onnxruntime.SessionOptions | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime on the CPU; ContentError if it cannot run the network."""
+    """A session of ONNX Runtime on the CPU, Q/DQ pairs as written; ContentError if it cannot run the network."""
     import onnxruntime
 
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, and reported once
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # integer kernels differ between CPUs
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no base class in common but this

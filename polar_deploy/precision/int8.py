@@ -80,7 +80,8 @@ def converted(
 
     def quantised(wide: Collection[str] = ()) -> onnx.ModelProto:
         plain = {*wide, *(name for name, (_, main) in sums.items() if main in wide)}
-        result = _quantised(model, [node for node in nodes if node.name not in plain], ranges, scheme)
+        chosen = [node for node in nodes if node.name not in plain]
+        result = _quantised(model, chosen, ranges, scheme, keep_relus=bool(wide))
         return _bypassed(result, wide, {name: between for name, (between, _) in sums.items()})
 
     typed = quantised()
@@ -183,7 +184,7 @@ def _activations(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], *, out
 
 
 def _quantised(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], ranges: dict[str, Range], scheme: _Scheme
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], ranges: dict[str, Range], scheme: _Scheme, *, keep_relus: bool
 ) -> onnx.ModelProto:
     """ONNX Runtime's quantizer puts the pairs in; ranges and, for TensorRT, the weights' scales are ours."""
     from onnxruntime.quantization import QuantType
@@ -191,8 +192,9 @@ def _quantised(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     layers = [node for node in nodes if node.op_type in graph.LAYERS]
-    # Relus stay in the graph (the kernels contain them all the same): who reads past a pair must not read past a Relu.
-    options: dict[str, Any] = {"ActivationSymmetric": scheme.symmetric, "QDQKeepRemovableActivations": True}
+    # The quantizer drops a Relu whose result is unsigned: what clips at zero twice is slower. Where a node reads past
+    # a pair, it must not read past a Relu.
+    options: dict[str, Any] = {"ActivationSymmetric": scheme.symmetric, "QDQKeepRemovableActivations": keep_relus}
     if scheme is TRT:
         options["QuantizeBias"] = False
         options["OpTypesToExcludeOutputQuantization"] = [*graph.LAYERS, "Add"]

@@ -61,6 +61,7 @@ def test_onnx_runtime_fuses_its_dialect_at_any_batch(batch: int, tmp_path: Path)
     fused = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
     assert (fused.count("QLinearConv"), fused.count("QLinearAdd"), fused.count("Conv")) == (6, 2, 0)
     assert fused.count("Relu") == 0
+    assert (fused.count("QuantizeLinear"), fused.count("DequantizeLinear")) == (1, 0)  # integers all the way
 
 
 def test_dialect_of_onnx_runtime(tmp_path: Path) -> None:
@@ -190,6 +191,14 @@ def test_a_layer_that_int8_hurts_stays_wide_and_is_listed(target: str, wider: st
     rounded, _ = written(network, target, tmp_path, images(32), calibration=calibration, max_layer_error=1)
     assert behind(rounded, "conv1")[:2] == [DQ, DQ]
     assert after < 0.3 * difference(run(rounded, images(8)), run(network, images(8)))
+
+
+def test_a_wide_layer_reads_what_a_relu_gives(tmp_path: Path) -> None:
+    """In front of a pair with unsigned numbers the quantizer would drop it."""
+    typed, said = written(residual(), "ort-int8", tmp_path, images(16), max_layer_error=0.0022)
+    assert "shortcut" in {each["layer"] for each in said["kept"]}
+    assert behind(typed, "shortcut") == ["Relu", None, None]
+    assert difference(run(typed, images(8)), run(residual(), images(8))) < 0.03
 
 
 @pytest.mark.parametrize("target", ["ort-int8", "rtx-int8"])
