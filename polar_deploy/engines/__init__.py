@@ -61,10 +61,9 @@ def build(
 
     start = time.perf_counter()
     targets.check(target)
-    model = network.read(source)
-    network.require_fp32(model, source)
-    costs, onnx_path = cost(model), folder / f"{name}.onnx"
+    model, onnx_path = network.read(source), folder / f"{name}.onnx"
     typed = precision.write(source, onnx_path, target, options, calibration)
+    costs = cost(model)
     made = _backend(target).build(onnx_path, folder, name, target, options)
     files = [folder / file for file in made.pop("files")]
     return {

@@ -1,4 +1,4 @@
-"""Reading an ONNX file before a backend sees it: whole, valid, and of the float type that the target promises."""
+"""Reading an ONNX file before a backend sees it: whole and valid. And which node a backend complains about."""
 
 from __future__ import annotations
 
@@ -42,19 +42,6 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def require_fp32(model: onnx.ModelProto, path: Path) -> None:
-    """Raise ContentError, naming the tensor, if any float tensor of the network is not FP32."""
-    import onnx
-
-    for name, code in _element_types(onnx.shape_inference.infer_shapes(model).graph):
-        kind = onnx.TensorProto.DataType.Name(code)
-        if kind != "FLOAT" and ("FLOAT" in kind or kind.startswith(("DOUBLE", "COMPLEX"))):
-            raise ContentError(
-                f"{path}: tensor {name!r} is {kind}, but an FP32 engine needs every float tensor to be FLOAT",
-                "export the network in FP32; lower precision is the target's job",
-            )
-
-
 def blame(model: onnx.ModelProto, message: str) -> str:
     """Say which node of the network a backend's error message is about: "node 'x' (operator Conv): "; "" if unknown."""
     nodes = list(_nodes(model.graph))
@@ -71,23 +58,9 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def _element_types(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:
-    for tensor in graph.initializer:
-        yield tensor.name, tensor.data_type
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        yield value.name, value.type.tensor_type.elem_type
-    for inner in _subgraphs(graph):
-        yield from _element_types(inner)
-
-
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    yield from graph.node
-    for inner in _subgraphs(graph):
-        yield from _nodes(inner)
-
-
-def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
+        yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield attribute.g
+                yield from _nodes(attribute.g)

@@ -49,6 +49,7 @@ def write(
     keep_edges = options.edges == "fp32"
     if target.precision == "fp32":
         model = onnx.load(source)  # as it is
+        graph.require_fp32(onnx.shape_inference.infer_shapes(model).graph, source)
     elif target.precision == "fp16":
         model = fp16.converted(graph.load(source), source, keep_edges=keep_edges)
     elif target.precision == "bf16":

@@ -38,7 +38,7 @@ def load(path: Path) -> onnx.ModelProto:
         model = inliner.inline_local_functions(model)
     _store_constants(model.graph)
     model = inferred(named(model))
-    _require_fp32(model.graph, path)
+    require_fp32(model.graph, path)
     _require_known(model.graph, path)
     return model
 
@@ -194,7 +194,13 @@ def _store_constants(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
 
 
-def _require_fp32(graph: onnx.GraphProto, path: Path) -> None:
+def require_fp32(graph: onnx.GraphProto, path: Path) -> None:
+    """Raise ContentError, naming tensor, node and operator, if a float tensor is not FP32.
+
+    Args:
+        graph: with the types of its tensors worked out.
+        path: its file.
+    """
     for name, code in _tensor_types(graph):
         kind = TensorProto.DataType.Name(code)
         if kind != "FLOAT" and ("FLOAT" in kind or kind.startswith(("DOUBLE", "COMPLEX"))):
@@ -223,3 +229,5 @@ def _tensor_types(graph: onnx.GraphProto) -> Iterable[tuple[str, int]]:
         yield tensor.name, tensor.data_type
     for value in (*graph.input, *graph.value_info, *graph.output):
         yield value.name, value.type.tensor_type.elem_type
+    for body in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        yield from _tensor_types(body)

@@ -148,7 +148,7 @@ def test_other_float_types_are_refused_before_anything_is_written(tmp_path: Path
     network = classifier()
     network.graph.initializer[1].data_type = TensorProto.FLOAT16
     network.graph.initializer[1].raw_data = network.graph.initializer[1].raw_data[::2]
-    with pytest.raises(ContentError, match=r"tensor 'conv\.bias' is FLOAT16"):
+    with pytest.raises(ContentError, match=r"tensor 'conv\.bias' of node 'conv' \(operator Conv\) is FLOAT16"):
         build(network, tmp_path)
     assert not (tmp_path / "engines").exists()
 

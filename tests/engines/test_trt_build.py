@@ -220,7 +220,7 @@ UNSUPPORTED = r"full\.onnx: TensorRT for RTX says: node 'relu' \(operator Bernou
         (custom, r"node 'head' \(operator Fancy\): INVALID_NODE: .*Plugin not found"),
         (two_outputs, r"but it has: input \[-1, 3, 8, 8\], logits \[-1, 4\], f \[-1, 8\]$"),
         (fixed_batch, r"one input \[any batch, .*, but it has: input \[1, 3, 8, 8\], logits \[1, 4\]$"),
-        (doubled, r"a\.onnx: tensor '.*' is DOUBLE"),
+        (doubled, r"a\.onnx: tensor 'conv\.weight' of node 'conv' \(operator Conv\) is DOUBLE"),
     ],
 )
 def test_bad_network_is_one_error_that_says_where(
