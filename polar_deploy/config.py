@@ -73,7 +73,7 @@ class Build(_Frozen):
     version_compatible: bool = False  # the plan runs with later TensorRT versions of the same major one
     hardware_compatible: bool = False  # the plan runs on later GPU architectures
     capabilities: tuple[Capability, ...] = ()  # TensorRT for RTX; (): the GPU's here, or all that can
-    max_layer_error: Positive = 0.1  # INT8: a layer whose error is larger stays in the wider type
+    max_layer_error: Positive = 0.1  # INT8: a layer that alone moves the logits by more of their RMS stays wider
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")
