@@ -91,7 +91,7 @@ class Training(_Frozen):
     full_epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 0.1
-    gated_lr: Positive | None = None  # None: `lr`, or a fifth of it where the gated run starts from the full weights
+    gated_lr: Positive | None = None  # None: `lr`, or half of it where the gated run starts from the full weights
     momentum: Share = 0.9
     weight_decay: NonNegative = 5e-4
     warmup: Share = 0.05  # share of the run

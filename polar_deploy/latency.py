@@ -74,8 +74,17 @@ class LatencyTable:
         return self.full_ms - alone + twice
 
 
-def read(path: Path, target: str | None = None) -> LatencyTable:
-    """Read and check a latency-table.json; `target`: the name of the target it has to be for.
+def key(path: Path) -> str | None:
+    """What the pipeline wrote into a table of its own about the circumstances; None: nothing, or no table."""
+    try:
+        document = read_json(path)
+    except ContentError:  # damaged: one that is made anew takes its place
+        return None
+    return document.get("key") if isinstance(document, dict) else None
+
+
+def read(path: Path, target: str | None = None, batch: int | None = None) -> LatencyTable:
+    """Read and check a latency-table.json; `target` (its name) and `batch`: what it has to be for.
 
     Raises:
         UsageError: there is no such file.
@@ -88,6 +97,8 @@ def read(path: Path, target: str | None = None) -> LatencyTable:
         raise ContentError(f"{path} is no latency table: {type(error).__name__}: {error}", _AGAIN) from error
     if target is not None and table.target != target:
         raise ContentError(f"{path} was measured on {table.target}, the target is {target}", _AGAIN)
+    if batch is not None and table.batch != batch:
+        raise ContentError(f"{path} was measured at batch {table.batch}, the verdict is at batch {batch}", _AGAIN)
     return table
 
 

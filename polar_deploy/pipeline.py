@@ -107,6 +107,8 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--from {arguments.first} lies behind --until {arguments.last}", "swap them, or leave one out"
         )
     settings = _settings(arguments)
+    if settings.target == "auto":
+        settings = settings.model_copy(update={"target": targets.choose().name})
     target = targets.parse(settings.target)
     if "build" in names and not arguments.dry_run:
         targets.check(target)
@@ -144,8 +146,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         overrides["budget"], options["budget"] = recipes.parse_budget(arguments.budget), "--budget"
     if arguments.batch is not None:
         overrides["build.batches"], options["build.batches"] = recipes.parse_batches(arguments.batch), "--batch"
-    if arguments.target == "auto":
-        overrides["target"] = targets.choose().name
     overrides |= dict(recipes.parse_set(text) for text in arguments.set)
     if arguments.recipe is None and "model" not in overrides:
         raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
@@ -214,7 +214,11 @@ def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str,
     spec = data.spec(settings.data, settings.data_dir)
     network = models.build(settings.model, spec.classes, settings.input_size)
     gated = GatedNetwork(network, settings.input_size, mode=settings.gates.mode, blocks=settings.gates.blocks)
-    table = latency.read(settings.latency_table, settings.target) if settings.latency_table else None
+    table = (
+        latency.read(settings.latency_table, settings.target, settings.verdict.batch)
+        if settings.latency_table
+        else None
+    )
     known = {"macs", "params"} | ({"latency"} if table else set())  # one that will be made is not known yet
     constraint = gated.constraint({n: share for n, share in settings.budget.asked().items() if n in known}, table)
     if constraint.models:
@@ -319,7 +323,8 @@ def _run_stage(run: Run, stage: Any) -> None:
             f"stage {stage.name} failed: {type(error).__name__}: {error}",
             "see where with --debug; the same command goes on from here",
         ) from error
-    run.workspace.stamp(*state)
+    if stage.settled(run):
+        run.workspace.stamp(*state)
     for name in stage.scratch:
         run.path(name).unlink(missing_ok=True)
 

@@ -6,6 +6,8 @@ Heavy imports happen inside the stage that needs them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,6 +140,7 @@ class Stage:
         key: the settings that concern it; when they change, it runs again.
         reads, writes: files of the run's folder.
         scratch: files that are removed when it is finished.
+        settled: whether what it wrote may be kept the next time; else it runs again.
     """
 
     name: str
@@ -146,6 +149,7 @@ class Stage:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
+    settled: Callable[[Run], bool] = lambda run: True
 
     def inputs(self, run: Run) -> list[Path]:
         """The files it reads, the user's own weights among them.
@@ -159,7 +163,7 @@ class Stage:
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
         if self.name == "full" and run.settings.full_weights is not None:
             paths.append(run.settings.full_weights)
-        if self.name == "gates" and run.settings.latency_table is not None:
+        if self.name == "gates" and run.settings.budget.latency is not None and run.settings.latency_table is not None:
             paths.append(run.settings.latency_table)
         return paths
 
@@ -227,18 +231,18 @@ def _gates(run: Run) -> None:
 def _latency_table(run: Run) -> LatencyTable:
     """The table of a latency budget, which then lies in the run's folder: the one given, or else made here.
 
-    One that was made here before, for the same target and batch on a machine of this kind, is used again: a killed run
-    shall go on under the budget that it began with.
+    One that was made here before, of the same network and settings and on the same machine, is used again: a killed
+    run shall go on under the budget that it began with.
     """
     import torch
 
     from polar_deploy import export, latency
     from polar_deploy.engines import table
 
-    settings, path = run.settings, run.path(LATENCY_TABLE)
+    settings, path, key = run.settings, run.path(LATENCY_TABLE), _table_key(run)
     if settings.latency_table is not None:
         write_json(path, read_json(settings.latency_table))
-    elif not table.is_of_here(path, run.target, settings.verdict.batch):
+    elif not path.is_file() or latency.key(path) != key:
         run.progress.note(f"measuring the latency table on {run.target.name}")
         network = run.gated(run.network())  # untrained: latency does not depend on weights
         network.freeze(torch.ones(network.masks))
@@ -248,8 +252,19 @@ def _latency_table(run: Run) -> LatencyTable:
             measured = table.measure(
                 gated, run.target, batch=settings.verdict.batch, options=settings.build, tell=run.progress.note
             )
-        write_json(path, measured)
-    return latency.read(path, run.target.name)
+        write_json(path, {**measured, "key": key})
+    return latency.read(path, run.target.name, settings.verdict.batch)
+
+
+def _table_key(run: Run) -> str:
+    """All that a table which is measured here depends on, hashed."""
+    from polar_deploy import __version__
+    from polar_deploy.engines import machine
+
+    settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build", "gates"})
+    here = {"machine": machine.describe(), "target": targets.identity(run.target), "polar_deploy": __version__}
+    key = [settings, run.settings.verdict.batch, here]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _export(run: Run) -> None:
@@ -370,22 +385,31 @@ def _gates_key(run: Run) -> object:
     settings = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
     del settings["training"]["full_epochs"]
     if run.settings.budget.latency is not None:
-        settings |= {"target": run.target.name, "batch": run.settings.verdict.batch}
+        build = run.settings.build.model_dump(mode="json")
+        settings |= {"target": run.target.name, "batch": run.settings.verdict.batch, "build": build}
     return _basis(run) | settings
 
 
 def _build_key(run: Run) -> object:
-    key = run.settings.model_dump(mode="json", include={"target", "build"})
+    key = run.settings.model_dump(mode="json", include={"target", "build"}) | {"here": targets.identity(run.target)}
     if run.target.precision != "int8":
         return key
     return key | _basis(run) | {"final": run.settings.training.final}
 
 
 def _parity_key(run: Run) -> object:
-    settings = run.settings.model_dump(mode="json", include={"verdict", "normalize"})
-    batches = run.settings.build.batches
-    # Where the engines could not run, they may on another machine.
-    return settings | {"data": run.dataset.fingerprint(), "batches": batches, "lacks": targets.lacks_to_run(run.target)}
+    from polar_deploy.engines import machine
+
+    settings = run.settings.model_dump(mode="json", include={"target", "build", "verdict", "normalize"})
+    # What was measured on one machine, or could not run on it, says nothing about another.
+    here = {"machine": machine.describe(), **targets.identity(run.target), "lacks": targets.lacks_to_run(run.target)}
+    return settings | {"data": run.dataset.fingerprint(), "here": here}
+
+
+def _decided(run: Run) -> bool:
+    """Whether the engines ran and the verdict is a clear one: a noisy machine may be quieter the next time."""
+    parity = read_json(run.path("parity.json"))
+    return parity["not_run"] is not None or parity["verdict"]["overall"]["result"] != "undecided"
 
 
 _GRAPHS = ("full", "compressed", "gated")
@@ -437,6 +461,7 @@ STAGES = (
         _parity_key,
         reads=(*_ENGINES, *(f"{name}/model.onnx" for name in _GRAPHS), "gated/reference.npz"),
         writes=("parity.json",),
+        settled=_decided,
     ),
     Stage(
         "report",

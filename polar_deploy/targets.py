@@ -67,9 +67,13 @@ class _Need:
     distributions: tuple[str, ...]
     oldest: str
 
+    def installed(self) -> str | None:
+        """The version that is installed, or None."""
+        return next((version for name in self.distributions if (version := _version(name))), None)
+
     def missing(self) -> str | None:
         """Say what is missing, or None."""
-        found = next((version for name in self.distributions if (version := _version(name))), None)
+        found = self.installed()
         if found is None or not _found(self.module):
             return f"{self.distributions[0]} >= {self.oldest} is not installed"
         if _numbers(found) < _numbers(self.oldest):
@@ -147,8 +151,22 @@ def lacks_to_run(target: Target) -> list[str]:
     """What is missing here to run an engine of `target`, a clause each; [] if nothing is."""
     lacking = [lack for need in _TO_RUN[target.backend] if (lack := need.missing())]
     if lack := _gpu_missing(target):
-        lacking.insert(0, lack)
+        return [lack, *lacking]
+    if _CUDA in _TO_RUN[target.backend] and not lacking and (lack := _driver_too_old()):
+        lacking.append(lack)
     return lacking
+
+
+def identity(target: Target) -> dict[str, str | None]:
+    """What an engine depends on here: GPU, driver, and the versions of the packages that build and run it."""
+    found = {need.module: need.installed() for need in (*_TO_BUILD[target.backend], *_TO_RUN[target.backend])}
+    if target.backend != "ort":
+        try:
+            device = gpu.first()
+            found |= {"gpu": f"{device.name} {device.capability}", "driver": gpu.cuda_version()}
+        except gpu.NoGpuError:
+            found |= {"gpu": None, "driver": None}
+    return found
 
 
 def _way_out(target: Target) -> str:
@@ -168,6 +186,15 @@ def _gpu_missing(target: Target) -> str | None:
         return _too_old(gpu.first(), target)
     except gpu.NoGpuError as error:
         return str(error)
+
+
+def _driver_too_old() -> str | None:
+    """Why the installed cuda-bindings are none for this driver: CUDA 13's ask for a driver of CUDA 13."""
+    bindings, driver = _CUDA.installed() or "", gpu.cuda_version()
+    if _numbers(bindings)[:1] <= _numbers(driver)[:1]:
+        return None
+    major = _numbers(driver)[0]
+    return f"cuda-bindings is {bindings}, the driver knows CUDA {driver} (pip install 'cuda-bindings<{major + 1}')"
 
 
 def _too_old(device: gpu.Gpu, target: Target) -> str | None:

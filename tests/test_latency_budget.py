@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from polar_deploy import latency
-from polar_deploy.engines import machine, table
+from polar_deploy.engines import table
 from polar_deploy.workspace import read_json, write_json
 from tests.conftest import MINIATURE, Miniature, polar
 
@@ -23,8 +23,7 @@ def _document(target: str = "ort-fp32") -> dict[str, Any]:
         inner = {"name": f"{name}.relu1", "kind": "channel", "width": 16, "widths": [4, 8, 16], "ms": [9.25, 9.5, 10.0]}
         block = {"name": f"{name}.add", "kind": "block", "width": width, "widths": [0, 1], "ms": [8.0, 10.0]}
         sites += [inner | {"within": [f"{name}.add"]}, block | {"within": []}]
-    about = {"machine": machine.describe(), "versions": {"polar_deploy": table.__version__}}
-    return about | {"schema": 1, "target": target, "batch": 1, "full_ms": 10.0, "sites": sites, "overlaps": []}
+    return {"schema": 1, "target": target, "batch": 1, "full_ms": 10.0, "sites": sites, "overlaps": []}
 
 
 def _given(folder: Path, document: object) -> tuple[str, str]:
@@ -67,14 +66,17 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     command = (*TINY, "--budget", "latency=0.8", "--out", str(run))
     assert polar(*command).code == 0
     assert asked == [(True, "ort-fp32", 1)]
-    assert read_json(run / "latency-table.json") == _document()
+    made = read_json(run / "latency-table.json")
+    assert {name: value for name, value in made.items() if name != "key"} == _document()
     assert polar(*command).up_to_date == ["full", "gates"]
     (run / "stamps" / "gates.json").unlink()  # as if it had been killed
     assert "gates" in polar(*command).ran
     assert len(asked) == 1
-    (run / "latency-table.json").unlink()
+    (run / "latency-table.json").write_text("damaged")
     assert "gates" in polar(*command).ran
     assert len(asked) == 2
+    assert "gates" in polar(*command, "--set", "build.tf32=true").ran  # engines of another kind
+    assert len(asked) == 3
 
 
 def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_gates_learn(
@@ -93,6 +95,7 @@ def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_ga
         (_document(), "latency=0.3", 2, "budget latency=0.3 cannot be reached"),
         (_document("trt-fp16"), "latency=0.8", 4, "was measured on trt-fp16, the target is ort-fp32"),
         (_document() | {"sites": _document()["sites"][2:]}, "latency=0.8", 4, "'block1.relu1' is a channel site"),
+        (_document() | {"batch": 64}, "latency=0.8", 4, "was measured at batch 64, the verdict is at batch 1"),
         ({}, "latency=0.8", 4, "is no latency table"),
     ],
 )

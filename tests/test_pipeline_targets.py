@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from polar_deploy import targets
+from polar_deploy.engines import timing
 from polar_deploy.workspace import read_json
 from tests.conftest import MINIATURE, Miniature, Outcome, polar
 from tests.schemas import valid
@@ -109,6 +110,31 @@ def test_int8_on_the_cpu_runs_and_is_judged(miniature: Miniature, tmp_path: Path
         valid(Path(name).stem, read_json(folder / name))
 
 
-def test_auto_takes_what_runs_here(miniature: Miniature, tmp_path: Path) -> None:
-    outcome = polar(*MINIATURE, "--target", "auto", "--dry-run", "--json")
+def test_on_another_machine_engines_are_built_and_measured_again(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = miniature.copy(tmp_path / "run")
+    assert polar(*MINIATURE, "--out", folder, "--from", "build").ran == []
+    monkeypatch.setattr(targets, "identity", lambda target: {"onnxruntime": "99.0"})
+    assert polar(*MINIATURE, "--out", folder, "--from", "build").ran[:2] == ["build", "parity"]
+
+
+def test_an_undecided_verdict_is_measured_again(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = miniature.copy(tmp_path / "run")
+    options = ("--out", folder, "--max-drop", "50", "--min-speedup", "0.01", "--from", "parity")
+    with monkeypatch.context() as noisy:
+        noisy.setattr(timing.Timing, "decided", False)
+        for _ in range(2):
+            outcome = polar(*MINIATURE, *options)
+            assert (outcome.code, outcome.ran[:1]) == (5, ["parity"])
+    monkeypatch.setattr(timing.Timing, "decided", True)  # a quiet machine decides, and that is kept
+    assert polar(*MINIATURE, *options).code == 0
+    assert polar(*MINIATURE, *options).ran == []
+
+
+@pytest.mark.parametrize("options", [("--target", "auto"), ("--set", "target=auto")])
+def test_auto_takes_what_runs_here(options: tuple[str, ...]) -> None:
+    outcome = polar(*MINIATURE, *options, "--dry-run", "--json")
     assert json.loads(outcome.out)["target"]["name"] == targets.choose().name

@@ -134,7 +134,12 @@ def test_auto_is_the_fastest_that_runs(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "cuda", raising=False)
     monkeypatch.setattr(gpu, "first", lambda: Gpu("H200", (9, 0)))
+    monkeypatch.setattr(gpu, "cuda_version", lambda: "13.0")
     assert choose().name == best
+    if best == "trt-fp16":
+        monkeypatch.setattr(gpu, "cuda_version", lambda: "12.8")
+        old = "cuda-bindings is 13.0.0, the driver knows CUDA 12.8 (pip install 'cuda-bindings<13')"
+        assert lacks_to_run(parse("trt-fp16")) == [old]
 
 
 def test_everything_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

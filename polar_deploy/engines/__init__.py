@@ -92,6 +92,9 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
             "`python -m polar_deploy.engines doctor` says what can",
         )
     entry = _entry(folder / "build.json", name, target)
+    for file in (f"{name}.onnx", *([f"{name}.plan"] if target.has_plans else [])):
+        if file not in entry["files"]:
+            raise ContentError(f"{folder / 'build.json'} does not list {file}", "let the build stage run again")
     for file, listed in entry["files"].items():
         if (found := sha256(folder / file)) != listed["sha256"]:
             raise ContentError(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from polar_deploy.errors import PolarDeployError
+from polar_deploy.errors import MachineError, PolarDeployError
 
 _COMMANDS = {
     "doctor": "what this machine can build and run, and what to install for the rest",
@@ -30,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PolarDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"error: out of memory: {error}\n  what to do: use a smaller batch or network", file=sys.stderr)
+        return MachineError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return code
 
 

@@ -116,8 +116,8 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     import onnxruntime
 
     layers_path, provider = folder / f"{name}.layers.json", _PROVIDERS[target.backend]
-    layers = read_layers(onnx_path, provider)
-    found = require_precision(layers, target.precision, onnx_path)
+    layers = read_layers(onnx_path, provider, tf32=options.tf32)
+    found = require_precision(layers, target.precision, onnx_path, provider)
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
     return {
         "provider": provider,
@@ -135,7 +135,7 @@ def load(folder: Path, name: str, target: Target, entry: dict[str, Any]) -> OrtE
     return OrtEngine(folder / f"{name}.onnx", _PROVIDERS[target.backend], tf32=bool(entry.get("tf32")))
 
 
-def read_layers(path: Path, provider: str = CPU) -> list[dict[str, Any]]:
+def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[dict[str, Any]]:
     """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order.
 
     Each is {"name", "op", "provider", "inputs", "type"}: `inputs` the element types read, `type` the one written.
@@ -144,7 +144,7 @@ def read_layers(path: Path, provider: str = CPU) -> list[dict[str, Any]]:
         options = _options(THREADS)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, options, provider)
+        session = _session(path, options, provider, tf32=tf32)
         name, shape, kind = _image_input(session, path)
         with _translated(path):
             session.run(None, {name: np.zeros((1, *shape), kind)})
@@ -152,22 +152,30 @@ def read_layers(path: Path, provider: str = CPU) -> list[dict[str, Any]]:
     return [_layer(event) for event in events if event["cat"] == "Node"]
 
 
-def require_precision(layers: list[dict[str, Any]], precision: str, path: Path) -> dict[str, int]:
-    """Count layers by the type they write; ContentError unless the layers with weights run as the target says.
+def require_precision(layers: list[dict[str, Any]], precision: str, path: Path, provider: str = CPU) -> dict[str, int]:
+    """Count layers by the type they write; ContentError unless the layers with weights run as and where they should.
 
-    In a float precision all of them have to. For INT8 one is enough: which ones stay wider is measured, and reported.
+    In a float precision all of them have to. For INT8 half: which ones stay wider is measured, and reported.
     """
     computing = [layer for layer in layers if re.search("Conv|Gemm|MatMul", layer["op"])]
-    odd = [layer for layer in computing if precision not in layer["inputs"]]
-    if not layers or len(odd) == max(1, len(computing)):
+    odd = [layer for layer in computing if not _runs_in(precision, layer)]
+    if len(odd) == len(computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
-    if odd and precision != "int8":
-        layer = odd[0]
+    odd = [] if precision == "int8" and 2 * len(odd) <= len(computing) else odd
+    elsewhere = [layer for layer in computing if layer["provider"] != provider]
+    for layer in (*odd, *elsewhere):
         raise ContentError(
-            f"{path}: layer {layer['name']!r} ({layer['op']}) runs in {layer['type']}, the target is {precision}",
+            f"{path}: layer {layer['name']!r} ({layer['op']}) runs in {layer['type']} on {layer['provider']}, the "
+            f"target is {precision} on {provider}",
             "export the network in FP32, or choose another target",
         )
     return dict(Counter(layer["type"] for layer in layers).most_common())
+
+
+def _runs_in(precision: str, layer: dict[str, Any]) -> bool:
+    """Whether a layer computes in a precision. Kernels of INT8 read scales in FP32, and may write FP32."""
+    read = {*layer["inputs"], layer["type"]} & {*_PRECISIONS.values()}
+    return precision in read if precision == "int8" else read == {precision}
 
 
 def _layer(event: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +222,7 @@ def _session(
             f"ONNX Runtime does not start its {provider} here: it has {', '.join(session.get_providers())}",
             "install the onnxruntime-gpu that fits this CUDA and cuDNN; its own messages say what it lacks",
         )
+    session.disable_fallback()  # else what fails on the GPU later runs on the CPU, without a word
     return session
 
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy import __version__, targets
+from polar_deploy import targets
 from polar_deploy.engines import Array, build, load, machine, network, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.latency import SCHEMA
-from polar_deploy.workspace import read_json, write_json
+from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
     import onnx
@@ -135,16 +135,6 @@ def measure(
                 for pair, (opened, saved) in overlaps.items()
             ],
         }
-
-
-def is_of_here(path: Path, target: targets.Target, batch: int) -> bool:
-    """Whether `path` is a latency table for this target and batch, made on a machine like this with this version."""
-    try:
-        found = read_json(path)
-        made = [found[key] for key in ("schema", "target", "batch", "machine")], found["versions"]["polar_deploy"]
-    except (UsageError, ContentError, KeyError, TypeError):
-        return False
-    return made == ([SCHEMA, target.name, batch, machine.describe()], __version__)
 
 
 def _entry(site: Site, curve: Mapping[int, float], bench: Bench) -> dict[str, Any]:
@@ -343,7 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--batch is {arguments.batch}, but an inference takes at least one image", "use 1 or more")
     table = measure(
         arguments.gated,
-        targets.parse(arguments.target),
+        targets.choose() if arguments.target == "auto" else targets.parse(arguments.target),
         batch=arguments.batch,
         tell=lambda message: print(message, file=sys.stderr),
     )

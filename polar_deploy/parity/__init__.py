@@ -116,7 +116,7 @@ def compare(
     rows = np.arange(max({*batches, verdict.batch})) % len(test)
     timings = [timing.compare(full, compressed, test.images(rows[:size])) for size in sorted({*batches, verdict.batch})]
     tally = found["accuracy"].tally
-    precision = found["compressed"].tally if graphs else None
+    precision = {name: found[name].tally for name in ("full", "compressed")} if graphs else None
     return {
         **_head(None, found, graphs),
         "latency": [_latency(full, compressed, test.images(rows[: each.batch]), each) for each in timings],

@@ -90,17 +90,23 @@ class Gap:
 
     difference: float = 0.0
     scale: float = 0.0
+    nonfinite: int = 0  # samples left out
+    compared: int = 0
 
     def add(self, reference: Array, other: Array) -> None:
-        """Take in two arrays [B,classes]. Samples that are not finite in both are left out: `Tally` counts them."""
+        """Take in two arrays [B,classes]. Samples that are not finite in both are counted, and left out."""
         finite = np.isfinite(reference).all(axis=1) & np.isfinite(other).all(axis=1)
+        self.compared += int(finite.sum())
+        self.nonfinite += int((~finite).sum())
         reference, other = reference[finite].astype(np.float64), other[finite].astype(np.float64)
         self.difference = max(self.difference, float(np.abs(reference - other).max(initial=0.0)))
         self.scale = max(self.scale, float(np.abs(reference).max(initial=0.0)))
 
     @property
     def relative(self) -> float | None:
-        """Difference as a share of the scale; None where the scale is 0 and the difference is not."""
+        """Difference as a share of the scale; None where nothing is finite, or the scale alone is 0."""
+        if self.nonfinite and not self.compared:
+            return None
         if self.difference == 0:
             return 0.0
         return self.difference / self.scale if self.scale else None
@@ -125,6 +131,7 @@ class Comparison:
             **{key: counted[key] for key in ("samples", "drop", "interval", "agreement")},
             "relative_difference": self.gap.relative,
             "scale": self.gap.scale,
+            "nonfinite": self.gap.nonfinite,
         }
 
 

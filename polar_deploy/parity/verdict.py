@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,10 @@ def exit_code(parity: dict[str, Any]) -> int:
 
 
 def judge(
-    tally: Tally, timings: Sequence[timing.Timing], verdict: Verdict, precision: Tally | None = None
+    tally: Tally,
+    timings: Sequence[timing.Timing],
+    verdict: Verdict,
+    precision: Mapping[str, Tally] | None = None,
 ) -> dict[str, Any]:
     """The verdict: accuracy, latency and both together, each pass, fail or undecided with its reason.
 
@@ -38,7 +41,7 @@ def judge(
         tally: the compressed engine against the full engine.
         timings: one a batch size, the verdict's among them.
         verdict: what is asked.
-        precision: the compressed engine against its own FP32 graph.
+        precision: each engine, "full" and "compressed", against its own FP32 graph.
     """
     at_batch = next(result for result in timings if result.batch == verdict.batch)
     return _document(judge_accuracy(tally, verdict, precision), judge_latency(at_batch, verdict), verdict)
@@ -57,10 +60,11 @@ def judge_not_run(lack: str, pruning: Tally, verdict: Verdict) -> dict[str, Any]
     return _document(accuracy, Judgement("undecided", built), verdict)
 
 
-def judge_accuracy(tally: Tally, verdict: Verdict, precision: Tally | None = None) -> Judgement:
+def judge_accuracy(tally: Tally, verdict: Verdict, precision: Mapping[str, Tally] | None = None) -> Judgement:
     """Pass if at most `max_drop` points are lost to pruning, and to the precision, and no logit is NaN or Inf.
 
-    Two engines that the precision ruins alike would agree with each other, so each loss is held against the bound.
+    Two engines that the precision ruins alike would agree with each other, and a ruined full engine is easily matched:
+    so what the precision costs each of them is held against the bound, too.
     """
     broken = {"full": tally.full_nonfinite, "compressed": tally.compressed_nonfinite}
     for name, count in broken.items():
@@ -69,9 +73,10 @@ def judge_accuracy(tally: Tally, verdict: Verdict, precision: Tally | None = Non
     change = _change(tally.drop)
     if tally.drop > verdict.max_drop:
         return Judgement("fail", f"{change}, only {verdict.max_drop:g} is allowed")
-    if precision is not None and precision.drop > verdict.max_drop:
-        cost = f"its precision costs the compressed engine {precision.drop:.2f} points against its own FP32 graph"
-        return Judgement("fail", f"{cost}, only {verdict.max_drop:g} is allowed")
+    for name, loss in (precision or {}).items():
+        if loss.drop > verdict.max_drop:
+            cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
+            return Judgement("fail", f"{cost}, only {verdict.max_drop:g} is allowed")
     return Judgement("pass", f"{change}, a drop of {verdict.max_drop:g} is allowed")
 
 

@@ -60,4 +60,5 @@ def write(
     types = graph.checked(model, source, target.precision)
     with atomic_path(destination) as path:
         onnx.save(model, path)
-    return {"edges": options.edges, "types": types, "kept": kept, "calibration": described}
+    edges = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"
+    return {"edges": edges, "types": types, "kept": kept, "calibration": described}

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.inliner
 import onnx.version_converter
 from onnx import TensorProto, helper, inliner, numpy_helper
 

@@ -14,7 +14,7 @@ from polar_deploy.workspace import read_json
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
 
-_PLACES = {"data_dir", "full_weights"}  # settings that say where something lies, not what it is
+_PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
 
 
 class _File:
@@ -56,6 +56,8 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "target": engines.get("target"),
         "seed": settings.seed,
         "full": "given" if settings.full_weights else "trained",
+        "export": parity.get("export"),
+        "surgery": parity.get("surgery"),
         "budget": {"asked": gates.get("budget"), "achieved": gates.get("achieved")},
         "verified": surgery.get("verified"),
         "not_run": parity.get("not_run"),

@@ -56,14 +56,33 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         plain, pruned = (f"{-each['loss']['drop']:+.2f}" for each in (full, compressed))
         agree = f"points; {compressed['loss']['agreement']:.2f} % agree"
         rows.append((f"{asked} for fp32", plain, pruned, agree))
+    rows.extend(_graphs(report))
     if full["kept"] or compressed["kept"]:
         rows.append(("layers kept wider", str(len(full["kept"])), str(len(compressed["kept"])), "see build.json"))
     return rows
 
 
+def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What pruning costs in FP32, and what export and surgery changed: the losses that no engine makes."""
+    rows = []
+    if report["accuracy"] and report["graphs"]:
+        graphs = report["graphs"]
+        change = f"{-graphs['drop']:+.2f} points"
+        rows.append(("as FP32 graphs", f"{graphs['full']:.2f} %", f"{graphs['compressed']:.2f} %", change))
+    if report["export"]:
+        full, gated = (_relative(report["export"][name]) for name in ("full", "gated"))
+        surgery = f"surgery {_relative(report['surgery']['relative_difference'])}" if report["surgery"] else ""
+        rows.append(("export, largest", full, gated, surgery))
+    return rows
+
+
+def _relative(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
 def _layers(layers: dict[str, dict[str, int | None]]) -> list[tuple[str, str, str, str]]:
     """What the engines run, and what of that only moves values about."""
-    notes = {"layers": "launches, on a GPU", "reformats": "change a format only", "padded_channels": "fill up formats"}
+    notes = {"layers": "", "reformats": "change a format only", "padded_channels": "fill up formats"}
     rows = []
     for key, note in notes.items():
         full, compressed = layers["full"][key], layers["compressed"][key]

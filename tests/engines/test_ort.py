@@ -201,17 +201,46 @@ def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
 
 
 def layer(name: str, op: str, kind: str) -> dict[str, object]:
-    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind}
+    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind, "provider": ort.CPU}
 
 
 def test_layers_of_another_precision_are_an_error() -> None:
     layers = [layer("conv", "Conv", "fp32"), layer("fc", "Gemm", "fp16")]
-    with pytest.raises(ContentError, match=r"layer 'fc' \(Gemm\) runs in fp16, the target is fp32"):
+    with pytest.raises(ContentError, match=r"layer 'fc' \(Gemm\) runs in fp16 .*, the target is fp32"):
         ort.require_precision(layers, "fp32", Path("a.onnx"))
     for lacking in ([], [layer("conv", "FusedConv", "fp32")]):
         for precision in ("fp16", "int8"):
             with pytest.raises(ContentError, match=f"no layer of the engine runs in {precision}"):
                 ort.require_precision(lacking, precision, Path("a.onnx"))
+
+
+def test_narrower_layers_are_an_error_in_fp32_too() -> None:
+    quantised = {**layer("conv", "QLinearConv", "int8"), "inputs": ["int8", "fp32", "int8"]}  # it reads FP32 scales
+    with pytest.raises(ContentError, match=r"layer 'conv' .* runs in int8"):
+        ort.require_precision([quantised, layer("fc", "Gemm", "fp32")], "fp32", Path("a.onnx"))
+
+
+def test_layers_without_weights_prove_nothing() -> None:
+    with pytest.raises(ContentError, match="no layer of the engine runs in fp16"):
+        ort.require_precision([layer("relu", "Relu", "fp16")], "fp16", Path("a.onnx"))
+
+
+def test_layers_on_another_device_are_an_error() -> None:
+    with pytest.raises(ContentError, match=r"'conv' \(Conv\) runs in fp16 on CPUExecutionProvider, .* on CUDAExec"):
+        ort.require_precision([layer("conv", "Conv", "fp16")], "fp16", Path("a.onnx"), ort.CUDA)
+
+
+def test_int8_has_to_be_half_of_the_layers() -> None:
+    layers = [layer("a", "QLinearConv", "int8"), layer("b", "Conv", "fp32"), layer("c", "Conv", "fp32")]
+    with pytest.raises(ContentError, match=r"layer 'b' .* runs in fp32"):
+        ort.require_precision(layers, "int8", Path("a.onnx"))
+
+
+def test_file_that_is_not_listed_is_refused(built: dict, tmp_path: Path) -> None:
+    del built["engines"]["full"]["files"]["full.onnx"]
+    write_json(tmp_path / "engines/build.json", built)
+    with pytest.raises(ContentError, match=r"build\.json does not list full\.onnx"):
+        engines.load(tmp_path / "engines", "full", TARGET)
 
 
 def test_int8_may_leave_layers_wider() -> None:

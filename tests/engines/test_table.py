@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,20 +12,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from jsonschema import Draft202012Validator
 from onnx import helper, numpy_helper
 
-import polar_deploy
-from polar_deploy import engines, latency, targets
+from polar_deploy import latency, targets
 from polar_deploy.engines import __main__ as command
 from polar_deploy.engines import table, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.surgery import cost
 from polar_deploy.workspace import read_json, write_json
 from tests.engines.networks import classifier, model, saved
+from tests.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
-SCHEMA = json.loads((Path(polar_deploy.__file__).parent / "schemas/latency-table.schema.json").read_text("utf-8"))
 PIXELS, CLASSES = 64, 4  # all layers see 8 x 8
 Opened = dict[str, int]
 
@@ -160,7 +157,7 @@ def test_prediction_is_exact_where_cost_is_a_product_of_widths(
     tmp_path: Path, network: Callable[[], onnx.ModelProto], macs: Callable[[Opened], int], expected: int
 ) -> None:
     document = table.measure(saved(network(), tmp_path / "gated.onnx"), TARGET)
-    Draft202012Validator(SCHEMA).validate(document)
+    valid("latency-table", document)
     assert document["engines"] == expected
     write_json(tmp_path / "table.json", document)
     read, random = latency.read(tmp_path / "table.json", "ort-fp32"), np.random.default_rng(0)
@@ -213,7 +210,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     gated, out = saved(projection(), tmp_path / "gated.onnx"), tmp_path / "new" / "table.json"
     assert command.main(["table", str(gated), "--target", "ort-fp32", "--out", str(out)]) == 0
     document = read_json(out)
-    Draft202012Validator(SCHEMA).validate(document)
+    valid("latency-table", document)
     assert document["versions"].keys() >= {"onnxruntime", "polar_deploy"}
     said = capsys.readouterr()
     assert "3 sites, 6 engines" in said.out
@@ -221,22 +218,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     text = out.read_text(encoding="utf-8")
     assert platform.node() not in text
     assert str(tmp_path) not in text
-
-
-def test_a_table_of_here_is_known(tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
-    own = {"schema": 1, "target": "ort-fp32", "batch": 1, "machine": engines.machine.describe()}
-    own["versions"] = {"polar_deploy": polar_deploy.__version__}
-    assert not table.is_of_here(path, TARGET, 1)
-    write_json(path, own)
-    assert table.is_of_here(path, TARGET, 1)
-    assert not table.is_of_here(path, TARGET, 8)
-    assert not table.is_of_here(path, targets.parse("ort-int8"), 1)
-    for change in ({"machine": {"cpu": "another"}}, {"versions": {}}, {"versions": None}, {"schema": 0}):
-        write_json(path, own | change)
-        assert not table.is_of_here(path, TARGET, 1)
-    path.write_text("no JSON")
-    assert not table.is_of_here(path, TARGET, 1)
 
 
 def _without_constant(network: onnx.ModelProto) -> onnx.ModelProto:

@@ -36,6 +36,10 @@ def test_gap_is_measured_by_the_largest_logit() -> None:
     gap.add(np.array([[2.0, np.nan], [0.0, 1.0]], np.float32), np.array([[9.0, 9.0], [0.0, 1.25]], np.float32))
     assert gap.relative == 0.5 / 4.0
     assert parity.Gap().relative == 0.0
+    assert gap.nonfinite == 1
+    dead = parity.Gap()
+    dead.add(np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32))
+    assert (dead.relative, dead.nonfinite) == (None, 2)
     assert parity.Gap(difference=1.0, scale=0.0).relative is None
 
 

@@ -83,11 +83,16 @@ def test_latency_itself_may_be_bounded(bound: float, answer: str) -> None:
 
 
 def test_precision_is_held_against_the_bound_of_its_own() -> None:
-    ruined = parity.judge_accuracy(tally(0), VERDICT, precision=tally(3))
+    ruined = parity.judge_accuracy(tally(0), VERDICT, precision={"compressed": tally(3)})
     assert ruined.result == "fail"
     assert "precision costs the compressed engine 3.00 points against its own FP32 graph" in ruined.reason
-    assert parity.judge_accuracy(GOOD, VERDICT, precision=tally(1)).result == "pass"
-    assert parity.judge_accuracy(BAD, VERDICT, precision=tally(-5)).result == "fail"  # none makes up for the other
+    weak = parity.judge_accuracy(tally(-3), VERDICT, precision={"full": tally(20), "compressed": tally(0)})
+    assert weak.result == "fail"  # the full engine is ruined: no art to match it
+    assert "costs the full engine 20.00 points" in weak.reason
+    assert parity.judge_accuracy(GOOD, VERDICT, precision={"full": tally(1), "compressed": tally(1)}).result == "pass"
+    assert (
+        parity.judge_accuracy(BAD, VERDICT, precision={"compressed": tally(-5)}).result == "fail"
+    )  # none makes up for the other
 
 
 def test_throttling_is_said() -> None:

@@ -76,8 +76,8 @@ def counts(layers: Sequence[Layer]) -> dict[str, Any]:
 def require(layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool = False) -> dict[str, int]:
     """Count layers by precision; ContentError unless the layers with weights are of the target's.
 
-    Layers of wider integers compute shapes and are left out. For INT8 one layer is enough: those that lose too much
-    stay wider on purpose. An FP32 engine has nothing narrower at all.
+    Layers of wider integers compute shapes and are left out. For INT8 half of them have to be: those that lose
+    too much stay wider on purpose. An FP32 engine has nothing narrower at all.
 
     Args:
         layers: of `of_network` or `of_inspector`.
@@ -94,7 +94,7 @@ def require(layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool =
             f"{path}: no layer of the engine computes in {precision}: {_listed(computing) or 'none has weights'}",
             "the types are in the graph: see whether the file is the typed one, and report this network",
         )
-    if odd and precision != "int8":
+    if odd and (precision != "int8" or 2 * len(odd) > len(computing)):
         what = f"layer {odd[0]['name']!r} ({odd[0]['op']}) computes in {odd[0]['type']}"
         raise ContentError(
             f"{path}: {what}, the target is {precision}", "report this network and the version of TensorRT"
