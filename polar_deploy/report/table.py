@@ -52,10 +52,10 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = [(label, f"{accuracy['full']:.2f} %", f"{accuracy['compressed']:.2f} %", change)]
     full, compressed = (report["precision"][name] for name in ("full", "compressed"))
     asked = full["asked"]
-    if asked != "fp32" and full["loss"] and compressed["loss"]:
-        plain, pruned = (f"{-each['loss']['drop']:+.2f}" for each in (full, compressed))
+    if full["loss"] and compressed["loss"]:
+        plain, pruned = (f"{0 - each['loss']['drop']:+.2f}" for each in (full, compressed))
         agree = f"points; {compressed['loss']['agreement']:.2f} % agree"
-        rows.append((f"{asked} for fp32", plain, pruned, agree))
+        rows.append(("engine for graph" if asked == "fp32" else f"{asked} for fp32", plain, pruned, agree))
     rows.extend(_graphs(report))
     if full["kept"] or compressed["kept"]:
         rows.append(("layers kept wider", str(len(full["kept"])), str(len(compressed["kept"])), "see build.json"))
@@ -65,7 +65,7 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """What pruning costs in FP32, and what export and surgery changed: the losses that no engine makes."""
     rows = []
-    if report["accuracy"] and report["graphs"]:
+    if report["accuracy"] and report["graphs"] and report["precision"]["full"]["asked"] != "fp32":
         graphs = report["graphs"]
         change = f"{-graphs['drop']:+.2f} points"
         rows.append(("as FP32 graphs", f"{graphs['full']:.2f} %", f"{graphs['compressed']:.2f} %", change))
