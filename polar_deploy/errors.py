@@ -27,6 +27,11 @@ class PolarDeployError(Exception):
         return f"{self.what}\n  what to do: {self.todo}"
 
 
+def one_line(text: object) -> str:
+    """A library's error or its text without line breaks, to be quoted in a message of ours."""
+    return " ".join(str(text).split())
+
+
 class UsageError(PolarDeployError):
     """The command line, a recipe, a missing path, or a budget that no network can reach."""
 

@@ -6,8 +6,6 @@ Heavy imports happen inside the stage that needs them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +17,7 @@ from polar_deploy import targets
 from polar_deploy.config import Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, read_json, write_json
+from polar_deploy.workspace import Workspace, digest, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -264,7 +262,7 @@ def _table_key(run: Run) -> str:
     settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build", "gates"})
     here = {"machine": machine.describe(), "target": targets.identity(run.target), "polar_deploy": __version__}
     key = [settings, run.settings.verdict.batch, here]
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return digest(key)
 
 
 def _export(run: Run) -> None:

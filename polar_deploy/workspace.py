@@ -92,6 +92,11 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def digest(value: object) -> str:
+    """Hash plain JSON data, whatever the order of its keys; 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _unreadable(path: Path | str, error: OSError) -> UsageError:
     return UsageError(f"cannot read {path}: {error.strerror}", "check the path and its permissions")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, one_line
 
 if TYPE_CHECKING:
     import onnx
@@ -44,18 +44,14 @@ def read(path: Path) -> onnx.ModelProto:
 
 def blame(model: onnx.ModelProto, message: str) -> str:
     """Say which node of the network a backend's error message is about: "node 'x' (operator Conv): "; "" if unknown."""
+    from polar_deploy.precision.graph import described
+
     nodes = list(_nodes(model.graph))
     quoted = [n for n in nodes if n.name and any(f"{a}{n.name}{b}" in message for a, b in ("''", '""', "()"))]
     by_operator = [n for n in nodes if re.search(rf"\b{re.escape(n.op_type)}\(", message)]
     for node in (*quoted, *by_operator):
-        operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
-        return f"node {node.name or node.output[0]!r} (operator {operator}): "
+        return f"{described(node)}: "
     return ""
-
-
-def one_line(error: object) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
-from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.errors import ContentError, MachineError, one_line
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except raised as error:
         model = network.read(path)  # which has a better word for a file that is missing, damaged or no ONNX
-        message = network.one_line(error)
+        message = one_line(error)
         what = f"{path}: {network.blame(model, message)}ONNX Runtime says: {message}"
         if "Failed to allocate memory" in message:
             raise MachineError(what, "free some memory, or use smaller batches or images") from error

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -139,13 +140,18 @@ def _cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
 
 
 def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """The tensor in BF16, which is the upper half of FP32's bits: rounded to nearest, ties to even.
+    """The tensor in BF16."""
+    wide = numpy_helper.to_array(tensor).ravel()  # not a scalar: numpy warns where one wraps around
+    return helper.make_tensor(tensor.name, _BF16, tensor.dims, rounded_bits(wide).tobytes(), raw=True)
+
+
+def rounded_bits(wide: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The bits of an array of FP32 in BF16, which is their upper half: rounded to nearest, ties to even.
 
     Numbers between BF16's largest and FP32's would round to infinity (0.4 % above); they become the largest.
     """
-    wide = numpy_helper.to_array(tensor).ravel()  # not a scalar: numpy warns where one wraps around
-    bits = wide.view(np.uint32)
+    bits = np.ascontiguousarray(wide).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     rounded = np.where(np.isfinite(wide) & (rounded & 0x7F80 == 0x7F80), rounded - 1, rounded)
     rounded = np.where(np.isnan(wide), bits >> 16 | 0x40, rounded)  # the sum may overflow; the bit keeps it a NaN
-    return helper.make_tensor(tensor.name, _BF16, tensor.dims, rounded.astype("<u2").tobytes(), raw=True)
+    return rounded.astype("<u2")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, one_line
 from polar_deploy.precision import graph
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def session(
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no base class in common but this
         raise ContentError(
-            f"{path}: ONNX Runtime, which measures the ranges of INT8, cannot run it: {' '.join(str(error).split())}",
+            f"{path}: ONNX Runtime, which measures the ranges of INT8, cannot run it: {one_line(error)}",
             "export the network with operators that ONNX Runtime has, or choose a float target",
         ) from error
 

@@ -13,7 +13,7 @@ import onnx
 import onnx.version_converter
 from onnx import TensorProto, helper, inliner, numpy_helper
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, one_line
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
 NAMES: dict[int, str] = {
@@ -96,7 +96,7 @@ def checked(model: onnx.ModelProto, path: Path, precision: str) -> dict[str, int
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ContentError(
-            f"{path}: the graph with its new types is not valid: {' '.join(str(error).split())}",
+            f"{path}: the graph with its new types is not valid: {one_line(error)}",
             "use an FP32 target for this network, and report it",
         ) from error
     made, known = makers(model), dict(_tensor_types(model.graph))

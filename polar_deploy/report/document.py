@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
 from polar_deploy.errors import ContentError
-from polar_deploy.workspace import read_json
+from polar_deploy.workspace import digest, read_json
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
@@ -81,7 +79,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
 def _digest(settings: Settings) -> str:
     """SHA-256 of all settings that decide the result."""
     values = settings.model_dump(mode="json", exclude=_PLACES)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return digest(values)
 
 
 def _pair(values: dict[str, int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from polar_deploy import gpu, targets
 from polar_deploy.config import Build
 from polar_deploy.engines.trt import library, proof
-from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.workspace import atomic_path, write_json
 
 _TIMING_CACHE = "timing.cache"
@@ -108,7 +108,7 @@ class _Builder:
                 config = self._config(profile, cache)
                 plan = EngineBytesFromNetwork((self.builder, self.network), config=config, save_timing_cache=cache)()
         except PolygraphyException as error:
-            said = f"{' '.join(str(error).split())}; {library.last_words(self.target.backend)}"
+            said = f"{one_line(error)}; {library.last_words(self.target.backend)}"
             raise _refused(f"{self.onnx}: {self._says} {said}") from error
         finally:
             (self.folder / f"{_TIMING_CACHE}.lock").unlink(missing_ok=True)  # polygraphy's; the run has its own lock
@@ -227,7 +227,7 @@ def _sentence(error: Any) -> str:
     """One of the parser's errors: node, operator, code, and what it says unless that is no more than "false"."""
     node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
     code = str(error.code()).rpartition(".")[2]
-    said = " ".join(error.desc().split()).partition(" [checkMacros")[0]  # then comes that there is no GPU
+    said = one_line(error.desc()).partition(" [checkMacros")[0]  # then comes that there is no GPU
     words = f": {said}" if said != "false" else ""
     return f"node {node} (operator {error.node_operator() or 'unknown'}): {code}{words}"
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from polar_deploy.errors import one_line
+
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 NAMES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}
 _LIBRARIES = {"trt": "libnvinfer.so", "rtx": "libtensorrt_rtx.so"}
@@ -43,7 +45,7 @@ def logger(backend: str) -> Any:
         def log(self, severity: Any, message: str) -> None:
             """Called by the library."""
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
+                self.errors.append(one_line(message))
                 if self.aloud:
                     print(self.errors[-1], file=sys.stderr, flush=True)
 

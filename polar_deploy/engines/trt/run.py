@@ -36,7 +36,9 @@ class Edge:
 
     def write(self, values: Array, memory: npt.NDArray[Any]) -> None:
         """Put float32 values into an array of this type, rounded to nearest."""
-        memory[...] = _bf16_bits(values) if self.kind == "BF16" else values
+        from polar_deploy.precision.bf16 import rounded_bits
+
+        memory[...] = rounded_bits(values) if self.kind == "BF16" else values
 
     def read(self, memory: npt.NDArray[Any]) -> Array:
         """A float32 copy of an array of this type."""
@@ -261,9 +263,3 @@ def _held(owner: ExitStack, thing: Any) -> list[Any]:
     cell = [thing]
     owner.callback(cell.clear)
     return cell
-
-
-def _bf16_bits(values: Array) -> npt.NDArray[np.uint16]:
-    """The upper halves of float32 numbers, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
