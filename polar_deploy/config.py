@@ -16,6 +16,9 @@ Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute c
 Triple = tuple[float, float, float]
 
 
+PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -128,6 +131,14 @@ class Gates(_Frozen):
         return self
 
 
+class Bundle(_Frozen):
+    """What the edge team gets."""
+
+    full: bool = True  # whether the full network goes along, so that the device can measure the speed-up itself
+    golden: Literal["data", "random"] = "data"  # golden inputs; random where the data is confidential
+    licence: str | None = None  # of the networks, such as "Apache-2.0"
+
+
 class Settings(_Frozen):
     """All that decides a run's result. Defaults are those of the command line."""
 
@@ -143,6 +154,7 @@ class Settings(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     build: Build = Build()
     verdict: Verdict = Verdict()
+    bundle: Bundle = Bundle()
     latency_table: Path | None = None  # for a latency budget; None: the pipeline makes it, if the target is here
     training: Training = Training()
     gates: Gates = Gates()

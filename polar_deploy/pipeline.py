@@ -1,7 +1,7 @@
 """The command: `python -m polar_deploy.pipeline --model resnet56 --target trt-fp16`.
 
-Stages in order: full, gates, export, surgery, build, parity, report. One run is one folder; a stage whose settings
-and inputs did not change is skipped, a killed run goes on where it was.
+Stages in order: full, gates, export, surgery, build, parity, bundle, report. One run is one folder; a stage whose
+settings and inputs did not change is skipped, a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from polar_deploy.stages import Run
 
 # The names of `stages.STAGES`, which takes half a second to import: `--help` shall answer at once.
-STAGES = ("full", "gates", "export", "surgery", "build", "parity", "report")
+STAGES = ("full", "gates", "export", "surgery", "build", "parity", "bundle", "report")
 _TRAINING = {"full", "gates", "export"}
 
 # option -> the setting it stands for
@@ -41,6 +41,8 @@ _SETTINGS = {
     "verdict_batch": "verdict.batch",
     "max_latency_ms": "verdict.max_latency_ms",
     "latency_table": "latency_table",
+    "with_full": "bundle.full",
+    "golden": "bundle.golden",
 }
 
 
@@ -89,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-latency-ms", metavar="MS", help="what an inference of the compressed network may take (default: any)")
     add("--batch", metavar="N[,N,N]", help="smallest, usual and largest batch of the engines (default: 1,8,64)")
     add("--latency-table", metavar="FILE", help="for a latency budget; made by `python -m polar_deploy.engines table`")
+    add(
+        "--with-full",
+        action=argparse.BooleanOptionalAction,
+        help="whether the bundle has the full network too, for timing on the device (default: it has)",
+    )
+    add("--golden", choices=("data", "random"), help="the bundle's golden inputs (default: data, of the data set)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="any setting, such as training.lr=0.05")
     add("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/MODEL-DATA-TARGET-BUDGET-sSEED)")
     add("--from", metavar="STAGE", dest="first", choices=STAGES, default=STAGES[0], help=f"one of {', '.join(STAGES)}")
@@ -156,7 +164,7 @@ def _require_packages(names: Sequence[str]) -> None:
     """Ask for what the stages import before anything is written."""
     needs = [("torch", "train"), ("torchvision", "train"), ("safetensors", "train")] if _TRAINING & {*names} else []
     needs += [("onnxscript", "train")] if "export" in names else []
-    needs += [("onnxruntime", "ort")] if {"export", "surgery", "build", "parity"} & {*names} else []
+    needs += [("onnxruntime", "ort")] if {*STAGES[2:-1]} & {*names} else []
     for module, extra in needs:
         if find_spec(module) is None:
             raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
@@ -287,7 +295,7 @@ def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Names
         _print_report(read_json(run.path("report.json")), as_json=arguments.json)
     elif arguments.json:
         print(json.dumps({"folder": str(run.folder), "stages": list(names)}, indent=1))
-    return parity.exit_code(read_json(run.path("parity.json"))) if "parity" in names else 0
+    return parity.exit_code(read_json(run.path("parity.json"))) if {"parity", "bundle"} & {*names} else 0
 
 
 def _preflight(run: Run, names: Sequence[str]) -> None:
@@ -297,7 +305,7 @@ def _preflight(run: Run, names: Sequence[str]) -> None:
     stage_named(names[0]).inputs(run)
     if _TRAINING & {*names}:
         dry_run(run.settings, names, run.folder)
-    if {*_TRAINING, "parity"} & {*names}:
+    if {*_TRAINING, "parity", "bundle"} & {*names}:
         _ = run.dataset
     if "full" in names and run.settings.full_weights is not None:
         from polar_deploy import models
@@ -324,7 +332,7 @@ def _run_stage(run: Run, stage: Any) -> None:
             "see where with --debug; the same command goes on from here",
         ) from error
     if stage.settled(run):
-        run.workspace.stamp(*state)
+        run.workspace.stamp(*state[:-1], stage.outputs(run))
     for name in stage.scratch:
         run.path(name).unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ Heavy imports happen inside the stage that needs them.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
-from polar_deploy.config import Settings
+from polar_deploy.config import PLACES, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, digest, read_json, write_json
+from polar_deploy.workspace import Workspace, digest, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,8 +167,10 @@ class Stage:
         return paths
 
     def outputs(self, run: Run) -> list[Path]:
-        """The files it writes."""
-        return _paths(run, self.writes)
+        """The files it writes; of a folder, such as "bundle/", those that are there."""
+        files = _paths(run, tuple(name for name in self.writes if not name.endswith("/")))
+        folders = [run.path(name) for name in self.writes if name.endswith("/")]
+        return files + sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
@@ -357,7 +360,27 @@ def _parity(run: Run) -> None:
             graphs=graphs,
             batches=settings.build.batches,
         )
-    write_json(run.path("parity.json"), result)
+    files = {name: sha256(run.path(name)) for name in _judged(run)}  # whoever hands them on can tell them again
+    write_json(run.path("parity.json"), result | {"files": files})
+
+
+def _judged(run: Run) -> list[str]:
+    """Names of the graphs and engines that the verdict is about."""
+    paths = _paths(run, (*(f"{name}/model.onnx" for name in _GRAPHS), *_ENGINES))
+    return [path.relative_to(run.folder).as_posix() for path in paths if path.suffix != ".json"]
+
+
+def _bundle(run: Run) -> None:
+    from polar_deploy import parity
+    from polar_deploy.bundle.make import make
+
+    folder = run.path("bundle")
+    if parity.exit_code(read_json(run.path("parity.json"))) == parity.EXIT_CODES["fail"]:
+        shutil.rmtree(folder, ignore_errors=True)  # one that an earlier verdict allowed
+        run.progress.note("no bundle: parity failed")
+        return
+    sha = make(run.folder, folder, run.settings, run.dataset)
+    run.progress.note(f"bundle: {folder}, manifest sha256 {sha}")
 
 
 def _report(run: Run) -> None:
@@ -462,9 +485,19 @@ STAGES = (
         settled=_decided,
     ),
     Stage(
+        "bundle",
+        _bundle,
+        lambda run: _basis(run) | run.settings.model_dump(mode="json", exclude=PLACES),
+        reads=(
+            *(f"{name}/model.onnx" for name in ("full", "compressed")),
+            *(*_ENGINES, "engines/build.json", "parity.json", "compressed/surgery.json", "gated/reference.npz"),
+        ),
+        writes=("bundle/",),
+    ),
+    Stage(
         "report",
         _report,
-        lambda run: run.settings.model_dump(mode="json", exclude={"data_dir", "full_weights", "latency_table"}),
+        lambda run: run.settings.model_dump(mode="json", exclude=PLACES),
         reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json", LATENCY_TABLE),
         writes=("report.json",),
     ),

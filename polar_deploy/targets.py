@@ -16,6 +16,7 @@ from polar_deploy.errors import MachineError, UsageError
 
 # Channels that fill the hardware's matrix units, by precision. On a CPU any number of channels does: 1.
 _ALIGN = {"fp32": 1, "fp16": 8, "bf16": 8, "int8": 32}
+LIBRARIES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}  # of the backends whose engines are plans
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Target:
     @property
     def has_plans(self) -> bool:
         """Whether its engines are files of their own beside the ONNX graph."""
-        return self.backend in ("trt", "rtx")
+        return self.backend in LIBRARIES
 
 
 def _target(name: str) -> Target:

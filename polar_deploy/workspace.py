@@ -58,6 +58,35 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _fsync(path.parent)  # the new name is safe only when the folder is
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; it becomes `path`, whole and on the disk, when the block ends well.
+
+    What `path` was before is gone then. If the block fails, or the process is killed, it stays as it was; a kill just
+    between the two leaves none.
+
+    Raises:
+        As `atomic_path`.
+    """
+    tmp, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
+    with _translated(path):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UsageError(f"{path} is not a folder", "choose another place, or move that file away")
+        tmp.mkdir(parents=True)
+        try:
+            with _full_disk_noticed(path):
+                yield tmp
+            for written in [*tmp.rglob("*"), tmp]:
+                _fsync(written)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(tmp, path)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        _fsync(path.parent)
+
+
 def write_json(path: Path | str, value: object) -> None:
     """Write `value` as JSON, atomically: one space of indent, keys in the given order, NaN and Inf refused."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -264,6 +293,6 @@ class Workspace:
         return hashes
 
     def _remove_leftovers(self) -> None:
-        for path in self.folder.rglob(".*.tmp*"):
-            if _LEFTOVER.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+        for path in list(self.folder.rglob(".*.tmp*")):
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

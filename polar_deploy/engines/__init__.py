@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,12 +16,26 @@ from polar_deploy import __version__, precision, targets
 from polar_deploy.engines import machine, network
 from polar_deploy.engines.base import Array, Backend, Engine, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.workspace import read_json, sha256
+from polar_deploy.workspace import atomic_path, read_json, sha256
 
 if TYPE_CHECKING:
+    import onnx
+
     from polar_deploy.config import Build
 
-__all__ = ["Array", "Backend", "Engine", "Timer", "build", "build_all", "graph", "infer_all", "load"]
+__all__ = [
+    "Array",
+    "Backend",
+    "Engine",
+    "Timer",
+    "build",
+    "build_all",
+    "graph",
+    "infer_all",
+    "load",
+    "open_artefact",
+    "rebuild",
+]
 
 _MODULES = {"ort": "ort", "ort-cuda": "ort", "trt": "trt", "rtx": "trt"}  # backend -> module of this package
 
@@ -55,21 +71,56 @@ def build(
     source: Path, folder: Path, name: str, target: targets.Target, options: Build, calibration: Array | None = None
 ) -> dict[str, Any]:
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
-    import onnx
-
-    from polar_deploy.surgery import cost
-
     start = time.perf_counter()
     targets.check(target)
-    model, onnx_path = network.read(source), folder / f"{name}.onnx"
-    typed = precision.write(source, onnx_path, target, options, calibration)
+    model = network.read(source)
+    types = precision.write(source, folder / f"{name}.onnx", target, options, calibration)
+    return _built(model, folder, name, target, options, types, start)
+
+
+def rebuild(
+    sources: dict[str, tuple[Path, Path]], folder: Path, target: targets.Target, options: Build, types: dict[str, Any]
+) -> dict[str, Any]:
+    """Build engines from graphs that have their types already, into `folder`; return the content of build.json.
+
+    Args:
+        sources: name -> (typed graph, FP32 graph that it was made from).
+        folder: where to; a `timing.cache` that lies there is used.
+        target: what the types were made for.
+        options: how.
+        types: name -> what `precision.write` said when it wrote them.
+
+    Raises:
+        As `build_all`.
+    """
+    engines = {}
+    for name, (typed, fp32) in sources.items():
+        start = time.perf_counter()
+        with atomic_path(folder / f"{name}.onnx") as temporary:
+            shutil.copyfile(typed, temporary)
+        engines[name] = _built(network.read(fp32), folder, name, target, options, types[name], start)
+    return {"schema": 1, "target": target.name, "engines": engines}
+
+
+def _built(
+    model: onnx.ModelProto,
+    folder: Path,
+    name: str,
+    target: targets.Target,
+    options: Build,
+    types: dict[str, Any],
+    start: float,
+) -> dict[str, Any]:
+    """Build `folder/NAME.onnx`, which was made from the FP32 network `model`; return its entry in build.json."""
+    from polar_deploy.surgery import cost
+
     costs = cost(model)
-    made = _backend(target).build(onnx_path, folder, name, target, options)
+    made = _backend(target).build(folder / f"{name}.onnx", folder, name, target, options)
     files = [folder / file for file in made.pop("files")]
     return {
         "backend": target.backend,
-        "versions": {"polar_deploy": __version__, "onnx": onnx.__version__, **made.pop("versions")},
-        "precision": {"asked": target.precision, "found": made.pop("found"), **typed},
+        "versions": {"polar_deploy": __version__, "onnx": version("onnx"), **made.pop("versions")},
+        "precision": {"asked": target.precision, "found": made.pop("found"), **types},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
         **made,
         "macs": costs.macs,
@@ -92,7 +143,8 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
             "`python -m polar_deploy.engines doctor` says what can",
         )
     entry = _entry(folder / "build.json", name, target)
-    for file in (f"{name}.onnx", *([f"{name}.plan"] if target.has_plans else [])):
+    artefact = folder / (f"{name}.plan" if target.has_plans else f"{name}.onnx")
+    for file in {f"{name}.onnx", artefact.name}:
         if file not in entry["files"]:
             raise ContentError(f"{folder / 'build.json'} does not list {file}", "let the build stage run again")
     for file, listed in entry["files"].items():
@@ -102,7 +154,21 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
                 f"{listed['sha256'][:12]}…",
                 "let the build stage run again",
             )
-    return _backend(target).load(folder, name, target, entry)
+    return open_artefact(artefact, target, entry)
+
+
+def open_artefact(path: Path, target: targets.Target, entry: dict[str, Any]) -> Engine:
+    """Load a plan, or a typed ONNX file, that is known to be the one which was built.
+
+    Args:
+        path: the file.
+        target: what it was built for; it can run here.
+        entry: its entry of build.json.
+
+    Raises:
+        ContentError: it is damaged. MachineError: it is for another machine.
+    """
+    return _backend(target).load(path, target, entry)
 
 
 def graph(path: Path) -> Engine:

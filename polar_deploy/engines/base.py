@@ -63,11 +63,16 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, folder: Path, name: str, target: Target, entry: dict[str, Any]) -> Engine:
-        """Load what `build` made; `entry` is its entry of build.json, the files' hashes are those it has.
+    def load(self, artefact: Path, target: Target, entry: dict[str, Any]) -> Engine:
+        """Load what `build` made: the plan, or the typed ONNX file where there is none.
+
+        Args:
+            artefact: the file; its hash is the one in the entry.
+            target: what it was built for.
+            entry: its entry of build.json.
 
         Raises:
-            UsageError: a file is missing. ContentError: it is damaged.
+            ContentError: it is damaged.
             MachineError: it was built for another machine.
         """
         ...

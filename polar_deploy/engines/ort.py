@@ -130,9 +130,9 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     }
 
 
-def load(folder: Path, name: str, target: Target, entry: dict[str, Any]) -> OrtEngine:
-    """Load the engine that `build` looked at, `folder/NAME.onnx`."""
-    return OrtEngine(folder / f"{name}.onnx", _PROVIDERS[target.backend], tf32=bool(entry.get("tf32")))
+def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OrtEngine:
+    """Load the typed ONNX file that `build` looked at."""
+    return OrtEngine(artefact, _PROVIDERS[target.backend], tf32=bool(entry.get("tf32")))
 
 
 def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[dict[str, Any]]:

@@ -20,9 +20,19 @@ from polar_deploy.data.arrays import read_npz
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
 from polar_deploy.errors import ContentError
 from polar_deploy.parity.tally import Comparison, Gap, Tally, drop_interval
-from polar_deploy.parity.verdict import Judgement, exit_code, judge, judge_accuracy, judge_latency, judge_not_run
+from polar_deploy.parity.verdict import (
+    EXIT_CODES,
+    Judgement,
+    exit_code,
+    judge,
+    judge_accuracy,
+    judge_latency,
+    judge_not_run,
+    together,
+)
 
 __all__ = [
+    "EXIT_CODES",
     "Comparison",
     "Gap",
     "Graphs",
@@ -30,6 +40,7 @@ __all__ = [
     "Tally",
     "TestSet",
     "compare",
+    "compare_all",
     "drop_interval",
     "exit_code",
     "export_loss",
@@ -37,7 +48,9 @@ __all__ = [
     "judge_accuracy",
     "judge_latency",
     "judge_not_run",
+    "latency_document",
     "not_run",
+    "together",
 ]
 
 GRAPH_IMAGES = 10_000  # of the test set at most, for comparisons with the FP32 graphs, which run on the CPU
@@ -112,14 +125,14 @@ def compare(
         ContentError: an empty test set, images that do not fit the network, a reference that is not one.
         UsageError: no such reference.
     """
-    found = _compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test)
+    found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test)
     rows = np.arange(max({*batches, verdict.batch})) % len(test)
     timings = [timing.compare(full, compressed, test.images(rows[:size])) for size in sorted({*batches, verdict.batch})]
     tally = found["accuracy"].tally
     precision = {name: found[name].tally for name in ("full", "compressed")} if graphs else None
     return {
         **_head(None, found, graphs),
-        "latency": [_latency(full, compressed, test.images(rows[: each.batch]), each) for each in timings],
+        "latency": [latency_document(full, compressed, test.images(rows[: each.batch]), each) for each in timings],
         "verdict": judge(tally, timings, verdict, precision),
     }
 
@@ -136,7 +149,7 @@ def not_run(lack: str, test: TestSet, verdict: Verdict, graphs: Graphs) -> dict[
     Raises:
         As `compare`.
     """
-    found = _compare_all({}, graphs.named(), test)
+    found = compare_all({}, graphs.named(), test)
     return {
         **_head(f"built, not run here: {lack}", found, graphs),
         "latency": [],
@@ -157,8 +170,17 @@ def export_loss(graphs: Graphs) -> dict[str, Any]:
     return result
 
 
-def _compare_all(engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet) -> dict[str, Comparison]:
-    """Run all over the test set, the graphs over `GRAPH_IMAGES` of it; compare whatever pairs there are."""
+def compare_all(engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet) -> dict[str, Comparison]:
+    """Run all over the test set, the graphs over `GRAPH_IMAGES` of it; compare whatever pairs there are.
+
+    Args:
+        engines: "full" and "compressed", as far as they run here.
+        graphs: FP32 graphs, as `Graphs.named` names them.
+        test: the test set.
+
+    Returns:
+        "accuracy", the compressed engine against the full one, and what else `_GRAPHS` lists.
+    """
     if len(test) == 0:
         raise ContentError("the test set is empty", "give it a test set with at least one image")
     sampled = np.zeros(len(test), bool)
@@ -206,7 +228,7 @@ def _head(lack: str | None, found: Mapping[str, Comparison], graphs: Graphs | No
     }
 
 
-def _latency(full: Engine, compressed: Engine, images: Array, result: timing.Timing) -> dict[str, Any]:
+def latency_document(full: Engine, compressed: Engine, images: Array, result: timing.Timing) -> dict[str, Any]:
     """One batch size in parity.json: every round, throughput and energy, with the engines by their names."""
     rounds = [asdict(measured) for measured in result.rounds]
     for measured in rounds:

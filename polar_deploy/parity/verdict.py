@@ -85,7 +85,7 @@ def judge_latency(result: timing.Timing, verdict: Verdict) -> Judgement:
     parts = [_speedup(result, verdict)]
     if verdict.max_latency_ms is not None:
         parts.append(_within(result, verdict.max_latency_ms))
-    judged = _together(*parts)
+    judged = together(*parts)
     throttled = result.best.throttled
     return (
         Judgement(judged.result, f"{judged.reason}; the GPU throttled ({', '.join(throttled)})")
@@ -125,12 +125,12 @@ def _document(accuracy: Judgement, latency: Judgement, verdict: Verdict) -> dict
         **verdict.model_dump(),
         "accuracy": asdict(accuracy),
         "latency": asdict(latency),
-        "overall": asdict(_together(accuracy, latency)),
+        "overall": asdict(together(accuracy, latency)),
     }
 
 
-def _together(*parts: Judgement) -> Judgement:
-    """Any fail fails, else any undecided is undecided; the reason is that of the parts that decided."""
+def together(*parts: Judgement) -> Judgement:
+    """All in one: any fail fails, else any undecided is undecided; the reason is that of the parts that decided."""
     result: Result
     for result in ("fail", "undecided"):
         reasons = [part.reason for part in parts if part.result == result]

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
+from polar_deploy.config import PLACES
 from polar_deploy.errors import ContentError
 from polar_deploy.workspace import digest, read_json
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
-
-_PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
 
 
 class _File:
@@ -78,7 +77,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _digest(settings: Settings) -> str:
     """SHA-256 of all settings that decide the result."""
-    values = settings.model_dump(mode="json", exclude=_PLACES)
+    values = settings.model_dump(mode="json", exclude=PLACES)
     return digest(values)
 
 

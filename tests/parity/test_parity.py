@@ -14,6 +14,7 @@ from tests.schemas import valid
 
 VERDICT = Verdict(max_drop=1.0, min_speedup=1.02, batch=1)
 RNG = np.random.default_rng(7)
+FILES = {"files": {"full/model.onnx": "0" * 64}}  # which the stage adds
 
 
 class TableEngine(TimedEngine):
@@ -61,7 +62,7 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
     full, engine = TableEngine(answering(answers[1])), TableEngine(answering(answers[15]))
     same = graphs(answering(answers[0]), answering(answers[10]), answering(answers[10]), reference)
     result = parity.compare(full, engine, numbered(labels), Verdict(max_drop=4.0), graphs=same)
-    valid("parity", result)
+    valid("parity", result | FILES)
     assert result["accuracy"]["drop"] == pytest.approx(14)
     assert result["graphs"]["drop"] == pytest.approx(10)
     assert result["precision"]["full"]["drop"] == pytest.approx(1)
@@ -75,7 +76,7 @@ def test_engines_that_cannot_run_are_judged_by_nothing(reference: Path) -> None:
     labels = np.arange(60) % 3
     good = answering(labels)
     result = parity.not_run("no NVIDIA driver", numbered(labels), VERDICT, graphs(good, good, good, reference))
-    valid("parity", result)
+    valid("parity", result | FILES)
     assert result["not_run"] == "built, not run here: no NVIDIA driver"
     assert result["accuracy"] is result["precision"] is result["classes"] is None
     assert result["latency"] == []

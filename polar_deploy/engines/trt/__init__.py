@@ -36,15 +36,15 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     }
 
 
-def load(folder: Path, name: str, target: Target, entry: dict[str, Any]) -> TrtEngine:
+def load(artefact: Path, target: Target, entry: dict[str, Any]) -> TrtEngine:
     """Load a plan that was built for this GPU and this version of the library. As `Backend.load` says."""
     from polar_deploy.engines.trt import library
     from polar_deploy.engines.trt.run import TrtEngine
 
-    require_fit(folder / f"{name}.plan", entry["plan"], library.version(target.backend))
+    require_fit(artefact, entry["plan"], library.version(target.backend))
     brings_code = bool(entry["plan"].get("version_compatible"))
     module, logger = library.load(target.backend), library.logger(target.backend)
-    return TrtEngine(folder / f"{name}.plan", module, logger, host_code=brings_code)
+    return TrtEngine(artefact, module, logger, host_code=brings_code)
 
 
 def require_fit(path: Path, plan: dict[str, Any], version: str) -> None:

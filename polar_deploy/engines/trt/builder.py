@@ -14,6 +14,7 @@ from typing import Any
 
 from polar_deploy import gpu, targets
 from polar_deploy.config import Build
+from polar_deploy.engines import nvml
 from polar_deploy.engines.trt import library, proof
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.workspace import atomic_path, write_json
@@ -180,13 +181,14 @@ class _Builder:
         image = self.network.get_input(0)
         return {
             "file": f"{self.name}.plan",
-            "library": library.NAMES[self.target.backend],
+            "library": targets.LIBRARIES[self.target.backend],
             "version": library.version(self.target.backend),
             "gpu": None if rtx or here is None else here.name,
             "capabilities": [".".join(map(str, each)) for each in capabilities],
             "version_compatible": self.options.version_compatible,
             "hardware_compatible": self.options.hardware_compatible,
             "cuda": gpu.cuda_version() if here else None,
+            "driver": nvml.conditions()["driver"] if here else None,
             "timing_cache": None if rtx else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
             "profile": dict(zip(("smallest", "usual", "largest"), self.options.batches, strict=True)),
             "trtexec": None if rtx else trtexec(self.name, image.name, tuple(image.shape)[1:], self.options),
@@ -194,7 +196,7 @@ class _Builder:
 
     @property
     def _says(self) -> str:
-        return f"{library.NAMES[self.target.backend]} says:"
+        return f"{targets.LIBRARIES[self.target.backend]} says:"
 
 
 def trtexec(name: str, image: str, shape: tuple[int, ...], options: Build) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 from polar_deploy.errors import one_line
 
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
-NAMES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}
 _LIBRARIES = {"trt": "libnvinfer.so", "rtx": "libtensorrt_rtx.so"}
 _KEPT = 20  # messages
 

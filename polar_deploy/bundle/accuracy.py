@@ -1,0 +1,87 @@
+"""Accuracy on the device: a test set in a folder, read as the manifest says its pictures are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from polar_deploy.bundle.read import Bundle
+    from polar_deploy.data import Split
+    from polar_deploy.engines import Engine
+    from polar_deploy.parity import Comparison, TestSet
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def test_set(bundle: Bundle, folder: Path) -> TestSet:
+    """The test set in `folder`: test.npz, a folder of pictures for each label, or the published files of the data set.
+
+    Raises:
+        UsageError: there is none of these. ContentError: what is there is damaged.
+    """
+    from polar_deploy.parity import TestSet
+
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}", "give one with the test set")
+    normal = bundle.manifest.preprocessing
+    return TestSet(_split(bundle, folder), normal.mean, normal.std)
+
+
+def measure(engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet) -> dict[str, Comparison]:
+    """Compare the engines with each other ("accuracy"), and each with its FP32 graph, on the whole test set."""
+    from polar_deploy import parity
+
+    return parity.compare_all(engines, {f"{name} onnx": graph for name, graph in graphs.items()}, test)
+
+
+def _split(bundle: Bundle, folder: Path) -> Split:
+    from polar_deploy import data
+    from polar_deploy.data.names import is_reference
+
+    if (folder / "test.npz").is_file():
+        return _arrays(bundle, folder / "test.npz")
+    if all((folder / label).is_dir() for label in bundle.labels):
+        return _pictures(bundle, folder)
+    name = bundle.manifest.provenance.data.name
+    if not is_reference(name):  # a stranger's manifest shall import nothing
+        return data.load(name, folder, input_size=bundle.manifest.preprocessing.crop).test
+    first = ", ".join(map(repr, bundle.labels[:3]))
+    raise UsageError(
+        f"{folder} has no test set: neither test.npz nor folders with the labels' names ({first}, …)",
+        "write test.npz with images uint8 [N, H, H, 3] and labels int [N], or a folder of pictures for each label",
+    )
+
+
+def _arrays(bundle: Bundle, path: Path) -> Split:
+    from polar_deploy.data import Split
+    from polar_deploy.data.arrays import read_npz, resize
+    from polar_deploy.data.checks import check_images, check_labels
+
+    arrays, made = read_npz(path, "images", "labels"), bundle.manifest.preprocessing
+    images = resize(check_images(arrays["images"], f"{path}: images"), made.shorter_side)
+    margin = round((made.shorter_side - made.crop) / 2)
+    images = images[:, margin : margin + made.crop, margin : margin + made.crop]
+    return Split(images, check_labels(arrays["labels"], len(images), len(bundle.labels), f"{path}: labels"))
+
+
+def _pictures(bundle: Bundle, folder: Path) -> Split:
+    from polar_deploy.data import LazyImages, Split
+
+    found = [
+        (f"{label}/{path.name}", index)
+        for index, label in enumerate(bundle.labels)
+        for path in sorted((folder / label).iterdir())
+        if path.suffix.lower() in _PICTURES
+    ]
+    if not found:
+        raise UsageError(f"the folders in {folder} hold no pictures", f"put {', '.join(_PICTURES)} files there")
+    names, labels = zip(*found, strict=True)
+    made = bundle.manifest.preprocessing
+    images = LazyImages(folder, np.array(names, dtype=object), made.shorter_side, made.crop)
+    return Split(images, np.array(labels, np.int64))

@@ -1,0 +1,170 @@
+"""What of a bundle runs on this device: its plans, if they fit and are trusted, or engines that are built here.
+
+A plan is code: loading one gives whoever made it this machine. The hashes in a manifest only say that plan and
+manifest belong together, so it takes a word from outside: the manifest's own sha256, got by another way, or the
+owner's `--trust-plan`. ONNX files and the timing cache are data; engines are rebuilt from them without that word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.bundle.read import Bundle, refused
+from polar_deploy.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from polar_deploy.bundle.manifest import Network, Plan
+    from polar_deploy.engines import Engine
+    from polar_deploy.targets import Target
+
+
+@dataclass(frozen=True)
+class Here:
+    """The engines of a bundle on this device.
+
+    Attributes:
+        engines: "compressed", and "full" where the bundle has it; {} if none runs here.
+        how: where they come from, or why there are none, a sentence without its full stop.
+    """
+
+    engines: dict[str, Engine]
+    how: str
+
+
+def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options by which a user says that a plan may be loaded."""
+    parser.add_argument("--trust-plan", action="store_true", help="load the plan: I trust whoever made this bundle")
+    parser.add_argument("--manifest-sha256", metavar="HEX", help="as the maker told you; a match makes plans trusted")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """`add_trust_arguments`, and those that say what to do where no plan can be loaded."""
+    add_trust_arguments(parser)
+    parser.add_argument("--rebuild", action="store_true", help="build from the ONNX files where no plan can be loaded")
+    parser.add_argument("--engines", metavar="DIR", type=Path, help="keep rebuilt engines there, and find them again")
+
+
+def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
+    """Whether the plans may be loaded.
+
+    Raises:
+        ContentError: the manifest's hash is not the one that was given.
+    """
+    told = arguments.manifest_sha256
+    if told is not None and told.strip().lower() != bundle.sha256:
+        raise refused(bundle.path("manifest.json"), f"has the sha256 {bundle.sha256}, not the {told} that was given")
+    return bool(arguments.trust_plan or told is not None)
+
+
+@contextmanager
+def engines_here(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[Here]:
+    """Load or build the bundle's engines, as the options of `add_engine_arguments` say.
+
+    Raises:
+        ContentError: a plan or graph is damaged, or what is built is not of the bundle's precision.
+    """
+    from polar_deploy import targets
+
+    target, allowed = targets.parse(bundle.manifest.target), trusted(arguments, bundle)
+    lacks = dict.fromkeys([*targets.lacks_to_build(target), *targets.lacks_to_run(target)])
+    if lacks:
+        plan = "plan not loadable here" if target.has_plans else "not run here"
+        rebuild = ", rebuild needed on the device" if target.has_plans else ""
+        yield Here({}, f"{plan}: {'; '.join(lacks)}{rebuild}")
+        return
+    why_not = why_not_as_delivered(bundle, target, trusted=allowed)
+    if why_not is None:
+        networks = bundle.manifest.each()
+        yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
+    elif arguments.engines is not None and _kept(arguments.engines, bundle):
+        yield _loaded(arguments.engines, bundle, target, f"built here before, in {arguments.engines} ({why_not})")
+    elif arguments.rebuild:
+        with _folder(arguments.engines) as folder:
+            _rebuild(bundle, target, folder)
+            yield _loaded(folder, bundle, target, f"rebuilt here ({why_not})")
+    else:
+        yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
+
+
+def why_not_as_delivered(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
+    """Why the plans must not or cannot be loaded on this machine, which runs the target; None: nothing against it."""
+    if not target.has_plans:
+        return None
+    from polar_deploy.engines.trt import library, require_fit
+
+    for network in bundle.manifest.each().values():
+        if network.plan is None:
+            return "the bundle has no plan"
+        try:
+            require_fit(bundle.path(network.plan.file), _plan(network.plan), library.version(target.backend))
+        except MachineError as error:
+            return f"the plan does not fit: {error.what}"
+    if not trusted:
+        return "the plan is not trusted (a plan is code): give --manifest-sha256 as its maker tells it, or --trust-plan"
+    return None
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return plan.model_dump(mode="json")
+
+
+def _delivered(bundle: Bundle, network: Network, target: Target) -> Engine:
+    from polar_deploy import engines
+
+    path = bundle.path(network.plan.file if network.plan else network.typed)
+    return engines.open_artefact(path, target, network.model_dump(mode="json"))
+
+
+def _loaded(folder: Path, bundle: Bundle, target: Target, how: str) -> Here:
+    from polar_deploy import engines
+
+    return Here({name: engines.load(folder, name, target) for name in bundle.manifest.each()}, how)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        yield kept
+        return
+    with TemporaryDirectory(prefix="polar_deploy-") as name:
+        yield Path(name)
+
+
+def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
+    """Build from the typed graphs, with the timing cache, so that the same kernels are chosen where that can be."""
+    from polar_deploy import engines
+    from polar_deploy.workspace import atomic_path, write_json
+
+    networks = bundle.manifest.each()
+    cache = next((each.plan.timing_cache for each in networks.values() if each.plan and each.plan.timing_cache), None)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "build.json").is_file():
+        raise UsageError(f"{folder} has files, but no engines", "give a new folder with --engines")
+    if cache is not None:
+        with atomic_path(folder / "timing.cache") as temporary:
+            shutil.copyfile(bundle.path(cache), temporary)
+    sources = {name: (bundle.path(each.typed), bundle.path(each.fp32)) for name, each in networks.items()}
+    types = {name: each.precision.model_dump(mode="json") for name, each in networks.items()}
+    for each in types.values():
+        del each["asked"], each["found"]
+    built = engines.rebuild(sources, folder, target, bundle.manifest.build, types)
+    write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
+
+
+def _kept(folder: Path, bundle: Bundle) -> bool:
+    """Whether the engines of this very bundle were built into `folder` before."""
+    from polar_deploy.workspace import read_json
+
+    path = folder / "build.json"
+    if not path.is_file():
+        return False
+    built = read_json(path)
+    if not isinstance(built, dict) or built.get("bundle") != bundle.sha256:
+        raise UsageError(f"{folder} has engines of another bundle", "give another folder with --engines")
+    return True

@@ -1,0 +1,296 @@
+"""The manifest of a bundle: docs/bundle.md as types. What does not fit these types is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from polar_deploy.config import Build, Capability, Count, Verdict
+from polar_deploy.targets import LIBRARIES, TARGETS
+
+SCHEMA = 1
+MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
+
+# A path of at most four parts, none of which begins with a dot: nothing outside of the bundle can be named.
+FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
+# Control signs, and signs that turn the direction of writing: no text of a bundle, which terminals show, has them.
+CONTROL = "\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
+Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Points = Annotated[float, Field(ge=-100, le=100)]
+Milliseconds = Annotated[float, Field(ge=0)]
+Triple = tuple[float, float, float]
+ElementType = Literal["fp32", "fp16", "bf16"]
+Result = Literal["pass", "fail", "undecided"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class File(_Part):
+    """Size in bytes and hash of one file."""
+
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class Images(_Part):
+    """The graphs' input: `shape` is channels, height and width of one image."""
+
+    name: Text
+    shape: tuple[Count, Count, Count]
+    dtype: ElementType
+    layout: Literal["NCHW"]
+
+
+class Logits(_Part):
+    """The graphs' output [batch, classes]."""
+
+    name: Text
+    classes: Count
+    dtype: ElementType
+
+
+class Preprocessing(_Part):
+    """From a picture to the input: RGB, its shorter side resized, the centre cut out, `(rgb * scale - mean) / std`."""
+
+    channels: Literal["RGB"]
+    filter: Literal["bilinear"]
+    shorter_side: Count  # pixels
+    crop: Count  # pixels a side of the square that is cut out of the centre
+    scale: Annotated[float, Field(gt=0)]
+    mean: Triple
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _inside(self) -> Preprocessing:
+        if self.crop > self.shorter_side:
+            raise ValueError(f"a crop of {self.crop} pixels does not lie in a picture of {self.shorter_side}")
+        return self
+
+
+class Golden(_Part):
+    """Inputs, and what the FP32 graphs give for them in ONNX Runtime on the CPU: .npy files of float32."""
+
+    source: Literal["data", "random"]
+    samples: Annotated[int, Field(ge=MIN_GOLDEN, le=MAX_GOLDEN)]
+    inputs: FilePath
+    compressed: FilePath
+    full: FilePath | None
+
+
+class Profile(_Part):
+    """Batch sizes that a plan is built for."""
+
+    smallest: Count
+    usual: Count
+    largest: Count
+
+
+class Plan(_Part):
+    """A plan, and the library, GPU and driver it was built with and for."""
+
+    file: FilePath
+    library: Literal["TensorRT", "TensorRT for RTX"]
+    version: Annotated[str, Field(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){1,3}$")]
+    gpu: Text | None
+    capabilities: list[Capability]
+    driver: Text | None
+    cuda: Text | None
+    version_compatible: bool
+    hardware_compatible: bool
+    timing_cache: FilePath | None
+    profile: Profile
+    trtexec: Text | None
+
+
+class Precision(_Part):
+    """Types in the graph and in the engine, and which layers stay wider."""
+
+    asked: Literal["fp32", "fp16", "bf16", "int8"]
+    found: dict[Text, Count]
+    edges: Literal["fp32", "native"]
+    types: dict[Text, NonNegativeInt]
+    kept: list[Any]
+    calibration: dict[Text, Any] | None
+
+
+class Network(_Part):
+    """One network: its FP32 graph, the typed graph (the same file where no type was changed), plan and facts."""
+
+    fp32: FilePath
+    typed: FilePath
+    layers: FilePath
+    plan: Plan | None
+    provider: Text
+    threads: Count | None
+    tf32: bool
+    versions: dict[Text, Text]
+    precision: Precision
+    macs: Count
+    params: Count
+    reformats: NonNegativeInt | None
+    padded_channels: NonNegativeInt | None
+
+
+class Networks(_Part):
+    """The compressed network, and the full one unless it was left out."""
+
+    compressed: Network
+    full: Network | None
+
+
+class Accuracy(_Part):
+    """Percent right on the test set; `drop` and its 95 % `interval` in points."""
+
+    samples: Count
+    full: Percent
+    compressed: Percent
+    drop: Points
+    interval: tuple[Points, Points]
+
+
+class Quantiles(_Part):
+    """Milliseconds an inference: median with its 95 % interval, 99th percentile, interquartile range."""
+
+    median_ms: Milliseconds
+    low_ms: Milliseconds
+    high_ms: Milliseconds
+    p99_ms: Milliseconds
+    iqr_ms: Milliseconds
+
+
+class Ratio(_Part):
+    """A ratio of latencies with its 95 % interval."""
+
+    median: Annotated[float, Field(gt=0)]
+    low: Annotated[float, Field(gt=0)]
+    high: Annotated[float, Field(gt=0)]
+
+
+class Latency(_Part):
+    """One batch size: both networks in turn, and the full one against its own twin as `control`."""
+
+    batch: Count
+    decided: bool
+    pairs: Count
+    full: Quantiles
+    compressed: Quantiles
+    speedup: Ratio
+    control: Ratio
+    before: dict[Text, Any] | None
+    after: dict[Text, Any] | None
+
+
+class Metrics(_Part):
+    """What was measured where the bundle was made. `accuracy` is None where the engines did not run there."""
+
+    machine: dict[Text, Any]
+    not_run: Text | None
+    accuracy: Accuracy | None
+    fp32_graphs: Accuracy | None
+    latency: list[Latency]
+
+
+class Judgement(_Part):
+    """One answer with its reason."""
+
+    result: Result
+    reason: Text
+
+
+class Judged(_Part):
+    """What was asked of the compressed network, and the answers where the bundle was made."""
+
+    asked: Verdict
+    accuracy: Judgement
+    latency: Judgement
+    overall: Judgement
+
+
+class Data(_Part):
+    """The data set: its name and the SHA-256 of its content."""
+
+    name: Text
+    sha256: Sha256
+
+
+class Provenance(_Part):
+    """Where it comes from: program and library versions, every setting but places, the data set."""
+
+    polar_deploy: Text
+    versions: dict[Text, Text]
+    model: Text
+    full: Literal["given", "trained"]
+    data: Data
+    settings: dict[Text, Any]
+
+
+class Manifest(_Part):
+    """manifest.json."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    kind: Literal["polar_deploy.bundle"]
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+    licence: Text | None
+    target: Text
+    build: Build
+    input: Images
+    output: Logits
+    preprocessing: Preprocessing
+    labels: FilePath
+    golden: Golden
+    networks: Networks
+    surgery: FilePath
+    metrics: Metrics
+    verdict: Judged
+    provenance: Provenance
+    files: dict[FilePath, File]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        named, listed = set(self.named()), set(self.files)
+        if unlisted := sorted(named - listed):
+            raise ValueError(f"{unlisted[0]} is named but not listed in files")
+        if unnamed := sorted(listed - named):
+            raise ValueError(f"files lists {unnamed[0]}, which nothing else names")
+        if folded := len(listed) - len({name.lower() for name in listed}):
+            raise ValueError(f"files lists {folded} names that differ only in capital letters")
+        if (self.golden.full is None) != (self.networks.full is None):
+            raise ValueError("golden outputs and networks disagree about whether there is a full network")
+        self._require_fitting_target()
+        pixels = self.preprocessing.crop
+        if self.input.shape != (3, pixels, pixels):
+            raise ValueError(f"pre-processing gives 3 x {pixels} x {pixels}, the input is {self.input.shape}")
+        return self
+
+    def _require_fitting_target(self) -> None:
+        """Networks have the target's precision, and plans of its library if it has any."""
+        if self.target not in TARGETS:
+            raise ValueError(f"unknown target {self.target!r}; known are {', '.join(TARGETS)}")
+        target = TARGETS[self.target]
+        for name, network in self.each().items():
+            if network.precision.asked != target.precision:
+                raise ValueError(f"the {name} network is in {network.precision.asked}, the target is {self.target}")
+            library = network.plan.library if network.plan else None
+            if library != LIBRARIES.get(target.backend):
+                raise ValueError(f"the {name} network has a plan of {library}, the target is {self.target}")
+
+    def named(self) -> list[str]:
+        """Every path that the manifest gives a meaning to."""
+        golden = self.golden
+        paths = [self.labels, self.surgery, golden.inputs, golden.compressed, golden.full]
+        for network in self.each().values():
+            plan = network.plan
+            paths += [network.fp32, network.typed, network.layers]
+            paths += [plan.file, plan.timing_cache] if plan else []
+        return [path for path in paths if path is not None]
+
+    def each(self) -> dict[str, Network]:
+        """The networks by name, "compressed" first."""
+        networks = {"compressed": self.networks.compressed, "full": self.networks.full}
+        return {name: network for name, network in networks.items() if network is not None}

@@ -1,0 +1,239 @@
+"""Reading a bundle as what it is: a stranger's files. Nothing is used before it was found to be what it says.
+
+In this order: names and kinds of files, the manifest, sizes, hashes, and then what is in graphs, golden samples and
+labels. Every failure is one ContentError (exit code 4) that names the file and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from polar_deploy.bundle import graphs
+from polar_deploy.bundle.manifest import CONTROL, SCHEMA, Manifest
+from polar_deploy.errors import ContentError, UsageError, one_line
+from polar_deploy.workspace import sha256
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 4 << 20  # bytes
+MOST_FILES = 100
+_TODO = "do not use it; ask for the bundle again, and for the manifest's sha256 by another way"
+_CONTROL = re.compile(f"[{CONTROL}]")
+LONGEST_LABEL = 500  # characters
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and found whole.
+
+    Attributes:
+        folder: where it lies.
+        manifest: its manifest.
+        sha256: of manifest.json, which the hashes of all other files stand in.
+        labels: names of the classes.
+        inputs: golden inputs float32 [N,C,H,W], mapped from their file.
+        outputs: golden outputs float32 [N,classes] by network.
+    """
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+    labels: list[str]
+    inputs: Array
+    outputs: dict[str, Array]
+
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle lies."""
+        return self.folder / name
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Bundle]:
+    """Read a bundle, a folder or an archive, which is unpacked into a temporary folder for as long as that takes."""
+    from polar_deploy.bundle import archive
+
+    if path.is_file():
+        with archive.unpacked(path) as folder:
+            yield read(folder)
+    else:
+        yield read(path)
+
+
+def read(folder: Path) -> Bundle:
+    """Read the bundle in `folder` and check all of it.
+
+    Raises:
+        UsageError: there is no such folder, or it cannot be read.
+        ContentError: it is damaged, hostile, of a later version, or no bundle.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no bundle {folder}", "give the folder, or the .zip, that you were sent")
+    sizes = _sizes(folder)
+    if MANIFEST not in sizes:
+        raise refused(folder, f"has no {MANIFEST}, so it is no bundle")
+    if sizes[MANIFEST] > LARGEST_MANIFEST:
+        raise refused(folder / MANIFEST, f"has {sizes[MANIFEST]:,} bytes, at most {LARGEST_MANIFEST:,} are allowed")
+    manifest = parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    _require_whole(folder, manifest, sizes)
+    for network in manifest.each().values():
+        for name in {network.fp32, network.typed}:
+            graphs.require_harmless(folder / name, manifest, typed=name == network.typed)
+    golden = manifest.golden
+    inputs = _array(folder / golden.inputs, (golden.samples, *manifest.input.shape))
+    named = {"compressed": golden.compressed, "full": golden.full}
+    shape = (golden.samples, manifest.output.classes)
+    outputs = {name: _array(folder / path, shape) for name, path in named.items() if path is not None}
+    labels = _labels(folder / manifest.labels, manifest.output.classes)
+    return Bundle(folder, manifest, sha256(folder / MANIFEST), labels, inputs, outputs)
+
+
+def refused(place: Path | str, what: str) -> ContentError:
+    """The error for a file that is not what it should be; control signs in it are no danger to a terminal."""
+    shown = printable(f"{place} {what}")
+    return ContentError(shown, _TODO)
+
+
+def printable(text: str, longest: int = 4000) -> str:
+    """A text without control signs."""
+    return _CONTROL.sub("?", text)[:longest]
+
+
+# --------------------------------------------------------------------------- names, sizes, hashes
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size of every file by its path in the bundle. Links, devices and pipes are refused unopened."""
+    found: dict[str, int] = {}
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        for entry in _entries(current):
+            name = Path(entry.path).relative_to(folder).as_posix()
+            state = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(state.st_mode):
+                waiting.append(Path(entry.path))
+            elif stat.S_ISREG(state.st_mode):
+                found[name] = state.st_size
+            else:
+                raise refused(folder, f"has {name!r}, which is a link, a device or a pipe, and no file")
+            if len(found) + len(waiting) > MOST_FILES:
+                raise refused(folder, f"has more than {MOST_FILES} files and folders")
+    return found
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror}", "mend its permissions") from error
+
+
+def _require_whole(folder: Path, manifest: Manifest, sizes: dict[str, int]) -> None:
+    """All files that are listed are there, with size and hash, and no other ones."""
+    if missing := sorted(set(manifest.files) - set(sizes)):
+        raise refused(folder / missing[0], "is missing")
+    if unlisted := sorted(set(sizes) - set(manifest.files) - {MANIFEST}):
+        raise refused(folder / unlisted[0], "is not listed in the manifest")
+    for name, listed in manifest.files.items():
+        if sizes[name] != listed.bytes:
+            raise refused(folder / name, f"has {sizes[name]:,} bytes, the manifest says {listed.bytes:,}")
+    for name, listed in manifest.files.items():
+        if (found := sha256(folder / name)) != listed.sha256:
+            raise refused(folder / name, f"has the sha256 {found[:12]}…, the manifest says {listed.sha256[:12]}…")
+
+
+# --------------------------------------------------------------------------- the manifest
+
+
+def parse(content: bytes, place: Path | str) -> Manifest:
+    """Read a manifest: strict JSON (no key twice, no number beyond a float's), a known version, no unknown field."""
+    try:
+        document = json.loads(
+            content.decode("utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_no_key_twice,
+        )
+    except (ValueError, RecursionError) as error:
+        raise refused(place, f"is not strict JSON: {one_line(error)}") from error
+    version = document.get("schema") if isinstance(document, dict) else None
+    if type(version) is not int or version < 1:
+        raise refused(place, f"has no schema version, but {str(version)[:100]!r} in its place")
+    if version > SCHEMA:
+        raise ContentError(
+            f"{place} has schema version {version}, written by a later polar_deploy; this one knows {SCHEMA}",
+            "update polar_deploy",
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first, count = error.errors()[0], error.error_count()
+        where = ".".join(map(str, first["loc"])) or "the manifest"
+        more = f" ({count - 1} more)" if count > 1 else ""
+        raise refused(place, f"is no manifest: {where}: {one_line(first['msg'])}{more}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise ValueError(f"{text[:50]} is too large")
+    return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return result
+
+
+# --------------------------------------------------------------------------- golden samples and labels
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> Array:
+    """A finite float32 array of that shape, mapped from a .npy file that holds it and nothing else."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise refused(path, f"is no .npy file of numbers: {one_line(error)}") from error
+    if not isinstance(array, np.memmap) or array.dtype != np.dtype("<f4") or array.shape != shape:
+        found = f"{getattr(array, 'dtype', type(array).__name__)} {list(getattr(array, 'shape', []))}"
+        raise refused(path, f"holds {found}, not float32 {list(shape)}")
+    if path.stat().st_size != array.offset + array.nbytes or not array.flags.c_contiguous:
+        raise refused(path, "has something behind its array, or another order than C's")
+    if not np.isfinite(array).all():
+        raise refused(path, "holds NaN or Inf")
+    return array
+
+
+def _labels(path: Path, classes: int) -> list[str]:
+    """The names of the classes, a line each."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise refused(path, f"is not UTF-8: {error}") from error
+    if len(lines) != classes:
+        raise refused(path, f"has {len(lines)} labels, the networks have {classes} classes")
+    if bad := next((line for line in lines if line != printable(line, LONGEST_LABEL)), None):
+        raise refused(path, f"has a label with control signs, or an endless one: {bad[:50]!r}")
+    return lines

@@ -1,0 +1,183 @@
+"""Is the bundle whole, right, and fast on this device?
+
+Checks every file against the manifest, loads the engines if they fit this device and are trusted (or builds them, with
+--rebuild), holds them against the golden samples and times the full against the compressed network. Needs no PyTorch.
+Exit codes: 0 verified; 1 golden samples or latency fail; 2 command line; 4 damaged or hostile; 5 not run here in the
+bundle's precision, or the latency could not be told apart from noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polar_deploy.bundle import device
+from polar_deploy.bundle.read import Bundle, opened
+
+if TYPE_CHECKING:
+    from polar_deploy.engines import Engine
+    from polar_deploy.parity import Judgement
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bundle verify`."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder, or the .zip")
+    device.add_engine_arguments(parser)
+    parser.add_argument("--no-timing", action="store_true", help="do not time the networks")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="measure accuracy on the test set in this folder")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify a bundle and print what was found."""
+    from polar_deploy.parity import exit_code
+
+    with opened(arguments.bundle) as bundle:
+        found = verify(bundle, arguments)
+        print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else "\n".join(_lines(bundle, found)))
+    return exit_code(found)
+
+
+def verify(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What this device finds about a bundle whose files are whole: the content of `--json`.
+
+    Args:
+        bundle: as `read` gives it.
+        arguments: options, as `add_arguments` defines them.
+
+    Raises:
+        ContentError: a plan or a graph cannot be read, or the manifest's hash is not the given one.
+        UsageError: no test set where `--data` says.
+    """
+    from polar_deploy import parity
+    from polar_deploy.bundle import accuracy
+    from polar_deploy.engines import machine
+
+    test = accuracy.test_set(bundle, arguments.data) if arguments.data is not None else None
+    graphs = _fp32_graphs(bundle)
+    onnx = golden_samples(bundle, graphs, "fp32")
+    with device.engines_here(bundle, arguments) as here:
+        engines = here.engines
+        golden = golden_samples(bundle, engines, bundle.manifest.networks.compressed.precision.asked)
+        judged = {"golden": _judge_golden(here, onnx, golden)}
+        failed = judged["golden"].result == "fail"
+        timing = None if arguments.no_timing or failed or len(engines) < 2 else _timing(bundle, engines)
+        asked = bundle.manifest.verdict.asked
+        if not arguments.no_timing:
+            judged |= _judge_latency(here, timing, bundle)
+        counted = accuracy.measure(engines, graphs, test) if test and engines and not failed else None
+        if counted is not None and "accuracy" in counted:
+            judged["accuracy"] = parity.judge_accuracy(
+                counted["accuracy"].tally, asked, {name: counted[name].tally for name in engines if name in counted}
+            )
+        return {
+            "schema": 1,
+            "bundle": {"name": bundle.manifest.name, "manifest_sha256": bundle.sha256},
+            "target": bundle.manifest.target,
+            "machine": machine.describe(),
+            "engines": here.how,
+            "golden": {"onnx": onnx, "engines": golden},
+            "latency": timing and parity.latency_document(engines["full"], engines["compressed"], *timing),
+            "accuracy": counted and {name: each.as_dict() for name, each in counted.items()},
+            "verdict": {
+                **{name: asdict(each) for name, each in judged.items()},
+                "overall": asdict(parity.together(*judged.values())),
+            },
+        }
+
+
+def golden_samples(bundle: Bundle, engines: Mapping[str, Engine], precision: str) -> dict[str, dict[str, Any]]:
+    """Run engines on the golden inputs: name of the network -> what `golden.check` says for that precision."""
+    from polar_deploy.bundle import golden
+    from polar_deploy.engines import infer_all
+
+    return {
+        name: golden.check(bundle.outputs[name], infer_all(engine, bundle.inputs), precision)
+        for name, engine in engines.items()
+    }
+
+
+def _fp32_graphs(bundle: Bundle) -> dict[str, Engine]:
+    """The FP32 graphs in ONNX Runtime; {} where that is not installed."""
+    from polar_deploy import engines, targets
+
+    if targets.lacks_to_build(targets.parse("ort-fp32")):
+        return {}
+    return {name: engines.graph(bundle.path(each.fp32)) for name, each in bundle.manifest.each().items()}
+
+
+def _judge_golden(here: device.Here, onnx: dict[str, Any], golden: dict[str, Any]) -> Judgement:
+    from polar_deploy.parity import Judgement
+
+    for kind, found in (("FP32 graph", onnx), ("engine", golden)):
+        for name, each in found.items():
+            if not each["pass"]:
+                return Judgement("fail", f"the {kind} of the {name} network is {_off(each)}")
+    verified = f"ONNX verified ({_off(onnx['compressed'])})" if onnx else "ONNX not checked (no onnxruntime here)"
+    if not golden:
+        return Judgement("undecided", f"{here.how}; {verified}")
+    return Judgement("pass", f"engines {here.how}, {_off(golden['compressed'])}; {verified}")
+
+
+def _off(found: dict[str, Any]) -> str:
+    if found["difference"] is None:
+        return "not finite on the golden samples"
+    return f"off by {found['difference']:.1e} on the golden samples, {found['tolerance']:g} is allowed"
+
+
+def _timing(bundle: Bundle, engines: Mapping[str, Engine]) -> tuple[Any, Any]:
+    """The batch that the verdict asks for, and how long the full and the compressed network take for it in turn."""
+    from polar_deploy.engines import timing
+
+    batch = bundle.manifest.verdict.asked.batch
+    images = np.resize(bundle.inputs, (batch, *bundle.manifest.input.shape))
+    return images, timing.compare(engines["full"], engines["compressed"], images)
+
+
+def _judge_latency(here: device.Here, timing: tuple[Any, Any] | None, bundle: Bundle) -> dict[str, Judgement]:
+    """One judgement, or none where there is nothing to compare with."""
+    from polar_deploy.parity import Judgement, judge_latency
+
+    if timing is not None:
+        return {"latency": judge_latency(timing[1], bundle.manifest.verdict.asked)}
+    if not here.engines:
+        return {"latency": Judgement("undecided", here.how)}
+    return {}
+
+
+def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
+    """What a person reads."""
+    manifest, verdict = bundle.manifest, found["verdict"]
+    files = manifest.files.values()
+    size = sum(file.bytes for file in files) / 1e6
+    lines = [
+        f"bundle    {manifest.name}, {manifest.target}: {len(files)} files, {size:.2f} MB, all whole",
+        f"sha256    {bundle.sha256} (manifest.json)",
+        f"engines   {found['engines']}",
+        *(f"{name:<9} {each['result']}: {each['reason']}" for name, each in verdict.items() if name != "overall"),
+    ]
+    if "latency" not in verdict:
+        lines.append(f"latency   {'not timed' if manifest.networks.full else 'the bundle has no full network'}")
+    if "accuracy" not in verdict:
+        lines.append(f"accuracy  {_accuracy(bundle)}")
+    return [*lines, f"verdict: {verdict['overall']['result'].upper()}"]
+
+
+def _accuracy(bundle: Bundle) -> str:
+    """What the maker measured."""
+    metrics = bundle.manifest.metrics
+    counted = metrics.accuracy or metrics.fp32_graphs
+    if counted is None:
+        return "never measured"
+    low, high = counted.interval
+    which = "" if metrics.accuracy else " of the FP32 graphs"
+    return (
+        f"not measured here; its maker's figure{which}: {counted.compressed:.2f} %, full network {counted.full:.2f} % "
+        f"(drop {counted.drop:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}, {counted.samples:,} samples)"
+    )
