@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.data import Split
     from polar_deploy.engines import Engine
-    from polar_deploy.parity import Comparison, TestSet
+    from polar_deploy.parity import Judgement, TestSet
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -33,11 +33,32 @@ def test_set(bundle: Bundle, folder: Path) -> TestSet:
     return TestSet(_split(bundle, folder), normal.mean, normal.std)
 
 
-def measure(engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet) -> dict[str, Comparison]:
-    """Compare the engines with each other ("accuracy"), and each with its FP32 graph, on the whole test set."""
+def measure(
+    bundle: Bundle, engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet
+) -> tuple[dict[str, Any] | None, Judgement | None]:
+    """Count what the engines, and the FP32 graphs, get right on the whole test set.
+
+    Args:
+        bundle: what was asked of it.
+        engines: "compressed", and "full" where there is one.
+        graphs: their FP32 graphs; {} without ONNX Runtime.
+        test: the test set.
+
+    Returns:
+        Percent right and the drop in points, as far as there is a full network; and the answer, if there is one.
+    """
     from polar_deploy import parity
 
-    return parity.compare_all(engines, {f"{name} onnx": graph for name, graph in graphs.items()}, test)
+    named = {f"{name} onnx": graph for name, graph in graphs.items()}
+    found = parity.compare_all(engines, named, test)
+    if "accuracy" in found:
+        precision = {name: found[name].tally for name in engines if name in found}
+        tally = found["accuracy"].tally
+        return tally.as_dict(), parity.judge_accuracy(tally, bundle.manifest.verdict.asked, precision)
+    if "compressed" in found:
+        counted = found["compressed"].tally.as_dict()
+        return {key: counted[key] for key in ("samples", "compressed")}, None
+    return None, None
 
 
 def _split(bundle: Bundle, folder: Path) -> Split:

@@ -21,4 +21,14 @@ def document() -> dict[str, Any]:
     """The schema, made from the types of `manifest`."""
     from polar_deploy.bundle.manifest import Manifest
 
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_closed(Manifest.model_json_schema())}
+
+
+def _closed(value: Any) -> Any:
+    """The same schema, in which a map whose keys have to look like something takes no others."""
+    if isinstance(value, list):
+        return [_closed(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _closed(each) for key, each in value.items()}
+    return inner | ({"additionalProperties": False} if "patternProperties" in inner else {})

@@ -63,42 +63,48 @@ def verify(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
     graphs = _fp32_graphs(bundle)
     onnx = golden_samples(bundle, graphs, "fp32")
     with device.engines_here(bundle, arguments) as here:
-        engines = here.engines
-        golden = golden_samples(bundle, engines, bundle.manifest.networks.compressed.precision.asked)
+        golden = golden_samples(bundle, here.engines)
         judged = {"golden": _judge_golden(here, onnx, golden)}
-        failed = judged["golden"].result == "fail"
-        timing = None if arguments.no_timing or failed or len(engines) < 2 else _timing(bundle, engines)
-        asked = bundle.manifest.verdict.asked
-        if not arguments.no_timing:
-            judged |= _judge_latency(here, timing, bundle)
-        counted = accuracy.measure(engines, graphs, test) if test and engines and not failed else None
-        if counted is not None and "accuracy" in counted:
-            judged["accuracy"] = parity.judge_accuracy(
-                counted["accuracy"].tally, asked, {name: counted[name].tally for name in engines if name in counted}
-            )
-        return {
-            "schema": 1,
-            "bundle": {"name": bundle.manifest.name, "manifest_sha256": bundle.sha256},
-            "target": bundle.manifest.target,
-            "machine": machine.describe(),
-            "engines": here.how,
-            "golden": {"onnx": onnx, "engines": golden},
-            "latency": timing and parity.latency_document(engines["full"], engines["compressed"], *timing),
-            "accuracy": counted and {name: each.as_dict() for name, each in counted.items()},
-            "verdict": {
-                **{name: asdict(each) for name, each in judged.items()},
-                "overall": asdict(parity.together(*judged.values())),
-            },
-        }
+        latency = counted = None
+        if judged["golden"].result != "fail" and not arguments.no_timing:
+            latency, judgement = _latency(bundle, here)
+            judged |= {"latency": judgement} if judgement else {}
+        if judged["golden"].result == "pass" and test is not None:
+            counted, judgement = accuracy.measure(bundle, here.engines, graphs, test)
+            judged |= {"accuracy": judgement} if judgement else {}
+    return {
+        "schema": 1,
+        "bundle": {"name": bundle.manifest.name, "manifest_sha256": bundle.sha256},
+        "target": bundle.manifest.target,
+        "machine": machine.describe(),
+        "engines": here.how,
+        "golden": {"onnx": onnx, "engines": golden},
+        "latency": latency,
+        "accuracy": counted,
+        "verdict": {
+            **{name: asdict(each) for name, each in judged.items()},
+            "overall": asdict(parity.together(*judged.values())),
+        },
+    }
 
 
-def golden_samples(bundle: Bundle, engines: Mapping[str, Engine], precision: str) -> dict[str, dict[str, Any]]:
-    """Run engines on the golden inputs: name of the network -> what `golden.check` says for that precision."""
+def golden_samples(
+    bundle: Bundle, engines: Mapping[str, Engine], precision: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run engines on the golden inputs: name of the network -> what `golden.check` says.
+
+    Args:
+        bundle: whose samples.
+        engines: by name of the network.
+        precision: of the engines; None: what the bundle's are built in.
+    """
     from polar_deploy.bundle import golden
     from polar_deploy.engines import infer_all
 
+    tf32 = precision is None and bundle.manifest.build.tf32
+    precision = precision or bundle.manifest.networks.compressed.precision.asked
     return {
-        name: golden.check(bundle.outputs[name], infer_all(engine, bundle.inputs), precision)
+        name: golden.check(bundle.outputs[name], infer_all(engine, bundle.inputs), precision, tf32=tf32)
         for name, engine in engines.items()
     }
 
@@ -131,24 +137,19 @@ def _off(found: dict[str, Any]) -> str:
     return f"off by {found['difference']:.1e} on the golden samples, {found['tolerance']:g} is allowed"
 
 
-def _timing(bundle: Bundle, engines: Mapping[str, Engine]) -> tuple[Any, Any]:
-    """The batch that the verdict asks for, and how long the full and the compressed network take for it in turn."""
+def _latency(bundle: Bundle, here: device.Here) -> tuple[dict[str, Any] | None, Judgement | None]:
+    """Time the full network against the compressed one; what was measured, and the answer, as far as there are any."""
+    from polar_deploy import parity
     from polar_deploy.engines import timing
 
-    batch = bundle.manifest.verdict.asked.batch
-    images = np.resize(bundle.inputs, (batch, *bundle.manifest.input.shape))
-    return images, timing.compare(engines["full"], engines["compressed"], images)
-
-
-def _judge_latency(here: device.Here, timing: tuple[Any, Any] | None, bundle: Bundle) -> dict[str, Judgement]:
-    """One judgement, or none where there is nothing to compare with."""
-    from polar_deploy.parity import Judgement, judge_latency
-
-    if timing is not None:
-        return {"latency": judge_latency(timing[1], bundle.manifest.verdict.asked)}
     if not here.engines:
-        return {"latency": Judgement("undecided", here.how)}
-    return {}
+        return None, parity.Judgement("undecided", here.how)
+    if "full" not in here.engines:
+        return None, None
+    asked, (full, compressed) = bundle.manifest.verdict.asked, (here.engines[name] for name in ("full", "compressed"))
+    images = np.resize(bundle.inputs, (asked.batch, *bundle.manifest.input.shape))
+    measured = timing.compare(full, compressed, images)
+    return parity.latency_document(full, compressed, images, measured), parity.judge_latency(measured, asked)
 
 
 def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
@@ -165,19 +166,21 @@ def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
     if "latency" not in verdict:
         lines.append(f"latency   {'not timed' if manifest.networks.full else 'the bundle has no full network'}")
     if "accuracy" not in verdict:
-        lines.append(f"accuracy  {_accuracy(bundle)}")
+        here = found["accuracy"]
+        lines.append(f"accuracy  {here['compressed']:.2f} %, measured here" if here else _makers_accuracy(bundle))
     return [*lines, f"verdict: {verdict['overall']['result'].upper()}"]
 
 
-def _accuracy(bundle: Bundle) -> str:
+def _makers_accuracy(bundle: Bundle) -> str:
     """What the maker measured."""
     metrics = bundle.manifest.metrics
     counted = metrics.accuracy or metrics.fp32_graphs
     if counted is None:
-        return "never measured"
+        return "accuracy  never measured"
     low, high = counted.interval
     which = "" if metrics.accuracy else " of the FP32 graphs"
     return (
-        f"not measured here; its maker's figure{which}: {counted.compressed:.2f} %, full network {counted.full:.2f} % "
-        f"(drop {counted.drop:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}, {counted.samples:,} samples)"
+        f"accuracy  its maker's figure{which}, not measured here: {counted.compressed:.2f} %, the full network's "
+        f"{counted.full:.2f} % (drop {counted.drop:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}, "
+        f"{counted.samples:,} samples)"
     )

@@ -1,0 +1,136 @@
+"""The bundle stage: what it writes, and that it is the same each time."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from polar_deploy import data, recipes
+from polar_deploy.bundle.schema import document
+from tests.bundle.commands import bundle, manifest
+from tests.conftest import ROOT, Miniature, Outcome, contents, polar
+from tests.schemas import schema, valid
+
+
+def again(miniature: Miniature, folder: Path, *options: object, without: tuple[str, ...] = ()) -> Outcome:
+    """The miniature's command in a copy of its folder whose bundle has yet to be made."""
+    miniature.copy(folder, *without, "bundle", "report")
+    return polar("--recipe", miniature.folder / "run.yaml", "--out", folder, *options)
+
+
+def test_the_manifest_is_as_its_schema_says(folder: Path) -> None:
+    valid("bundle", manifest(folder))
+    assert schema("bundle").schema == document()
+
+
+def test_what_the_schema_refuses_and_what_the_types_refuse_is_the_same(folder: Path) -> None:
+    """The types are stricter only where a schema cannot say it (one value against another)."""
+    right = manifest(folder)
+    wrong = [{**right, "extra": 1}, {**right, "name": "../x"}, {**right, "files": {"/etc/passwd": {}}}, []]
+    assert not any(schema("bundle").is_valid(each) for each in wrong)
+
+
+def test_every_file_is_listed_with_size_and_hash(folder: Path) -> None:
+    listed = {name: (each["bytes"], each["sha256"]) for name, each in manifest(folder)["files"].items()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert listed == {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in files
+    }
+
+
+def test_it_tells_nothing_about_whose_machine_it_was(miniature: Miniature, folder: Path) -> None:
+    words = [str(miniature.folder), str(ROOT), str(Path.home()), socket.gethostname(), "/tmp/"]
+    words += [getpass.getuser()] if len(getpass.getuser()) > 4 else []  # "root" is a word of its own
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert [word for word in words if word.encode() in content] == [], path
+
+
+def test_golden_outputs_are_those_of_the_graphs_on_validation_data(miniature: Miniature, folder: Path) -> None:
+    inputs = np.load(folder / "golden/inputs.npy")
+    reference = np.load(miniature.folder / "gated/reference.npz")
+    np.testing.assert_array_equal(inputs, reference["inputs"])
+    for name, torch_s in (("full", "full"), ("compressed", "gated")):
+        session = onnxruntime.InferenceSession(folder / name / "model.onnx", providers=["CPUExecutionProvider"])
+        golden = np.load(folder / f"golden/{name}.npy")
+        np.testing.assert_allclose(golden, session.run(None, {"input": inputs})[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(golden, reference[torch_s], rtol=0, atol=1e-4)
+
+
+def test_metrics_and_provenance_are_those_of_the_run(miniature: Miniature, folder: Path) -> None:
+    made, parity = manifest(folder), json.loads((miniature.folder / "parity.json").read_text())
+    for key in ("full", "compressed", "drop", "interval", "samples"):
+        assert made["metrics"]["accuracy"][key] == parity["accuracy"][key]
+    assert [each["batch"] for each in made["metrics"]["latency"]] == [1, 8, 64]
+    assert made["verdict"]["overall"] == parity["verdict"]["overall"]
+    settings = recipes.load(miniature.folder / "run.yaml", {}).model_dump(mode="json")
+    for place in ("data_dir", "full_weights", "latency_table"):
+        del settings[place]
+    assert made["provenance"]["settings"] == settings
+    assert made["provenance"]["data"] == {"name": "digits", "sha256": data.load("digits").fingerprint()}
+    assert (folder / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
+
+
+def test_the_same_run_gives_the_same_bytes(miniature: Miniature, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert again(miniature, run).ran == ["bundle", "report"]
+    assert contents(run / "bundle") == contents(miniature.folder / "bundle")
+
+
+def test_without_the_full_network_and_with_random_golden_inputs(miniature: Miniature, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = again(miniature, run, "--no-with-full", "--golden", "random", "--set", "bundle.licence=MIT")
+    assert outcome.ran == ["bundle", "report"]
+    made = manifest(run / "bundle")
+    assert (made["licence"], made["networks"]["full"], made["golden"]["source"]) == ("MIT", None, "random")
+    assert not (run / "bundle/full").exists()
+    data_s = np.load(miniature.folder / "bundle/golden/inputs.npy")
+    inputs = np.load(run / "bundle/golden/inputs.npy")
+    assert np.abs(inputs[:, None] - data_s[None]).mean(axis=(2, 3, 4)).min() > 0.1  # nobody's picture
+    verified = bundle("verify", run / "bundle")
+    assert verified.code == 0
+    assert "the bundle has no full network" in verified.out
+
+
+def test_int8_is_bundled_with_both_graphs(miniature: Miniature, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = again(miniature, run, "--target", "ort-int8", without=("build", "parity"))
+    assert outcome.code in (0, 5), outcome.err
+    network = manifest(run / "bundle")["networks"]["compressed"]
+    assert (network["fp32"], network["typed"]) == ("compressed/model.onnx", "engines/compressed.onnx")
+    found = json.loads(bundle("verify", run / "bundle", "--no-timing", "--json").out)["golden"]
+    assert found["onnx"]["compressed"]["difference"] < 1e-5
+    assert 1e-4 < found["engines"]["compressed"]["difference"] < 0.25
+    assert found["engines"]["compressed"]["tolerance"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["compressed/model.onnx", "engines/full.onnx"])
+def test_a_verdict_on_other_files_makes_no_bundle(name: str, miniature: Miniature, tmp_path: Path) -> None:
+    run = miniature.copy(tmp_path / "run", "bundle", "report")
+    (run / name).write_bytes((run / name).read_bytes() + b"\0")
+    outcome = polar("--recipe", run / "run.yaml", "--out", run, "--from", "bundle")
+    assert outcome.code == 4
+    assert f"{run / name} is not the file that parity.json judges" in outcome.err
+    assert not (run / "bundle").exists()
+
+
+def test_an_engine_that_is_no_longer_right_makes_no_bundle(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polar_deploy.bundle import golden
+
+    monkeypatch.setitem(golden.TOLERANCE, "fp32", -1.0)
+    outcome: Any = again(miniature, tmp_path / "run")
+    assert outcome.code == 4
+    assert "is off by" in outcome.err
+    assert not (tmp_path / "run/bundle").exists()
