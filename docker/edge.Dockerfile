@@ -3,6 +3,8 @@
 #   docker build -f docker/edge.Dockerfile -t polar-deploy:edge .
 #   docker run --gpus all --rm polar-deploy:edge                 # what this device can build and run
 #   docker run --gpus all --rm -v "$PWD":/work -w /work --entrypoint python3 polar-deploy:edge \
+#       -m polar_deploy.bundle verify bundle --rebuild --engines here
+#   docker run --gpus all --rm -v "$PWD":/work -w /work --entrypoint python3 polar-deploy:edge \
 #       -m polar_deploy.pipeline --recipe runs/RUN/run.yaml --out runs/RUN --from build
 #
 # On a Jetson (JetPack 6.1 or later, TensorRT 10.3):  --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:r10.3.0-devel

@@ -293,6 +293,8 @@ def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Names
             _run_stage(run, stage_named(name))
     if "report" in names:
         _print_report(read_json(run.path("report.json")), as_json=arguments.json)
+        if not arguments.json:
+            _print_bundle(run.path("bundle"))
     elif arguments.json:
         print(json.dumps({"folder": str(run.folder), "stages": list(names)}, indent=1))
     return parity.exit_code(read_json(run.path("parity.json"))) if {"parity", "bundle"} & {*names} else 0
@@ -346,6 +348,17 @@ def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
     from polar_deploy.report import table
 
     table(report, Console())
+
+
+def _print_bundle(folder: Path) -> None:
+    """Say where the bundle is and how the edge team verifies it; its hash is to reach them by another way."""
+    from polar_deploy.workspace import sha256
+
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        print(f"bundle: {folder} ({size:.2f} MB). On the device:")
+        print(f"  python -m polar_deploy.bundle verify {folder.name} --manifest-sha256 {sha256(manifest)}")
 
 
 if __name__ == "__main__":

@@ -379,8 +379,7 @@ def _bundle(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # one that an earlier verdict allowed
         run.progress.note("no bundle: parity failed")
         return
-    sha = make(run.folder, folder, run.settings, run.dataset)
-    run.progress.note(f"bundle: {folder}, manifest sha256 {sha}")
+    make(run.folder, folder, run.settings, run.dataset)
 
 
 def _report(run: Run) -> None:

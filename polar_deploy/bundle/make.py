@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from polar_deploy.data import Dataset
 
 
-def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> str:
-    """Write the bundle of a run whose parity stage did not fail, check it, and return its manifest's sha256.
+def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
+    """Write the bundle of a run whose parity stage did not fail, and check it.
 
     Args:
         run: the run's folder.
@@ -45,21 +45,15 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> str:
         _copy(run, draft, "compressed/surgery.json")
         labels = "".join(f"{printable(one_line(name), LONGEST_LABEL)}\n" for name in dataset.class_names)
         (draft / "labels.txt").write_text(labels, encoding="utf-8")
-        inputs = _golden_inputs(run, settings)
-        _write_golden(draft, inputs, names)
+        samples = _write_golden(draft, _golden_inputs(run, settings), names)
         document = {
-            "schema": SCHEMA,
-            "kind": "polar_deploy.bundle",
-            "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{settings.data}").lstrip(".-")[:100],
-            "licence": settings.bundle.licence,
-            "target": settings.target,
-            "build": settings.build.model_dump(mode="json"),
+            **_head(settings),
             **_edges(draft / networks["compressed"]["typed"]),
             "preprocessing": _preprocessing(settings, dataset),
             "labels": "labels.txt",
             "golden": {
                 "source": settings.bundle.golden,
-                "samples": len(inputs),
+                "samples": samples,
                 "inputs": "golden/inputs.npy",
                 **{name: f"golden/{name}.npy" if name in names else None for name in ("compressed", "full")},
             },
@@ -69,14 +63,8 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> str:
             "verdict": _verdict(parity["verdict"]),
             "provenance": _provenance(settings, dataset, built["engines"]["compressed"]),
         }
-        document["files"] = {
-            path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(draft.rglob("*"))
-            if path.is_file()
-        }
-        write_json(draft / MANIFEST, document)
+        write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
-    return sha256(folder / MANIFEST)
 
 
 def _require_judged(run: Path, parity: dict[str, Any]) -> None:
@@ -87,6 +75,26 @@ def _require_judged(run: Path, parity: dict[str, Any]) -> None:
                 f"{run / name} is not the file that parity.json judges",
                 "measure it: run again with --from parity",
             )
+
+
+def _head(settings: Settings) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": "polar_deploy.bundle",
+        "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{settings.data}").lstrip(".-")[:100],
+        "licence": settings.bundle.licence,
+        "target": settings.target,
+        "build": settings.build.model_dump(mode="json"),
+    }
+
+
+def _files(draft: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file."""
+    return {
+        path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(draft.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _copy(run: Path, draft: Path, name: str) -> str:
@@ -157,8 +165,8 @@ def _golden_inputs(run: Path, settings: Settings) -> golden.Array:
     return np.resize(inputs, (max(MIN_GOLDEN, len(inputs)), *inputs.shape[1:]))  # few validate: they come again
 
 
-def _write_golden(draft: Path, inputs: golden.Array, names: tuple[str, ...]) -> None:
-    """Inputs and outputs. On one thread: with more, sums could be taken in another order each time."""
+def _write_golden(draft: Path, inputs: golden.Array, names: tuple[str, ...]) -> int:
+    """Inputs and outputs; returns how many. On one thread: with more, sums could be in another order each time."""
     from polar_deploy.engines import infer_all
     from polar_deploy.engines.ort import OrtEngine
 
@@ -167,6 +175,7 @@ def _write_golden(draft: Path, inputs: golden.Array, names: tuple[str, ...]) -> 
     for name in names:
         outputs = infer_all(OrtEngine(draft / name / "model.onnx", threads=1), inputs)
         np.save(draft / f"golden/{name}.npy", outputs.astype("<f4"))
+    return len(inputs)
 
 
 def _metrics(parity: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,246 @@
+"""Write a model repository from which NVIDIA Triton serves one network of a bundle.
+
+    REPOSITORY/NAME/config.pbtxt
+    REPOSITORY/NAME/labels.txt
+    REPOSITORY/NAME/1/model.plan or model.onnx
+
+Triton serves TensorRT's plans (trt-*; on the GPU and with the version that they were built for) and ONNX graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.bundle import device
+from polar_deploy.bundle.read import Bundle, opened
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.workspace import atomic_folder, read_json, sha256
+
+if TYPE_CHECKING:
+    from polar_deploy.bundle.manifest import Network
+    from polar_deploy.targets import Target
+
+_SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
+_FILENAMES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx"}
+_OURS = {"config.pbtxt", "labels.txt", "1", *(f"1/{name}" for name in _FILENAMES.values())}
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"  # a folder's name, and no path
+_QUEUE_DELAY = 100  # microseconds that a request waits for others: little beside what an inference takes
+_ONNX = "--backend onnxruntime serves the FP32 graph"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A file that Triton loads.
+
+    Attributes:
+        backend: "tensorrt" or "onnxruntime".
+        file: where it lies now.
+        types: the manifest's words for the types of its input and output.
+        settings: lines of config.pbtxt that this backend alone needs.
+        notes: what whoever serves it has to know, a line each.
+    """
+
+    backend: str
+    file: Path
+    types: tuple[str, str]
+    settings: list[str]
+    notes: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bundle triton`."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder, or the .zip")
+    parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="Triton's model repository, old or new")
+    parser.add_argument("--network", choices=("compressed", "full"), default="compressed", help="default: compressed")
+    parser.add_argument("--name", help="of the model in the repository (default: the bundle's)")
+    parser.add_argument("--backend", choices=tuple(_FILENAMES), help="default: as the bundle's target")
+    parser.add_argument("--engines", metavar="DIR", type=Path, help="plans that `verify --rebuild --engines DIR` built")
+    device.add_trust_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the model; say what it takes to serve it."""
+    with opened(arguments.bundle) as bundle:
+        place = _place(bundle, arguments)
+        model = _model(bundle, arguments)
+        _require_ours(place)
+        with atomic_folder(place) as draft:
+            (draft / "1").mkdir()
+            shutil.copyfile(model.file, draft / "1" / _FILENAMES[model.backend])
+            shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
+            (draft / "config.pbtxt").write_text(_config(place.name, model, bundle), encoding="utf-8")
+    print("\n".join([f"{place}: the {arguments.network} network, for Triton's {model.backend} backend", *model.notes]))
+    return 0
+
+
+# --------------------------------------------------------------------------- where to
+
+
+def _place(bundle: Bundle, arguments: argparse.Namespace) -> Path:
+    """The model's folder."""
+    suffix = "_full" if arguments.network == "full" else ""
+    name = bundle.manifest.name + suffix if arguments.name is None else arguments.name
+    if not re.fullmatch(_NAME, name):
+        raise UsageError(f"{name!r} is no name for a model", "use letters, digits, '_', '-' and '.', at most 200")
+    repository: Path = arguments.repository
+    if repository.resolve().is_relative_to(arguments.bundle.resolve()):
+        raise UsageError(f"{repository} lies in the bundle, which must not change", "give a folder outside of it")
+    return repository / name
+
+
+def _require_ours(place: Path) -> None:
+    """Raise UsageError if something lies there that another one wrote: it is neither replaced nor mixed with."""
+    if not place.is_dir():
+        return  # nothing, or no folder, which `atomic_folder` refuses
+    found = {path.relative_to(place).as_posix(): path for path in place.rglob("*")}
+    strange = sorted(name for name, path in found.items() if name not in _OURS or path.is_symlink())
+    if not strange and found and not _signed(place / "config.pbtxt"):
+        strange = sorted(found)
+    if strange:
+        what = f"{place} has {strange[0]!r}, which `bundle triton` did not write"
+        raise UsageError(what, "move it away, or give another --name")
+
+
+def _signed(config: Path) -> bool:
+    return config.is_file() and config.read_bytes().startswith(_SIGNATURE.encode())
+
+
+# --------------------------------------------------------------------------- what
+
+
+def _model(bundle: Bundle, arguments: argparse.Namespace) -> _Model:
+    """Choose what is served, as the options and the bundle's target say."""
+    from polar_deploy import targets
+
+    target = targets.parse(bundle.manifest.target)
+    network = bundle.manifest.each().get(arguments.network)
+    if network is None:
+        raise UsageError("the bundle has no full network", "serve the compressed one, or ask for a bundle with both")
+    backend = arguments.backend or ("tensorrt" if target.has_plans else "onnxruntime")
+    trusted = device.trusted(arguments, bundle)  # a sha256 that does not match is an error whatever is served
+    if backend == "tensorrt":
+        return _plan(bundle, network, target, arguments, trusted=trusted)
+    if arguments.engines is not None:
+        raise UsageError("--engines has plans, which ONNX Runtime does not serve", "leave one of the two options out")
+    return _graph(bundle, network, target)
+
+
+def _graph(bundle: Bundle, network: Network, target: Target) -> _Model:
+    """The typed graph if it was made for ONNX Runtime; else the FP32 one, since types suit one runtime only."""
+    if target.has_plans:
+        file, types = network.fp32, ("fp32", "fp32")
+        note = f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"
+    else:
+        file, types = network.typed, (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
+        note = f"it is {file}, as it was measured"
+    if target.backend == "ort":
+        threads = f'key: "intra_op_thread_count" value {{ string_value: "{network.threads or 1}" }}'
+        settings = [_instances("CPU"), f"parameters {{ {threads} }}"]
+    else:  # ONNX Runtime's own choice is TF32
+        tf32 = f'parameters {{ key: "use_tf32" value: "{int(network.tf32)}" }}'
+        accelerator = f'gpu_execution_accelerator [ {{ name: "cuda" {tf32} }} ]'
+        settings = [_instances("GPU"), f"optimization {{ execution_accelerators {{ {accelerator} }} }}"]
+    return _Model("onnxruntime", bundle.path(file), types, settings, [note])
+
+
+def _plan(bundle: Bundle, network: Network, target: Target, arguments: argparse.Namespace, *, trusted: bool) -> _Model:
+    """A plan: of the bundle, if it is trusted, or one that was built here."""
+    if target.backend == "rtx":
+        raise UsageError(f"Triton has no backend for TensorRT for RTX, which {target.name} is for", _ONNX)
+    if network.plan is None:
+        raise UsageError(f"a bundle for {target.name} has no plan for TensorRT", "leave --backend tensorrt out")
+    if (smallest := bundle.manifest.build.batches[0]) > 1:
+        what = f"the plan takes {smallest} images or more at a time, Triton sends single ones"
+        raise UsageError(what, f"ask for one with --batch 1,…; {_ONNX}")
+    if arguments.engines is not None:
+        file, plan = _rebuilt(arguments.engines, arguments.network, bundle)
+    elif trusted:
+        file, plan = bundle.path(network.plan.file), network.plan.model_dump(mode="json")
+    else:
+        raise UsageError(
+            "the plan is not trusted: it is code, which Triton runs",
+            "give --manifest-sha256 as its maker tells it, --trust-plan, or --engines DIR with what "
+            "`verify --rebuild --engines DIR` built here",
+        )
+    types = (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
+    return _Model("tensorrt", file, types, [_instances("GPU")], _needs(plan))
+
+
+def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
+    """A plan that was built here from this bundle, and its description."""
+    built, path = read_json(folder / "build.json"), folder / f"{name}.plan"
+    again = "run `verify --rebuild --engines DIR` with a new folder"
+    try:
+        same, entry = built["bundle"] == bundle.sha256, built["engines"][name]
+        listed, plan = entry["files"][path.name]["sha256"], dict(entry["plan"])
+        _needs(plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ContentError(f"{folder / 'build.json'} does not list engines of a bundle: {error!r}", again) from error
+    if not same:
+        raise UsageError(f"{folder} has engines of another bundle", again)
+    if sha256(path) != listed:
+        raise ContentError(f"{path} is not the file that was built", again)
+    return path, plan
+
+
+def _needs(plan: dict[str, Any]) -> list[str]:
+    """What Triton has to have for a plan."""
+    gpu = plan["gpu"] or "a GPU"
+    capabilities = " or ".join(plan["capabilities"])
+    gpus = f"{gpu} (compute capability {capabilities}{' or later' if plan['hardware_compatible'] else ''})"
+    if not plan["version_compatible"]:
+        return [f"serve it with a Triton whose TensorRT is {plan['version']}, on {gpus}"]
+    major = plan["version"].partition(".")[0]
+    return [
+        f"serve it with a Triton whose TensorRT is {plan['version']} or a later {major}, on {gpus}",
+        "and start that with --backend-config=tensorrt,version-compatible=true",
+    ]
+
+
+# --------------------------------------------------------------------------- config.pbtxt
+
+
+def _config(name: str, model: _Model, bundle: Bundle) -> str:
+    """The model's configuration, ModelConfig of Triton's model_config.proto in protobuf's text format."""
+    source, result = bundle.manifest.input, bundle.manifest.output
+    _, usual, largest = bundle.manifest.build.batches
+    read, written = (f"TYPE_{kind.upper()}" for kind in model.types)
+    tensor = f"data_type: {read} dims: {_list(source.shape)}"
+    output = f"name: {_quoted(result.name)} data_type: {written} dims: {_list([result.classes])}"
+    inputs = f"inputs {{ key: {_quoted(source.name)} value {{ {tensor} random_data: true }} }}"
+    warm = [f'  {{ name: "batch {batch}" batch_size: {batch} {inputs} }}' for batch in sorted({1, usual})]
+    lines = [
+        f"{_SIGNATURE} from the bundle whose manifest.json has the sha256",
+        f"# {bundle.sha256}",
+        f"name: {_quoted(name)}",
+        f"backend: {_quoted(model.backend)}",
+        f"default_model_filename: {_quoted(_FILENAMES[model.backend])}",
+        f"max_batch_size: {largest}",
+        f"input [ {{ name: {_quoted(source.name)} {tensor} }} ]",
+        f'output [ {{ {output} label_filename: "labels.txt" }} ]',
+        *model.settings,
+    ]
+    if preferred := sorted({usual, largest} - {1}):
+        delay = f"max_queue_delay_microseconds: {_QUEUE_DELAY}"
+        lines.append(f"dynamic_batching {{ preferred_batch_size: {_list(preferred)} {delay} }}")
+    return "\n".join([*lines, "model_warmup [", ",\n".join(warm), "]", ""])
+
+
+def _instances(kind: str) -> str:
+    return f"instance_group [ {{ count: 1 kind: KIND_{kind} }} ]"
+
+
+def _quoted(text: str) -> str:
+    """A string literal: JSON escapes quotes and backslashes as protobuf does, and a manifest has no control signs."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _list(values: Iterable[int]) -> str:
+    return f"[ {', '.join(map(str, values))} ]"
