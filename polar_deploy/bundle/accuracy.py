@@ -71,7 +71,7 @@ def _split(bundle: Bundle, folder: Path) -> Split:
         return _pictures(bundle, folder)
     name = bundle.manifest.provenance.data.name
     if not is_reference(name):  # a stranger's manifest shall import nothing
-        return data.load(name, folder, input_size=bundle.manifest.preprocessing.crop).test
+        return data.load(name, folder, input_size=bundle.manifest.preprocessing.crop, download=False).test
     first = ", ".join(map(repr, bundle.labels[:3]))
     raise UsageError(
         f"{folder} has no test set: neither test.npz nor folders with the labels' names ({first}, …)",

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from polar_deploy.bundle import device
-from polar_deploy.bundle.read import Bundle, opened
 from polar_deploy.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
 
 _AT_ONCE = 64  # pictures that are decoded before they are classified
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the likeliest labels of each picture."""
     from polar_deploy import engines
+    from polar_deploy.bundle.read import opened
 
     if arguments.top < 1:
         raise UsageError(f"--top {arguments.top} is below 1", "ask for one label or more")
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def classify(bundle: Bundle, engine: Engine, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """[{"image", "top": [{"label", "class", "probability"}, …]}, …], the likeliest label first."""
+    import numpy as np
+
     from polar_deploy.data import LazyImages, normalise
     from polar_deploy.engines import infer_all
 
@@ -76,5 +79,7 @@ def classify(bundle: Bundle, engine: Engine, arguments: argparse.Namespace) -> l
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Probabilities [N,classes] of logits [N,classes]."""
+    import numpy as np
+
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))

@@ -57,6 +57,7 @@ def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
     Raises:
         ContentError: the manifest's hash is not the one that was given.
     """
+
     told = arguments.manifest_sha256
     if told is not None and told.strip().lower() != bundle.sha256:
         raise refused(bundle.path("manifest.json"), f"has the sha256 {bundle.sha256}, not the {told} that was given")

@@ -15,12 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from polar_deploy.bundle import device
-from polar_deploy.bundle.read import Bundle, opened
 
 if TYPE_CHECKING:
+    from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
     from polar_deploy.parity import Judgement
 
@@ -36,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify a bundle and print what was found."""
+    from polar_deploy.bundle.read import opened
     from polar_deploy.parity import exit_code
 
     with opened(arguments.bundle) as bundle:
@@ -139,6 +138,8 @@ def _off(found: dict[str, Any]) -> str:
 
 def _latency(bundle: Bundle, here: device.Here) -> tuple[dict[str, Any] | None, Judgement | None]:
     """Time the full network against the compressed one; what was measured, and the answer, as far as there are any."""
+    import numpy as np
+
     from polar_deploy import parity
     from polar_deploy.engines import timing
 

@@ -53,12 +53,13 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
     return _TABLE[name][0]
 
 
-def load(name: str, data_dir: Path | None = None, *, input_size: int | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None, *, input_size: int | None = None, download: bool = True) -> Dataset:
     """Read the data set `name`, or call the user's "package.module:function" for it.
 
     Args:
         data_dir: the folder to look in; None: `data` in the current folder.
         input_size: pixels a side of the images; None: the data set's own.
+        download: whether what is not there, and can be had, is fetched.
 
     Raises:
         UsageError: there is no such data set, or nothing where it should be.
@@ -68,7 +69,10 @@ def load(name: str, data_dir: Path | None = None, *, input_size: int | None = No
     if is_reference(name):
         return own.resized(own.load(name, data_dir), input_size)
     known = spec(name)
+    loader = _TABLE[name][1]
+    if loader is cifar.load and not download:
+        loader = cifar.load_stored
     try:
-        return _TABLE[name][1](replace(known, input_size=input_size or known.input_size), data_dir)
+        return loader(replace(known, input_size=input_size or known.input_size), data_dir)
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error

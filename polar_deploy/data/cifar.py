@@ -97,6 +97,23 @@ def load(spec: DataSpec, data_dir: Path | None) -> Dataset:
         UsageError: `data_dir` was named but does not exist, or nothing is in it and the download failed.
         ContentError: what is there is damaged, hostile, or another data set.
     """
+    found = _stored(spec, data_dir)
+    if found is None:
+        root = data_dir or Path("data")
+        _download(spec, root / _LAYOUTS[spec.name].archive)
+        return load(spec, root)
+    return found
+
+
+def load_stored(spec: DataSpec, data_dir: Path | None) -> Dataset:
+    """As `load`, but a UsageError where it would have to be downloaded."""
+    found = _stored(spec, data_dir)
+    if found is None:
+        raise UsageError(f"{spec.name} is not in {data_dir or 'data'}", f"put {_expected(spec)} there")
+    return found
+
+
+def _stored(spec: DataSpec, data_dir: Path | None) -> Dataset | None:
     root, layout = data_dir or Path("data"), _LAYOUTS[spec.name]
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data folder {data_dir} does not exist", f"create it with {_expected(spec)}")
@@ -107,8 +124,7 @@ def load(spec: DataSpec, data_dir: Path | None) -> Dataset:
             return _read_batches(spec, _from_archive(folder / layout.archive, layout), folder / layout.archive)
         if (folder / "train.npz").exists() or (folder / "test.npz").exists():
             return read_npz_folder(spec, folder, layout.class_names)
-    _download(spec, root / layout.archive)
-    return load(spec, root)
+    return None
 
 
 def _expected(spec: DataSpec) -> str:

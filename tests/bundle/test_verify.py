@@ -176,6 +176,15 @@ def test_no_test_set_where_it_should_be(change_it: Any, words: str, folder: Path
     assert words in outcome.err
 
 
+def test_nothing_is_downloaded_to_measure_accuracy(folder: Path, tmp_path: Path) -> None:
+    change(folder, "provenance", "data", "name", to="cifar10")
+    (tmp_path / "data").mkdir()
+    outcome = bundle("verify", folder, "--data", tmp_path / "data")
+    assert outcome.code == 2
+    assert f"cifar10 is not in {tmp_path / 'data'}" in outcome.err
+    assert list((tmp_path / "data").iterdir()) == []
+
+
 # --------------------------------------------------------------------------- trust
 
 
