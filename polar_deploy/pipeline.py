@@ -316,6 +316,13 @@ def _preflight(run: Run, names: Sequence[str]) -> None:
 
 
 def _run_stage(run: Run, stage: Any) -> None:
+    _make(run, stage)
+    for name in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
+        run.path(name).unlink(missing_ok=True)
+
+
+def _make(run: Run, stage: Any) -> None:
+    """Run a stage unless all that it wrote is up to date."""
     state = stage.name, stage.key(run), stage.inputs(run), stage.outputs(run)
     if run.workspace.is_current(*state):
         run.progress.note(f"{stage.name}: up to date")
@@ -335,8 +342,6 @@ def _run_stage(run: Run, stage: Any) -> None:
         ) from error
     if stage.settled(run):
         run.workspace.stamp(*state[:-1], stage.outputs(run))
-    for name in stage.scratch:
-        run.path(name).unlink(missing_ok=True)
 
 
 def _print_report(report: dict[str, Any], *, as_json: bool) -> None:

@@ -71,7 +71,6 @@ def test_a_damaged_output_is_made_again_and_what_follows_from_it(
     assert differences(miniature.folder, folder) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a kill between the stamp and the removal of scratch files leaves them")
 def test_scratch_files_of_a_stage_that_is_up_to_date_are_removed(miniature: Miniature, tmp_path: Path) -> None:
     folder = miniature.copy(tmp_path / "run")
     for stage in stages.STAGES:

@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.bundle.read import Bundle, refused
 from polar_deploy.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from polar_deploy.bundle.manifest import Network, Plan
+    from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
     from polar_deploy.targets import Target
 
@@ -57,6 +57,8 @@ def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
     Raises:
         ContentError: the manifest's hash is not the one that was given.
     """
+
+    from polar_deploy.bundle.read import refused
 
     told = arguments.manifest_sha256
     if told is not None and told.strip().lower() != bundle.sha256:

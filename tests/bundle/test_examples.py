@@ -32,8 +32,8 @@ PICTURES = {
     "exact.png": ("RGBA", (11, 11), (11, 11), (2, 2)),
     "tiny grey.png": ("L", (3, 4), (11, 14), (2, 3)),
 }
-EDGES = {"input": {"name": "images"}, "output": {"name": "logits"}}
-PROFILE = {"networks": {"compressed": {"plan": {"profile": {"smallest": 2, "usual": 3, "largest": 5}}}}}
+EDGES: dict[str, Any] = {"input": {"name": "images"}, "output": {"name": "logits"}}
+PROFILE: dict[str, Any] = {"networks": {"compressed": {"plan": {"profile": {"smallest": 2, "usual": 3, "largest": 5}}}}}
 
 Answer = dict[str, list[tuple[str, float]]]  # picture -> (label, percent), the likeliest first
 
@@ -159,7 +159,7 @@ def test_the_graph_that_suits_onnx_runtime(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kind = np.float16 if target.endswith("fp16") else np.float32
-    native = {"input": {"dtype": "fp16"}, "output": {"dtype": "fp16"}} if kind is np.float16 else {}
+    native: dict[str, Any] = {"input": {"dtype": "fp16"}, "output": {"dtype": "fp16"}} if kind is np.float16 else {}
     folder = write_bundle(tmp_path / "bundle", target, **native)
     run(ORT, monkeypatch, folder, *pictures)
     images = prepared(pictures)

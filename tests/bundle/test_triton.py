@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,7 @@ def a_model_that_triton_configures(place: Path) -> None:
     (place / "config.pbtxt").unlink()
 
 
-FOREIGN = {
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file more": (lambda place: (place / "notes.txt").write_text("theirs"), "notes.txt"),
     "a version more": (a_version_more, "2"),
     "an empty version": (lambda place: (place / "2").mkdir(), "2"),
