@@ -1,5 +1,7 @@
 """A bundle with real plans on a GPU: verified as delivered, and with a falsified TensorRT version rebuilt and verified.
 
+The example in docs/ classifies a picture with the plan, too, and has to agree with `bundle run`.
+
     python -m benchmarks.gpu_bundle RUN [--target trt-fp16]
 
 RUN is the folder of a run that was trained anywhere with `--until surgery`; it is copied. Without a GPU or without
@@ -17,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from benchmarks.common import ROOT, write_result
 from polar_deploy import targets
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "a bundle with plans is made": codes["pipeline"] in (0, 5),
         "an untrusted plan is not loaded: exit code 5": codes.get("untrusted") == 5,
         "the plan is loaded, runs and passes": codes.get("trusted") == 0,
+        "docs/examples/classify_tensorrt.py agrees with bundle run": _agree(found),
         "a falsified version is not loaded: exit code 5": codes.get("falsified") == 5,
         "with --rebuild it is built here and passes": codes.get("rebuilt") == 0,
     }
@@ -65,6 +70,10 @@ def _examine(bundle: Path, folder: Path) -> dict[str, Any]:
     """The bundle as delivered, then falsified."""
     verify = ("bundle", "verify", bundle, "--json")
     found = {"untrusted": _call(*verify, "--no-timing"), "trusted": _call(*verify, "--trust-plan")}
+    picture = folder / "picture.png"
+    Image.effect_noise((300, 200), 80).save(picture)
+    found["run"] = _call("bundle", "run", bundle, picture, "--trust-plan", "--json")
+    found["example"] = _started(ROOT / "docs/examples/classify_tensorrt.py", bundle, picture)
     manifest = read_json(bundle / "manifest.json")
     for network in manifest["networks"].values():
         network["plan"]["version"] = _FALSE_VERSION
@@ -74,12 +83,26 @@ def _examine(bundle: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _agree(found: dict[str, Any]) -> bool:
+    """Whether command and example give the picture the same likeliest label."""
+    if found.get("run", {}).get("exit_code") != 0 or found["example"]["exit_code"] != 0:
+        return False
+    _, best, *_ = found["example"]["answer"]
+    label: str = found["run"]["answer"][0]["top"][0]["label"]
+    return best.partition(" %  ")[2] == label
+
+
 def _call(module: str, *arguments: object) -> dict[str, Any]:
     """Exit code and JSON answer of a command of polar_deploy."""
-    line = [sys.executable, "-m", f"polar_deploy.{module}", *map(str, arguments)]
+    done = _started("-m", f"polar_deploy.{module}", *arguments)
+    return done | {"answer": json.loads("\n".join(done["answer"]))} if done["exit_code"] in (0, 1, 5) else done
+
+
+def _started(*arguments: object) -> dict[str, Any]:
+    """Exit code of a Python program, and the lines that it said."""
+    line = [sys.executable, *map(str, arguments)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    answer = json.loads(done.stdout) if done.stdout else done.stderr.splitlines()
-    return {"exit_code": done.returncode, "answer": answer}
+    return {"exit_code": done.returncode, "answer": (done.stdout or done.stderr).splitlines()}
 
 
 if __name__ == "__main__":

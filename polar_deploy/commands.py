@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 
-from polar_deploy.errors import MachineError, PolarDeployError
+from polar_deploy.errors import MachineError, PolarDeployError, UsageError
+from polar_deploy.workspace import DISK_FULL
 
 
 def dispatch(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,10 @@ def dispatch(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequenc
     except MemoryError as error:
         print(f"error: out of memory: {error}\n  what to do: use a smaller batch or network", file=sys.stderr)
         return MachineError.exit_code
+    except OSError as error:  # of files that nobody opened with more care
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}\n  what to do: check path, permissions and free space", file=sys.stderr)
+        return (MachineError if error.errno in DISK_FULL else UsageError).exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -20,7 +20,7 @@ from typing import Any
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `atomic_path` names its temporary files
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
 _FULL_BELOW = 65536  # bytes: less than any file worth writing
@@ -150,7 +150,7 @@ def _translated(path: Path) -> Iterator[None]:
     except OSError as error:
         if not _concerns(error, path):
             raise  # some other file, which the block read
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise _disk_full(path) from error
         if isinstance(error, (FileExistsError, NotADirectoryError)):
             what = f"cannot write {path}: {error.filename} is a file, not a folder"
@@ -182,7 +182,7 @@ def _full_disk_noticed(path: Path) -> Iterator[None]:
     except PolarDeployError:
         raise
     except Exception as error:
-        named = getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
+        named = getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error)
         if named or shutil.disk_usage(path.parent).free < _FULL_BELOW:
             raise _disk_full(path) from error
         raise

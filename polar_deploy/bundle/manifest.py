@@ -11,6 +11,7 @@ from polar_deploy.targets import LIBRARIES, TARGETS
 
 SCHEMA = 1
 MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
+MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float32
 
 # A path of at most four parts, none of which begins with a dot: nothing outside of the bundle can be named.
 FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
@@ -266,6 +267,9 @@ class Manifest(_Part):
         pixels = self.preprocessing.crop
         if self.input.shape != (3, pixels, pixels):
             raise ValueError(f"pre-processing gives 3 x {pixels} x {pixels}, the input is {self.input.shape}")
+        batch, (least, _, most) = self.verdict.asked.batch, self.build.batches
+        if not least <= batch <= most or batch * 3 * pixels**2 > MOST_VALUES:
+            raise ValueError(f"latency is asked at batch {batch}, the engines take {least} to {most}, or it is endless")
         return self
 
     def _require_fitting_target(self) -> None:

@@ -1,6 +1,6 @@
 """A function in a process of its own: a library that aborts then ends a child, and the run gets its last words.
 
-python -m polar_deploy.engines.child package.module:function REQUEST.json ANSWER.json
+python -m polar_deploy.engines.child package.module:function REQUEST.json ANSWER.json PARENT
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def call(function: str, request: dict[str, Any], what: str) -> dict[str, Any]:
         folder = Path(name)
         asked, answered, said = folder / "request.json", folder / "answer.json", folder / "said.txt"
         write_json(asked, request)
-        command = [sys.executable, "-m", __name__, function, str(asked), str(answered)]
+        command = [sys.executable, "-m", __name__, function, str(asked), str(answered), str(os.getpid())]
         path = os.pathsep.join(part or "." for part in sys.path)  # the child has to find what this process found
         with said.open("wb") as output:
             code = _run(command, os.environ | {"PYTHONPATH": path}, output)
@@ -76,9 +76,9 @@ def _died(code: int, said: str, what: str) -> PolarDeployError:
     )
 
 
-def main(function: str, request: str, answer: str) -> None:
-    """What the child does."""
-    _die_with_the_parent()
+def main(function: str, request: str, answer: str, parent: str) -> None:
+    """What the child does. `parent` is the number of the process that waits for it."""
+    _die_with(int(parent))
     module, _, name = function.partition(":")
     try:
         result = {"result": getattr(import_module(module), name)(read_json(request))}
@@ -87,10 +87,12 @@ def main(function: str, request: str, answer: str) -> None:
     write_json(answer, result)
 
 
-def _die_with_the_parent() -> None:
+def _die_with(parent: int) -> None:
     """Ask Linux to end this process when the one that waits for it is gone: nobody else would read the answer."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it went while Python started
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,14 @@ FIELDS: dict[str, Case] = {
     "an unknown target": (value("target", to="tpu-fp4"), "unknown target 'tpu-fp4'"),
     "another precision": (value("target", to="ort-int8"), "is in fp32, the target is ort-int8"),
     "a target without its plan": (value("target", to="trt-fp32"), "has a plan of None, the target is trt-fp32"),
+    "an endless batch": (
+        lambda folder: edit(
+            folder,
+            lambda d: (d["verdict"]["asked"].update(batch=10**9), d["build"].update(batches=[1, 8, 10**9])),
+        ),
+        "latency is asked at batch 1000000000",
+    ),
+    "a batch that no engine takes": (value("verdict", "asked", "batch", to=65), "asked at batch 65"),
     "batches that descend": (value("build", "batches", to=[8, 4, 1]), "do not ascend"),
     "a full network without golden outputs": (value("golden", "full", to=None), "which nothing else names"),
 }

@@ -54,6 +54,9 @@ def written(tmp_path: Path, target: str, *options: str, **changes: Any) -> Path:
     return place
 
 
+TWO_AT_LEAST = {"build": {"batches": [2, 8, 64]}, "verdict": {"asked": {"batch": 2}}}
+
+
 def triton(tmp_path: Path, target: str, *options: object, **changes: Any) -> Outcome:
     folder = tmp_path / "bundle"
     if not folder.exists():
@@ -202,7 +205,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
     "RTX as TensorRT": ("rtx-fp16", {}, ("--backend", "tensorrt", "--trust-plan"), "no backend for TensorRT for RTX"),
     "a plan of ORT": ("ort-fp32", {}, ("--backend", "tensorrt", "--trust-plan"), "ort-fp32 has no plan"),
     "no full network": ("ort-fp32", {"full": False}, ("--network", "full"), "has no full network"),
-    "batches of 2": ("trt-fp16", {"build": {"batches": [2, 8, 64]}}, ("--trust-plan",), "takes 2 images or more"),
+    "batches of 2": ("trt-fp16", TWO_AT_LEAST, ("--trust-plan",), "takes 2 images or more"),
 }
 
 
@@ -213,7 +216,7 @@ def test_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_a_graph_takes_single_images_whatever_the_plan_does(tmp_path: Path) -> None:
-    place = written(tmp_path, "trt-fp16", "--backend", "onnxruntime", build={"batches": [2, 8, 64]})
+    place = written(tmp_path, "trt-fp16", "--backend", "onnxruntime", **TWO_AT_LEAST)
     assert config(place)["max_batch_size"] == 64
 
 

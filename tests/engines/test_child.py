@@ -89,3 +89,13 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child that its parent is gone")
+def test_child_of_a_parent_that_is_gone_already_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "asked.json").write_text("{}")
+    function, nobody = "tests.engines.deaths:answer", 2**22 + 1  # no process has a number above 2^22
+    arguments = [function, tmp_path / "asked.json", tmp_path / "answered.json", nobody]
+    command = [sys.executable, "-m", "polar_deploy.engines.child", *map(str, arguments)]
+    assert subprocess.run(command, env=child_environment(), check=False).returncode == 1
+    assert not (tmp_path / "answered.json").exists()
