@@ -85,18 +85,17 @@ class _Need:
 _ORT = _Need("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.19")  # writes FP16 and INT8 graphs, too
 _POLYGRAPHY = _Need("polygraphy", ("polygraphy",), "0.53.4")  # older ones break on TensorRT 11
 _TRT_WHEELS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
-_TO_BUILD = {
-    "ort": (_ORT,),
-    "ort-cuda": (_Need("onnxruntime", ("onnxruntime-gpu",), "1.19"),),
-    "trt": (_Need("tensorrt", ("tensorrt", *_TRT_WHEELS), "10.0"), _POLYGRAPHY, _ORT),
-    "rtx": (
-        _Need("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"),
-        _POLYGRAPHY,
-        _ORT,
-    ),
-}
 _CUDA = _Need("cuda.bindings", ("cuda-bindings",), "12.6")
-_TO_RUN = {"ort": (), "ort-cuda": (), "trt": (_CUDA,), "rtx": (_CUDA,)}  # besides
+_RUNTIME = {
+    "ort": _ORT,
+    "ort-cuda": _Need("onnxruntime", ("onnxruntime-gpu",), "1.19"),
+    "trt": _Need("tensorrt", ("tensorrt", *_TRT_WHEELS), "10.0"),
+    "rtx": _Need("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"),
+}
+_TO_BUILD = {
+    backend: (need, *((_POLYGRAPHY, _ORT) if backend in LIBRARIES else ())) for backend, need in _RUNTIME.items()
+}
+_TO_RUN = {backend: (need, *((_CUDA,) if backend in LIBRARIES else ())) for backend, need in _RUNTIME.items()}
 
 # The oldest compute capability that has a precision in its matrix units, and that a backend supports.
 PRECISION_SINCE = {"fp32": (5, 0), "fp16": (7, 0), "bf16": (8, 0), "int8": (7, 2), "fp8": (8, 9)}

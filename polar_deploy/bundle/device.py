@@ -57,7 +57,6 @@ def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
     Raises:
         ContentError: the manifest's hash is not the one that was given.
     """
-
     from polar_deploy.bundle.read import refused
 
     told = arguments.manifest_sha256
@@ -76,8 +75,7 @@ def engines_here(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[Here
     from polar_deploy import targets
 
     target, allowed = targets.parse(bundle.manifest.target), trusted(arguments, bundle)
-    lacks = dict.fromkeys([*targets.lacks_to_build(target), *targets.lacks_to_run(target)])
-    if lacks:
+    if lacks := targets.lacks_to_run(target):
         plan = "plan not loadable here" if target.has_plans else "not run here"
         rebuild = ", rebuild needed on the device" if target.has_plans else ""
         yield Here({}, f"{plan}: {'; '.join(lacks)}{rebuild}")
@@ -88,12 +86,14 @@ def engines_here(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[Here
         yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
     elif arguments.engines is not None and _kept(arguments.engines, bundle):
         yield _loaded(arguments.engines, bundle, target, f"built here before, in {arguments.engines} ({why_not})")
-    elif arguments.rebuild:
+    elif not arguments.rebuild:
+        yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
+    elif lacks := targets.lacks_to_build(target):
+        yield Here({}, f"{why_not}; not rebuilt: {'; '.join(lacks)}")
+    else:
         with _folder(arguments.engines) as folder:
             _rebuild(bundle, target, folder)
             yield _loaded(folder, bundle, target, f"rebuilt here ({why_not})")
-    else:
-        yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
 
 
 def why_not_as_delivered(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
@@ -147,8 +147,9 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
 
     networks = bundle.manifest.each()
     cache = next((each.plan.timing_cache for each in networks.values() if each.plan and each.plan.timing_cache), None)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build.json").is_file():
-        raise UsageError(f"{folder} has files, but no engines", "give a new folder with --engines")
+    ours = {f"{name}.{end}" for name in networks for end in ("onnx", "plan", "layers.json")} | {"timing.cache"}
+    if folder.exists() and (foreign := sorted(path.name for path in folder.iterdir() if path.name not in ours)):
+        raise UsageError(f"{folder} has {foreign[0]!r}, which is no engine", "give a new folder with --engines")
     if cache is not None:
         with atomic_path(folder / "timing.cache") as temporary:
             shutil.copyfile(bundle.path(cache), temporary)

@@ -112,7 +112,7 @@ def _fp32_graphs(bundle: Bundle) -> dict[str, Engine]:
     """The FP32 graphs in ONNX Runtime; {} where that is not installed."""
     from polar_deploy import engines, targets
 
-    if targets.lacks_to_build(targets.parse("ort-fp32")):
+    if targets.lacks_to_run(targets.parse("ort-fp32")):
         return {}
     return {name: engines.graph(bundle.path(each.fp32)) for name, each in bundle.manifest.each().items()}
 

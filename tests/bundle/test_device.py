@@ -132,8 +132,26 @@ def test_a_folder_with_other_files_is_left_alone(machine: Machine, delivered: Pa
     (tmp_path / "mine/thesis.tex").write_text("years of work")
     outcome = verify(delivered, "--rebuild", "--engines", tmp_path / "mine")
     assert outcome.code == 2
-    assert "has files, but no engines" in outcome.err
+    assert "has 'thesis.tex', which is no engine" in outcome.err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_rebuild_that_was_killed_is_done_again(machine: Machine, delivered: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    assert verify(delivered, "--rebuild", "--engines", kept).code == 0
+    (kept / "build.json").unlink()  # it is written last
+    assert verify(delivered, "--rebuild", "--engines", kept).code == 0
+    assert len(machine.built) == 4
+
+
+def test_a_trusted_plan_needs_nothing_to_build_with(
+    machine: Machine, delivered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "lacks_to_build", lambda target: ["polygraphy is not installed"])
+    assert verify(delivered, "--trust-plan").code == 0
+    outcome = verify(delivered, "--rebuild")
+    assert outcome.code == 5
+    assert "not rebuilt: polygraphy is not installed" in outcome.out
 
 
 def test_engines_that_were_changed_after_they_were_kept_are_not_loaded(
