@@ -5,7 +5,13 @@ A verdict is not a failure: parity failed (exit 1) and undecided (exit 5) are re
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# As in a regular expression's []: control signs, and signs that turn the direction of writing. On a terminal they can
+# say something else than what is written.
+CONTROL = "\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{CONTROL}]")
 
 
 class PolarDeployError(Exception):
@@ -28,8 +34,13 @@ class PolarDeployError(Exception):
 
 
 def one_line(text: object) -> str:
-    """A library's error or its text without line breaks, to be quoted in a message of ours."""
-    return " ".join(str(text).split())
+    """A library's error or its text without line breaks and control signs, to be quoted in a message of ours."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """A text without the signs of `CONTROL`, which may come from a stranger's file."""
+    return _CONTROL.sub("?", text)
 
 
 class UsageError(PolarDeployError):

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check a bundle and write it as one file."""
     from polar_deploy.bundle.read import read
+    from polar_deploy.bundle.refusal import require_outside
 
+    require_outside(arguments.archive, arguments.bundle)
     bundle = read(arguments.bundle)
     pack(bundle.folder, ["manifest.json", *bundle.manifest.files], arguments.archive)
     print(f"{arguments.archive}: {arguments.archive.stat().st_size:,} bytes, manifest sha256 {bundle.sha256}")
@@ -54,7 +56,7 @@ def unpacked(path: Path) -> Iterator[Path]:
     Raises:
         ContentError: it is no .zip, or damaged, or has members that a bundle has not.
     """
-    from polar_deploy.bundle.read import refused
+    from polar_deploy.bundle.refusal import refused
 
     with TemporaryDirectory(prefix="polar_deploy-") as name:
         folder = Path(name)
@@ -72,7 +74,8 @@ def _checked(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     from pydantic import TypeAdapter, ValidationError
 
     from polar_deploy.bundle.manifest import FilePath
-    from polar_deploy.bundle.read import MOST_FILES, refused
+    from polar_deploy.bundle.read import MOST_FILES
+    from polar_deploy.bundle.refusal import refused
 
     members = archive.infolist()
     if len(members) > MOST_FILES:
@@ -102,7 +105,7 @@ def _checked(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, path: Path) -> None:
     """Write one member, as many bytes as it says; the zip's own checksum is held against them."""
-    from polar_deploy.bundle.read import refused
+    from polar_deploy.bundle.refusal import refused
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(member) as source, target.open("xb") as file:

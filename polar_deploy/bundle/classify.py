@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := next((path for path in arguments.images if not path.is_file()), None):
         raise UsageError(f"there is no picture {missing}", "correct the path")
     with opened(arguments.bundle) as bundle:
+        device.trusted(arguments, bundle)  # before anything of it is run
         if arguments.fp32:
             found = classify(bundle, engines.graph(bundle.path(bundle.manifest.networks.compressed.fp32)), arguments)
         else:

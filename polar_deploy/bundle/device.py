@@ -57,7 +57,7 @@ def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
     Raises:
         ContentError: the manifest's hash is not the one that was given.
     """
-    from polar_deploy.bundle.read import refused
+    from polar_deploy.bundle.refusal import refused
 
     told = arguments.manifest_sha256
     if told is not None and told.strip().lower() != bundle.sha256:
@@ -73,8 +73,11 @@ def engines_here(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[Here
         ContentError: a plan or graph is damaged, or what is built is not of the bundle's precision.
     """
     from polar_deploy import targets
+    from polar_deploy.bundle.refusal import require_outside
 
     target, allowed = targets.parse(bundle.manifest.target), trusted(arguments, bundle)
+    if arguments.engines is not None:
+        require_outside(arguments.engines, arguments.bundle)
     if lacks := targets.lacks_to_run(target):
         plan = "plan not loadable here" if target.has_plans else "not run here"
         rebuild = ", rebuild needed on the device" if target.has_plans else ""

@@ -2,49 +2,71 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_deploy.bundle.refusal import refused
 from polar_deploy.errors import ContentError, one_line
 
 if TYPE_CHECKING:
     import onnx
 
-    from polar_deploy.bundle.manifest import ElementType, Manifest
+    from polar_deploy.bundle.manifest import ElementType, Manifest, Network
 
 _DOMAINS = {"", "ai.onnx"}
-_TODO = "do not use it; ask for the bundle again"
+_RANDOM = re.compile("Random|Multinomial|Bernoulli")  # operators that give something else each time
 
 
-def require_harmless(path: Path, manifest: Manifest, *, typed: bool) -> None:
-    """Raise ContentError unless the graph in `path` has the input and output of the manifest, and no more than weights.
-
-    No external data (it names other files), no functions, no operators of other makers, no branches and loops.
+def require_as_described(fp32: Path, typed: Path, manifest: Manifest, network: Network) -> None:
+    """Raise ContentError unless both graphs of a network are plain classifiers, and what the manifest says of them.
 
     Args:
-        path: the ONNX file.
-        manifest: of its bundle.
-        typed: whether its edges have the types of the manifest; else FP32.
+        fp32, typed: the ONNX files, the same one twice where no type was changed.
+        manifest: of their bundle.
+        network: their part of it.
     """
+    from polar_deploy.surgery import cost
+
+    model = _read(fp32)
+    _require_edges(model, fp32, manifest, typed=fp32 == typed)
+    try:
+        counted = cost(model)
+    except Exception as error:  # shapes that make no sense
+        raise refused(fp32, f"has no cost: {one_line(error)}") from error
+    if (counted.macs, counted.params) != (network.macs, network.params):
+        found = f"{counted.macs:,} MACs and {counted.params:,} parameters"
+        raise refused(fp32, f"has {found}, the manifest says {network.macs:,} and {network.params:,}")
+    if fp32 != typed:
+        _require_edges(_read(typed), typed, manifest, typed=True)
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """Read a graph without external data (it names other files), functions, operators of others, branches, loops."""
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise ContentError(f"{path} is no ONNX file: {one_line(error)}", _TODO) from error
-    if problem := _problem(model):
-        raise ContentError(f"{path} {problem}", _TODO)
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ContentError(f"{path} is not valid ONNX: {one_line(error)}", _TODO) from error
+        problem = _problem(model)
+        if problem is None:
+            onnx.checker.check_model(model)
+    except Exception as error:  # on random bytes, protobuf and onnx fail in many ways
+        raise refused(path, f"is not valid ONNX: {one_line(error)}") from error
+    if problem is not None:
+        raise refused(path, problem)
+    return model
+
+
+def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, typed: bool) -> None:
     inner, outer = manifest.input, manifest.output
     kinds = (inner.dtype, outer.dtype) if typed else ("fp32", "fp32")
     expected = [(inner.name, kinds[0], inner.shape), (outer.name, kinds[1], (outer.classes,))]
-    found = edges(model)
+    try:
+        found = edges(model)
+    except UnicodeError as error:
+        raise refused(path, f"is not valid ONNX: {error}") from error
     if found != expected:
-        raise ContentError(f"{path} has the edges {found}, the manifest says {expected}", _TODO)
+        raise refused(path, f"has the edges {found}, the manifest says {expected}")
 
 
 def edges(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -68,6 +90,8 @@ def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
     tensor = value.type.tensor_type
     written = onnx.TensorProto.DataType.Name(tensor.elem_type)
     kind = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}.get(written, written.lower())
+    for text in (value.name, *(size.dim_param for size in tensor.shape.dim)):
+        text.encode()  # protobuf lets through what is not UTF-8, and ONNX Runtime stumbles over it
     return value.name, kind, tuple(size.dim_value for size in tensor.shape.dim[1:])
 
 
@@ -77,6 +101,8 @@ def _problem(model: onnx.ModelProto) -> str | None:
 
     if model.functions:
         return f"defines a function, {model.functions[0].name!r}"
+    if model.training_info:
+        return "has a training graph"
     if model.graph.sparse_initializer:
         return "has sparse weights"
     if foreign := next((each.domain for each in model.opset_import if each.domain not in _DOMAINS), None):
@@ -86,6 +112,8 @@ def _problem(model: onnx.ModelProto) -> str | None:
         place = f"node {node.name!r} ({node.op_type})"
         if node.domain not in _DOMAINS:
             return f"has {place}, an operator of {node.domain!r}"
+        if _RANDOM.match(node.op_type):
+            return f"has {place}, which is random"
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
                 return f"has {place} with a graph of its own"

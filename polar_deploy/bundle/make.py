@@ -12,7 +12,7 @@ import numpy as np
 
 from polar_deploy.bundle import golden, graphs
 from polar_deploy.bundle.manifest import MIN_GOLDEN, SCHEMA
-from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, printable, read
+from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.config import PLACES
 from polar_deploy.data import LazyImages
 from polar_deploy.data.arrays import read_npz
@@ -43,7 +43,7 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
     with atomic_folder(folder) as draft:
         networks = {name: _network(run, draft, name, built["engines"][name]) for name in names}
         _copy(run, draft, "compressed/surgery.json")
-        labels = "".join(f"{printable(one_line(name), LONGEST_LABEL)}\n" for name in dataset.class_names)
+        labels = "".join(f"{one_line(name)[:LONGEST_LABEL]}\n" for name in dataset.class_names)
         (draft / "labels.txt").write_text(labels, encoding="utf-8")
         samples = _write_golden(draft, _golden_inputs(run, settings), names)
         document = {
@@ -220,7 +220,9 @@ def _prove(bundle: Bundle) -> None:
     """Hold what was written against its own golden samples, as the device will; ContentError where it fails."""
     from polar_deploy.bundle import device, verify
 
-    options = argparse.Namespace(trust_plan=True, manifest_sha256=None, rebuild=False, engines=None)
+    options = argparse.Namespace(
+        bundle=bundle.folder, trust_plan=True, manifest_sha256=None, rebuild=False, engines=None
+    )
     with device.engines_here(bundle, options) as here:
         for name, found in verify.golden_samples(bundle, here.engines).items():
             if not found["pass"]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_deploy.config import Build, Capability, Count, Verdict
+from polar_deploy.errors import CONTROL
 from polar_deploy.targets import LIBRARIES, TARGETS
 
 SCHEMA = 1
@@ -15,8 +16,6 @@ MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float3
 
 # A path of at most four parts, none of which begins with a dot: nothing outside of the bundle can be named.
 FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
-# Control signs, and signs that turn the direction of writing: no text of a bundle, which terminals show, has them.
-CONTROL = "\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
 Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -24,8 +23,9 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Points = Annotated[float, Field(ge=-100, le=100)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
 ElementType = Literal["fp32", "fp16", "bf16"]
-Result = Literal["pass", "fail", "undecided"]
+Result = Literal["pass", "undecided"]  # what failed is not handed over
 
 
 class _Part(BaseModel):
@@ -61,14 +61,16 @@ class Preprocessing(_Part):
 
     channels: Literal["RGB"]
     filter: Literal["bilinear"]
-    shorter_side: Count  # pixels
-    crop: Count  # pixels a side of the square that is cut out of the centre
-    scale: Annotated[float, Field(gt=0)]
+    shorter_side: Pixels
+    crop: Pixels  # a side of the square that is cut out of the centre
+    scale: float  # 1 / 255
     mean: Triple
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
     @model_validator(mode="after")
     def _inside(self) -> Preprocessing:
+        if self.scale != 1 / 255:
+            raise ValueError(f"the scale is {self.scale}, not 1 / 255")
         if self.crop > self.shorter_side:
             raise ValueError(f"a crop of {self.crop} pixels does not lie in a picture of {self.shorter_side}")
         return self

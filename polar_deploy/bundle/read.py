@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +20,14 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from polar_deploy.bundle import graphs
-from polar_deploy.bundle.manifest import CONTROL, SCHEMA, Manifest
-from polar_deploy.errors import ContentError, UsageError, one_line
+from polar_deploy.bundle.manifest import SCHEMA, Manifest
+from polar_deploy.bundle.refusal import refused
+from polar_deploy.errors import ContentError, UsageError, one_line, printable
 from polar_deploy.workspace import sha256
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 4 << 20  # bytes
 MOST_FILES = 100
-_TODO = "do not use it; ask for the bundle again, and for the manifest's sha256 by another way"
-_CONTROL = re.compile(f"[{CONTROL}]")
 LONGEST_LABEL = 500  # characters
 
 Array = npt.NDArray[np.float32]
@@ -89,8 +87,7 @@ def read(folder: Path) -> Bundle:
     manifest = parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
     _require_whole(folder, manifest, sizes)
     for network in manifest.each().values():
-        for name in {network.fp32, network.typed}:
-            graphs.require_harmless(folder / name, manifest, typed=name == network.typed)
+        graphs.require_as_described(folder / network.fp32, folder / network.typed, manifest, network)
     golden = manifest.golden
     inputs = _array(folder / golden.inputs, (golden.samples, *manifest.input.shape))
     named = {"compressed": golden.compressed, "full": golden.full}
@@ -98,17 +95,6 @@ def read(folder: Path) -> Bundle:
     outputs = {name: _array(folder / path, shape) for name, path in named.items() if path is not None}
     labels = _labels(folder / manifest.labels, manifest.output.classes)
     return Bundle(folder, manifest, sha256(folder / MANIFEST), labels, inputs, outputs)
-
-
-def refused(place: Path | str, what: str) -> ContentError:
-    """The error for a file that is not what it should be; control signs in it are no danger to a terminal."""
-    shown = printable(f"{place} {what}")
-    return ContentError(shown, _TODO)
-
-
-def printable(text: str, longest: int = 4000) -> str:
-    """A text without control signs."""
-    return _CONTROL.sub("?", text)[:longest]
 
 
 # --------------------------------------------------------------------------- names, sizes, hashes
@@ -214,7 +200,7 @@ def _array(path: Path, shape: tuple[int, ...]) -> Array:
     """A finite float32 array of that shape, mapped from a .npy file that holds it and nothing else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
+    except Exception as error:  # its parser of headers is Python's own, with all of its errors
         raise refused(path, f"is no .npy file of numbers: {one_line(error)}") from error
     if not isinstance(array, np.memmap) or array.dtype != np.dtype("<f4") or array.shape != shape:
         found = f"{getattr(array, 'dtype', type(array).__name__)} {list(getattr(array, 'shape', []))}"
@@ -234,6 +220,6 @@ def _labels(path: Path, classes: int) -> list[str]:
         raise refused(path, f"is not UTF-8: {error}") from error
     if len(lines) != classes:
         raise refused(path, f"has {len(lines)} labels, the networks have {classes} classes")
-    if bad := next((line for line in lines if line != printable(line, LONGEST_LABEL)), None):
+    if bad := next((line for line in lines if line != printable(line)[:LONGEST_LABEL]), None):
         raise refused(path, f"has a label with control signs, or an endless one: {bad[:50]!r}")
     return lines

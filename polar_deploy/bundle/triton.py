@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy.bundle import device
 from polar_deploy.bundle.read import Bundle, opened
+from polar_deploy.bundle.refusal import require_outside
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import atomic_folder, read_json, sha256
 
@@ -90,8 +91,7 @@ def _place(bundle: Bundle, arguments: argparse.Namespace) -> Path:
     if not re.fullmatch(_NAME, name):
         raise UsageError(f"{name!r} is no name for a model", "use letters, digits, '_', '-' and '.', at most 200")
     repository: Path = arguments.repository
-    if repository.resolve().is_relative_to(arguments.bundle.resolve()):
-        raise UsageError(f"{repository} lies in the bundle, which must not change", "give a folder outside of it")
+    require_outside(repository, arguments.bundle)
     return repository / name
 
 

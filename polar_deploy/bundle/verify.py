@@ -58,6 +58,7 @@ def verify(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
     from polar_deploy.bundle import accuracy
     from polar_deploy.engines import machine
 
+    device.trusted(arguments, bundle)  # before anything of it is run
     test = accuracy.test_set(bundle, arguments.data) if arguments.data is not None else None
     graphs = _fp32_graphs(bundle)
     onnx = golden_samples(bundle, graphs, "fp32")

@@ -71,6 +71,16 @@ def array(content: Any, **options: Any) -> Callable[[Path], None]:
     return changed
 
 
+def header(shape: str) -> Callable[[Path], None]:
+    """Golden outputs whose header says another shape."""
+
+    def changed(folder: Path) -> None:
+        text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+        put(folder, GOLDEN, b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + bytes(1280))
+
+    return changed
+
+
 def linked(name: str, target: str) -> Callable[[Path], None]:
     def changed(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -129,6 +139,19 @@ def branching(network: onnx.ModelProto) -> None:
 def function(network: onnx.ModelProto) -> None:
     opset = helper.make_opsetid("", 18)
     network.functions.append(helper.make_function("", "F", ["x"], ["y"], [helper.make_node("Relu", "x", "y")], [opset]))
+
+
+def strange_size(folder: Path) -> None:
+    before, name, after = (folder / MODEL).read_bytes().rpartition(b"batch")
+    put(folder, MODEL, before + b"\xfc" * len(name) + after)
+
+
+def loud(network: onnx.ModelProto) -> None:
+    network.graph.node[0].op_type = "\x1b[2J\x1b]0;owned\x07\u202e"
+
+
+def chance(network: onnx.ModelProto) -> None:
+    network.graph.node.append(helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
 
 
 def reshaped(network: onnx.ModelProto) -> None:
@@ -242,11 +265,26 @@ FIELDS: dict[str, Case] = {
         "latency is asked at batch 1000000000",
     ),
     "a batch that no engine takes": (value("verdict", "asked", "batch", to=65), "asked at batch 65"),
+    "a verdict of fail": (value("verdict", "overall", "result", to="fail"), "verdict.overall.result"),
+    "another scale": (value("preprocessing", "scale", to=0.5), "the scale is 0.5, not 1 / 255"),
+    "an endless picture": (value("preprocessing", "shorter_side", to=10**6), "less than or equal to 4096"),
     "batches that descend": (value("build", "batches", to=[8, 4, 1]), "do not ascend"),
     "a full network without golden outputs": (value("golden", "full", to=None), "which nothing else names"),
 }
 CONTENT: dict[str, Case] = {
-    "no ONNX": (lambda folder: put(folder, MODEL, b"MZ" * 5000), "model.onnx is no ONNX file"),
+    "no ONNX": (lambda folder: put(folder, MODEL, b"MZ" * 5000), "model.onnx is not valid ONNX"),
+    "the full network in the compressed one's place": (
+        lambda folder: put(folder, MODEL, (folder / "full/model.onnx").read_bytes()),
+        "440,304 MACs and 16,534 parameters, the manifest says",
+    ),
+    "a name that is not UTF-8": (
+        lambda folder: put(folder, MODEL, (folder / MODEL).read_bytes().replace(b"logits", b"log\xfcts")),
+        "is not valid ONNX",
+    ),
+    "a size that is not UTF-8": (strange_size, "is not valid ONNX"),
+    "control signs in a node": (model(loud), "is not valid ONNX"),
+    "a training graph": (model(lambda network: network.training_info.add()), "has a training graph"),
+    "chance": (model(chance), "which is random"),
     "an empty graph": (lambda folder: put(folder, MODEL, b""), "model.onnx"),
     "external data": (model(external), "in another file"),
     "external data in a node": (model(external_in_a_constant), "in another file"),
@@ -268,6 +306,12 @@ CONTENT: dict[str, Case] = {
     "NaN in golden outputs": (array(lambda a: np.full_like(a, np.nan)), "holds NaN or Inf"),
     "Fortran's order": (array(np.asfortranarray), "another order"),
     "an array cut short": (lambda f: put(f, GOLDEN, (f / GOLDEN).read_bytes()[:-4]), "is no .npy file of numbers"),
+    "a .zip as array": (lambda folder: put(folder, GOLDEN, b"PK\x03\x04" + b"\0" * 99), "is no .npy file"),
+    "an endless array": (header("(100000000000000000000000, 10)"), "is no .npy file"),
+    "a negative array": (header("(-32, 10)"), "golden/compressed.npy"),
+    "an open bracket": (header("((((32, 10)"), "is no .npy file"),
+    "an endless sum": (header("(" + "1+" * 4000 + "1,)"), "golden/compressed.npy"),
+    "an endless sign": (header("(" + "-" * 9000 + "1,)"), "golden/compressed.npy"),
     "something behind an array": (lambda f: put(f, GOLDEN, (f / GOLDEN).read_bytes() + b"MZ"), "something behind"),
     "a label too few": (lambda folder: put(folder, "labels.txt", b"a\nb\n"), "has 2 labels, the networks have 10"),
     "control signs in a label": (lambda f: put(f, "labels.txt", b"\x1b[2J\n" + b"a\n" * 9), "control signs"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from polar_deploy import data, targets
 from tests.bundle.commands import bundle, change, manifest, put
-from tests.conftest import ROOT, Miniature, polar
+from tests.conftest import ROOT, Miniature, contents, polar
 
 QUIET = ("--no-timing", "--json")
 TORCHLESS = """
@@ -131,14 +131,14 @@ def right(folder: Path, split: data.Split) -> float:
     return 100 * float((session.run(None, {"input": images})[0].argmax(1) == split.labels).mean())
 
 
-@pytest.mark.parametrize("form", ["arrays", "pictures", "published"])
+@pytest.mark.parametrize("form", ["arrays", "pictures"])
 def test_accuracy_is_measured_on_a_test_set(form: str, folder: Path, digits: data.Split, tmp_path: Path) -> None:
     place = tmp_path / "data"
     place.mkdir()
     images = digits.images[np.arange(len(digits.labels))]
     if form == "arrays":
         np.savez(place / "test.npz", images=images, labels=digits.labels)
-    elif form == "pictures":
+    else:
         for index, (picture, label) in enumerate(zip(images, digits.labels, strict=True)):
             (place / str(label)).mkdir(exist_ok=True)
             Image.fromarray(picture).save(place / str(label) / f"{index}.png")
@@ -189,13 +189,28 @@ def test_nothing_is_downloaded_to_measure_accuracy(folder: Path, tmp_path: Path)
 
 
 def test_the_manifest_s_hash_is_compared(folder: Path) -> None:
-    code, found = verified(folder)
-    told = found["bundle"]["manifest_sha256"]
+    told = verified(folder)[1]["bundle"]["manifest_sha256"]
     assert verified(folder, "--manifest-sha256", told.upper())[0] == 0
     change(folder, "licence", to="another")
-    code, said = verified(folder, "--manifest-sha256", told)
-    assert code == 4
-    assert f"not the {told} that was given" in said
+    Image.new("RGB", (20, 20)).save(folder.parent / "picture.png")
+    picture = folder.parent / "picture.png"
+    for command in (("verify", folder), ("run", folder, picture), ("run", folder, picture, "--fp32")):
+        outcome = bundle(*command, "--manifest-sha256", told)
+        assert (outcome.code, outcome.out) == (4, "")
+        assert f"not the {told} that was given" in outcome.err
+
+
+def test_nothing_is_written_into_the_bundle(folder: Path) -> None:
+    before = contents(folder)
+    for command in (
+        ("archive", folder, folder / "bundle.zip"),
+        ("verify", folder, "--rebuild", "--engines", folder / "here"),
+        ("triton", folder, folder / "models"),
+    ):
+        outcome = bundle(*command)
+        assert outcome.code == 2
+        assert "lies in the bundle, which must not change" in outcome.err
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("arguments", [("verify",), ("verify", "nowhere"), ("unknown",), ()])
