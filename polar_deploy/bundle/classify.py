@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := next((path for path in arguments.images if not path.is_file()), None):
         raise UsageError(f"there is no picture {missing}", "correct the path")
     with opened(arguments.bundle) as bundle:
-        device.trusted(arguments, bundle)  # before anything of it is run
+        options = device.read_options(arguments, bundle)
         if arguments.fp32:
             found = classify(bundle, engines.graph(bundle.path(bundle.manifest.networks.compressed.fp32)), arguments)
         else:
-            with device.engines_here(bundle, arguments) as here:
+            with device.engines_here(bundle, options) as here:
                 if not here.engines:
                     raise MachineError(here.how, "--fp32 runs the FP32 graph in ONNX Runtime instead")
                 found = classify(bundle, here.engines["compressed"], arguments)

@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Options:
+    """How to come by engines.
+
+    Attributes:
+        trusted: plans may be loaded.
+        rebuild: engines may be built where no plan can be loaded.
+        kept: the folder for rebuilt engines; None: they are not kept.
+    """
+
+    trusted: bool = False
+    rebuild: bool = False
+    kept: Path | None = None
+
+
+@dataclass(frozen=True)
 class Here:
     """The engines of a bundle on this device.
 
@@ -65,36 +80,46 @@ def trusted(arguments: argparse.Namespace, bundle: Bundle) -> bool:
     return bool(arguments.trust_plan or told is not None)
 
 
+def read_options(arguments: argparse.Namespace, bundle: Bundle) -> Options:
+    """What the user gave to `add_engine_arguments`.
+
+    Raises:
+        As `trusted`. UsageError: engines would be kept inside of the bundle.
+    """
+    from polar_deploy.bundle.refusal import require_outside
+
+    if arguments.engines is not None:
+        require_outside(arguments.engines, arguments.bundle)
+    return Options(trusted(arguments, bundle), arguments.rebuild, arguments.engines)
+
+
 @contextmanager
-def engines_here(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[Here]:
-    """Load or build the bundle's engines, as the options of `add_engine_arguments` say.
+def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
+    """Load or build the bundle's engines.
 
     Raises:
         ContentError: a plan or graph is damaged, or what is built is not of the bundle's precision.
     """
     from polar_deploy import targets
-    from polar_deploy.bundle.refusal import require_outside
 
-    target, allowed = targets.parse(bundle.manifest.target), trusted(arguments, bundle)
-    if arguments.engines is not None:
-        require_outside(arguments.engines, arguments.bundle)
+    target = targets.parse(bundle.manifest.target)
     if lacks := targets.lacks_to_run(target):
         plan = "plan not loadable here" if target.has_plans else "not run here"
         rebuild = ", rebuild needed on the device" if target.has_plans else ""
         yield Here({}, f"{plan}: {'; '.join(lacks)}{rebuild}")
         return
-    why_not = why_not_as_delivered(bundle, target, trusted=allowed)
+    why_not = why_not_as_delivered(bundle, target, trusted=options.trusted)
     if why_not is None:
         networks = bundle.manifest.each()
         yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
-    elif arguments.engines is not None and _kept(arguments.engines, bundle):
-        yield _loaded(arguments.engines, bundle, target, f"built here before, in {arguments.engines} ({why_not})")
-    elif not arguments.rebuild:
+    elif options.kept is not None and _has_engines(options.kept, bundle):
+        yield _loaded(options.kept, bundle, target, f"built here before, in {options.kept} ({why_not})")
+    elif not options.rebuild:
         yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
     elif lacks := targets.lacks_to_build(target):
         yield Here({}, f"{why_not}; not rebuilt: {'; '.join(lacks)}")
     else:
-        with _folder(arguments.engines) as folder:
+        with _folder(options.kept) as folder:
             _rebuild(bundle, target, folder)
             yield _loaded(folder, bundle, target, f"rebuilt here ({why_not})")
 
@@ -164,7 +189,7 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
 
 
-def _kept(folder: Path, bundle: Bundle) -> bool:
+def _has_engines(folder: Path, bundle: Bundle) -> bool:
     """Whether the engines of this very bundle were built into `folder` before."""
     from polar_deploy.workspace import read_json
 

@@ -63,7 +63,7 @@ def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, ty
     expected = [(inner.name, kinds[0], inner.shape), (outer.name, kinds[1], (outer.classes,))]
     try:
         found = edges(model)
-    except UnicodeError as error:
+    except ValueError as error:
         raise refused(path, f"is not valid ONNX: {error}") from error
     if found != expected:
         raise refused(path, f"has the edges {found}, the manifest says {expected}")
@@ -90,8 +90,8 @@ def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
     tensor = value.type.tensor_type
     written = onnx.TensorProto.DataType.Name(tensor.elem_type)
     kind = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}.get(written, written.lower())
-    for text in (value.name, *(size.dim_param for size in tensor.shape.dim)):
-        text.encode()  # protobuf lets through what is not UTF-8, and ONNX Runtime stumbles over it
+    if any(isinstance(text, bytes) for text in (value.name, *(size.dim_param for size in tensor.shape.dim))):
+        raise ValueError(f"a name at the edge {value.name!r} is not UTF-8")  # ONNX Runtime stumbles over these
     return value.name, kind, tuple(size.dim_value for size in tensor.shape.dim[1:])
 
 

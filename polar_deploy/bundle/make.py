@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 from pathlib import Path
@@ -220,10 +219,7 @@ def _prove(bundle: Bundle) -> None:
     """Hold what was written against its own golden samples, as the device will; ContentError where it fails."""
     from polar_deploy.bundle import device, verify
 
-    options = argparse.Namespace(
-        bundle=bundle.folder, trust_plan=True, manifest_sha256=None, rebuild=False, engines=None
-    )
-    with device.engines_here(bundle, options) as here:
+    with device.engines_here(bundle, device.Options(trusted=True)) as here:
         for name, found in verify.golden_samples(bundle, here.engines).items():
             if not found["pass"]:
                 precision = bundle.manifest.networks.compressed.precision.asked

@@ -38,35 +38,37 @@ def run(arguments: argparse.Namespace) -> int:
     from polar_deploy.parity import exit_code
 
     with opened(arguments.bundle) as bundle:
-        found = verify(bundle, arguments)
+        options = device.read_options(arguments, bundle)
+        found = verify(bundle, options, timing=not arguments.no_timing, data=arguments.data)
         print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else "\n".join(_lines(bundle, found)))
     return exit_code(found)
 
 
-def verify(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
+def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data: Path | None = None) -> dict[str, Any]:
     """What this device finds about a bundle whose files are whole: the content of `--json`.
 
     Args:
         bundle: as `read` gives it.
-        arguments: options, as `add_arguments` defines them.
+        options: how to come by engines.
+        timing: whether to time the networks.
+        data: a folder with the test set, to measure accuracy; None: the maker's figure has to do.
 
     Raises:
-        ContentError: a plan or a graph cannot be read, or the manifest's hash is not the given one.
-        UsageError: no test set where `--data` says.
+        ContentError: a plan or a graph cannot be read.
+        UsageError: no test set in `data`.
     """
     from polar_deploy import parity
     from polar_deploy.bundle import accuracy
     from polar_deploy.engines import machine
 
-    device.trusted(arguments, bundle)  # before anything of it is run
-    test = accuracy.test_set(bundle, arguments.data) if arguments.data is not None else None
+    test = accuracy.test_set(bundle, data) if data is not None else None
     graphs = _fp32_graphs(bundle)
     onnx = golden_samples(bundle, graphs, "fp32")
-    with device.engines_here(bundle, arguments) as here:
+    with device.engines_here(bundle, options) as here:
         golden = golden_samples(bundle, here.engines)
         judged = {"golden": _judge_golden(here, onnx, golden)}
         latency = counted = None
-        if judged["golden"].result != "fail" and not arguments.no_timing:
+        if judged["golden"].result != "fail" and timing:
             latency, judgement = _latency(bundle, here)
             judged |= {"latency": judgement} if judgement else {}
         if judged["golden"].result == "pass" and test is not None:
