@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from polar_deploy.errors import CONTROL
+
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
+Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all of which may be shown on a terminal
 Triple = tuple[float, float, float]
 
 
@@ -136,7 +139,7 @@ class Bundle(_Frozen):
 
     full: bool = True  # whether the full network goes along, so that the device can measure the speed-up itself
     golden: Literal["data", "random"] = "data"  # golden inputs; random where the data is confidential
-    licence: str | None = None  # of the networks, such as "Apache-2.0"
+    licence: Text | None = None  # of the networks, such as "Apache-2.0"
 
 
 class Settings(_Frozen):

@@ -293,7 +293,7 @@ def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Names
             _run_stage(run, stage_named(name))
     if "report" in names:
         _print_report(read_json(run.path("report.json")), as_json=arguments.json)
-        if not arguments.json:
+        if "bundle" in names and not arguments.json:
             _print_bundle(run.path("bundle"))
     elif arguments.json:
         print(json.dumps({"folder": str(run.folder), "stages": list(names)}, indent=1))

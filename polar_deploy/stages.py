@@ -6,7 +6,6 @@ Heavy imports happen inside the stage that needs them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from polar_deploy import targets
 from polar_deploy.config import PLACES, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, digest, read_json, sha256, write_json
+from polar_deploy.workspace import Workspace, digest, read_json, remove_folder, sha256, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 REFERENCE_SAMPLES = 32
 LATENCY_TABLE = "latency-table.json"
+_MANIFEST = "bundle/manifest.json"
 
 
 @dataclass
@@ -174,9 +174,10 @@ class Stage:
 
 
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
-    """The files of these names; only some targets have plans, and only a latency budget has a table."""
+    """The files of these names. Not every target has plans, not every budget a table, not every verdict a bundle."""
     absent = {".plan"} if not run.target.has_plans else set()
     absent |= {LATENCY_TABLE} if run.settings.budget.latency is None else set()
+    absent |= {_MANIFEST} if not run.path(_MANIFEST).is_file() else set()
     return [run.path(name) for name in names if not name.endswith(tuple(absent))]
 
 
@@ -362,6 +363,8 @@ def _parity(run: Run) -> None:
         )
     files = {name: sha256(run.path(name)) for name in _judged(run)}  # whoever hands them on can tell them again
     write_json(run.path("parity.json"), result | {"files": files})
+    if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
+        remove_folder(run.path("bundle"))  # of an earlier verdict
 
 
 def _judged(run: Run) -> list[str]:
@@ -374,12 +377,17 @@ def _bundle(run: Run) -> None:
     from polar_deploy import parity
     from polar_deploy.bundle.make import make
 
-    folder = run.path("bundle")
     if parity.exit_code(read_json(run.path("parity.json"))) == parity.EXIT_CODES["fail"]:
-        shutil.rmtree(folder, ignore_errors=True)  # one that an earlier verdict allowed
         run.progress.note("no bundle: parity failed")
         return
-    make(run.folder, folder, run.settings, run.dataset)
+    others = [stage.name for stage in STAGES if run.workspace.was_other(stage.name, stage.key(run))]
+    for name in {"export", "build"} & {*others}:
+        raise UsageError(
+            f"stage {name} ran with other settings, or on another machine: the bundle would tell otherwise",
+            f"run again with --from {name}, or with the settings of then",
+        )
+    unsaid = {"budget", "align", "gates", "training"} if {"full", "gates"} & {*others} else set()
+    make(run.folder, run.path("bundle"), run.settings, run.dataset, unsaid)
 
 
 def _report(run: Run) -> None:
@@ -497,7 +505,14 @@ STAGES = (
         "report",
         _report,
         lambda run: run.settings.model_dump(mode="json", exclude=PLACES),
-        reads=("gated/gates.json", "compressed/surgery.json", "engines/build.json", "parity.json", LATENCY_TABLE),
+        reads=(
+            "gated/gates.json",
+            "compressed/surgery.json",
+            "engines/build.json",
+            "parity.json",
+            LATENCY_TABLE,
+            _MANIFEST,
+        ),
         writes=("report.json",),
     ),
 )

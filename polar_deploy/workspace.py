@@ -68,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         As `atomic_path`.
     """
-    tmp, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
+    tmp, old = _aside(path), _aside(path)
     with _translated(path):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UsageError(f"{path} is not a folder", "choose another place, or move that file away")
@@ -78,13 +78,41 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 yield tmp
             for written in [*tmp.rglob("*"), tmp]:
                 _fsync(written)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(tmp, path)
+            _swap(tmp, path, old)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed has a name that nobody reads
         _fsync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, at once: a kill leaves it whole, or under a name that nobody reads.
+
+    Raises:
+        UsageError: the place is read-only.
+    """
+    old = _aside(path)
+    with _translated(path):
+        if path.is_dir():
+            os.replace(path, old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    """A hidden sibling, which the next run clears away."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put `new` where `path` is, and what is there to `old`; back again if that fails."""
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
 
 
 def write_json(path: Path | str, value: object) -> None:
@@ -123,7 +151,7 @@ def sha256(path: Path | str) -> str:
 
 def digest(value: object) -> str:
     """Hash plain JSON data, whatever the order of its keys; 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _unreadable(path: Path | str, error: OSError) -> UsageError:
@@ -260,6 +288,14 @@ class Workspace:
         except (UsageError, ContentError):
             return False  # no stamp, a damaged one, or a file is missing: the stage has to run
 
+    def was_other(self, stage: str, key: object) -> bool:
+        """Tell whether `stage` was finished with other settings. Without a stamp nobody knows: False."""
+        try:
+            stamp = read_json(self._stamp_path(stage))
+        except (UsageError, ContentError):
+            return False
+        return not isinstance(stamp, dict) or stamp.get("settings") != digest(key)
+
     def stamp(self, stage: str, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         """Write down that `stage` is finished. Arguments as for `is_current`; all files must be there."""
         write_json(self._stamp_path(stage), self._state(key, inputs, outputs))
@@ -274,10 +310,9 @@ class Workspace:
         return self.path(f"stamps/{stage}.json")
 
     def _state(self, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> dict[str, object]:
-        settings = json.dumps(key, sort_keys=True, allow_nan=False).encode()
         return {
             "schema": 1,
-            "settings": hashlib.sha256(settings).hexdigest(),
+            "settings": digest(key),
             "inputs": self._hashes(inputs),
             "outputs": self._hashes(outputs),
         }

@@ -156,7 +156,8 @@ _LOGS = ["full/training.jsonl", "gated/training.jsonl"]
 # What differs from run to run: seconds, and the names that ONNX Runtime gives to what it inserts.
 TIMED = {*_LAYERS, *_LOGS, "engines/build.json", "parity.json", "bundle/manifest.json", "report.json"}
 _STAMPS = {f"stamps/{stage}.json" for stage in ("full", "gates", "build", "parity", "bundle", "report")}
-_SECONDS = {"seconds", "latency", "machine", "overall"}  # keys of what was timed, or follows from it
+# Keys of what was timed, or follows from it: the hash of a bundle that tells latencies.
+_SECONDS = {"seconds", "latency", "machine", "overall", "bundle"}
 # The same files, by the names that other files call them by.
 _CALLED = TIMED | {Path(name).name for name in _LAYERS} | {name.removeprefix("bundle/") for name in _LAYERS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 import types
@@ -48,6 +49,18 @@ def test_every_end_has_its_exit_code(
     ended = outcome(monkeypatch, error)
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith(words)
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    code = "import sys; from polar_deploy.bundle.__main__ import main; sys.exit(main(['schema']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as writer:
+        assert writer.stdout
+        assert writer.stderr
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+        assert writer.wait() == 128 + signal.SIGPIPE
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from polar_deploy.errors import ContentError, MachineError, UsageError
-from polar_deploy.workspace import Workspace, atomic_path, read_json, sha256, write_json
+from polar_deploy.workspace import Workspace, atomic_folder, atomic_path, read_json, remove_folder, sha256, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,6 +152,7 @@ def read_only() -> Iterator[Path]:
     """A folder that its owner may not write to, at a place where everybody may look."""
     folder = Path(tempfile.mkdtemp())
     (folder / "old").write_text("old")
+    (folder / "inner").mkdir()
     folder.chmod(0o555)
     yield folder
     folder.chmod(0o755)
@@ -161,15 +162,18 @@ def read_only() -> Iterator[Path]:
 # Root writes anywhere: the child goes on as nobody.
 AS_NOBODY = """
 import os, sys, filelock
+from pathlib import Path
 from polar_deploy.errors import PolarDeployError
-from polar_deploy.workspace import Workspace, write_json
+from polar_deploy.workspace import Workspace, remove_folder, write_json
 if os.getuid() == 0:
     os.setuid(65534)
 folder = sys.argv[1]
 def lock():
     with Workspace(folder).locked():
         pass
-for attempt in (lambda: write_json(f"{folder}/old", 1), lambda: Workspace(f"{folder}/new"), lock):
+def remove():
+    remove_folder(Path(folder, "inner"))
+for attempt in (lambda: write_json(f"{folder}/old", 1), lambda: Workspace(f"{folder}/new"), lock, remove):
     try:
         attempt()
     except PolarDeployError as error:
@@ -183,6 +187,7 @@ def test_a_read_only_folder_is_a_usage_error_and_stays_as_it_was(read_only: Path
         f"UsageError cannot write {read_only}/old: Permission denied",
         f"UsageError cannot write {read_only}/new: Permission denied",
         f"UsageError cannot write {read_only}/.lock: Permission denied",
+        f"UsageError cannot write {read_only}/inner: Permission denied",
     ]
     assert names(read_only) == ["old"]
     assert (read_only / "old").read_text() == "old"
@@ -354,3 +359,55 @@ def test_stamps_tell_nothing_about_the_user(finished: Finished, tmp_path: Path) 
     assert str(tmp_path) not in text
     assert "mine" not in text
     assert list(json.loads(text)["outputs"]) == [f"gated/{path.name}" for path in outputs]
+
+
+# --------------------------------------------------------------------------- folders
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for content in ("one", "two"):
+        with atomic_folder(folder) as draft:
+            (draft / "inner").mkdir()
+            (draft / "inner/file").write_text(content)
+            assert not folder.exists() or (folder / "inner/file").read_text() == "one"
+        assert (folder / "inner/file").read_text() == content
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder) as draft:
+        (draft / "file").write_text(str(1 / 0))
+    assert [path.name for path in folder.parent.rglob("*")] == ["b", "inner", "file"]
+    assert (folder / "inner/file").read_text() == "two"
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/old").touch()
+    replace, calls = os.replace, []
+
+    def broken(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:  # the new one in the old one's place
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(MachineError, match="Input/output error"), atomic_folder(tmp_path / "a") as draft:
+        (draft / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["a", "a/old"]
+
+
+def test_what_is_no_folder_is_not_replaced_by_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(UsageError, match="is not a folder"), atomic_folder(tmp_path / name):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "run/bundle").mkdir(parents=True)
+    remove_folder(tmp_path / "run/bundle")
+    remove_folder(tmp_path / "run/bundle")  # is none there any more
+    assert list((tmp_path / "run").iterdir()) == []

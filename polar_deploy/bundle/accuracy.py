@@ -11,6 +11,7 @@ import numpy as np
 from polar_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from polar_deploy.bundle.device import Here
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.data import Split
     from polar_deploy.engines import Engine
@@ -35,13 +36,13 @@ def test_set(bundle: Bundle, folder: Path) -> TestSet:
 
 
 def measure(
-    bundle: Bundle, engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet
+    bundle: Bundle, here: Here, graphs: Mapping[str, Engine], test: TestSet
 ) -> tuple[dict[str, Any] | None, Judgement | None]:
     """Count what the engines, and the FP32 graphs, get right on the whole test set.
 
     Args:
         bundle: what was asked of it.
-        engines: "compressed", and "full" where there is one.
+        here: the engines on this device.
         graphs: their FP32 graphs; {} without ONNX Runtime.
         test: the test set.
 
@@ -50,10 +51,12 @@ def measure(
     """
     from polar_deploy import parity
 
+    if not here.engines:
+        return None, parity.Judgement("undecided", here.how)
     named = {f"{name} onnx": graph for name, graph in graphs.items()}
-    found = parity.compare_all(engines, named, test)
+    found = parity.compare_all(here.engines, named, test)
     if "accuracy" in found:
-        precision = {name: found[name].tally for name in engines if name in found}
+        precision = {name: found[name].tally for name in here.engines if name in found}
         tally = found["accuracy"].tally
         return tally.as_dict(), parity.judge_accuracy(tally, bundle.manifest.verdict.asked, precision)
     if "compressed" in found:
@@ -67,7 +70,7 @@ def _split(bundle: Bundle, folder: Path) -> Split:
 
     if (folder / "test.npz").is_file():
         return _arrays(bundle, folder / "test.npz")
-    if all((folder / label).is_dir() for label in bundle.labels):
+    if _are_folders(bundle.labels) and all((folder / label).is_dir() for label in bundle.labels):
         return _pictures(bundle, folder)
     name = bundle.manifest.provenance.data.name
     if name in _PUBLISHED:  # and nothing else: a stranger's manifest shall import nothing
@@ -77,6 +80,11 @@ def _split(bundle: Bundle, folder: Path) -> Split:
         f"{folder} has no test set: neither test.npz nor folders with the labels' names ({first}, …)",
         "write test.npz with images uint8 [N, H, H, 3] and labels int [N], or a folder of pictures for each label",
     )
+
+
+def _are_folders(labels: list[str]) -> bool:
+    """Whether each label can name a folder of its own; a stranger's may lead elsewhere."""
+    return len({*labels}) == len(labels) and all(label == Path(label).name for label in labels)
 
 
 def _arrays(bundle: Bundle, path: Path) -> Split:

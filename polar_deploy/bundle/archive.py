@@ -7,6 +7,7 @@ the archive itself is refused.
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import stat
 import zipfile
@@ -23,18 +24,18 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first moment: an archive of t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bundle archive`."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder, or another .zip")
     parser.add_argument("archive", type=Path, metavar="FILE", help="the .zip to write")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check a bundle and write it as one file."""
-    from polar_deploy.bundle.read import read
+    from polar_deploy.bundle.read import opened
     from polar_deploy.bundle.refusal import require_outside
 
     require_outside(arguments.archive, arguments.bundle)
-    bundle = read(arguments.bundle)
-    pack(bundle.folder, ["manifest.json", *bundle.manifest.files], arguments.archive)
+    with opened(arguments.bundle) as bundle:
+        pack(bundle.folder, ["manifest.json", *bundle.manifest.files], arguments.archive)
     print(f"{arguments.archive}: {arguments.archive.stat().st_size:,} bytes, manifest sha256 {bundle.sha256}")
     return 0
 
@@ -66,6 +67,10 @@ def unpacked(path: Path) -> Iterator[Path]:
                     _extract(archive, member, folder / member.filename, path)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
             raise refused(path, f"is no .zip archive, or damaged: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a member that begins before the file does
+                raise
+            raise refused(path, "is no .zip archive, or damaged: it names places outside of itself") from error
         yield folder
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from polar_deploy.bundle.manifest import Network, Plan
+    from polar_deploy.bundle.manifest import Network
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
     from polar_deploy.targets import Target
@@ -108,13 +108,18 @@ def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
         rebuild = ", rebuild needed on the device" if target.has_plans else ""
         yield Here({}, f"{plan}: {'; '.join(lacks)}{rebuild}")
         return
+    networks = bundle.manifest.each()
     why_not = why_not_as_delivered(bundle, target, trusted=options.trusted)
     if why_not is None:
-        networks = bundle.manifest.each()
         yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
-    elif options.kept is not None and _has_engines(options.kept, bundle):
-        yield _loaded(options.kept, bundle, target, f"built here before, in {options.kept} ({why_not})")
-    elif not options.rebuild:
+        return
+    if options.kept is not None and (plans := _kept_plans(options.kept, bundle)):
+        unfit = _unfit(plans, options.kept, target)
+        if unfit is None:
+            yield _loaded(options.kept, bundle, target, f"built here before, in {options.kept} ({why_not})")
+            return
+        why_not = f"{why_not}; those in {options.kept} no longer fit: {unfit}"
+    if not options.rebuild:
         yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
     elif lacks := targets.lacks_to_build(target):
         yield Here({}, f"{why_not}; not rebuilt: {'; '.join(lacks)}")
@@ -128,22 +133,24 @@ def why_not_as_delivered(bundle: Bundle, target: Target, *, trusted: bool) -> st
     """Why the plans must not or cannot be loaded on this machine, which runs the target; None: nothing against it."""
     if not target.has_plans:
         return None
-    from polar_deploy.engines.trt import library, require_fit
-
-    for network in bundle.manifest.each().values():
-        if network.plan is None:
-            return "the bundle has no plan"
-        try:
-            require_fit(bundle.path(network.plan.file), _plan(network.plan), library.version(target.backend))
-        except MachineError as error:
-            return f"the plan does not fit: {error.what}"
+    plans = [network.plan.model_dump(mode="json") for network in bundle.manifest.each().values() if network.plan]
+    if unfit := _unfit(plans, bundle.folder, target):
+        return f"the plan does not fit: {unfit}"
     if not trusted:
         return "the plan is not trusted (a plan is code): give --manifest-sha256 as its maker tells it, or --trust-plan"
     return None
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
-    return plan.model_dump(mode="json")
+def _unfit(plans: list[dict[str, Any]], folder: Path, target: Target) -> str | None:
+    """Why one of the plans in a folder, of which these are the descriptions, does not run here; None: all do."""
+    from polar_deploy.engines.trt import library, require_fit
+
+    try:
+        for plan in plans:
+            require_fit(folder / plan["file"], plan, library.version(target.backend))
+    except MachineError as error:
+        return error.what
+    return None
 
 
 def _delivered(bundle: Bundle, network: Network, target: Target) -> Engine:
@@ -175,7 +182,8 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
 
     networks = bundle.manifest.each()
     cache = next((each.plan.timing_cache for each in networks.values() if each.plan and each.plan.timing_cache), None)
-    ours = {f"{name}.{end}" for name in networks for end in ("onnx", "plan", "layers.json")} | {"timing.cache"}
+    ours = {f"{name}.{end}" for name in networks for end in ("onnx", "plan", "layers.json")}
+    ours |= {"timing.cache", "build.json"}
     if folder.exists() and (foreign := sorted(path.name for path in folder.iterdir() if path.name not in ours)):
         raise UsageError(f"{folder} has {foreign[0]!r}, which is no engine", "give a new folder with --engines")
     if cache is not None:
@@ -189,14 +197,14 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
 
 
-def _has_engines(folder: Path, bundle: Bundle) -> bool:
-    """Whether the engines of this very bundle were built into `folder` before."""
+def _kept_plans(folder: Path, bundle: Bundle) -> list[dict[str, Any]]:
+    """Descriptions of the engines of this very bundle that were built into `folder` before; [] if none were."""
     from polar_deploy.workspace import read_json
 
     path = folder / "build.json"
     if not path.is_file():
-        return False
+        return []
     built = read_json(path)
     if not isinstance(built, dict) or built.get("bundle") != bundle.sha256:
         raise UsageError(f"{folder} has engines of another bundle", "give another folder with --engines")
-    return True
+    return [built["engines"][name]["plan"] for name in bundle.manifest.each()]

@@ -38,7 +38,10 @@ def require_as_described(fp32: Path, typed: Path, manifest: Manifest, network: N
         found = f"{counted.macs:,} MACs and {counted.params:,} parameters"
         raise refused(fp32, f"has {found}, the manifest says {network.macs:,} and {network.params:,}")
     if fp32 != typed:
-        _require_edges(_read(typed), typed, manifest, typed=True)
+        model = _read(typed)
+        _require_edges(model, typed, manifest, typed=True)
+    if not _has_types(model, network.precision.asked):
+        raise refused(typed, f"has no weights or Q/DQ in {network.precision.asked}")
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -55,6 +58,16 @@ def _read(path: Path) -> onnx.ModelProto:
     if problem is not None:
         raise refused(path, problem)
     return model
+
+
+def _has_types(model: onnx.ModelProto, precision: str) -> bool:
+    """Whether a graph holds what a precision needs: weights of that type, or values that are dequantised."""
+    import onnx
+
+    if precision == "int8":
+        return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    types = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+    return any(tensor.data_type == types[precision] and len(tensor.dims) > 1 for tensor in model.graph.initializer)
 
 
 def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, typed: bool) -> None:

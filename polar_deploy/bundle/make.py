@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from polar_deploy.bundle import golden, graphs
 from polar_deploy.bundle.manifest import MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.config import PLACES
-from polar_deploy.data import LazyImages
+from polar_deploy.data import LazyImages, normalise
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from polar_deploy.data import Dataset
 
 
-def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
+def make(run: Path, folder: Path, settings: Settings, dataset: Dataset, unsaid: Collection[str] = ()) -> None:
     """Write the bundle of a run whose parity stage did not fail, and check it.
 
     Args:
@@ -31,6 +32,7 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
         folder: the bundle's; what was there before is replaced once the new one is whole.
         settings: the run's, resolved.
         dataset: what the networks were trained on.
+        unsaid: settings that may not be those of the run, and are left out of its provenance.
 
     Raises:
         UsageError: a file of the run is missing.
@@ -38,13 +40,13 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
     """
     names = ("compressed", "full") if settings.bundle.full else ("compressed",)
     parity, built = read_json(run / "parity.json"), read_json(run / "engines/build.json")
-    _require_judged(run, parity)
+    _require_judged(run, parity, settings)
     with atomic_folder(folder) as draft:
         networks = {name: _network(run, draft, name, built["engines"][name]) for name in names}
         _copy(run, draft, "compressed/surgery.json")
         labels = "".join(f"{one_line(name)[:LONGEST_LABEL]}\n" for name in dataset.class_names)
         (draft / "labels.txt").write_text(labels, encoding="utf-8")
-        samples = _write_golden(draft, _golden_inputs(run, settings), names)
+        samples = _write_golden(draft, _golden_inputs(run, settings, dataset), names)
         document = {
             **_head(settings),
             **_edges(draft / networks["compressed"]["typed"]),
@@ -60,20 +62,23 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset) -> None:
             "surgery": "compressed/surgery.json",
             "metrics": _metrics(parity),
             "verdict": _verdict(parity["verdict"]),
-            "provenance": _provenance(settings, dataset, built["engines"]["compressed"]),
+            "provenance": _provenance(settings, dataset, built["engines"]["compressed"], unsaid),
         }
         write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
 
 
-def _require_judged(run: Path, parity: dict[str, Any]) -> None:
-    """The verdict has to be about these very files."""
+def _require_judged(run: Path, parity: dict[str, Any], settings: Settings) -> None:
+    """The verdict has to be about these very files, and on what is asked."""
+    again = "measure it: run again with --from parity"
+    if "files" not in parity:
+        raise ContentError(f"{run / 'parity.json'} does not tell which files it judges", again)
     for name, judged in parity["files"].items():
         if sha256(run / name) != judged:
-            raise ContentError(
-                f"{run / name} is not the file that parity.json judges",
-                "measure it: run again with --from parity",
-            )
+            raise ContentError(f"{run / name} is not the file that parity.json judges", again)
+    asked = settings.verdict.model_dump(mode="json")
+    if any(parity["verdict"][key] != value for key, value in asked.items()):
+        raise ContentError(f"{run / 'parity.json'} judges by other bounds than {asked}", again)
 
 
 def _head(settings: Settings) -> dict[str, Any]:
@@ -106,6 +111,9 @@ def _copy(run: Path, draft: Path, name: str) -> str:
 def _network(run: Path, draft: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Copy one network's files; return its part of the manifest. A graph without other types is there only once."""
     fp32, typed = f"{name}/model.onnx", f"engines/{name}.onnx"
+    for file, listed in entry["files"].items():
+        if sha256(run / "engines" / file) != listed["sha256"]:
+            raise ContentError(f"{run / 'engines' / file} is not what was built", "run again with --from build")
     _copy(run, draft, fp32)
     same = sha256(run / fp32) == sha256(run / typed)
     plan = entry["plan"] if isinstance(entry["plan"], dict) else None
@@ -154,14 +162,20 @@ def _preprocessing(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _golden_inputs(run: Path, settings: Settings) -> golden.Array:
+def _golden_inputs(run: Path, settings: Settings, dataset: Dataset) -> golden.Array:
     """Images that the networks were validated on, or noise: float32 [N,3,H,W], N at least `MIN_GOLDEN`."""
+    normal = settings.normalize
+    assert normal is not None
     inputs = read_npz(run / "gated/reference.npz", "inputs")["inputs"].astype("<f4")
     if settings.bundle.golden == "random":
-        assert settings.normalize is not None
-        normal = settings.normalize
         return golden.random_inputs(MIN_GOLDEN, inputs.shape[1:], normal.mean, normal.std)
-    return np.resize(inputs, (max(MIN_GOLDEN, len(inputs)), *inputs.shape[1:]))  # few validate: they come again
+    if len(inputs) >= MIN_GOLDEN:
+        return inputs
+    chosen = np.random.default_rng(settings.seed).permutation(len(dataset.train.labels))[:MIN_GOLDEN]
+    if len(chosen) < MIN_GOLDEN:
+        what = f"{settings.data} has {len(chosen)} training images, a bundle has {MIN_GOLDEN} golden samples at least"
+        raise ContentError(what, "take random ones: --golden random")
+    return normalise(dataset.train.images[np.sort(chosen)], normal.mean, normal.std)
 
 
 def _write_golden(draft: Path, inputs: golden.Array, names: tuple[str, ...]) -> int:
@@ -203,7 +217,7 @@ def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
     return {"asked": {key: value for key, value in verdict.items() if key not in answers}, **answers}
 
 
-def _provenance(settings: Settings, dataset: Dataset, entry: dict[str, Any]) -> dict[str, Any]:
+def _provenance(settings: Settings, dataset: Dataset, entry: dict[str, Any], unsaid: Collection[str]) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
     return {
         "polar_deploy": entry["versions"]["polar_deploy"],
@@ -211,7 +225,7 @@ def _provenance(settings: Settings, dataset: Dataset, entry: dict[str, Any]) -> 
         "model": settings.model,
         "full": "given" if settings.full_weights else "trained",
         "data": {"name": settings.data, "sha256": dataset.fingerprint()},
-        "settings": settings.model_dump(mode="json", exclude=PLACES),
+        "settings": settings.model_dump(mode="json", exclude={*PLACES, *unsaid}),
     }
 
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from polar_deploy.config import Build, Capability, Count, Verdict
-from polar_deploy.errors import CONTROL
+from polar_deploy.config import Build, Capability, Count, Text, Verdict
 from polar_deploy.targets import LIBRARIES, TARGETS
 
 SCHEMA = 1
@@ -16,7 +15,6 @@ MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float3
 
 # A path of at most four parts, none of which begins with a dot: nothing outside of the bundle can be named.
 FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
-Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -156,6 +154,13 @@ class Accuracy(_Part):
     drop: Points
     interval: tuple[Points, Points]
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Accuracy:
+        low, high = self.interval
+        if not low <= self.drop <= high or abs(self.full - self.compressed - self.drop) > 1e-6:
+            raise ValueError(f"a drop of {self.drop} contradicts its interval, or the accuracies")
+        return self
+
 
 class Quantiles(_Part):
     """Milliseconds an inference: median with its 95 % interval, 99th percentile, interquartile range."""
@@ -173,6 +178,12 @@ class Ratio(_Part):
     median: Annotated[float, Field(gt=0)]
     low: Annotated[float, Field(gt=0)]
     high: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Ratio:
+        if not self.low <= self.median <= self.high:
+            raise ValueError(f"a median of {self.median} is not within {self.low} to {self.high}")
+        return self
 
 
 class Latency(_Part):
@@ -263,6 +274,9 @@ class Manifest(_Part):
             raise ValueError(f"files lists {unnamed[0]}, which nothing else names")
         if folded := len(listed) - len({name.lower() for name in listed}):
             raise ValueError(f"files lists {folded} names that differ only in capital letters")
+        small, large = self.networks.compressed, self.networks.full
+        if large is not None and (small.macs > large.macs or small.params > large.params):
+            raise ValueError("the compressed network is larger than the full one")
         if (self.golden.full is None) != (self.networks.full is None):
             raise ValueError("golden outputs and networks disagree about whether there is a full network")
         self._require_fitting_target()
@@ -282,6 +296,8 @@ class Manifest(_Part):
         for name, network in self.each().items():
             if network.precision.asked != target.precision:
                 raise ValueError(f"the {name} network is in {network.precision.asked}, the target is {self.target}")
+            if network.tf32 != self.build.tf32:
+                raise ValueError(f"build and the {name} network disagree about TF32")
             library = network.plan.library if network.plan else None
             if library != LIBRARIES.get(target.backend):
                 raise ValueError(f"the {name} network has a plan of {library}, the target is {self.target}")

@@ -26,7 +26,8 @@ from polar_deploy.errors import ContentError, UsageError, one_line, printable
 from polar_deploy.workspace import sha256
 
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 4 << 20  # bytes
+LARGEST_TEXT = 4 << 20  # bytes: of the manifest, and of the labels
+LARGEST_JSON = 64 << 20  # bytes
 MOST_FILES = 100
 LONGEST_LABEL = 500  # characters
 
@@ -82,12 +83,12 @@ def read(folder: Path) -> Bundle:
     sizes = _sizes(folder)
     if MANIFEST not in sizes:
         raise refused(folder, f"has no {MANIFEST}, so it is no bundle")
-    if sizes[MANIFEST] > LARGEST_MANIFEST:
-        raise refused(folder / MANIFEST, f"has {sizes[MANIFEST]:,} bytes, at most {LARGEST_MANIFEST:,} are allowed")
-    manifest = parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    manifest = parse(_limited(folder / MANIFEST, LARGEST_TEXT), folder / MANIFEST)
     _require_whole(folder, manifest, sizes)
     for network in manifest.each().values():
         graphs.require_as_described(folder / network.fp32, folder / network.typed, manifest, network)
+    for name in {manifest.surgery, *(network.layers for network in manifest.each().values())}:
+        strict_json(_limited(folder / name, LARGEST_JSON), folder / name)
     golden = manifest.golden
     inputs = _array(folder / golden.inputs, (golden.samples, *manifest.input.shape))
     named = {"compressed": golden.compressed, "full": golden.full}
@@ -147,15 +148,7 @@ def _require_whole(folder: Path, manifest: Manifest, sizes: dict[str, int]) -> N
 
 def parse(content: bytes, place: Path | str) -> Manifest:
     """Read a manifest: strict JSON (no key twice, no number beyond a float's), a known version, no unknown field."""
-    try:
-        document = json.loads(
-            content.decode("utf-8"),
-            parse_constant=_no_number,
-            parse_float=_finite,
-            object_pairs_hook=_no_key_twice,
-        )
-    except (ValueError, RecursionError) as error:
-        raise refused(place, f"is not strict JSON: {one_line(error)}") from error
+    document = strict_json(content, place)
     version = document.get("schema") if isinstance(document, dict) else None
     if type(version) is not int or version < 1:
         raise refused(place, f"has no schema version, but {str(version)[:100]!r} in its place")
@@ -171,6 +164,26 @@ def parse(content: bytes, place: Path | str) -> Manifest:
         where = ".".join(map(str, first["loc"])) or "the manifest"
         more = f" ({count - 1} more)" if count > 1 else ""
         raise refused(place, f"is no manifest: {where}: {one_line(first['msg'])}{more}") from error
+
+
+def strict_json(content: bytes, place: Path | str) -> Any:
+    """Read JSON in UTF-8: no key twice, no NaN, no number beyond a float's; ContentError otherwise."""
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_no_key_twice,
+        )
+    except (ValueError, RecursionError) as error:
+        raise refused(place, f"is not strict JSON: {one_line(error)}") from error
+
+
+def _limited(path: Path, most: int) -> bytes:
+    """Read a file that is not too large."""
+    if (size := path.stat().st_size) > most:
+        raise refused(path, f"has {size:,} bytes, at most {most:,} are allowed")
+    return path.read_bytes()
 
 
 def _no_number(name: str) -> Any:
@@ -215,7 +228,7 @@ def _array(path: Path, shape: tuple[int, ...]) -> Array:
 def _labels(path: Path, classes: int) -> list[str]:
     """The names of the classes, a line each."""
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = _limited(path, LARGEST_TEXT).decode("utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise refused(path, f"is not UTF-8: {error}") from error
     if len(lines) != classes:

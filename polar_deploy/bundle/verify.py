@@ -71,8 +71,8 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         if judged["golden"].result != "fail" and timing:
             latency, judgement = _latency(bundle, here)
             judged |= {"latency": judgement} if judgement else {}
-        if judged["golden"].result == "pass" and test is not None:
-            counted, judgement = accuracy.measure(bundle, here.engines, graphs, test)
+        if judged["golden"].result != "fail" and test is not None:
+            counted, judgement = accuracy.measure(bundle, here, graphs, test)
             judged |= {"accuracy": judgement} if judgement else {}
     return {
         "schema": 1,
@@ -103,7 +103,7 @@ def golden_samples(
     from polar_deploy.bundle import golden
     from polar_deploy.engines import infer_all
 
-    tf32 = precision is None and bundle.manifest.build.tf32
+    tf32 = precision is None and bundle.manifest.build.tf32 and not bundle.manifest.target.startswith("ort-")
     precision = precision or bundle.manifest.networks.compressed.precision.asked
     return {
         name: golden.check(bundle.outputs[name], infer_all(engine, bundle.inputs), precision, tf32=tf32)
@@ -169,10 +169,12 @@ def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
     ]
     if "latency" not in verdict:
         lines.append(f"latency   {'not timed' if manifest.networks.full else 'the bundle has no full network'}")
-    if "accuracy" not in verdict:
-        here = found["accuracy"]
-        lines.append(f"accuracy  {here['compressed']:.2f} %, measured here" if here else _makers_accuracy(bundle))
-    return [*lines, f"verdict: {verdict['overall']['result'].upper()}"]
+    if here := found["accuracy"]:
+        lines.append(f"accuracy  {here['compressed']:.2f} % of {here['samples']:,} samples, measured here")
+    else:
+        lines.append(_makers_accuracy(bundle))
+    covered = ", ".join(name for name in verdict if name != "overall")
+    return [*lines, f"verdict: {verdict['overall']['result'].upper()} ({covered})"]
 
 
 def _makers_accuracy(bundle: Bundle) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy import latency
 from polar_deploy.config import PLACES
 from polar_deploy.errors import ContentError
-from polar_deploy.workspace import digest, read_json
+from polar_deploy.workspace import digest, read_json, sha256
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
@@ -36,7 +36,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
     """The content of report.json for the run in `folder`.
 
     Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`; where latency has a
-    budget, `latency-table.json` too.
+    budget, `latency-table.json` too, and where there is a bundle, its manifest.
 
     Raises:
         UsageError: one of the files is missing.
@@ -70,6 +70,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "predicted": _predicted(folder / "latency-table.json", gates) if "latency" in gates.get("budget") else None,
         "blocks": _blocks(gates.get("sites")),
         "verdict": parity.get("verdict"),
+        "bundle": _bundle(folder / "bundle/manifest.json"),
         "versions": engines.get("engines", "compressed", "versions"),
         "machine": parity.get("machine"),
     }
@@ -121,6 +122,14 @@ def _worst(parity: _File) -> list[dict[str, Any]] | None:
         return None
     classes = {each["class"]: each for each in parity.get("classes")}
     return [classes[label] for label in worst]
+
+
+def _bundle(manifest: Path) -> dict[str, Any] | None:
+    """How large the bundle is, and what tells it from another one; None: there is none."""
+    if not manifest.is_file():
+        return None
+    size = sum(path.stat().st_size for path in manifest.parent.rglob("*") if path.is_file())
+    return {"manifest_sha256": sha256(manifest), "bytes": size}
 
 
 def _blocks(sites: list[dict[str, Any]]) -> dict[str, int]:

@@ -26,6 +26,7 @@ class Machine:
     loaded: list[str] = field(default_factory=list)  # content of the plans
     built: list[str] = field(default_factory=list)
     caches: list[bytes] = field(default_factory=list)
+    version: str = VERSION
 
     def load(self, path: Path, target: Any, entry: dict[str, Any]) -> OrtEngine:
         self.loaded.append(path.read_bytes().decode())
@@ -37,8 +38,12 @@ class Machine:
         self.built.append(sha256(onnx_path))
         self.caches.append((folder / "timing.cache").read_bytes())
         (folder / f"{name}.plan").write_text(f"built here: {name}")
-        return {"found": {"fp16": 2}, "plan": {"file": f"{name}.plan"}, "versions": {}, "files": [f"{name}.plan"]} | {
-            "files": [f"{name}.onnx", f"{name}.plan"]
+        plan = {"file": f"{name}.plan", "library": "TensorRT", "version": self.version, "gpu": "NVIDIA L4"}
+        return {
+            "found": {"fp16": 2},
+            "plan": {**plan, "capabilities": ["8.9"]},
+            "versions": {},
+            "files": [f"{name}.onnx", f"{name}.plan"],
         }
 
 
@@ -125,6 +130,20 @@ def test_rebuilt_engines_are_kept_and_found_again(machine: Machine, delivered: P
     other = verify(delivered, "--engines", kept, "--rebuild")
     assert other.code == 2
     assert "has engines of another bundle" in other.err
+
+
+def test_kept_engines_that_no_longer_fit_are_built_again(
+    machine: Machine, delivered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    assert verify(delivered, "--rebuild", "--engines", kept).code == 0
+    monkeypatch.setattr(library, "version", lambda backend: "10.14.0.1")  # an upgrade
+    outcome = verify(delivered, "--engines", kept)
+    assert outcome.code == 5
+    assert "no longer fit" in outcome.out
+    machine.version = "10.14.0.1"
+    assert verify(delivered, "--rebuild", "--engines", kept).code == 0
+    assert len(machine.built) == 4
 
 
 def test_a_folder_with_other_files_is_left_alone(machine: Machine, delivered: Path, tmp_path: Path) -> None:

@@ -150,8 +150,38 @@ def loud(network: onnx.ModelProto) -> None:
     network.graph.node[0].op_type = "\x1b[2J\x1b]0;owned\x07\u202e"
 
 
+def doubled(folder: Path) -> None:
+    """Weights in another type than the precision of the target."""
+    network = onnx.load(folder / MODEL)
+    for tensor in (each for each in network.graph.initializer if each.data_type == TensorProto.FLOAT):
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype("f2"), tensor.name))
+    kinds = [each.type.tensor_type for each in (*network.graph.input, *network.graph.output)]
+    cast = [
+        helper.make_node("Cast", ["input"], ["half"], "down", to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["wide"], ["logits"], "up", to=TensorProto.FLOAT),
+    ]
+    assert all(kind.elem_type == TensorProto.FLOAT for kind in kinds)
+    for node in network.graph.node:
+        node.input[:] = ["half" if name == "input" else name for name in node.input]
+        node.output[:] = ["wide" if name == "logits" else name for name in node.output]
+    nodes = [cast[0], *network.graph.node, cast[1]]
+    del network.graph.node[:], network.graph.value_info[:]
+    network.graph.node.extend(nodes)
+    put(folder, MODEL, network.SerializeToString())
+
+
 def chance(network: onnx.ModelProto) -> None:
     network.graph.node.append(helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
+
+
+def exchanged(folder: Path) -> None:
+    """The full network as the compressed one, with its golden outputs: the speed-up would be the other way round."""
+
+    def swap(document: Any) -> None:
+        for group in (document["networks"], document["golden"]):
+            group["full"], group["compressed"] = group["compressed"], group["full"]
+
+    edit(folder, swap)
 
 
 def reshaped(network: onnx.ModelProto) -> None:
@@ -268,6 +298,10 @@ FIELDS: dict[str, Case] = {
     "a verdict of fail": (value("verdict", "overall", "result", to="fail"), "verdict.overall.result"),
     "another scale": (value("preprocessing", "scale", to=0.5), "the scale is 0.5, not 1 / 255"),
     "an endless picture": (value("preprocessing", "shorter_side", to=10**6), "less than or equal to 4096"),
+    "a drop that contradicts its interval": (value("metrics", "accuracy", "interval", to=[90, -90]), "contradicts"),
+    "a drop that contradicts the accuracies": (value("metrics", "accuracy", "full", to=100), "contradicts"),
+    "TF32 for a wide tolerance": (value("build", "tf32", to=True), "disagree about TF32"),
+    "networks exchanged": (exchanged, "the compressed network is larger than the full one"),
     "batches that descend": (value("build", "batches", to=[8, 4, 1]), "do not ascend"),
     "a full network without golden outputs": (value("golden", "full", to=None), "which nothing else names"),
 }
@@ -284,6 +318,13 @@ CONTENT: dict[str, Case] = {
     "a size that is not UTF-8": (strange_size, "is not valid ONNX"),
     "control signs in a node": (model(loud), "is not valid ONNX"),
     "a training graph": (model(lambda network: network.training_info.add()), "has a training graph"),
+    "FP16 weights in the place of FP32": (doubled, "has no weights or Q/DQ in fp32"),
+    "layers that are no JSON": (
+        lambda folder: put(folder, "engines/full.layers.json", b"\x7fELF" * 100),
+        "full.layers.json is not strict JSON",
+    ),
+    "a report of surgery with NaN": (lambda f: put(f, "compressed/surgery.json", b'{"a": NaN}'), "NaN is no number"),
+    "endless labels": (lambda folder: put(folder, "labels.txt", b"a\n" * 3_000_000), "at most 4,194,304 are allowed"),
     "chance": (model(chance), "which is random"),
     "an empty graph": (lambda folder: put(folder, MODEL, b""), "model.onnx"),
     "external data": (model(external), "in another file"),
@@ -423,6 +464,16 @@ def lying(folder: Path) -> Path:
     return path
 
 
+def before_itself(folder: Path) -> Path:
+    """The directory of the archive begins before the file does."""
+    path = zipped(folder)
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\x05\x06")
+    content[end + 16 : end + 20] = (2**31).to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
 ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no .zip": (no_zip, "is no .zip archive"),
     "cut short": (cut, "is no .zip archive"),
@@ -431,6 +482,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a link": (lambda f: zipped(f, {"link": b"/etc/passwd"}, mode=stat.S_IFLNK), "which is no plain file"),
     "a name twice": (archive_twice, "'labels.txt' twice"),
     "a bomb": (lambda f: zipped(f, {"x": bytes(10**8)}, kind=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
+    "a member before the beginning": (before_itself, "is no .zip archive, or damaged"),
     "a member larger than all": (lying, "would unpack to"),
     "a file that is a folder, too": (lambda f: zipped(f, {"labels.txt/x": b"x"}), "both as a file and a folder"),
     "too many members": (lambda f: zipped(f, {f"x{i}": b"" for i in range(200)}), "a bundle has at most"),

@@ -114,14 +114,89 @@ def test_int8_is_bundled_with_both_graphs(miniature: Miniature, tmp_path: Path) 
     assert found["engines"]["compressed"]["tolerance"] == 0.25
 
 
-@pytest.mark.parametrize("name", ["compressed/model.onnx", "engines/full.onnx"])
-def test_a_verdict_on_other_files_makes_no_bundle(name: str, miniature: Miniature, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("compressed/model.onnx", "is not the file that parity.json judges"),
+        ("engines/full.onnx", "is not the file that parity.json judges"),
+        ("engines/full.layers.json", "is not what was built"),
+    ],
+)
+def test_other_files_than_those_that_were_judged_make_no_bundle(
+    name: str, words: str, miniature: Miniature, tmp_path: Path
+) -> None:
     run = miniature.copy(tmp_path / "run", "bundle", "report")
     (run / name).write_bytes((run / name).read_bytes() + b"\0")
     outcome = polar("--recipe", run / "run.yaml", "--out", run, "--from", "bundle")
     assert outcome.code == 4
-    assert f"{run / name} is not the file that parity.json judges" in outcome.err
+    assert f"{run / name} {words}" in outcome.err
     assert not (run / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "stage"),
+    [
+        (("--set", "build.tf32=true"), "build"),
+        (("--set", "build.batches=[1,4,16]"), "build"),
+        (("--seed", "1"), "export"),
+        (("--min-speedup", "0.4"), "parity"),
+    ],
+)
+def test_settings_that_the_run_did_not_have_make_no_bundle(
+    options: tuple[str, ...], stage: str, miniature: Miniature, tmp_path: Path
+) -> None:
+    run = miniature.copy(tmp_path / "run", "bundle", "report")
+    outcome = polar("--recipe", miniature.folder / "run.yaml", "--out", run, *options, "--from", "bundle")
+    assert outcome.code in (2, 4)
+    assert f"--from {stage}" in outcome.err
+    assert not (run / "bundle").exists()
+
+
+def test_what_is_not_known_of_the_training_is_not_told(miniature: Miniature, tmp_path: Path) -> None:
+    run = miniature.copy(tmp_path / "run", "bundle", "report")
+    outcome = polar("--recipe", miniature.folder / "run.yaml", "--out", run, "--budget", "0.4", "--from", "bundle")
+    assert outcome.code == 0, outcome.err
+    told = manifest(run / "bundle")["provenance"]["settings"]
+    assert not {"budget", "align", "gates", "training"} & told.keys()
+    assert told["seed"] == 0
+
+
+def test_the_bundle_of_an_earlier_verdict_is_gone(miniature: Miniature, tmp_path: Path) -> None:
+    run = miniature.copy(tmp_path / "run")
+    command = ("--recipe", miniature.folder / "run.yaml", "--out", run, "--min-speedup", "100")
+    assert polar(*command, "--until", "parity").code in (1, 5)
+    assert not (run / "bundle").exists()
+    outcome = polar(*command, "--from", "report")
+    assert "bundle verify" not in outcome.out
+    assert json.loads((run / "report.json").read_text())["bundle"] is None
+
+
+def test_the_report_and_the_last_line_tell_how_to_verify_it(miniature: Miniature, tmp_path: Path) -> None:
+    outcome = again(miniature, tmp_path / "run")
+    told = hashlib.sha256((tmp_path / "run/bundle/manifest.json").read_bytes()).hexdigest()
+    assert outcome.out.endswith(f"  python -m polar_deploy.bundle verify bundle --manifest-sha256 {told}\n")
+    sizes = [path.stat().st_size for path in (tmp_path / "run/bundle").rglob("*") if path.is_file()]
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["bundle"] == {"manifest_sha256": told, "bytes": sum(sizes)}
+
+
+@pytest.mark.parametrize("licence", ["\x1b[2J", "x" * 3000])
+def test_a_licence_that_no_bundle_can_have_is_refused_at_once(licence: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"model": "resnet20", "bundle": {"licence": licence}}))
+    outcome = polar("--recipe", tmp_path / "recipe.yaml", "--data", "digits", "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert "bundle.licence" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_few_images_validate_golden_samples_come_from_training(miniature: Miniature, tmp_path: Path) -> None:
+    run = miniature.copy(tmp_path / "run", "bundle", "report")
+    stored = dict(np.load(run / "gated/reference.npz"))
+    np.savez(run / "gated/reference.npz", **{name: values[:5] for name, values in stored.items()})
+    assert polar("--recipe", miniature.folder / "run.yaml", "--out", run, "--from", "bundle").code == 0
+    inputs = np.load(run / "bundle/golden/inputs.npy")
+    assert inputs.shape == (32, 3, 16, 16)
+    assert len({image.tobytes() for image in inputs}) == 32
 
 
 def test_an_engine_that_is_no_longer_right_makes_no_bundle(

@@ -54,6 +54,7 @@ def written(tmp_path: Path, target: str, *options: str, **changes: Any) -> Path:
     return place
 
 
+WITH_TF32 = {"build": {"tf32": True}, "networks": {name: {"tf32": True} for name in ("compressed", "full")}}
 TWO_AT_LEAST = {"build": {"batches": [2, 8, 64]}, "verdict": {"asked": {"batch": 2}}}
 
 
@@ -130,7 +131,7 @@ def test_a_typed_graph_for_the_gpu_runs_as_it_was_measured(tmp_path: Path) -> No
 def test_threads_and_tf32_are_those_of_the_engine(tmp_path: Path) -> None:
     cpu = written(tmp_path / "cpu", "ort-int8", networks={"compressed": {"threads": 3}})
     assert config(cpu)["parameters"] == {"intra_op_thread_count": {"string_value": "3"}}
-    gpu = written(tmp_path / "gpu", "ort-cuda-fp32", networks={"compressed": {"tf32": True}})
+    gpu = written(tmp_path / "gpu", "ort-cuda-fp32", **WITH_TF32)
     (accelerator,) = config(gpu)["optimization"]["execution_accelerators"]["gpu_execution_accelerator"]
     assert accelerator["parameters"] == {"use_tf32": "1"}
 

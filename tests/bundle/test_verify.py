@@ -148,6 +148,19 @@ def test_accuracy_is_measured_on_a_test_set(form: str, folder: Path, digits: dat
     assert found["verdict"]["accuracy"]["result"] == "pass"
 
 
+def test_labels_lead_to_no_folder_outside_of_the_test_set(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for place in (tmp_path / "elsewhere", tmp_path / "data/inside"):
+        place.mkdir()
+        Image.new("RGB", (16, 16)).save(place / "0.png")
+    for label in ("../elsewhere", str(tmp_path / "elsewhere"), "inside", "", "."):
+        put(folder, "labels.txt", f"{label}\n".encode() * 10)
+        change(folder, "provenance", "data", "name", to="mine")
+        outcome = bundle("verify", folder, "--data", tmp_path / "data")
+        assert outcome.code == 2
+        assert "has no test set" in outcome.err
+
+
 def test_accuracy_that_is_lost_fails(folder: Path, digits: data.Split, tmp_path: Path) -> None:
     change(folder, "verdict", "asked", "max_drop", to=0.0)
     full = np.load(folder / "golden/full.npy").argmax(1)
