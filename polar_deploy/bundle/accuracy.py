@@ -52,7 +52,7 @@ def measure(
     from polar_deploy import parity
 
     if not here.engines:
-        return None, parity.Judgement("undecided", here.how)
+        return None, parity.Judgement("undecided", "the engines are not run here")
     named = {f"{name} onnx": graph for name, graph in graphs.items()}
     found = parity.compare_all(here.engines, named, test)
     if "accuracy" in found:

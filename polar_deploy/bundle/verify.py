@@ -147,7 +147,7 @@ def _latency(bundle: Bundle, here: device.Here) -> tuple[dict[str, Any] | None, 
     from polar_deploy.engines import timing
 
     if not here.engines:
-        return None, parity.Judgement("undecided", here.how)
+        return None, parity.Judgement("undecided", "the engines are not run here")
     if "full" not in here.engines:
         return None, None
     asked, (full, compressed) = bundle.manifest.verdict.asked, (here.engines[name] for name in ("full", "compressed"))

@@ -26,6 +26,7 @@ class Machine:
     loaded: list[str] = field(default_factory=list)  # content of the plans
     built: list[str] = field(default_factory=list)
     caches: list[bytes] = field(default_factory=list)
+    capabilities: list[tuple[str, ...]] = field(default_factory=list)
     version: str = VERSION
 
     def load(self, path: Path, target: Any, entry: dict[str, Any]) -> OrtEngine:
@@ -36,6 +37,7 @@ class Machine:
 
     def build(self, onnx_path: Path, folder: Path, name: str, target: Any, options: Any) -> dict[str, Any]:
         self.built.append(sha256(onnx_path))
+        self.capabilities.append(options.capabilities)
         self.caches.append((folder / "timing.cache").read_bytes())
         (folder / f"{name}.plan").write_text(f"built here: {name}")
         plan = {"file": f"{name}.plan", "library": "TensorRT", "version": self.version, "gpu": "NVIDIA L4"}
@@ -103,6 +105,7 @@ FALSIFIED = {
 def test_a_plan_for_something_else_is_never_loaded(what: str, machine: Machine, delivered: Path) -> None:
     (key, value), words = FALSIFIED[what]
     change(delivered, "networks", "compressed", "plan", key, to=value)
+    change(delivered, "build", "capabilities", to=["9.0"])  # of the maker's GPU
     outcome = verify(delivered, "--trust-plan")
     assert outcome.code == 5
     assert words in outcome.out
@@ -112,6 +115,7 @@ def test_a_plan_for_something_else_is_never_loaded(what: str, machine: Machine, 
     assert outcome.code == 0, outcome.out + outcome.err
     assert machine.built == [sha256(delivered / f"engines/{name}.onnx") for name in ("compressed", "full")]
     assert machine.caches == [b"timings"] * 2
+    assert machine.capabilities == [()] * 2  # this machine's own
     assert machine.loaded == ["built here: compressed", "built here: full"]
     assert "rebuilt here (the plan does not fit: " in outcome.out
 
