@@ -19,7 +19,7 @@ from typing import Any
 
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `atomic_path` names its temporary files
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `_aside` gives
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
@@ -42,7 +42,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         UsageError: the place cannot be written: read-only, no permission, a file where a folder should be.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    tmp = _aside(path)
     with _translated(path):
         if path.exists() and not path.is_file():  # a device or a pipe would be replaced
             raise UsageError(f"{path} is not a regular file", "give the path of a file, new or old")
@@ -99,8 +99,8 @@ def remove_folder(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """A hidden sibling, which the next run clears away."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """A hidden sibling with the same suffix, which the next run clears away."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from polar_deploy.parity import Judgement, TestSet
 
 _PUBLISHED = {"cifar10", "cifar100", "tiny-imagenet", "imagenet"}  # data sets that lie in folders
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def test_set(bundle: Bundle, folder: Path) -> TestSet:
@@ -101,15 +100,13 @@ def _arrays(bundle: Bundle, path: Path) -> Split:
 
 def _pictures(bundle: Bundle, folder: Path) -> Split:
     from polar_deploy.data import LazyImages, Split
+    from polar_deploy.data.folders import SUFFIXES, image_names
 
     found = [
-        (f"{label}/{path.name}", index)
-        for index, label in enumerate(bundle.labels)
-        for path in sorted((folder / label).iterdir())
-        if path.suffix.lower() in _PICTURES
+        (f"{label}/{name}", index) for index, label in enumerate(bundle.labels) for name in image_names(folder / label)
     ]
     if not found:
-        raise UsageError(f"the folders in {folder} hold no pictures", f"put {', '.join(_PICTURES)} files there")
+        raise UsageError(f"the folders in {folder} hold no pictures", f"put {', '.join(SUFFIXES)} files there")
     names, labels = zip(*found, strict=True)
     made = bundle.manifest.preprocessing
     images = LazyImages(folder, np.array(names, dtype=object), made.shorter_side, made.crop)

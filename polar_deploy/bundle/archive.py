@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check a bundle and write it as one file."""
-    from polar_deploy.bundle.read import opened
+    from polar_deploy.bundle.read import MANIFEST, opened
     from polar_deploy.bundle.refusal import require_outside
 
     require_outside(arguments.archive, arguments.bundle)
     with opened(arguments.bundle) as bundle:
-        pack(bundle.folder, ["manifest.json", *bundle.manifest.files], arguments.archive)
+        pack(bundle.folder, [MANIFEST, *bundle.manifest.files], arguments.archive)
     print(f"{arguments.archive}: {arguments.archive.stat().st_size:,} bytes, manifest sha256 {bundle.sha256}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     with opened(arguments.bundle) as bundle:
         options = device.read_options(arguments, bundle)
         if arguments.fp32:
-            found = classify(bundle, engines.graph(bundle.path(bundle.manifest.networks.compressed.fp32)), arguments)
+            graph = engines.graph(bundle.path(bundle.manifest.networks.compressed.fp32))
+            found = classify(bundle, graph, arguments.images, arguments.top)
         else:
             with device.engines_here(bundle, options) as here:
                 if not here.engines:
                     raise MachineError(here.how, "--fp32 runs the FP32 graph in ONNX Runtime instead")
-                found = classify(bundle, here.engines["compressed"], arguments)
+                found = classify(bundle, here.engines["compressed"], arguments.images, arguments.top)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -58,23 +60,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def classify(bundle: Bundle, engine: Engine, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """[{"image", "top": [{"label", "class", "probability"}, …]}, …], the likeliest label first."""
+def classify(bundle: Bundle, engine: Engine, images: Sequence[Path], top: int) -> list[dict[str, Any]]:
+    """[{"image", "top": [{"label", "class", "probability"}, …]}, …], the `top` likeliest labels of each picture."""
     import numpy as np
 
     from polar_deploy.data import LazyImages, normalise
     from polar_deploy.engines import infer_all
 
-    made, paths = bundle.manifest.preprocessing, [str(path) for path in arguments.images]
+    made, paths = bundle.manifest.preprocessing, [str(path) for path in images]
     pictures = LazyImages(Path(), np.array(paths, dtype=object), made.shorter_side, made.crop)
     found = []
     for start in range(0, len(paths), _AT_ONCE):
         rows = np.arange(start, min(start + _AT_ONCE, len(paths)))
         probabilities = softmax(infer_all(engine, normalise(pictures[rows], made.mean, made.std)))
         for row, each in zip(rows, probabilities, strict=True):
-            best = np.argsort(-each, kind="stable")[: arguments.top]
-            top = [{"label": bundle.labels[k], "class": int(k), "probability": float(each[k])} for k in best]
-            found.append({"image": paths[row], "top": top})
+            best = np.argsort(-each, kind="stable")[:top]
+            guesses = [{"label": bundle.labels[k], "class": int(k), "probability": float(each[k])} for k in best]
+            found.append({"image": paths[row], "top": guesses})
     return found
 
 

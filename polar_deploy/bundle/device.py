@@ -16,13 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.errors import MachineError, UsageError
+from polar_deploy.errors import ContentError, MachineError, UsageError
 
 if TYPE_CHECKING:
     from polar_deploy.bundle.manifest import Network
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
     from polar_deploy.targets import Target
+
+
+# What has to be known of a plan that was built here.
+_DESCRIBED = ("file", "library", "version", "gpu", "capabilities", "version_compatible", "hardware_compatible")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
     if why_not is None:
         yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
         return
-    if options.kept is not None and (plans := _kept_plans(options.kept, bundle)):
+    if options.kept is not None and (options.kept / "build.json").is_file():
+        plans = [kept_engine(options.kept, name, bundle)["plan"] for name in networks]
         unfit = _unfit(plans, options.kept, target)
         if unfit is None:
             yield _loaded(options.kept, bundle, target, f"built here before, in {options.kept} ({why_not})")
@@ -198,14 +203,21 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
 
 
-def _kept_plans(folder: Path, bundle: Bundle) -> list[dict[str, Any]]:
-    """Descriptions of the engines of this very bundle that were built into `folder` before; [] if none were."""
+def kept_engine(folder: Path, name: str, bundle: Bundle) -> dict[str, Any]:
+    """The entry in build.json of an engine that was built into `folder` from this very bundle.
+
+    Raises:
+        UsageError: there is no build.json, or it is another bundle's. ContentError: it does not list the engine.
+    """
     from polar_deploy.workspace import read_json
 
-    path = folder / "build.json"
-    if not path.is_file():
-        return []
+    path, again = folder / "build.json", "run `verify --rebuild --engines DIR` with a new folder"
     built = read_json(path)
-    if not isinstance(built, dict) or built.get("bundle") != bundle.sha256:
-        raise UsageError(f"{folder} has engines of another bundle", "give another folder with --engines")
-    return [built["engines"][name]["plan"] for name in bundle.manifest.each()]
+    try:
+        same, entry = built["bundle"] == bundle.sha256, built["engines"][name]
+        _ = entry["files"][f"{name}.plan"]["sha256"], [entry["plan"][key] for key in _DESCRIBED]
+    except (KeyError, TypeError) as error:
+        raise ContentError(f"{path} does not list engines of a bundle: {error!r}", again) from error
+    if not same:
+        raise UsageError(f"{folder} has engines of another bundle", again)
+    return dict(entry)

@@ -6,6 +6,7 @@ labels. Every failure is one ContentError (exit code 4) that names the file and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -83,7 +84,8 @@ def read(folder: Path) -> Bundle:
     sizes = _sizes(folder)
     if MANIFEST not in sizes:
         raise refused(folder, f"has no {MANIFEST}, so it is no bundle")
-    manifest = parse(_limited(folder / MANIFEST, LARGEST_TEXT), folder / MANIFEST)
+    content = _limited(folder / MANIFEST, LARGEST_TEXT)  # read once: what is parsed is what is hashed
+    manifest = parse(content, folder / MANIFEST)
     _require_whole(folder, manifest, sizes)
     for network in manifest.each().values():
         graphs.require_as_described(folder / network.fp32, folder / network.typed, manifest, network)
@@ -95,7 +97,7 @@ def read(folder: Path) -> Bundle:
     shape = (golden.samples, manifest.output.classes)
     outputs = {name: _array(folder / path, shape) for name, path in named.items() if path is not None}
     labels = _labels(folder / manifest.labels, manifest.output.classes)
-    return Bundle(folder, manifest, sha256(folder / MANIFEST), labels, inputs, outputs)
+    return Bundle(folder, manifest, hashlib.sha256(content).hexdigest(), labels, inputs, outputs)
 
 
 # --------------------------------------------------------------------------- names, sizes, hashes

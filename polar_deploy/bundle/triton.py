@@ -22,7 +22,7 @@ from polar_deploy.bundle import device
 from polar_deploy.bundle.read import Bundle, opened
 from polar_deploy.bundle.refusal import require_outside
 from polar_deploy.errors import ContentError, UsageError
-from polar_deploy.workspace import atomic_folder, read_json, sha256
+from polar_deploy.workspace import atomic_folder, sha256
 
 if TYPE_CHECKING:
     from polar_deploy.bundle.manifest import Network
@@ -175,19 +175,10 @@ def _plan(bundle: Bundle, network: Network, target: Target, arguments: argparse.
 
 def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
     """A plan that was built here from this bundle, and its description."""
-    built, path = read_json(folder / "build.json"), folder / f"{name}.plan"
-    again = "run `verify --rebuild --engines DIR` with a new folder"
-    try:
-        same, entry = built["bundle"] == bundle.sha256, built["engines"][name]
-        listed, plan = entry["files"][path.name]["sha256"], dict(entry["plan"])
-        _needs(plan)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ContentError(f"{folder / 'build.json'} does not list engines of a bundle: {error!r}", again) from error
-    if not same:
-        raise UsageError(f"{folder} has engines of another bundle", again)
-    if sha256(path) != listed:
-        raise ContentError(f"{path} is not the file that was built", again)
-    return path, plan
+    entry, path = device.kept_engine(folder, name, bundle), folder / f"{name}.plan"
+    if sha256(path) != entry["files"][path.name]["sha256"]:
+        raise ContentError(f"{path} is not the file that was built", "build again, with a new folder")
+    return path, entry["plan"]
 
 
 def _needs(plan: dict[str, Any]) -> list[str]:

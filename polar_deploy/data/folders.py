@@ -16,7 +16,7 @@ from polar_deploy.data.checks import check_every_class
 from polar_deploy.data.dataset import Dataset, DataSpec, Indices, Pixels, Split
 from polar_deploy.errors import ContentError, UsageError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -132,12 +132,13 @@ def _files_by_class(split: Path) -> dict[str, list[str]]:
     for folder in sorted(entry for entry in split.iterdir() if entry.is_dir()):
         inner = folder / "images" if (folder / "images").is_dir() else folder
         relative = inner.relative_to(split.parent)
-        files[folder.name] = [f"{relative}/{name}" for name in _image_names(inner)]
+        files[folder.name] = [f"{relative}/{name}" for name in image_names(inner)]
     return files
 
 
-def _image_names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(_SUFFIXES))
+def image_names(folder: Path) -> list[str]:
+    """Names of the pictures that lie in a folder, sorted."""
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES))
 
 
 def _test_files(root: Path) -> dict[str, list[str]]:
@@ -151,7 +152,7 @@ def _test_files(root: Path) -> dict[str, list[str]]:
 
 def _annotated(split: Path) -> dict[str, list[str]]:
     """Tiny ImageNet's validation files: one a line, its name, its class, and a box, with tabs in between."""
-    annotations, present = split / "val_annotations.txt", set(_image_names(split / "images"))
+    annotations, present = split / "val_annotations.txt", set(image_names(split / "images"))
     files: dict[str, list[str]] = {}
     for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")

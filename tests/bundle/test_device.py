@@ -43,7 +43,7 @@ class Machine:
         plan = {"file": f"{name}.plan", "library": "TensorRT", "version": self.version, "gpu": "NVIDIA L4"}
         return {
             "found": {"fp16": 2},
-            "plan": {**plan, "capabilities": ["8.9"]},
+            "plan": {**plan, "capabilities": ["8.9"], "version_compatible": False, "hardware_compatible": False},
             "versions": {},
             "files": [f"{name}.onnx", f"{name}.plan"],
         }
@@ -187,3 +187,14 @@ def test_engines_that_were_changed_after_they_were_kept_are_not_loaded(
     outcome = verify(delivered, "--engines", kept)
     assert (outcome.code, machine.loaded) == (4, [])
     assert "is not the file that was built" in outcome.err
+
+
+@pytest.mark.parametrize("content", ['{"bundle": 1}', "[]", '{"engines": {"compressed": 7}}'])
+def test_a_list_of_kept_engines_that_is_none_is_an_error(
+    content: str, machine: Machine, delivered: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/build.json").write_text(content)
+    outcome = verify(delivered, "--engines", tmp_path / "kept")
+    assert (outcome.code, machine.loaded) == (4, [])
+    assert "does not list engines of a bundle" in outcome.err

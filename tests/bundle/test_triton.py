@@ -250,6 +250,8 @@ def rebuilt(tmp_path: Path, **changes: Any) -> Path:
     """What `verify --rebuild --engines` leaves, as far as it concerns Triton."""
     manifest = write_bundle(tmp_path / "bundle", "trt-fp16") / "manifest.json"
     plan = {
+        "file": "compressed.plan",
+        "library": "TensorRT",
         "version": "10.14.1.48",
         "gpu": "Orin",
         "capabilities": ["8.7"],
