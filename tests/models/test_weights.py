@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
+import enum
 import os
+import pickle
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from polar_deploy import data, models
 from polar_deploy.errors import ContentError, UsageError
@@ -88,6 +95,133 @@ def test_checkpoints_are_unwrapped(tmp_path: Path, state: State, wrap: Callable[
     assert same(model, state)
 
 
+def prefixed(state: State, prefix: str) -> State:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def other(state: State) -> State:
+    return {name: value + 1 for name, value in state.items()}
+
+
+def filled(state: State) -> nn.Sequential:
+    model = network()
+    model.load_state_dict(state)
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def compiled_within(state: State) -> object:
+    model = filled(state)
+    model[1] = torch.compile(model[1])
+    return model.state_dict()
+
+
+class Config(dict):
+    """A configuration as many libraries have it: a dictionary with attributes, and a class within."""
+
+    class Mode(enum.Enum):
+        FAST = 1
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.1, seen={3}, mode=Config.Mode.FAST)
+        self.path = Path("x")
+
+
+def config_with(state: State) -> Config:
+    config = Config()
+    config["model"] = state
+    return config
+
+
+def objects() -> dict[str, object]:
+    return {
+        "args": argparse.Namespace(lr=0.1, out=Path("runs")),
+        "config": Config(),
+        "best": np.float64(91.2),
+        "history": np.arange(3),
+        "when": datetime.datetime(2024, 1, 2),
+        "per_class": collections.defaultdict(list, {"cat": [1]}),
+        "last": collections.deque([1, 2]),
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "dtype": torch.float16,
+    }
+
+
+TAKEN: dict[str, Callable[[State], object]] = {
+    "compile": lambda s: torch.compile(filled(s)).state_dict(),
+    "compile of one module": compiled_within,
+    "DataParallel of one module": lambda s: {n.replace("1.", "1.module."): v for n, v in s.items()},
+    "DDP of compile": lambda s: nn.DataParallel(torch.compile(filled(s))).state_dict(),
+    "compile of DDP": lambda s: torch.compile(nn.DataParallel(filled(s))).state_dict(),
+    "FSDP": lambda s: {f"_fsdp_wrapped_module.{n.replace('3.', '3._fsdp_wrapped_module.')}": v for n, v in s.items()},
+    "AveragedModel": lambda s: AveragedModel(filled(s)).state_dict(),
+    "AveragedModel of compile": lambda s: AveragedModel(torch.compile(filled(s))).state_dict(),
+    "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "epoch": 3, "loops": {}, "optimizer_states": [{}]},
+    "Lightning, compiled": lambda s: {"state_dict": prefixed(s, "net._orig_mod.")},
+    "Lightning, two prefixes": lambda s: {"state_dict": prefixed(s, "module.network.backbone.")},
+    "Lightning with more": lambda s: {
+        "state_dict": prefixed(s, "net.") | {"criterion.weight": torch.ones(2), "acc.total": torch.tensor(3), "x": 1},
+    },
+    "net": lambda s: {"net": s, "acc": 95.0},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {0: {"exp_avg": s}}}},
+    "a name of their own": lambda s: {"checkpoint": {"student": s}},
+    "objects": lambda s: {"model": s, **objects()},
+    "objects that hold the weights": lambda s: config_with(s),
+    "half": lambda s: {n: v.half() if v.dim() else v for n, v in s.items()},
+    "all half": lambda s: {name: value.half() for name, value in s.items()},
+    "parameters": lambda s: {
+        "net": {name: nn.Parameter(value) if value.is_floating_point() else value for name, value in s.items()},
+        "args": Config(),
+    },
+    "only averaged": lambda s: {"ema": s, "decay": 0.99},
+    "plain and averaged": lambda s: {"model_ema": other(s), "state_dict_ema": other(s), "state_dict": s},
+    "plain and averaged names": lambda s: prefixed(other(s), "ema_model.") | prefixed(s, "online_model."),
+    "twice the same": lambda s: {"model": s, "best": {n: v.clone() for n, v in s.items()}},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_training_tools_write_is_taken(
+    tmp_path: Path, state: State, case: str, options: dict[str, object]
+) -> None:
+    state = {name: value.half().float() if value.dim() else value for name, value in state.items()}
+    torch.save(TAKEN[case](state), tmp_path / "w.pth", **options)
+    model = network()
+    models.load_weights(model, tmp_path / "w.pth")
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".th", ".pth.tar", ".tar", ".PTH", ".CKPT"])
+def test_other_suffixes_of_pytorch_files(tmp_path: Path, state: State, suffix: str) -> None:
+    model = network()
+    torch.save({"state_dict": state}, tmp_path / f"w{suffix}")
+    models.load_weights(model, tmp_path / f"w{suffix}")
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_wrapped_names_in_other_formats(tmp_path: Path, state: State, suffix: str) -> None:
+    model = network()
+    models.load_weights(model, save(prefixed(state, "model._orig_mod."), tmp_path / f"w{suffix}"))
+    assert same(model, state)
+
+
+def test_a_network_that_has_such_names_itself(tmp_path: Path, state: State) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.head = network(), nn.Linear(2, 2)
+
+    torch.manual_seed(1)
+    trained, model = Own(), Own()
+    expected = {name: value.clone() for name, value in trained.state_dict().items()}
+    for wrapped in (trained, nn.DataParallel(trained), torch.compile(trained), AveragedModel(trained)):
+        model.load_state_dict(Own().state_dict())
+        models.load_weights(model, save(wrapped.state_dict(), tmp_path / "w.pth"))
+        assert same(model, expected)
+
+
 def circle() -> dict[str, object]:
     stored: dict[str, object] = {}
     stored["model"] = stored
@@ -113,6 +247,49 @@ MISFITS: dict[str, tuple[Callable[[State], object], str]] = {
     "no tensor": (lambda s: s | {"lr": 0.1}, "'lr' is a float, not a plain tensor"),
     "sparse": (lambda s: s | {"3.weight": s["3.weight"].to_sparse()}, "'3.weight' is a Tensor, not a plain tensor"),
     "meta": (lambda s: s | {"3.weight": torch.zeros(2, 4, device="meta")}, "not a plain tensor"),
+    "some names of DataParallel": (
+        lambda s: {n.replace("0.", "module.0."): v for n, v in s.items()},
+        r"w.pth does not fit the network \(Sequential\): 2 missing: 0.weight .*; 2 unexpected: module.0.weight",
+    ),
+    "both names": (lambda s: s | prefixed(s, "module."), "9 unexpected: module.0.weight"),
+    "more under the prefix": (
+        lambda s: {"state_dict": prefixed(s, "net.") | {"net.4.bias": torch.zeros(5), "loss.weight": torch.zeros(2)}},
+        r"w.pth \(entry 'state_dict' with names that start with 'net.'\) does not fit .*: 1 unexpected: 4.bias \[5\]\n",
+    ),
+    "less under the prefix": (
+        lambda s: prefixed(s, "net.") | {"net.3.bias": torch.zeros(7)},
+        r"\(names that start with 'net.'\) does not fit .*: 1 of another shape: 3.bias",
+    ),
+    "an object among the weights": (lambda s: s | {"args": argparse.Namespace()}, "'args' is a Namespace, not a plain"),
+    "two that fit": (
+        lambda s: {"state_dict": s, "best_state_dict": other(s), "ema": s},
+        r"2 different sets of weights that fit .*\(Sequential\): entry 'state_dict'; entry 'best_state_dict'\n",
+    ),
+    "two prefixes that fit": (
+        lambda s: prefixed(s, "student.") | prefixed(other(s), "teacher."),
+        r"2 different sets .*: names that start with 'student.'; names that start with 'teacher.'\n",
+    ),
+    "none that fits": (
+        lambda s: {"encoder": {"a.weight": torch.ones(2)}, "more": {"decoder": {"b": torch.ones(2)}}},
+        r"tensors in 2 entries, of which none fits .*: entry 'encoder' \(1\), entry 'more.decoder' \(1\)\n",
+    ),
+    "one entry that does not fit": (
+        lambda s: {"net": {"a": torch.ones(2)}},
+        r"\(entry 'net'\) does not fit .* missing",
+    ),
+    "plain with NaN, averaged without": (
+        lambda s: {"model": s | {"3.bias": torch.tensor([0, float("nan")])}, "ema": s},
+        r"\(entry 'model'\) does not fit .* 1 with NaN or Inf: 3.bias",
+    ),
+    "a whole network": (
+        lambda s: filled(s),
+        r"could run code: a whole pickled network \(torch.nn.modules.container.Sequential\)\n",
+    ),
+    "a whole network in an entry": (
+        lambda s: {"epoch": 3, "model": filled(s)},
+        r"w.pth, entry 'model' holds .* a whole pickled network \(torch.nn.modules.container.Sequential\)\n",
+    ),
+    "a whole object": (lambda s: argparse.Namespace(model=s), r"a whole pickled object \(argparse.Namespace\)\n"),
     "circle": (lambda s: circle(), "'model' is a dict, not a plain tensor"),
     "no dictionary": (lambda s: list(s.values()), "holds no weights by name"),
     "nothing": (lambda s: {"state_dict": {}}, "holds no weights by name"),
@@ -138,8 +315,11 @@ def test_arrays_of_foreign_types_are_named(tmp_path: Path, array: np.ndarray) ->
 
 
 class Hostile:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch hacked",)
+    def __init__(self, function: Callable[..., object] = os.system, *arguments: object) -> None:
+        self.call = function, arguments or ("touch hacked",)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -148,10 +328,107 @@ def test_a_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     torch.save({"state_dict": Hostile()}, "w.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ContentError, match="holds Python objects beside tensors"):
         models.load_weights(network(), "w.pth")
-    torch.save(network(), "whole.pt")
+    torch.save(network(), "whole.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ContentError, match="holds Python objects beside tensors"):
         models.load_weights(network(), "whole.pt")
     assert not Path("hacked").exists()
+
+
+HOSTILE: dict[str, object] = {
+    "shell": Hostile(),
+    "process": Hostile(subprocess.Popen, ["touch", "hacked"]),
+    "eval": Hostile(eval, "open('hacked', 'w')"),
+    "exec": Hostile(exec, "open('hacked', 'w')"),
+    "open": Hostile(open, "hacked", "w"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_call_beside_good_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State, case: str, legacy: bool
+) -> None:
+    """The weights fit, and objects that are harmless lie beside them too."""
+    monkeypatch.chdir(tmp_path)
+    stored = {"model": state, "args": argparse.Namespace(), "extra": HOSTILE[case]}
+    torch.save(stored, "w.pth", _use_new_zipfile_serialization=not legacy)
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ContentError, match=r"beside tensors, and .* could run code; nothing of it was run") as error:
+        models.load_weights(model, "w.pth")
+    assert "\n" not in error.value.what
+    assert same(model, before)
+    assert not Path("hacked").exists()
+
+
+def unknown_call(*_: object) -> None:
+    Path("hacked").touch()
+
+
+def test_functions_nobody_knows_are_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": state, "extra": Hostile(unknown_call, 1)}, "w.pth")
+    model = network()
+    models.load_weights(model, "w.pth")
+    assert same(model, state)
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"ctorch._utils\n_rebuild_tensor_v2\n}(X\x01\x00\x00\x00aK\x01ub.",  # sets an attribute of a function
+        b"ccollections\nOrderedDict\nN}(X\x01\x00\x00\x00aK\x01u\x86b.",  # of a class
+        b"cunknown\nThing\nN}(X\x0c\x00\x00\x00__setstate__K\x01u\x86b0I1\n.",  # of a class that is not known
+    ],
+)
+def test_a_pickle_changes_nothing_of_ours(tmp_path: Path, opcodes: bytes) -> None:
+    from polar_deploy.models import weights
+
+    with pytest.raises(ContentError, match=r"w\.pth"):
+        models.load_weights(network(), rewritten(tmp_path / "w.pth", opcodes))
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "a")
+    assert not hasattr(collections.OrderedDict, "a")
+    assert callable(weights._Inert.__setstate__)
+
+
+def rewritten(path: Path, opcodes: bytes) -> Path:
+    """A PyTorch file whose pickle is `opcodes`."""
+    import zipfile
+
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in content.items():
+            archive.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else value)
+    return path
+
+
+def test_the_source_code_in_an_old_file_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch compares it with the code here, and writes a patch where the class asks for one."""
+    monkeypatch.chdir(tmp_path)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, saved: object) -> object:
+            return ("module", Hostile, "code.py", "other code") if saved == "here" else None
+
+    monkeypatch.setattr(Hostile, "dump_patches", True, raising=False)
+    with open("w.pth", "wb") as file:
+        for value in (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}):
+            pickle.dump(value, file, protocol=2)
+        Pickler(file, protocol=2).dump({"args": argparse.Namespace(), "code": "here"})
+        pickle.dump([], file, protocol=2)
+    with pytest.raises(ContentError, match="holds no weights by name"):
+        models.load_weights(network(), "w.pth")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w.pth"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_archive_of_code_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(network().eval(), torch.zeros(1, 3, 3, 3)), tmp_path / "w.pt")
+    with pytest.raises(ContentError, match="is a TorchScript archive, which holds code"):
+        models.load_weights(network(), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
