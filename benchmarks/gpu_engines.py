@@ -104,11 +104,11 @@ def prepare(names: Sequence[str], folder: Path) -> None:
 def export(name: str, folder: Path) -> None:
     """Write `full.onnx`, each cut as `CUT.onnx`, and for a trained network the images."""
     import torch
+    from polar_deploy.gating.network import GatedNetwork
 
     from benchmarks import surgery_models
     from polar_deploy import export as exporter
     from polar_deploy import models
-    from polar_deploy.gating.network import GatedNetwork
 
     network = NETWORKS[name]
     folder.mkdir(parents=True, exist_ok=True)

@@ -115,16 +115,12 @@ class Training(_Frozen):
 
 
 class Gates(_Frozen):
-    """How gates learn. `start` and `freeze` are shares of the gated run."""
+    """How gates learn. `start` and `freeze` are shares of the gated run: where they begin to close, and are fixed."""
 
-    mode: Literal["batch", "sample"] = "batch"
+    mode: Literal["batch", "sample"] = "batch"  # who decides: one for all samples, or a light network a sample
     blocks: bool = True
     start: Share = 0.05
-    freeze: Share = 0.5
-    polarization: NonNegative = 1.0
-    steering: Positive = 4.0
-    temperature: tuple[Positive, Positive] = (2.0, 0.5)  # of the gates' sigmoid, at the start and at the freeze
-    travel: Positive = 60.0  # how far a logit can move while gates learn
+    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
     min_width: Share = 0.25  # a layer that stays keeps at least this share of its channels
 
     @model_validator(mode="after")

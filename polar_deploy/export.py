@@ -1,82 +1,314 @@
-"""PyTorch to ONNX: dynamic batch, gates as products with constants, checked against PyTorch."""
+"""PyTorch to ONNX. One capture gives two graphs: the structure, layer by layer as in the model, and the one to deploy.
+
+In the first, parameters keep their names and every node tells its module; surgery's facts are read off it. In the
+second, BatchNormalizations are folded. Neither merges constants that happen to be equal.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.gating.network import GATES, gate_key
-from polar_deploy.gating.sites import Site
 from polar_deploy.workspace import atomic_path
 
+if TYPE_CHECKING:
+    import onnx_ir
+
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
-INPUT, OUTPUT = "input", "logits"
-SITE, KIND = "polar_deploy.site", "polar_deploy.kind"  # metadata of a gate's Mul
 TOLERANCE = 1e-5  # of the output's scale
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def export(network: nn.Module, input_size: int, path: Path, sites: Sequence[Site] = ()) -> onnx.ModelProto:
-    """Write `network` (images [batch, 3, S, S] to logits [batch, classes]) as ONNX; it is left in evaluation mode.
+@dataclass(frozen=True)
+class Example:
+    """Arguments of a network's forward. What the batch axis is, the first one, may be of any length later."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Any) -> Example:
+        """From what people pass: a tensor, a tuple or list of arguments, or a dictionary of named ones.
+
+        A batch of one is doubled, since an exporter takes it for a constant.
+        """
+        if isinstance(inputs, Mapping):
+            return cls((), dict(inputs))._doubled()
+        return cls(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})._doubled()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in order; those inside of lists and dictionaries too."""
+        return [leaf for leaf in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def batch(self) -> int:
+        """Length of the first axis of the first tensor."""
+        return next((len(tensor) for tensor in self.tensors if tensor.dim() > 0), 1)
+
+    def to(self, device: torch.device) -> Example:
+        """The same on a device."""
+        return self.mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+    def dynamic(self) -> tuple[Any, Any]:
+        """The batch axis of each argument, as `torch.export` wants it told."""
+        size, batch = self.batch, torch.export.Dim("batch")
+
+        def shape(leaf: object) -> object:
+            return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size else None
+
+        mapped = self.mapped(shape)
+        return mapped.args, mapped.kwargs
+
+    def _doubled(self) -> Example:
+        if self.batch != 1:
+            return self
+        return self.mapped(
+            lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+        )
+
+    def mapped(self, function: Callable[[Any], Any]) -> Example:
+        """With a function of every leaf in its place."""
+        args, kwargs = torch.utils._pytree.tree_map(function, (self.args, dict(self.kwargs)))
+        return Example(args, kwargs)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the parameters of a network lie; the CPU for one without any."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and after it every module's own mode again: some people keep BatchNorms frozen."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A network as the exporter saw it. dynamic: whether the batch axis is open."""
+
+    program: torch.onnx.ONNXProgram
+    dynamic: bool
+
+    def structure(self) -> onnx.ModelProto:
+        """The graph with its modules' own layers and parameters; only arithmetic on shapes is done ahead.
+
+        To be asked before `deployable`, which goes on from here.
+        """
+        from onnxscript import optimizer, rewriter
+        from onnxscript.rewriter.rules import common as rules
+
+        model = self._model
+        optimizer.inline(model)
+        parameters = set(model.graph.initializers)
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_reading(parameters))
+        rewriter.rewrite(
+            model,
+            [
+                rules.no_op_cast_rule,
+                rules.no_op_expand_rule,
+                rules.no_op_transpose_rule,
+                rules.reshape_reshape_rule,
+                rules.materialize_reshape_shape_rule,
+            ],
+        )
+        structure = self._finished()
+        _drop_made_biases(structure, parameters)
+        return structure
+
+    def deployable(self) -> onnx.ModelProto:
+        """The graph for inference: constants folded, BatchNormalizations in the layers before them."""
+        from onnxscript import optimizer, rewriter
+
+        optimizer.inline(self._model)
+        for _ in range(2):  # what one pass folds the other can rewrite
+            optimizer.fold_constants_ir(self._model, onnx_shape_inference=True)
+            rewriter.rewrite(self._model)
+        return self._finished()
+
+    @property
+    def _model(self) -> onnx_ir.Model:
+        return self.program.model
+
+    def _finished(self) -> onnx.ModelProto:
+        from onnx_ir.passes import common as passes
+
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self._model)
+        passes.NameFixPass()(self._model)
+        model: onnx.ModelProto = self.program.model_proto
+        return model
+
+
+def capture(
+    network: nn.Module, example: Example, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> Captured:
+    """Run `network`, in evaluation mode, through PyTorch's exporter; its modes and parameters stay as they are.
+
+    The batch axis is left open where the network allows that.
 
     Args:
-        network: on any device; for a gated network, what `GatedNetwork.static` returns.
-        input_size: S, pixels.
-        path: the .onnx file, written atomically.
-        sites: the sites of the gates in it; each gate's Mul gets its site's name and kind as node metadata.
+        example: arguments of its forward.
+        inputs, outputs: names of the graph's tensors; (): the exporter's.
 
     Raises:
-        ContentError: PyTorch cannot export this network, or a gate did not come through as one Mul.
+        ContentError: PyTorch cannot export this network.
     """
-    device = next(network.parameters()).device
-    network = network.to("cpu").eval()
-    # Batch 2: a batch of 1 would be baked in. The exporter prints its progress to stdout, which belongs to results.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as said:
-        warnings.simplefilter("ignore")
+    example = example.to(device_of(network))
+    failed: Exception | None = None
+    # Kernels of scaled dot product attention lay their results out in ways that some decompositions cannot view: the
+    # plain formula is tried after them.
+    for dynamic, attention in ((True, None), (True, SDPBackend.MATH), (False, None), (False, SDPBackend.MATH)):
         try:
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, 3, input_size, input_size),),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:  # the exporter raises many types of its own
-            raise ContentError(
-                f"PyTorch cannot export {type(network).__name__}: {type(error).__name__}: {_first_line(error, said)}",
-                "replace the operator it names, or write the layer with plain modules",
-            ) from error
-        finally:
-            network.to(device)
-        assert program is not None
-        model: onnx.ModelProto = program.model_proto
-    _name_gates(model, sites)
+            program = _program(network, example, dynamic, attention, list(inputs), list(outputs))
+            return Captured(program, dynamic)
+        except Exception as error:  # noqa: BLE001  (the exporter raises many types of its own)
+            failed = failed or error
+    raise ContentError(
+        f"PyTorch cannot export {type(network).__name__}: {_first_line(failed)}",
+        "replace the operator or the control flow it names, or attach to the part of the network that has none",
+    ) from failed
+
+
+def _program(
+    network: nn.Module,
+    example: Example,
+    dynamic: bool,
+    attention: SDPBackend | None,
+    inputs: list[str],
+    outputs: list[str],
+) -> torch.onnx.ONNXProgram:
+    """One try of the exporter, which prints its progress to stdout; that belongs to results."""
+    shapes = _shapes(network, example.dynamic() if dynamic else None)
+    kernels = sdpa_kernel(attention) if attention is not None else contextlib.nullcontext()
+    with evaluating(network), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), kernels:
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            example.args,
+            kwargs=dict(example.kwargs),
+            dynamic_shapes=shapes,
+            input_names=inputs or None,
+            output_names=outputs or None,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    return program
+
+
+def module_of(node: onnx.NodeProto) -> str | None:
+    """The path of the module that a node of an exported graph was computed in; None where that is not told."""
+    told = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
+    scopes = ast.literal_eval(told) if told else []
+    if len(scopes) < 2 or any(scope.startswith("_empty_nn_module_stack") for scope in scopes):
+        return None
+    path: str = scopes[-2]
+    return path.partition("@")[0]  # what is called for the second time has its number there
+
+
+def _drop_made_biases(model: onnx.ModelProto, parameters: set[str]) -> None:
+    """Take off the zeros that the exporter gives layers without a bias; a parameter that is zero stays."""
+    made = {
+        tensor.name: tensor
+        for tensor in model.graph.initializer
+        if tensor.name not in parameters and not onnx.numpy_helper.to_array(tensor).any()
+    }
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.input) == 3 and node.input[2] in made:
+            del node.input[2]
+
+
+def drop_notes(model: onnx.ModelProto) -> None:
+    """Take the exporter's notes off: they hold paths of this machine."""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.metadata_props[:], model.graph.metadata_props[:]
+
+
+def _shapes(network: nn.Module, shapes: tuple[Any, Any] | None) -> Any:
+    """Dynamic shapes of arguments and named arguments as the exporter wants them: one of the two, or by name."""
+    if shapes is None:
+        return None
+    args, kwargs = shapes
+    if not kwargs:
+        return args
+    import inspect
+
+    names = list(inspect.signature(network.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _unless_reading(names: set[str]) -> Any:
+    """For the folding of constants: nothing that is computed from one of these, since it would lose its name."""
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in names for value in node.inputs) else None
+
+    return should_fold
+
+
+def _first_line(error: BaseException | None) -> str:
+    """What went wrong at first: the exporter wraps it in pages of advice."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Write a network as ONNX for inference, atomically.
+
+    Args:
+        inputs, outputs: names of the graph's tensors.
+
+    Raises:
+        ContentError: PyTorch cannot export it.
+    """
+    graph = capture(network, example, inputs=inputs, outputs=outputs).deployable()
+    for node in graph.graph.node:
+        del node.metadata_props[:]
+    drop_notes(graph)
+    save(graph, path)
+
+
+def save(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, atomically."""
     with atomic_path(path) as temporary:
-        onnx.save(model, temporary)
-    return model
+        onnx.save(graph, temporary)
 
 
 def check(path: Path, inputs: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference between ONNX Runtime on `path` and `expected`, as a share of the output's scale.
 
     Args:
-        inputs: float32 [N, 3, S, S].
+        inputs: float32 [N, 3, S, S], for the graph's only input.
         expected: float32 [N, classes], from PyTorch.
 
     Raises:
         ContentError: the difference is above `TOLERANCE`.
+        MachineError: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime
@@ -85,7 +317,7 @@ def check(path: Path, inputs: np.ndarray, expected: np.ndarray) -> float:
             "onnxruntime is not installed, so no export can be checked", "install the extra 'ort'"
         ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (given,) = session.run([OUTPUT], {INPUT: inputs})
+    (given,) = session.run(None, {session.get_inputs()[0].name: inputs})
     difference = float(np.abs(given - expected).max() / np.abs(expected).max())
     if not difference <= TOLERANCE:
         raise ContentError(
@@ -98,9 +330,8 @@ def check(path: Path, inputs: np.ndarray, expected: np.ndarray) -> float:
 @torch.no_grad()
 def outputs(network: nn.Module, inputs: np.ndarray) -> np.ndarray:
     """Logits float32 [N, classes] of `network` on the CPU in evaluation mode, for float32 [N, 3, S, S]."""
-    device = next(network.parameters()).device
-    logits: np.ndarray = network.to("cpu").eval()(torch.from_numpy(inputs)).numpy()
-    network.to(device)
+    with evaluating(network):
+        logits: np.ndarray = network(torch.from_numpy(inputs)).numpy()
     return logits
 
 
@@ -108,35 +339,3 @@ def write_reference(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write named arrays as .npz, atomically."""
     with atomic_path(path) as temporary:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
-
-
-def _name_gates(model: onnx.ModelProto, sites: Sequence[Site]) -> None:
-    """Mark each gate's Mul with its site; drop the exporter's notes, which hold paths of this machine.
-
-    Gates are found by the scope of the node: initializers that are equal byte for byte have been merged under one
-    name, so that a constant's name says nothing about its layer.
-    """
-    by_scope = {f"{GATES}.{gate_key(site)}": site for site in sites}
-    found = []
-    for node in model.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
-        site = next((by_scope[s] for s in by_scope if f"'{s}'" in scopes), None)
-        del node.metadata_props[:]
-        if site is not None and node.op_type == "Mul":
-            node.metadata_props.add(key=SITE, value=site.name)
-            node.metadata_props.add(key=KIND, value=site.kind)
-            found.append(site.name)
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
-    del model.metadata_props[:], model.graph.metadata_props[:]
-    if sorted(found) != sorted(site.name for site in sites):
-        lost = sorted({site.name for site in sites} ^ set(found)) or found
-        raise ContentError(
-            f"the export lost or doubled the gates of {', '.join(lost[:3])}",
-            "report this network: each gate must come through the exporter as one Mul",
-        )
-
-
-def _first_line(error: Exception, said: io.StringIO) -> str:
-    text = str(error).strip() or said.getvalue().strip()
-    return text.splitlines()[0] if text else "no message"

@@ -125,7 +125,11 @@ def _run(arguments: argparse.Namespace) -> int:
     _require_packages(names)
     settings = resolve(settings, target.align)
     if arguments.dry_run:
-        _print_plan(dry_run(settings, names, arguments.out or default_folder(settings)), as_json=arguments.json)
+        from polar_deploy.progress import Progress
+        from polar_deploy.stages import Run
+
+        run = Run(settings, arguments.out or default_folder(settings), Progress(quiet=True))
+        _print_plan(dry_run(run, names), as_json=arguments.json)
         return 0
     return _execute(settings, names, arguments)
 
@@ -207,44 +211,31 @@ def default_folder(settings: Settings) -> Path:
     return Path("runs") / f"{model}-{data}-{settings.target}-{budget}-s{settings.seed}"
 
 
-def dry_run(settings: Settings, names: Sequence[str], folder: Path) -> dict[str, Any]:
+def dry_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """The resolved plan: stages, gates found, cost of the full network, smallest reachable cost, the target's needs.
 
     Raises:
         UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
+        ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
     """
-    from polar_deploy import data, latency, models
-    from polar_deploy.gating.freeze import require_reachable, smallest
-    from polar_deploy.gating.network import GatedNetwork
+    from polar_deploy.gating.choice import smallest
 
-    assert settings.input_size is not None
-    assert settings.align is not None
-    spec = data.spec(settings.data, settings.data_dir)
-    network = models.build(settings.model, spec.classes, settings.input_size)
-    gated = GatedNetwork(network, settings.input_size, mode=settings.gates.mode, blocks=settings.gates.blocks)
-    table = (
-        latency.read(settings.latency_table, settings.target, settings.verdict.batch)
-        if settings.latency_table
-        else None
-    )
-    known = {"macs", "params"} | ({"latency"} if table else set())  # one that will be made is not known yet
-    constraint = gated.constraint({n: share for n, share in settings.budget.asked().items() if n in known}, table)
-    if constraint.models:
-        require_reachable(constraint, gated.sites, settings.align, settings.gates.min_width)
-    least = smallest(gated.sites, settings.align, settings.gates.min_width)
-    costs = {name: gated.cost_model(name) for name in ("macs", "params")}
-    channels = [site for site in gated.sites if site.kind == "channel"]
+    settings, choices = run.settings, run.analysis.choices
+    limits = run.require_reachable()
+    least = smallest(choices, limits, choices.costs)
     return {
         "settings": settings.model_dump(mode="json"),
-        "folder": str(folder),
+        "folder": str(run.folder),
         "stages": list(names),
         "gates": {
-            "channel_sites": len(channels),
-            "channels": sum(site.width for site in channels),
-            "blocks": len(gated.sites) - len(channels),
+            "channel_sites": len(choices.sites),
+            "channels": sum(site.width * site.size for site in choices.sites),
+            "streams": sum(site.kind == "stream" for site in choices.sites),
+            "blocks": len(choices.blocks),
+            "ungated": {**choices.reasons, **run.analysis.unmasked},
         },
-        "full": {name: round(model.full) for name, model in costs.items()},
-        "smallest": {name: float(model(least)) for name, model in costs.items()},
+        "full": {name: round(cost.full) for name, cost in choices.costs.items()},
+        "smallest": {name: cost.share(least) for name, cost in choices.costs.items()},
         "target": {"name": settings.target, "align": settings.align, **_missing(settings.target)},
     }
 
@@ -269,7 +260,10 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     gates, full, least = plan["gates"], plan["full"], plan["smallest"]
     print(recipes.dump(Settings.model_validate(plan["settings"])), end="")
     print(f"---\nfolder    {plan['folder']}\nstages    {' → '.join(plan['stages'])}")
-    print(f"gates     {gates['channels']} channels at {gates['channel_sites']} sites, {gates['blocks']} blocks")
+    print(
+        f"gates     {gates['channels']} channels at {gates['channel_sites']} sites ({gates['streams']} streams), "
+        f"{gates['blocks']} blocks; {len(gates['ungated'])} layers without"
+    )
     print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
     print(f"smallest  macs={least['macs']:.3f}, params={least['params']:.3f} of the full network")
     name, missing, not_run = (plan["target"][key] for key in ("name", "missing", "not_run"))
@@ -305,8 +299,8 @@ def _preflight(run: Run, names: Sequence[str]) -> None:
     from polar_deploy.stages import stage_named
 
     stage_named(names[0]).inputs(run)
-    if _TRAINING & {*names}:
-        dry_run(run.settings, names, run.folder)
+    if "gates" in names and not run.is_current("gates"):
+        run.require_reachable()
     if {*_TRAINING, "parity", "bundle"} & {*names}:
         _ = run.dataset
     if "full" in names and run.settings.full_weights is not None:

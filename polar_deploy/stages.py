@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from polar_deploy.data import Dataset
-    from polar_deploy.gating.network import GatedNetwork
+    from polar_deploy.export import Example
+    from polar_deploy.gating.analysis import Analysis
+    from polar_deploy.gating.choice import Limits
+    from polar_deploy.gating.gates import Gates
     from polar_deploy.latency import LatencyTable
     from polar_deploy.training.batches import Batches
     from polar_deploy.training.loop import Fit
@@ -74,10 +77,11 @@ class Run:
         """The untrained network, its start values drawn from the run's seed."""
         import torch
 
-        from polar_deploy import models
+        from polar_deploy import data, models
 
         torch.manual_seed(self.settings.seed)
-        return models.build(self.settings.model, self.dataset.spec.classes, self.input_size)
+        spec = data.spec(self.settings.data, self.settings.data_dir)
+        return models.build(self.settings.model, spec.classes, self.input_size)
 
     def full_network(self) -> nn.Module:
         """The full network with the weights of the full stage."""
@@ -87,12 +91,82 @@ class Run:
         models.load_weights(network, self.path("full/weights.safetensors"))
         return network
 
-    def gated(self, network: nn.Module) -> GatedNetwork:
-        """`network` with gates."""
-        from polar_deploy.gating.network import GatedNetwork
+    def example(self) -> Example:
+        """Arguments of the network's forward, two black images."""
+        import torch
 
-        gates = self.settings.gates
-        return GatedNetwork(network, self.input_size, mode=gates.mode, blocks=gates.blocks)
+        from polar_deploy.export import Example
+
+        return Example.of(torch.zeros(2, 3, self.input_size, self.input_size))
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """What can go from the network, whatever its weights; rehearsed, so that promises hold.
+
+        Raises:
+            UsageError: there is no place for a gate.
+            ContentError: the network cannot be exported, or promise and result differ.
+        """
+        from polar_deploy.gating.analysis import analyse
+        from polar_deploy.gating.deploy import masked
+        from polar_deploy.gating.rehearsal import rehearse
+
+        network = self.network()
+        found = analyse(network, self.example(), blocks=self.settings.gates.blocks)
+        with masked(network, found):
+            rehearse(network, found)
+        return found
+
+    def require_reachable(self) -> Limits:
+        """The widths that layers may take.
+
+        Raises:
+            UsageError: no sub-network is within the budgets that are known.
+        """
+        from polar_deploy import latency
+        from polar_deploy.gating.choice import Limits, require_reachable
+        from polar_deploy.gating.latency import latency_cost
+
+        settings, choices = self.settings, self.analysis.choices
+        costs = dict(choices.costs)
+        if settings.latency_table is not None:
+            table = latency.read(settings.latency_table, settings.target, settings.verdict.batch)
+            costs["latency"] = latency_cost(table, choices.sites, choices.blocks)
+        limits = Limits.of(choices.sites, settings.align or 1, settings.gates.min_width)
+        asked = {name: share for name, share in settings.budget.asked().items() if name in costs}
+        if asked:
+            require_reachable(choices, limits, costs, asked)
+        return limits
+
+    def is_current(self, name: str) -> bool:
+        """Whether what a stage wrote is up to date; False too where a file that it reads is missing."""
+        stage = stage_named(name)
+        if not self.folder.is_dir():
+            return False
+        try:
+            return self.workspace.is_current(stage.name, stage.key(self), stage.inputs(self), stage.outputs(self))
+        except UsageError:
+            return False
+
+    def gates(self, network: nn.Module, steps: int) -> Gates:
+        """Gates on `network`, for a run of so many steps."""
+        from polar_deploy.gating.gates import Gates
+
+        settings, gates = self.settings, self.settings.gates
+        return Gates(
+            network,
+            self.example(),
+            settings.budget.asked(),
+            steps,
+            align=settings.align or 1,
+            min_width=gates.min_width,
+            mode=gates.mode,
+            start=gates.start,
+            freeze=gates.freeze,
+            latency_table=_latency_table(self) if settings.budget.latency is not None else None,
+            rehearse=0,
+            analysis=self.analysis,
+        )
 
     @property
     def target(self) -> targets.Target:
@@ -200,32 +274,28 @@ def _full(run: Run) -> None:
 
 
 def _gates(run: Run) -> None:
-    import torch
-
     from polar_deploy import models
     from polar_deploy.gating.document import sites
-    from polar_deploy.gating.freeze import require_reachable
     from polar_deploy.training.gated import train_gated
     from polar_deploy.training.loop import choose_device, prepare
 
-    settings, asked = run.settings, run.settings.budget.asked()
-    assert settings.training.epochs is not None
-    network = run.gated(run.full_network() if settings.training.start == "full" else run.network())
-    constraint = network.constraint(asked, _latency_table(run) if "latency" in asked else None)
-    require_reachable(constraint, network.sites, settings.align or 1, settings.gates.min_width)
+    settings = run.settings
+    epochs = settings.training.epochs
+    assert epochs is not None
+    network = run.full_network() if settings.training.start == "full" else run.network()
+    fit = run.fit("gates", "gated", network, epochs)
+    gates = run.gates(fit.network, epochs * fit.train.steps)
     teacher = prepare(run.full_network(), settings, choose_device()) if settings.training.distill else None
-    state = train_gated(run.fit("gates", "gated", network, settings.training.epochs), constraint, teacher, run.progress)
-    models.save_weights(network.net, run.path("gated/weights.safetensors"))
-    opened = network.open().cpu()
-    achieved = constraint.to(torch.device("cpu")).achieved(opened)
+    state = train_gated(fit, gates, teacher, run.progress)
+    models.save_weights(network, run.path("gated/weights.safetensors"))
     document = {
         "schema": 1,
         "model": settings.model,
         "input": [3, run.input_size, run.input_size],
         "align": settings.align,
-        "budget": asked,
-        "achieved": achieved,
-        "sites": sites(network, state.notes["freeze"]["share"]),
+        "budget": dict(gates.budget),
+        "achieved": {name: gates.cost()[name] for name in gates.budget},
+        "sites": sites(run.analysis.choices, gates.opened, state.notes["freeze"]["share"]),
     }
     write_json(run.path("gated/gates.json"), document)
 
@@ -236,21 +306,18 @@ def _latency_table(run: Run) -> LatencyTable:
     One that was made here before, of the same network and settings and on the same machine, is used again: a killed
     run shall go on under the budget that it began with.
     """
-    import torch
-
-    from polar_deploy import export, latency
+    from polar_deploy import latency
     from polar_deploy.engines import table
+    from polar_deploy.gating.deploy import write_open
 
     settings, path, key = run.settings, run.path(LATENCY_TABLE), _table_key(run)
     if settings.latency_table is not None:
         write_json(path, read_json(settings.latency_table))
     elif not path.is_file() or latency.key(path) != key:
         run.progress.note(f"measuring the latency table on {run.target.name}")
-        network = run.gated(run.network())  # untrained: latency does not depend on weights
-        network.freeze(torch.ones(network.masks))
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             gated = Path(folder, "gated.onnx")
-            export.export(network.static(), run.input_size, gated, network.sites)
+            write_open(run.network(), run.analysis, gated)  # untrained: latency does not depend on weights
             measured = table.measure(
                 gated, run.target, batch=settings.verdict.batch, options=settings.build, tell=run.progress.note
             )
@@ -270,28 +337,36 @@ def _table_key(run: Run) -> str:
 
 
 def _export(run: Run) -> None:
-    import numpy as np
-
-    from polar_deploy import data, export, models
+    from polar_deploy import export, models
+    from polar_deploy.gating import deploy
     from polar_deploy.gating.document import read_open
 
-    full = run.full_network()
-    gated = run.gated(run.network())
-    models.load_weights(gated.net, run.path("gated/weights.safetensors"))
-    gated.freeze(read_open(gated, run.path("gated/gates.json")))
-    static = gated.static()
-    export.export(full, run.input_size, run.path("full/model.onnx"))
-    export.export(static, run.input_size, run.path("gated/model.onnx"), gated.sites)
+    full, network = run.full_network(), run.network()
+    models.load_weights(network, run.path("gated/weights.safetensors"))
+    opened = read_open(run.analysis.choices, run.path("gated/gates.json"))
+    names = {"inputs": ("input",), "outputs": ("logits",)}
+    export.write(full, run.example(), run.path("full/model.onnx"), **names)
+    inputs = _reference_inputs(run)
+    outputs = {"full": export.outputs(full, inputs)}
+    with deploy.masked(network, run.analysis, opened):
+        deploy.export(network, run.analysis, run.path("gated/model.onnx"), **names)
+        outputs["gated"] = export.outputs(network, inputs)
+    for name, expected in outputs.items():
+        export.check(run.path(f"{name}/model.onnx"), inputs, expected)
+    export.write_reference(run.path("gated/reference.npz"), {"inputs": inputs, **outputs})
+
+
+def _reference_inputs(run: Run) -> np.ndarray:
+    """Normalised images that no network was trained on, where there are any."""
+    import numpy as np
+
+    from polar_deploy import data
 
     assert run.settings.normalize is not None
     held = run.split[1] if len(run.split[1]) else run.split[0]
     chosen = np.sort(np.random.default_rng(run.settings.seed).permutation(held)[:REFERENCE_SAMPLES])
     normal = run.settings.normalize
-    inputs = data.normalise(run.dataset.train.images[chosen], normal.mean, normal.std)
-    outputs = {"full": export.outputs(full, inputs), "gated": export.outputs(static, inputs)}
-    for name, expected in outputs.items():
-        export.check(run.path(f"{name}/model.onnx"), inputs, expected)
-    export.write_reference(run.path("gated/reference.npz"), {"inputs": inputs, **outputs})
+    return data.normalise(run.dataset.train.images[chosen], normal.mean, normal.std)
 
 
 def _surgery(run: Run) -> None:

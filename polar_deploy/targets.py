@@ -15,7 +15,10 @@ from polar_deploy import gpu
 from polar_deploy.errors import MachineError, UsageError
 
 # Channels that fill the hardware's matrix units, by precision. On a CPU any number of channels does: 1.
+# Widths that are multiples of these run at full speed. ONNX Runtime on a CPU leaves its blocked kernels where a
+# convolution reads more than 16 channels that are no multiple of 4, and computes 8 or 16 outputs at a time.
 _ALIGN = {"fp32": 1, "fp16": 8, "bf16": 8, "int8": 32}
+_ALIGN_ORT = {"fp32": 8, "int8": 16}
 LIBRARIES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}  # of the backends whose engines are plans
 
 
@@ -43,7 +46,7 @@ class Target:
 
 def _target(name: str) -> Target:
     backend, _, precision = name.rpartition("-")
-    return Target(name, backend, precision, align=1 if backend == "ort" else _ALIGN[precision])
+    return Target(name, backend, precision, align=(_ALIGN_ORT if backend == "ort" else _ALIGN)[precision])
 
 
 TARGETS = {

@@ -41,6 +41,23 @@ def test_gates_freeze_after_they_start() -> None:
         Gates(start=0.5, freeze=0.5)
 
 
+def test_gates_may_learn_to_the_end() -> None:
+    assert Gates(freeze=1.0).freeze == 1
+
+
+@pytest.mark.parametrize("freeze", [0, 1.01, float("nan")])
+def test_gates_are_fixed_within_the_run(freeze: float) -> None:
+    with pytest.raises(ValidationError):
+        Gates(start=0.0, freeze=freeze)
+
+
+@pytest.mark.parametrize("gone", ["polarization", "steering", "temperature", "travel"])
+def test_gates_have_no_settings_of_before(gone: str) -> None:
+    assert set(Gates.model_fields) == {"mode", "blocks", "start", "freeze", "min_width"}
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Gates.model_validate({gone: 1.0})
+
+
 def test_no_number_is_nan() -> None:
     with pytest.raises(ValidationError, match="finite"):
         Normalize(mean=(float("nan"), 0, 0), std=(1, 1, 1))

@@ -15,13 +15,16 @@ from polar_deploy import models
 from polar_deploy.pipeline import STAGES
 from tests.conftest import ROOT, polar
 
-# recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables
+# recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables.
+# A ResNet for CIFAR has 9 * (16 + 32 + 64) channels inside its blocks, and 64 in its streams: those of the first stage
+# go on in the second, whose other 16 go on in the third with 32 more. A ResNet-50 has 64 in its stem, 7552 inside, and
+# 256 + 512 + 1024 + 2048 in its streams; convolutions on shortcuts can go instead of their blocks.
 PIPELINES = {
-    "cifar10-resnet56": (32, 10, "1008 channels at 27 sites, 25 blocks"),
-    "cifar100-resnet56": (32, 100, "1008 channels at 27 sites, 25 blocks"),
-    "digits": (16, 10, "336 channels at 9 sites, 7 blocks"),
-    "imagenet-resnet50": (224, 1000, "7616 channels at 33 sites, 16 blocks"),
-    "tiny-imagenet-resnet18": (64, 200, "1920 channels at 8 sites, 8 blocks"),
+    "cifar10-resnet56": (32, 10, "1072 channels at 30 sites (3 streams), 27 blocks; 0 layers without"),
+    "cifar100-resnet56": (32, 100, "1072 channels at 30 sites (3 streams), 27 blocks; 0 layers without"),
+    "digits": (16, 10, "400 channels at 12 sites (3 streams), 9 blocks; 0 layers without"),
+    "imagenet-resnet50": (224, 1000, "11456 channels at 37 sites (4 streams), 20 blocks; 0 layers without"),
+    "tiny-imagenet-resnet18": (64, 200, "2880 channels at 12 sites (4 streams), 11 blocks; 0 layers without"),
 }
 
 
@@ -81,7 +84,7 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
     plan = json.loads(outcome.out)
     assert plan["stages"] == ["gates", "export", "surgery"]
     assert plan["folder"] == "runs/tests.tiny.net-digits-trt-fp16-macs0.5-s7"
-    assert plan["gates"] == {"channel_sites": 3, "channels": 48, "blocks": 3}
+    assert plan["gates"] == {"channel_sites": 5, "channels": 84, "streams": 2, "blocks": 4, "ungated": {}}
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
     assert plan["target"]["align"] == 8
@@ -90,11 +93,11 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
     command = ("--model", "tests.tiny:net", "--data", "digits")
-    outcome = polar(*command, "--budget", "0.05", *(["--dry-run"] if dry else []))
+    outcome = polar(*command, "--budget", "0.01", *(["--dry-run"] if dry else []))
     assert (outcome.code, outcome.out) == (2, "")
-    # stem, the shortcut and the head stay: (64*27*12 + 16*12*24 + 240) of 440 304 MACs
-    assert "error: budget macs=0.05 cannot be reached" in outcome.err
-    assert "0.058 of the full network's macs is left" in outcome.err
+    # 3 channels of the stem, 8 behind the shortcut, and the head stay: (64*27*3 + 16*3*8 + 80) of 440 304 MACs
+    assert "error: budget macs=0.01 cannot be reached" in outcome.err
+    assert "0.013 of the full network's macs is left" in outcome.err
     advice = re.search(r"ask for at least macs=([\d.]+)", outcome.err)
     assert advice
     assert polar(*command, "--budget", advice[1], "--dry-run").code == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +16,30 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from onnx import numpy_helper
+from torch import Tensor, nn
 
 import polar_deploy
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.export import KIND, OPSET, SITE, TOLERANCE, check, export, outputs, write_reference
-from polar_deploy.gating.network import GatedNetwork
-from tests.tiny import Tiny
+from polar_deploy.export import (
+    OPSET,
+    TOLERANCE,
+    Example,
+    capture,
+    check,
+    evaluating,
+    module_of,
+    outputs,
+    write,
+    write_reference,
+)
+from polar_deploy.gating import deploy
+from polar_deploy.gating.analysis import Analysis, Bools, analyse
+from polar_deploy.gating.deploy import GATES, KIND, SITE
+from tests.tiny import BLOCKS, SITES, Tiny
 
 SIZE = 16
+NAMES = {"inputs": ("input",), "outputs": ("logits",)}
 
 
 class _Headed(Tiny):
@@ -38,10 +55,11 @@ class _Headed(Tiny):
 
 @dataclass(frozen=True)
 class _Exported:
-    gated: GatedNetwork
-    static: fx.GraphModule
+    network: nn.Module
+    analysis: Analysis
+    opened: Bools
     path: Path
-    returned: onnx.ModelProto
+    right: npt.NDArray[np.float32]  # what PyTorch says to `_inputs(5)`
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -54,48 +72,178 @@ def _inputs(batch: int, seed: int = 0) -> npt.NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> _Exported:
+    """A gated network with a third of its gates closed, written; the hand-made reference masks nothing but tensors."""
     torch.manual_seed(0)
     network = _Headed()
     with torch.no_grad():
         network.train()(torch.randn(32, 3, SIZE, SIZE))  # running statistics that are not those of a new network
-    gated = GatedNetwork(network, SIZE)
-    gated.freeze((torch.arange(gated.masks) % 3 > 0).float())
-    static, path = gated.static(), tmp_path_factory.mktemp("export") / "new" / "model.onnx"
-    returned = export(static, SIZE, path, gated.sites)
-    return _Exported(gated, static, path, returned)
+    analysis = analyse(network, Example.of(torch.zeros(2, 3, SIZE, SIZE)))
+    opened = np.arange(analysis.choices.gates) % 3 > 0
+    path = tmp_path_factory.mktemp("export") / "new" / "model.onnx"
+    with deploy.masked(network, analysis, opened):
+        deploy.export(network, analysis, path, **NAMES)
+        right = outputs(network, _inputs(5))
+    return _Exported(network, analysis, opened, path, right)
 
 
 def _metadata(node: onnx.NodeProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
-def _gates(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    return {_metadata(node)[SITE]: node for node in model.graph.node if SITE in _metadata(node)}
+def _marked(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if SITE in _metadata(node)]
 
 
-def test_every_gate_is_a_mul_that_names_its_site_and_kind(exported: _Exported) -> None:
-    gates = _gates(exported.model)
-    assert {name: _metadata(node)[KIND] for name, node in gates.items()} == {
-        "block1.relu1": "channel",
-        "block1.add": "block",
-        "block2.relu1": "channel",
-        "block2.add": "block",
-        "block3.relu1": "channel",
-        "block3.add": "block",
-        "act": "channel",
+def _closes(node: onnx.NodeProto) -> bool:
+    """Whether a mask has gates."""
+    return bool(_metadata(node)[SITE])
+
+
+def _open_of(exported: _Exported, name: str) -> Bools:
+    """Which gates of a site, or of a block, are open."""
+    gates = next(gates for gates, owner, _ in exported.analysis.choices.owners() if owner == name)
+    return exported.opened[gates.start : gates.stop]
+
+
+# --------------------------------------------------------------------------- gates in a file
+
+
+def test_every_mask_is_a_mul_that_names_its_sites_and_their_kind(exported: _Exported) -> None:
+    marked = _marked(exported.model)
+    told = [(_metadata(node)[SITE], _metadata(node)[KIND]) for node in marked]
+    readers = {  # of each site, counted in the definition
+        "stem.0": 3,  # the first layer of both branches, and the shortcut
+        "block1.conv1": 1,
+        "block2.conv1": 1,
+        "block2.conv2": 2,  # block3's first layer and the classifier
+        "block3.conv1": 1,
+        "linear": 1,
     }
-    assert {node.op_type for node in gates.values()} == {"Mul"}
-    assert sum(SITE in _metadata(node) for node in exported.model.graph.node) == len(exported.gated.sites)
+    kinds = {name: "stream" if name in ("stem.0", "block2.conv2") else "channel" for name in readers}
+    expected = [(name, kinds[name]) for name, count in readers.items() for _ in range(count)]
+    expected += [(name, "block") for name in BLOCKS]
+    assert sorted(told) == sorted([*expected, ("", "")])  # of the image no channel can go
+    assert {node.op_type for node in marked} == {"Mul"}
+    assert sum(node.op_type == "Mul" for node in exported.model.graph.node) == len(marked)
 
 
-def test_the_other_factor_of_a_gate_is_its_constant(exported: _Exported) -> None:
+def test_a_masks_note_says_which_channel_belongs_to_which_gate(exported: _Exported) -> None:
+    for node in filter(_closes, _marked(exported.model)):
+        ((name, entry),) = json.loads(_metadata(node)[GATES]).items()
+        width = {**SITES, "linear": 20}.get(name, 1)
+        assert (name, entry["kind"], entry["width"]) == (_metadata(node)[SITE], _metadata(node)[KIND], width)
+        channels = {"block1.bn2:out": 12}.get(name, 24) if name in BLOCKS else width
+        # first channel, first gate, channels, from gate to gate
+        assert entry["runs"] == [[0, 0, channels, 0 if name in BLOCKS else 1]]
+
+
+class _Joined(nn.Module):
+    """Two layers, concatenated, before a convolution in four groups of two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.groups, self.last = nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.groups(torch.cat([self.one(x), self.two(x)], 1)).relu()).mean((2, 3))
+
+
+def test_a_mask_on_several_sites_tells_the_channels_of_each(tmp_path: Path) -> None:
+    network = _Joined()
+    analysis = analyse(network, Example.of(torch.zeros(2, 3, 4, 4)))
+    deploy.write_open(network, analysis, tmp_path / "model.onnx")
+    told = {}
+    for node in filter(_closes, _marked(onnx.load(tmp_path / "model.onnx"))):
+        channels: dict[int, tuple[str, int]] = {}
+        for name, entry in json.loads(_metadata(node)[GATES]).items():
+            assert (entry["kind"], entry["width"]) == ("channel", 2)
+            for channel, gate, count, step in entry["runs"]:
+                channels |= {channel + k: (name, gate + k * step) for k in range(count)}
+        told[_metadata(node)[SITE], len(channels)] = [channels[index] for index in range(len(channels))]
+    gates = [("one", 0), ("one", 1), ("two", 0), ("two", 1)]  # groups go whole
+    assert told == {
+        ("one,two", 8): [gate for gate in gates for _ in range(2)],
+        ("one,two", 12): [gate for gate in gates for _ in range(3)],
+    }
+
+
+def test_the_other_factor_of_a_mask_is_its_constant(exported: _Exported) -> None:
     model = exported.model
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for site, start in zip(exported.gated.sites, exported.gated.starts, strict=True):
-        (name,) = [name for name in _gates(model)[site.name].input if name in constants]
-        opened = exported.gated.open()[start : start + site.gates].expand(site.width).numpy()
-        shape = (1, 20) if site.name == "act" else (1, site.width, 1, 1)
-        assert np.array_equal(constants[name], opened.reshape(shape))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in filter(_closes, _marked(model)):
+        name = _metadata(node)[SITE]
+        (constant,) = [name for name in node.input if name in constants]
+        (run,) = json.loads(_metadata(node)[GATES])[name]["runs"]
+        expected = np.broadcast_to(_open_of(exported, name), run[2])
+        assert np.array_equal(constants[constant].ravel(), expected)
+        assert constants[constant].shape in {(run[2],), (run[2], 1, 1)}
+
+
+def test_it_computes_what_closing_activations_by_hand_does(exported: _Exported) -> None:
+    """Masks in the exported graph against hooks that are written here and multiply what the definition says."""
+
+    def closed(name: str) -> Tensor:
+        return torch.from_numpy(_open_of(exported, name).astype(np.float32)).reshape(1, -1, 1, 1)
+
+    reads = {
+        **dict.fromkeys(("block1.conv1", "block2.conv1", "block2.shortcut"), "stem.0"),
+        **dict.fromkeys(("block3.conv1", "linear"), "block2.conv2"),
+        **{f"block{number}.conv2": f"block{number}.conv1" for number in (1, 2, 3)},
+        "head": "linear",
+    }
+    handles = []
+    for path, site in reads.items():
+        mask = closed(site)
+
+        def before(module: nn.Module, args: tuple[Tensor], mask: Tensor = mask) -> Tensor:
+            return args[0] * mask.reshape(1, -1, *[1] * (args[0].dim() - 2))
+
+        handles.append(exported.network.get_submodule(path).register_forward_pre_hook(before))
+    for block in BLOCKS:
+        mask = closed(block)
+        module = exported.network.get_submodule(block.removesuffix(":out"))
+        handles.append(module.register_forward_hook(lambda module, args, output, mask=mask: output * mask))
+    expected = outputs(exported.network, _inputs(5))
+    for handle in handles:
+        handle.remove()
+    given = _run(exported.path, {"input": _inputs(5)})
+    assert np.abs(given - expected).max() <= TOLERANCE * np.abs(expected).max()
+    np.testing.assert_allclose(exported.right, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def _run(path: Path, inputs: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.run(None, inputs)
+    return given  # type: ignore[no-any-return]
+
+
+def test_the_model_is_left_without_masks(exported: _Exported) -> None:
+    assert exported.network.state_dict().keys() == _Headed().state_dict().keys()
+    assert not any("polar_deploy" in name for name, _ in exported.network.named_buffers())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in exported.network.modules())
+
+
+def test_masks_that_are_all_open_are_written_too(exported: _Exported, tmp_path: Path) -> None:
+    """What a latency table is measured on."""
+    deploy.write_open(exported.network, exported.analysis, tmp_path / "open.onnx")
+    model = onnx.load(tmp_path / "open.onnx")
+    assert sorted(_metadata(node)[SITE] for node in _marked(model)) == sorted(
+        _metadata(node)[SITE] for node in _marked(exported.model)
+    )
+    (name,) = [value.name for value in model.graph.input]
+    plain = outputs(exported.network, _inputs(3))
+    assert np.abs(_run(tmp_path / "open.onnx", {name: _inputs(3)}) - plain).max() <= TOLERANCE * np.abs(plain).max()
+
+
+def test_masks_that_did_not_come_through_are_named(exported: _Exported, tmp_path: Path) -> None:
+    """Of a model without masks."""
+    with pytest.raises(ContentError, match=r"the export lost .*_mask and 13 more masks"):
+        deploy.export(exported.network, exported.analysis, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- what a file is like
 
 
 def test_the_graph_has_one_input_and_one_output_of_any_batch(exported: _Exported) -> None:
@@ -113,20 +261,15 @@ def test_the_graph_has_one_input_and_one_output_of_any_batch(exported: _Exported
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_it_computes_what_pytorch_does_at_any_batch(exported: _Exported, batch: int) -> None:
-    inputs = _inputs(batch, seed=batch)
-    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
-    (given,) = session.run(["logits"], {"input": inputs})
-    exported.gated.eval()
-    with torch.no_grad():
-        expected = exported.gated(torch.from_numpy(inputs)).numpy()
+    given = _run(exported.path, {"input": _inputs(5)[:batch]})
     assert given.shape == (batch, 10)
-    assert np.abs(given - expected).max() <= TOLERANCE * np.abs(expected).max()
-    np.testing.assert_array_equal(outputs(exported.static, inputs), expected)
+    assert np.abs(given - exported.right[:batch]).max() <= TOLERANCE * np.abs(exported.right).max()
 
 
-def test_all_layers_keep_their_full_size(exported: _Exported) -> None:
+def test_all_layers_keep_their_full_size_and_norms_are_folded(exported: _Exported) -> None:
     shapes = {tuple(tensor.dims) for tensor in exported.model.graph.initializer}
     assert {(16, 12, 3, 3), (12, 16, 3, 3), (24, 16, 3, 3), (20, 24), (10, 20)} <= shapes
+    assert not any(node.op_type == "BatchNormalization" for node in exported.model.graph.node)
 
 
 def test_nothing_of_this_machine_is_in_the_file(exported: _Exported) -> None:
@@ -140,41 +283,136 @@ def test_nothing_of_this_machine_is_in_the_file(exported: _Exported) -> None:
     assert list(exported.path.parent.iterdir()) == [exported.path]
 
 
-def test_what_is_returned_is_what_was_written(exported: _Exported) -> None:
-    assert exported.returned.SerializeToString(deterministic=True) == exported.model.SerializeToString(
-        deterministic=True
-    )
-
-
-def test_the_check_measures_the_difference_in_the_outputs_scale(exported: _Exported) -> None:
-    inputs = _inputs(4)
-    right = outputs(exported.static, inputs)
-    assert 0 <= check(exported.path, inputs, right) <= TOLERANCE
-    wrong, scale = right.copy(), np.abs(right).max()
-    wrong[2, 3] += 0.01 * scale * (-1 if abs(right[2, 3]) == scale else 1)
-    with pytest.raises(ContentError, match=rf"differs from PyTorch by 0\.0\d+ of .*allowed: {TOLERANCE}"):
-        check(exported.path, inputs, wrong)
-
-
-def test_nan_is_no_agreement(exported: _Exported) -> None:
-    wrong = outputs(exported.static, _inputs(2))
-    wrong[0, 0] = np.nan
-    with pytest.raises(ContentError, match="differs from PyTorch by nan"):
-        check(exported.path, _inputs(2), wrong)
-
-
-def test_without_onnxruntime_the_error_says_which_extra(exported: _Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MachineError, match="onnxruntime is not installed") as caught:
-        check(exported.path, _inputs(1), np.zeros((1, 10), np.float32))
-    assert "'ort'" in caught.value.todo
-
-
-def test_gates_that_did_not_come_through_are_named(exported: _Exported, tmp_path: Path) -> None:
+def test_no_notes_of_the_exporter_are_left(exported: _Exported, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ContentError, match=r"lost or doubled the gates of act, block1\.add, block1\.relu1"):
-        export(plain, SIZE, tmp_path / "model.onnx", exported.gated.sites)
-    assert not list(tmp_path.iterdir())
+    write(plain, Example.of(torch.zeros(2, 3, SIZE, SIZE)), tmp_path / "model.onnx", **NAMES)
+    for path in (exported.path, tmp_path / "model.onnx"):
+        assert not list(onnx.load(path).graph.metadata_props)
+        assert b"pkg.torch" not in path.read_bytes()
+
+
+# --------------------------------------------------------------------------- one capture, two graphs
+
+
+def test_the_structure_keeps_layers_parameters_and_modules(exported: _Exported) -> None:
+    model = capture(exported.network, Example.of(torch.zeros(2, 3, SIZE, SIZE))).structure()
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name, parameter in exported.network.named_parameters():
+        assert np.array_equal(held[name], parameter.detach().numpy()), name
+    layers = [(node.op_type, module_of(node)) for node in model.graph.node]
+    for path, module in exported.network.named_modules():
+        kind = {nn.Conv2d: "Conv", nn.BatchNorm2d: "BatchNormalization", nn.Linear: "Gemm"}.get(type(module))
+        assert kind is None or (kind, path) in layers
+
+
+def test_structure_and_deployable_compute_the_same() -> None:
+    torch.manual_seed(0)
+    network = Tiny(10)
+    expected = outputs(network, _inputs(3))
+    captured = capture(network, Example.of(torch.zeros(1, 3, SIZE, SIZE)), **NAMES)
+    for model in (captured.structure(), captured.deployable()):
+        given = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": _inputs(3)})[0]
+        assert np.abs(given - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+class _Equal(nn.Module):
+    """Two layers whose weights are equal, and shall not become one for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.load_state_dict(self.one.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x).relu())
+
+
+def test_equal_constants_stay_apart(tmp_path: Path) -> None:
+    write(_Equal(), Example.of(torch.zeros(2, 6)), tmp_path / "model.onnx", **NAMES)
+    dims = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert dims.count((6, 6)) == 2
+
+
+def test_modes_are_put_back_module_by_module() -> None:
+    network = Tiny(10).train()
+    network.block1.bn1.eval()  # as some keep theirs frozen
+    before = [module.training for module in network.modules()]
+    with evaluating(network):
+        assert not any(module.training for module in network.modules())
+    assert [module.training for module in network.modules()] == before
+    outputs(network, _inputs(1))
+    assert [module.training for module in network.modules()] == before
+
+
+# --------------------------------------------------------------------------- what people pass
+
+
+@pytest.mark.parametrize(
+    ("given", "args", "named", "batch"),
+    [
+        (torch.zeros(4, 3), [(4, 3)], {}, 4),
+        (torch.zeros(1, 3), [(2, 3)], {}, 2),  # an exporter takes a batch of one for a constant
+        ((torch.zeros(3, 2), torch.zeros(3)), [(3, 2), (3,)], {}, 3),
+        ([torch.zeros(1, 2), torch.zeros(5, 2)], [(2, 2), (5, 2)], {}, 2),
+        ({"x": torch.zeros(1, 2), "mask": torch.ones(1)}, [], {"x": (2, 2), "mask": (2,)}, 2),
+        ((torch.zeros(1, 2), {"inner": [torch.zeros(1, 4)]}), [(2, 2), {"inner": [(2, 4)]}], {}, 2),
+    ],
+    ids=["tensor", "batch of one", "tuple", "list", "dictionary", "nested"],
+)
+def test_an_example_is_read_from_what_people_pass(given: Any, args: Any, named: Any, batch: int) -> None:
+    example = Example.of(given)
+    shapes = example.mapped(lambda leaf: tuple(leaf.shape))
+    assert (list(shapes.args), dict(shapes.kwargs)) == (args, named)
+    assert example.batch == batch
+    assert all(isinstance(tensor, Tensor) for tensor in example.tensors)
+
+
+class _Named(nn.Module):
+    """Takes two named arguments in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, *, shift: Tensor) -> Tensor:
+        return self.linear(x) + shift
+
+
+def test_named_arguments_are_exported(tmp_path: Path) -> None:
+    network = _Named()
+    write(
+        network,
+        Example.of({"x": torch.zeros(2, 4), "shift": torch.zeros(2, 2)}),
+        tmp_path / "m.onnx",
+        inputs=(),
+        outputs=(),
+    )
+    x, shift = _inputs(1)[0, :, 0, :4], _inputs(1)[0, :, 1, :2]  # a batch of 3
+    names = [value.name for value in onnx.load(tmp_path / "m.onnx").graph.input]
+    given = _run(tmp_path / "m.onnx", dict(zip(names, (x, shift), strict=True)))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(x), shift=torch.from_numpy(shift)).numpy()
+    np.testing.assert_allclose(given, expected, atol=1e-6)
+
+
+class _Fixed(nn.Module):
+    """Works at a batch of two alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x
+        return self.linear(torch.stack([one, other]))
+
+
+def test_a_network_of_one_batch_size_is_exported_at_that(tmp_path: Path) -> None:
+    network, x = _Fixed(), _inputs(1)[0, 0, :2, :4]
+    write(network, Example.of(torch.zeros(2, 4)), tmp_path / "model.onnx", **NAMES)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(_run(tmp_path / "model.onnx", {"input": x}), expected, atol=1e-6)
 
 
 class _Stubborn(nn.Module):
@@ -188,12 +426,38 @@ class _Stubborn(nn.Module):
         return self.linear(x.flatten(1)) if x.sum().item() > 0 else x
 
 
-def test_a_network_that_cannot_be_exported_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_cannot_be_exported_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ContentError, match="PyTorch cannot export _Stubborn: ") as caught:
-        export(_Stubborn(), SIZE, tmp_path / "model.onnx")
+        write(_Stubborn(), Example.of(torch.zeros(2, 3, SIZE, SIZE)), tmp_path / "model.onnx", **NAMES)
     assert "\n" not in caught.value.what
     assert not list(tmp_path.iterdir())
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------- the check
+
+
+def test_the_check_measures_the_difference_in_the_outputs_scale(exported: _Exported) -> None:
+    right = exported.right
+    assert 0 <= check(exported.path, _inputs(5), right) <= TOLERANCE
+    wrong, scale = right.copy(), np.abs(right).max()
+    wrong[2, 3] += 0.01 * scale * (-1 if abs(right[2, 3]) == scale else 1)
+    with pytest.raises(ContentError, match=rf"differs from PyTorch by 0\.0\d+ of .*allowed: {TOLERANCE}"):
+        check(exported.path, _inputs(5), wrong)
+
+
+def test_nan_is_no_agreement(exported: _Exported) -> None:
+    wrong = exported.right.copy()
+    wrong[0, 0] = np.nan
+    with pytest.raises(ContentError, match="differs from PyTorch by nan"):
+        check(exported.path, _inputs(5), wrong)
+
+
+def test_without_onnxruntime_the_error_says_which_extra(exported: _Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MachineError, match="onnxruntime is not installed") as caught:
+        check(exported.path, _inputs(1), np.zeros((1, 10), np.float32))
+    assert "'ort'" in caught.value.todo
 
 
 def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
@@ -202,10 +466,3 @@ def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as stored:
         assert set(stored) == set(arrays)
         assert all(np.array_equal(stored[name], array) for name, array in arrays.items())
-
-
-def test_no_notes_of_the_exporter_are_left(tmp_path: Path) -> None:
-    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = export(plain, 16, tmp_path / "model.onnx")
-    assert not list(model.graph.metadata_props)
-    assert b"pkg.torch" not in (tmp_path / "model.onnx").read_bytes()

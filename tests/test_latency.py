@@ -70,6 +70,36 @@ def test_prediction(tmp_path: Path, first: int, second: int, block: int, alone: 
 
 
 @pytest.mark.parametrize(
+    ("stream", "inner", "block", "expected"),
+    [
+        (16, 16, 1, 20.0),
+        (8, 16, 1, 16.0),
+        (12, 16, 1, 18.0),  # a width between, as of channels
+        (8, 8, 1, 20 - 4 - 3 + 1),  # a quarter, and not half, of the block's layers is left: 1 ms counts once
+        (8, 16, 0, 20 - 4 - 8 + 3),  # what the stream saves in the block is gone with it
+        (12, 8, 0, 20 - 2 - 8 + 1.5),
+    ],
+)
+def test_a_stream_overlaps_with_what_it_runs_through(
+    tmp_path: Path, stream: int, inner: int, block: int, expected: float
+) -> None:
+    content = document(
+        sites=[
+            site("stream", "stream", 16, {8: 16.0, 16: 20.0}),
+            site("inner", "channel", 16, {8: 17.0, 16: 20.0}, "block"),
+            site("block", "block", 1, {0: 12.0, 1: 20.0}),
+        ],
+        overlaps=[
+            {"sites": ["stream", "inner"], "open": [8, 8], "ms": 14.0},
+            {"sites": ["stream", "block"], "open": [8, 0], "ms": 11.0},
+        ],
+    )
+    read = table(tmp_path, content)
+    assert [each.kind for each in read.sites] == ["stream", "channel", "block"]
+    assert read.predicted_ms({"stream": stream, "inner": inner, "block": block}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([1.0, 2.0, 3.0], [1, 2, 3]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -19,7 +18,7 @@ from polar_deploy import recipes
 from polar_deploy.pipeline import STAGES
 from tests.conftest import MINIATURE, Miniature, contents, polar
 from tests.schemas import valid
-from tests.tiny import layer_macs
+from tests.tiny import BLOCKS, SITES, STREAMS, costs, reachable
 
 FILES = {
     *("run.yaml", "parity.json", "report.json"),
@@ -115,24 +114,34 @@ def test_the_graphs_keep_the_budget_to_within_one_percent(miniature: Miniature) 
 
 def test_the_cost_is_that_of_the_open_gates_counted_by_hand(miniature: Miniature) -> None:
     sites = {site["name"]: len(site["open"]) for site in read(miniature.folder / "gated/gates.json")["sites"]}
-    first, second, third = (sites[f"block{index}.relu1"] for index in (1, 2, 3))
-    kept = tuple(bool(sites[f"block{index}.add"]) for index in (1, 2, 3))
-    assert cost(miniature.folder / "full/model.onnx")["macs"] == layer_macs()
-    assert cost(miniature.folder / "compressed/model.onnx")["macs"] == layer_macs((first, second, third), kept)
+    assert cost(miniature.folder / "full/model.onnx") == FULL
+    assert cost(miniature.folder / "compressed/model.onnx") == costs(sites)
 
 
-def reachable() -> list[dict[str, float]]:
-    """The cost of every network that can be cut out of the tiny one: inner widths 4 to 16, blocks there or not."""
-    costs = []
-    for inner in itertools.product(range(4, 17), repeat=3):
-        for kept in itertools.product((False, True), repeat=3):
-            # weights and biases after BatchNorm is folded: stem, three blocks, the shortcut of the second, head
-            blocks = [(9 * 24 + 1, 12), (9 * 36 + 1, 24), (9 * 48 + 1, 24)]
-            params = sum(keep * (each * n + bias) for keep, n, (each, bias) in zip(kept, inner, blocks, strict=True))
-            costs.append({"macs": layer_macs(inner, kept), "params": 9 * 3 * 12 + 12 + params + 12 * 24 + 250})
-    full = {name: max(cost[name] for cost in costs) for name in ("macs", "params")}
-    assert full == {"macs": 440304, "params": 16534}
-    return [{name: cost[name] / full[name] for name in full} for cost in costs]
+def test_gates_json_lists_every_site_of_the_network(miniature: Miniature) -> None:
+    sites = read(miniature.folder / "gated/gates.json")["sites"]
+    kinds = {name: ("stream" if name in STREAMS else "channel", width) for name, width in SITES.items()}
+    kinds |= dict.fromkeys(BLOCKS, ("block", 1))
+    assert {site["name"]: (site["kind"], site["width"]) for site in sites} == kinds
+    for site in sites:
+        assert len(site["share"]) == site["width"]
+        assert all(0 <= share <= 1 for share in site["share"])
+        assert site["open"] == sorted(set(site["open"]))
+
+
+def test_widths_are_those_that_the_target_asks_for(miniature: Miniature) -> None:
+    document = read(miniature.folder / "gated/gates.json")
+    assert document["align"] == 8
+    widths = {site["name"]: len(site["open"]) for site in document["sites"]}
+    assert any(choice == widths | {name: choice[name] for name in _inside_closed(widths)} for choice in reachable(8))
+
+
+def _inside_closed(widths: dict[str, int]) -> list[str]:
+    """Sites in closed blocks, whose width makes no difference."""
+    return [f"block{number}.conv1" for number in (1, 2, 3) if not widths[f"block{number}.bn2:out"]]
+
+
+FULL = {"macs": 440304, "params": 16534}
 
 
 @pytest.mark.parametrize("asked", [{"macs": 0.15}, {"params": 0.6}, {"macs": 0.5, "params": 0.6}], ids=str)
@@ -141,23 +150,25 @@ def test_a_budget_is_used_up_where_that_can_be(asked: dict[str, float], miniatur
     budget = ",".join(f"{name}={share}" for name, share in asked.items())
     assert polar(*MINIATURE, "--out", folder, "--budget", budget, "--until", "gates").code == 0
     achieved = read(folder / "gated/gates.json")["achieved"]
-    costs = reachable()
-    assert any(all(abs(cost[name] - achieved[name]) < 1e-9 for name in asked) for cost in costs)
+    shares = [{name: kept[name] / FULL[name] for name in FULL} for kept in map(costs, reachable(8))]
+    assert any(all(abs(share[name] - achieved[name]) < 1e-9 for name in asked) for share in shares)
     left = min(asked[name] - achieved[name] for name in asked)
-    best = min(slack for cost in costs if (slack := min(asked[name] - cost[name] for name in asked)) >= 0)
+    best = min(slack for share in shares if (slack := min(asked[name] - share[name] for name in asked)) >= 0)
     assert best <= 0.01  # so the window can be reached
     assert 0 <= left <= 0.01
 
 
-def test_every_gate_is_a_named_product_and_none_is_left(miniature: Miniature) -> None:
+def test_every_gate_is_in_a_named_product_and_none_is_left(miniature: Miniature) -> None:
     sites = {(site["name"], site["kind"]) for site in read(miniature.folder / "gated/gates.json")["sites"]}
     full, gated, compressed = (
         [node for node in onnx.load(miniature.folder / name / "model.onnx").graph.node if node.op_type == "Mul"]
         for name in ("full", "gated", "compressed")
     )
     marks = [{prop.key: prop.value for prop in node.metadata_props} for node in gated]
-    assert {(mark["polar_deploy.site"], mark["polar_deploy.kind"]) for mark in marks} == sites
-    assert (len(full), len(gated), len(compressed)) == (0, len(sites), 0)
+    told = {(mark["polar_deploy.site"], mark["polar_deploy.kind"]) for mark in marks}
+    assert told - {("", "")} == sites  # the product on the image closes nothing
+    layers = 9  # that read channels: eight convolutions and the classifier
+    assert (len(full), len(gated), len(compressed)) == (0, layers + len(BLOCKS), 0)
 
 
 def test_what_is_handed_over_computes_what_was_trained(miniature: Miniature) -> None:
@@ -207,7 +218,7 @@ def test_run_yaml_is_the_recipe_of_the_run(miniature: Miniature, tmp_path: Path)
     text = (folder / "run.yaml").read_text()
     settings = recipes.load(folder / "run.yaml", {})
     assert recipes.dump(settings) == text
-    assert (settings.input_size, settings.align, settings.training.full_epochs) == (16, 1, 3)
+    assert (settings.input_size, settings.align, settings.training.full_epochs) == (16, 8, 3)
     outcome = polar("--recipe", folder / "run.yaml", "--out", folder)
     assert outcome.up_to_date == list(STAGES)
     assert (folder / "run.yaml").read_text() == text

@@ -261,7 +261,7 @@ OWN = {
     "number": (4, ["returned a int"]),
     "FailsInForward": (4, ["ArithmeticError: my own mistake"]),
     "FailsInTraining": (4, ["ArithmeticError", "my own mistake"]),
-    "Branches": (2, ["cannot be traced", "control flow"]),
+    "Branches": (4, ["PyTorch cannot export Branches", "control flow"]),
     "without_a_place_for_gates": (2, ["gate"]),
 }
 
@@ -321,7 +321,7 @@ def test_a_damaged_file_between_two_stages(case: str, miniature: Miniature, tmp_
 
 
 def site(**changed: object) -> Callable[[Path], None]:
-    """Change the first site of a gates.json, which is a channel site of width 16; None takes a key away."""
+    """Change the first site of a gates.json, which is a stream of width 12; None takes a key away."""
 
     def change(path: Path) -> None:
         gates = json.loads(path.read_text())
@@ -333,10 +333,12 @@ def site(**changed: object) -> Callable[[Path], None]:
 
 
 GATES: dict[str, Callable[[Path], object]] = {
-    "a gate that is not there": site(open=[0, 16]),
+    "a gate that is not there": site(open=[0, 12]),
     "a gate before the first": site(open=[-1]),
     "a gate that is no number": site(open=["0"]),
     "no gates": site(open=None),
+    "all gates closed": site(open=[]),
+    "a site of another kind": site(kind="channel"),
     "a site of another name": site(name="elsewhere"),
     "a site of another width": site(width=8),
     "a list": lambda path: path.write_text("[]"),

@@ -41,6 +41,9 @@ def test_train_here_and_build_elsewhere(trained: tuple[Path, Outcome]) -> None:
     assert sorted(before) == [16] * 3 + [32] * 3 + [64] * 3
     assert all(width % 8 == 0 and width > 0 for width in after)
     assert sum(after) < sum(before)
+    weights = {tensor.name: tensor.dims for tensor in compressed.initializer}
+    wide = [weights[node.input[1]][0] for node in compressed.node if node.op_type == "Conv"]
+    assert all(width % 8 == 0 for width in wide)  # the sums of blocks, too
     assert not (folder / "engines").exists()
 
 

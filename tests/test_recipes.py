@@ -200,7 +200,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
     ("text", "pair"),
     [
         ("training.lr=0.1", ("training.lr", 0.1)),
-        ("gates.temperature=[2, 0.5]", ("gates.temperature", [2, 0.5])),
+        ("build.batches=[1, 4, 8]", ("build.batches", [1, 4, 8])),
         ("gates.blocks=false", ("gates.blocks", False)),
         ("data_dir=a=b", ("data_dir", "a=b")),
         ("normalize=", ("normalize", None)),

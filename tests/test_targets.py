@@ -36,8 +36,8 @@ def install(site: Path, distribution: str, version: str, module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backend", "precision", "align"),
     [
-        ("ort-fp32", "ort", "fp32", 1),
-        ("ort-int8", "ort", "int8", 1),
+        ("ort-fp32", "ort", "fp32", 8),
+        ("ort-int8", "ort", "int8", 16),
         ("ort-cuda-fp32", "ort-cuda", "fp32", 1),
         ("ort-cuda-fp16", "ort-cuda", "fp16", 8),
         ("trt-fp32", "trt", "fp32", 1),

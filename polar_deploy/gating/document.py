@@ -5,48 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from polar_deploy.errors import ContentError
-from polar_deploy.gating.network import GatedNetwork
+from polar_deploy.gating.analysis import Bools
+from polar_deploy.surgery.choices import Choices
 from polar_deploy.workspace import read_json
 
 
-def sites(network: GatedNetwork, share: list[float]) -> list[dict[str, Any]]:
-    """The entry `sites` of gates.json for a frozen network; `share`: of training samples that opened each gate, [G]."""
+def sites(choices: Choices, opened: Bools, share: list[float]) -> list[dict[str, Any]]:
+    """The entry `sites` of gates.json; `share`: of training samples that opened each gate, [gates]."""
     return [
         {
-            "name": site.name,
-            "kind": site.kind,
-            "width": site.width,
-            "open": gate.open.nonzero().flatten().tolist(),
-            "share": share[start : start + site.gates],
+            "name": name,
+            "kind": kind,
+            "width": len(gates),
+            "open": np.flatnonzero(opened[gates.start : gates.stop]).tolist(),
+            "share": share[gates.start : gates.stop],
         }
-        for site, start, gate in zip(network.sites, network.starts, network.gates, strict=True)
+        for gates, name, kind in choices.owners()
     ]
 
 
-def read_open(network: GatedNetwork, path: Path) -> Tensor:
-    """The gate vector, float [G] of 0 and 1, of a gates.json that somebody may have edited.
+def read_open(choices: Choices, path: Path) -> Bools:
+    """The state bool [gates] of a gates.json that somebody may have edited.
 
     Raises:
         UsageError: there is no such file.
-        ContentError: it is not JSON, or does not fit the network's sites.
+        ContentError: it is not JSON, does not fit the network's sites, or closes all of one.
     """
     document = read_json(path)
     entries = document.get("sites") if isinstance(document, dict) else None
     listed = {e.get("name"): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
-    opened = torch.zeros(network.masks)
-    for site, start in zip(network.sites, network.starts, strict=True):
-        entry = listed.get(site.name, {})
-        gates = entry.get("open")
-        known = isinstance(gates, list) and all(type(gate) is int and 0 <= gate < site.gates for gate in gates)
-        if not known or entry.get("kind") != site.kind or entry.get("width") != site.width:
+    opened = np.zeros(choices.gates, bool)
+    for gates, name, kind in choices.owners():
+        entry = listed.get(name, {})
+        own = entry.get("open")
+        known = isinstance(own, list) and all(type(gate) is int and 0 <= gate < len(gates) for gate in own)
+        if not known or entry.get("kind") != kind or entry.get("width") != len(gates):
             raise ContentError(
-                f"{path} has no {site.kind} site {site.name!r} of width {site.width} with open gates from 0 to "
-                f"{site.gates - 1}",
+                f"{path} has no {kind} site {name!r} of width {len(gates)} with open gates from 0 to {len(gates) - 1}",
                 "use the gates.json that was written for this model",
             )
-        opened[start + torch.tensor(gates, dtype=torch.long)] = 1.0
+        if not own and kind != "block":
+            raise ContentError(f"{path} closes all gates of {name!r}", "leave one of them open, or close its block")
+        opened[gates.start + np.array(own, np.int64)] = True
     return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ class Cost:
     macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too), quantised
         ones included.
     params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
+        Scalars are left out, and a BatchNormalization that folds into the layer before it counts as that layer's bias:
+        both differ between exporters that write the same network.
     layers: those with weights, in the graph's order.
     """
 
@@ -71,6 +74,9 @@ WEIGHTS = {
 }
 
 
+FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
+
+
 def count(model: onnx.ModelProto) -> Cost:
     """Counts the cost of a model.
 
@@ -78,12 +84,15 @@ def count(model: onnx.ModelProto) -> Cost:
         ContentError: its shapes contradict each other.
     """
     shapes = infer_at(model, batch=1)
-    sizes = _parameters(model)
+    sizes = parameters(model)
+    norms = foldable_norms(model)
     counted: set[str] = set()
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
         own = [name for name in dict.fromkeys(node.input) if name in sizes]
+        if position in norms:
+            own = own[:1] if norms[position] else []
         new = sum(sizes[name] for name in own if name not in counted)
         counted.update(own)
         params += new
@@ -96,7 +105,34 @@ def count(model: onnx.ModelProto) -> Cost:
     return Cost(macs, params, tuple(layers))
 
 
-def _parameters(model: onnx.ModelProto) -> dict[str, int]:
+def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
+    """Multiply-accumulates at batch 1 of every node that has any, by its position in the graph."""
+    shapes = infer_at(model, batch=1)
+    return {
+        position: _multiply(node, shapes)[0]
+        for position, node in enumerate(model.graph.node)
+        if node.op_type in WEIGHTS and node.domain in ("", "ai.onnx")
+    }
+
+
+def foldable_norms(model: onnx.ModelProto) -> dict[int, bool]:
+    """Positions of the BatchNormalizations that fold into the layer before them, and whether that layer gets a bias."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    reads = Counter(name for node in model.graph.node for name in node.input)
+    reads.update(value.name for value in model.graph.output)
+    found: dict[int, bool] = {}
+    for position, node in enumerate(model.graph.node):
+        layer = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if layer is None or layer.op_type not in FOLDING or reads[node.input[0]] > 1:
+            continue
+        own = [name for name in layer.input[1:] if name]
+        if {*own, *node.input[1:]} <= constants and all(reads[name] == 1 for name in own):
+            found[position] = len(own) == 1
+    return found
+
+
+def parameters(model: onnx.ModelProto) -> dict[str, int]:
     """Elements of every constant that is a parameter, by name: floating-point ones and quantised weights."""
     import onnx
 
@@ -110,7 +146,7 @@ def _parameters(model: onnx.ModelProto) -> dict[str, int]:
         if attribute.name == "value"
     ]
     every = {name: math.prod(tensor.dims) for name, tensor in constants}
-    sizes = {name: every[name] for name, tensor in constants if tensor.data_type in floats}
+    sizes = {name: every[name] for name, tensor in constants if tensor.data_type in floats and tensor.dims}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in every:
             sizes[node.output[0]] = every[node.input[0]]
@@ -131,7 +167,7 @@ def _multiply(node: onnx.NodeProto, shapes: dict[str, Shape]) -> tuple[int, tupl
     if "Conv" in node.op_type:
         return math.prod(result) * math.prod(second[1:]), (first[1], result[1])
     inner = first[0] if any(a.name == "transA" and a.i for a in node.attribute) else first[-1]
-    return math.prod(result) * inner, (inner, result[-1])
+    return math.prod(result) * inner, (inner, result[-1] if result else 1)
 
 
 def _sizes(shape: Shape | None) -> tuple[int, ...] | None:

@@ -51,10 +51,7 @@ def apply(facts: Facts) -> Cut:
     """Cuts the graph as planned by `sets.decide`."""
     found = [(step, factors) for step in facts.steps if (factors := step.handler.gate(step)) is not None]
     gates = {id(step.node): _record(step, factors) for step, factors in found}
-    for step in facts.alive:
-        if not step.outputs or not all(channels.gone for channels in step.outputs):
-            step.handler.slice(step)
-    dropped = facts.graph.drop_unused()
+    dropped = trim(facts)
     steps = {id(step.node): step for step in facts.alive}
     for step in (*facts.alive, *reversed(facts.alive)):  # factors move up in the one order, down in the other
         index = _factor(step)
@@ -67,6 +64,14 @@ def apply(facts: Facts) -> Cut:
         if facts.graph.contains(step.node) and gates[id(step.node)].reason is None:
             gates[id(step.node)] = replace(gates[id(step.node)], outcome="kept", reason=LEFT)
     return Cut(list(gates.values()), dropped)
+
+
+def trim(facts: Facts) -> list[Node]:
+    """Cuts every node to the channels that stay, and folds nothing. Returns the nodes that went."""
+    for step in facts.alive:
+        if not step.outputs or not all(channels.gone for channels in step.outputs):
+            step.handler.slice(step)
+    return facts.graph.drop_unused()
 
 
 def _record(step: Step, factors: Floats) -> Gate:

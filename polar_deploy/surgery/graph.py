@@ -53,6 +53,7 @@ class Graph:
         self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
         self._originals: dict[str, Tensor] = {}
         self._touched: set[int] = set()
+        self._origins: dict[str, str] = {}
         self._fold_constants()
 
     @property
@@ -75,6 +76,10 @@ class Graph:
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether the value of `tensor` is part of the model. Those of sparse tensors are left alone."""
         return isinstance(tensor, self._gs.Constant) and not isinstance(tensor._values, self._gs.ir.tensor.SparseValues)
+
+    def origin(self, name: str) -> str:
+        """The name of the constant in the model that the constant `name` is a rearrangement of, or its own."""
+        return self._origins.get(name, name)
 
     def is_output(self, name: str) -> bool:
         """Whether the tensor of that name is an output of the graph."""
@@ -274,8 +279,13 @@ class Graph:
             if len(node.outputs) == 1 and self.is_private(node.outputs[0].name) and self._is_foldable(node):
                 values = self._evaluate(node)
                 if values is not None and values.size <= MAX_FOLDED and values.dtype.kind not in "OSU":
+                    self._note_origin(node)
                     node.outputs[0].to_constant(values)
                     node.outputs.clear()
+
+    def _note_origin(self, node: Node) -> None:
+        if node.op in REARRANGING:
+            self._origins[node.outputs[0].name] = self.origin(node.inputs[0].name)
 
     def _is_foldable(self, node: Node) -> bool:
         if node.domain not in (None, "", "ai.onnx") or node.op in UNFOLDED:
@@ -296,6 +306,8 @@ class Graph:
         inputs = {tensor.name: np.asarray(tensor.values) for tensor in node.inputs if tensor.name}
         return evaluate(self._proto[id(node)], inputs, self.body.opset)
 
+
+REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
 
 # Weights stay quantised, and what is drawn at random is no constant.
 UNFOLDED = {"DequantizeLinear", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"}

@@ -149,7 +149,12 @@ class Trim:
 
 
 class Mixing(Operator):
-    """Handler of operators that mix. A family says how its weights are read and written."""
+    """Handler of operators that mix. A family says how its weights are read and written.
+
+    bias_input: the index of the bias among the inputs; None: there is none.
+    """
+
+    bias_input: int | None = 2
 
     def read(self, step: Step) -> Mix:
         """The operator's constants as they stand, in the common form. Raises Wall."""
@@ -184,7 +189,7 @@ class Mixing(Operator):
         return step.graph.dtype(step.made[0])
 
     def couple(self, step: Step) -> None:
-        mix, source = self.read(step), self._source(step)
+        mix, source = self.read(step), self.source(step)
         target = step.create((self.output_axis(step),))
         groups, filters, inputs = mix.shape
         present = mix.present()
@@ -194,7 +199,7 @@ class Mixing(Operator):
             every = np.arange(groups)
             step.link(source, target, every, every)
 
-    def _source(self, step: Step) -> Channels | None:
+    def source(self, step: Step) -> Channels | None:
         """The channels that are mixed; None where nothing is known about them."""
         source = step.inputs[self.data(step)]
         return source if source is not None and source.axes == (self.input_axis(step),) else None
@@ -206,7 +211,7 @@ class Mixing(Operator):
             target.constant = ~target.needed & certain
             target.value = np.where(target.constant, value, 0.0)
         else:
-            mix, source = self.read(step), self._source(step)
+            mix, source = self.read(step), self.source(step)
             constant = np.zeros(plan.absorbed.shape, bool)
             if source is not None:
                 plan.value = self.contribution(step, source.value).reshape(constant.shape).copy()  # settling writes
@@ -222,7 +227,7 @@ class Mixing(Operator):
         target.nonnegative = target.constant & (target.value >= 0)
 
     def need(self, step: Step) -> None:
-        plan, source, target = step.memo, self._source(step), step.output
+        plan, source, target = step.memo, self.source(step), step.output
         for index, channels in enumerate(step.inputs):
             if channels is not None and channels is not source:
                 mixed = index == self.data(step)
@@ -238,7 +243,7 @@ class Mixing(Operator):
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
     def retain(self, step: Step) -> list[Retained]:
-        plan, source, target = step.memo, self._source(step), step.output
+        plan, source, target = step.memo, self.source(step), step.output
         groups = len(plan.absorbed)
         if groups == 1 or target.gone or step.links:
             return super().retain(step)
@@ -251,7 +256,7 @@ class Mixing(Operator):
         return [Retained(channels, indices, reason) for channels, indices in missing if len(indices)]
 
     def slice(self, step: Step) -> None:
-        plan, source, target, mix = step.memo, self._source(step), step.output, self.read(step)
+        plan, source, target, mix = step.memo, self.source(step), step.output, self.read(step)
         groups, filters, inputs = mix.shape
         kept_in = np.ones((groups, inputs), bool) if source is None else source.kept.reshape(groups, inputs)
         kept_out, unneeded = target.kept.reshape(groups, filters), ~target.needed.reshape(groups, filters)
@@ -284,7 +289,7 @@ class Mixing(Operator):
         return True
 
     def scales_input(self, step: Step) -> bool:
-        return self._source(step) is not None and self.read(step).plain
+        return self.source(step) is not None and self.read(step).plain
 
     def scale_input(self, step: Step, factors: Floats) -> None:
         mix = self.read(step)

@@ -10,6 +10,8 @@ import numpy as np
 from polar_deploy.surgery.facts import Facts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_deploy.surgery.facts import Bools, Channels, Ints, Note
     from polar_deploy.surgery.graph import Graph
 
@@ -51,7 +53,7 @@ def plan(graph: Graph) -> tuple[Facts, Sets]:
 
 def decide(facts: Facts) -> Sets:
     """Plans the cut: sets `kept` of every tensor's channels."""
-    labels = _components(facts)
+    labels = components(facts)
     everything = facts.everything()
     blocked = np.zeros(facts.total, bool)
     for channels in everything:
@@ -80,16 +82,18 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
                     changed = True
 
 
-def _components(facts: Facts) -> Ints:
+def components(facts: Facts, more: Sequence[tuple[Ints, Ints]] = ()) -> Ints:
     """[channels of the graph] the smallest channel that each one is coupled with.
+
+    more: further pairs of channels that count as coupled, by their numbers in the graph.
 
     Connected components by hooking and pointer jumping, in a number of rounds that grows with the logarithm of the
     longest chain.
     """
     links = [link for step in facts.alive for link in (*step.links, *step.ties) if link.coupled]
-    none = [np.empty(0, np.int64)]
-    one = np.concatenate([link.source.first + link.out_of for link in links] or none)
-    other = np.concatenate([link.target.first + link.into for link in links] or none)
+    pairs = [(link.source.first + link.out_of, link.target.first + link.into) for link in links]
+    ends = [np.concatenate(each) for each in zip(*pairs, *more, strict=True)]
+    one, other = ends or [np.empty(0, np.int64)] * 2
     labels = np.arange(facts.total)
     while True:
         low = np.minimum(labels[one], labels[other])

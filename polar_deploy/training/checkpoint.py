@@ -15,14 +15,20 @@ from torch.optim import Optimizer
 
 from polar_deploy.workspace import atomic_path
 
+_TENSOR = "tensor of the name"
+
 
 @dataclass
 class State:
-    """Where a training run is: after `epoch` epochs, with one record an epoch for training.jsonl."""
+    """Where a training run is: after `epoch` epochs, with one record an epoch for training.jsonl.
+
+    method: what the way of training keeps besides weights and optimizers: nested dictionaries, lists, tensors, numbers.
+    """
 
     epoch: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
 
 
 def save(path: Path, key: str, state: State, network: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -30,7 +36,8 @@ def save(path: Path, key: str, state: State, network: nn.Module, optimizers: lis
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
-    held = json.dumps({"epoch": state.epoch, "records": state.records, "notes": state.notes})
+    method = _detach(state.method, tensors, "method")
+    held = json.dumps({"epoch": state.epoch, "records": state.records, "notes": state.notes, "method": method})
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"key": key, "state": held})
 
@@ -51,7 +58,29 @@ def load(path: Path, key: str, network: nn.Module, optimizers: list[Optimizer]) 
     network.load_state_dict(_under(tensors, "network."))
     for number, optimizer in enumerate(optimizers):
         _restore_optimizer(_under(tensors, f"optimizer{number}."), optimizer)
-    return State(**json.loads(metadata["state"]))
+    held = json.loads(metadata["state"])
+    return State(**(held | {"method": _attach(held["method"], tensors)}))
+
+
+def _detach(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """A nested value as JSON takes it; its tensors go into `tensors`, their names stay in their places."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _detach(each, tensors, f"{name}.{key}") for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_detach(each, tensors, f"{name}.{index}") for index, each in enumerate(value)]
+    return value
+
+
+def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that `_detach` was given."""
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _attach(each, tensors) for key, each in value.items()}
+    return [_attach(each, tensors) for each in value] if isinstance(value, list) else value
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -35,6 +35,16 @@ class Plain:
             logits = self.run.network(images)
         return self.criterion(logits, labels), logits
 
+    def after_step(self) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing besides weights and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
     def after_epoch(self, state: State) -> dict[str, Any]:
         """Nothing to record besides loss and accuracy."""
         return {}

@@ -32,6 +32,12 @@ class Method(Protocol):
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def after_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     def after_epoch(self, state: checkpoint.State) -> dict[str, Any]: ...
 
 
@@ -61,6 +67,8 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     """
     optimizers = method.optimizers()
     state = checkpoint.load(run.folder / "checkpoint.safetensors", run.key, run.network, optimizers)
+    if state.method:
+        method.load_state_dict(state.method)
     if state.records:  # the kill can have come between checkpoint and log
         write_log(run.folder / "training.jsonl", state.records)
     progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
@@ -72,6 +80,7 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
         record |= method.after_epoch(state)
         record["val_accuracy"] = evaluate(run.network, run.validation) if run.validation else None
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
+        state.method = method.state_dict()
         checkpoint.save(run.folder / "checkpoint.safetensors", run.key, state, run.network, optimizers)
         write_log(run.folder / "training.jsonl", state.records)
         progress.epoch(
@@ -101,6 +110,7 @@ def _epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.step()
+        method.after_step()
         total += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
         progress.step((step + 1) / steps)
     mean_loss, accuracy = (total / steps).tolist()

@@ -48,8 +48,9 @@ def test_every_file_is_listed_with_size_and_hash(folder: Path) -> None:
 
 
 def test_it_tells_nothing_about_whose_machine_it_was(miniature: Miniature, folder: Path) -> None:
-    words = [str(miniature.folder), str(ROOT), str(Path.home()), socket.gethostname(), "/tmp/"]
-    words += [getpass.getuser()] if len(getpass.getuser()) > 4 else []  # "root" is a word of its own
+    words = [str(miniature.folder), str(ROOT), str(Path.home()), "/tmp/"]
+    # "root" is a word of its own, and weights hold any two or three letters.
+    words += [name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 4]
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()

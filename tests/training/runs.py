@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from polar_deploy.config import Budget, Gates, Normalize, Settings, Training
-from polar_deploy.gating.cost import Constraint
-from polar_deploy.gating.network import GatedNetwork
+from polar_deploy import config
+from polar_deploy.config import Budget, Normalize, Settings, Training
+from polar_deploy.export import Example
+from polar_deploy.gating.analysis import Analysis, analyse
+from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
@@ -53,7 +56,7 @@ def settings(*, training: dict[str, Any] | None = None, gates: dict[str, Any] | 
         data="made up",
         normalize=NORMALIZE,
         training=Training(**trained),
-        gates=Gates(**gates or {}),
+        gates=config.Gates(**gates or {}),
         **held,
     )
 
@@ -77,11 +80,34 @@ class Dropping(Tiny):
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(0.1))
 
 
-def network(*, gated: bool, seed: int = 7, mode: str = "batch") -> nn.Module:
+def network(*, seed: int = 7) -> nn.Module:
     """A fresh network."""
     torch.manual_seed(seed)
-    plain = Dropping(CLASSES)
-    return GatedNetwork(plain, SIZE, mode=mode) if gated else plain
+    return Dropping(CLASSES)
+
+
+@cache
+def analysis() -> Analysis:
+    """What can go from the network, which is the same for all of them."""
+    return analyse(network(), Example.of(torch.zeros(2, 3, SIZE, SIZE)))
+
+
+def gates(run: Fit) -> Gates:
+    """Gates on the network of a run."""
+    wanted = run.settings.gates
+    return Gates(
+        run.network,
+        torch.zeros(2, 3, SIZE, SIZE),
+        run.settings.budget.asked(),
+        run.epochs * run.train.steps,
+        align=run.settings.align or 1,
+        min_width=wanted.min_width,
+        mode=wanted.mode,
+        start=wanted.start,
+        freeze=wanted.freeze,
+        rehearse=0,
+        analysis=analysis(),
+    )
 
 
 def fit(run_settings: Settings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> Fit:
@@ -92,7 +118,7 @@ def fit(run_settings: Settings, folder: Path, *, gated: bool, epochs: int, key: 
     chosen = np.arange(TRAIN + VALIDATION if final else TRAIN)
     return Fit(
         stage="gates" if gated else "full",
-        network=prepare(network(gated=gated, mode=run_settings.gates.mode), run_settings, CPU),
+        network=prepare(network(), run_settings, CPU),
         train=Batches(images, labels, chosen, run_settings, CPU),
         validation=None if final else Batches(images, labels, held, run_settings, CPU),
         settings=run_settings,
@@ -103,14 +129,12 @@ def fit(run_settings: Settings, folder: Path, *, gated: bool, epochs: int, key: 
     )
 
 
-def train(run: Fit, *, teacher: nn.Module | None = None, progress: Progress | None = None) -> State:
-    """Train to the end or until `progress` breaks it off."""
+def train(
+    run: Fit, on: Gates | None = None, *, teacher: nn.Module | None = None, progress: Progress | None = None
+) -> State:
+    """Train to the end or until `progress` breaks it off, with the gates `on` its network or without any."""
     progress = progress or Progress(quiet=True)
-    if not isinstance(run.network, GatedNetwork):
-        return train_full(run, progress)
-    asked = run.settings.budget.asked()
-    constraint = Constraint({name: run.network.cost_model(name) for name in asked}, asked)
-    return train_gated(run, constraint, teacher, progress)
+    return train_full(run, progress) if on is None else train_gated(run, on, teacher, progress)
 
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

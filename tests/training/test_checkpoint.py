@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,17 @@ from polar_deploy.training.checkpoint import State, load, save
 from tests.tiny import net
 
 STATE = State(epoch=3, records=[{"epoch": 3, "loss": 0.25, "val_accuracy": None}], notes={"freeze": {"share": [0.5]}})
+# What a way of training may keep: all that JSON holds, and tensors of any type and shape, anywhere in it.
+METHOD: dict[str, Any] = {
+    "step": 17,
+    "phase": "learning",
+    "nothing": None,
+    "nested": {"rate": 0.1, "empty": {}, "list": [1, [2.5, "a"], {"deep": torch.arange(3)}]},
+    "opened": torch.tensor([True, False]),
+    "a.name.with.dots": torch.tensor(2.5, dtype=torch.float64),
+    "strided": torch.arange(6.0).reshape(2, 3).t(),
+    "half": torch.ones(2, 2, dtype=torch.bfloat16),
+}
 
 
 def _trained(steps: int = 2, *, channels_last: bool = False) -> tuple[nn.Module, list[Optimizer]]:
@@ -75,6 +87,29 @@ def test_shared_and_strided_tensors_are_saved(tmp_path: Path) -> None:
         network[0].weight.zero_()
     load(tmp_path / "c.safetensors", "key", network, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_what_the_method_keeps_comes_back(tmp_path: Path) -> None:
+    network, optimizers = _trained()
+    save(tmp_path / "c.safetensors", "key", State(epoch=1, method=METHOD), network, optimizers)
+    given = load(tmp_path / "c.safetensors", "key", *_trained(0)).method
+    _require_same(given, METHOD)
+
+
+def _require_same(given: Any, expected: Any) -> None:
+    assert type(given) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert (given.dtype, given.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(given, expected)
+    elif isinstance(expected, dict):
+        assert list(given) == list(expected)
+        for key, value in expected.items():
+            _require_same(given[key], value)
+    elif isinstance(expected, list):
+        for one, other in zip(given, expected, strict=True):
+            _require_same(one, other)
+    else:
+        assert given == expected
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:

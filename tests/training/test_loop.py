@@ -78,7 +78,7 @@ def test_preparing_sets_layout_and_threads() -> None:
     try:
         for channels_last in (True, False):
             wanted = settings(training={"channels_last": channels_last, "threads": 1})
-            weight = loop.prepare(network(gated=False), wanted, CPU).block1.conv1.weight
+            weight = loop.prepare(network(), wanted, CPU).block1.conv1.weight
             assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
         assert torch.get_num_threads() == 1
     finally:
@@ -119,7 +119,7 @@ def test_a_run_learns_and_logs_every_epoch(tmp_path: Path) -> None:
 
 def test_a_first_step_is_that_of_plain_sgd(tmp_path: Path) -> None:
     run = fit(settings(training={"batch_size": 128, "warmup": 0.0}), tmp_path, gated=False, epochs=1)
-    by_hand = loop.prepare(network(gated=False), run.settings, CPU)
+    by_hand = loop.prepare(network(), run.settings, CPU)
     train(run)
     torch.manual_seed(run.settings.seed * 1_000_003)  # dropout's draws
     ((images, labels),) = run.train.epoch(0)

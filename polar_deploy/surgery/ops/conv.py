@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class Conv(Mixing):
     """Convolution of any rank, plain, grouped or depthwise. weight: [filters, inputs a group, *kernel]."""
 
-    bias_index: int | None = 2
     uneven = "the zero padding"  # why a constant that is not zero may not come out constant
 
     def kernels(self, step: Step) -> Weight:
@@ -30,7 +29,7 @@ class Conv(Mixing):
 
     def bias(self, step: Step) -> Weight | None:
         """The bias as stored."""
-        return weight(step, self.bias_index, "bias") if self.bias_index and step.has(self.bias_index) else None
+        return weight(step, self.bias_input, "bias") if self.bias_input and step.has(self.bias_input) else None
 
     def to_blocks(self, values: Array, groups: int) -> Array:
         """The weight as `Mix` takes it."""
@@ -53,7 +52,7 @@ class Conv(Mixing):
             raise Wall(f"{kernels.values.shape[0]} channels do not divide into {groups} groups")
         zero, scale = per_filter(kernels, groups)
         steady, loose = self.sight(step, kernels.values.shape[2:])
-        fixed = "an operator without a bias" if self.bias_index is None else "a quantised bias"
+        fixed = "an operator without a bias" if self.bias_input is None else "a quantised bias"
         plain = bias is None or bias.plain
         return Mix(
             weight=self.to_blocks(kernels.values, groups),
@@ -63,7 +62,7 @@ class Conv(Mixing):
             steady=steady,
             loose=loose | (kernels.unsure is not None),
             why=kernels.unsure or self.uneven,
-            fixed=None if plain and self.bias_index else fixed,
+            fixed=None if plain and self.bias_input else fixed,
             plain=plain and kernels.plain,
         )
 
@@ -71,8 +70,8 @@ class Conv(Mixing):
         kernels, bias = self.kernels(step), self.bias(step)
         values = None if trim.weight is None else self.from_blocks(trim.weight, kernels.values.shape[2:])
         kernels.write(step.graph, values, trim.kept)
-        if self.bias_index:
-            write_bias(step, self.bias_index, bias, trim, self.bias_type(step))
+        if self.bias_input:
+            write_bias(step, self.bias_input, bias, trim, self.bias_type(step))
         if trim.groups != step.node.attrs.get("group", 1):
             step.graph.set_attribute(step.node, "group", trim.groups)
 
@@ -106,7 +105,7 @@ class ConvTranspose(Conv):
 class DeformConv(Conv):
     """Convolution at computed sampling points, each of which sees all channels."""
 
-    bias_index = 3
+    bias_input = 3
     uneven = "sampling points outside of the input"
 
     def read(self, step: Step) -> Mix:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class QLinearConv(Conv):
     """Conv of integers, rounded to integers again. Inputs: x, its scale and zero point, the weight's, the result's."""
 
-    bias_index = 8
+    bias_input = 8
 
     def kernels(self, step: Step) -> Weight:
         return _weight(step, 3, scale=4, zero=5, axis=0)
@@ -43,7 +43,7 @@ class QLinearConv(Conv):
 class ConvInteger(Conv):
     """Conv of integers without a bias; the sums come out. Inputs: x, the weight, the zero points of both."""
 
-    bias_index = None
+    bias_input = None
 
     def kernels(self, step: Step) -> Weight:
         return _weight(step, 1, scale=None, zero=3, axis=0)

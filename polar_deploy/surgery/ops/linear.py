@@ -73,6 +73,7 @@ class MatMul(Mixing):
     What adds a bias to it is an Add with a constant, where nobody else reads the product.
     """
 
+    bias_input = None
     factors = (0, 1)  # which inputs are multiplied, on the left and on the right
     sides: tuple[int, ...] = (RIGHT, LEFT)  # where weights may be
     across = True  # whether channels on an axis that is not multiplied are followed

@@ -1,0 +1,80 @@
+"""What a network of the user's can lose: exported once, looked at by surgery, brought back to its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from polar_deploy import export
+from polar_deploy.errors import UsageError
+from polar_deploy.export import Example
+from polar_deploy.gating import places
+from polar_deploy.gating.places import Place, Places
+from polar_deploy.surgery import choices, stored
+from polar_deploy.surgery.choices import Choices
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The gates of a network, and the modules that carry their masks.
+
+    Attributes:
+        example: arguments of the network's forward.
+        choices: gates, sites, blocks, costs.
+        places: for each mask of `choices`, its module.
+        unmasked: layers that cannot be masked, and why: they are counted, and keep what they read.
+    """
+
+    example: Example
+    choices: Choices
+    places: tuple[Place, ...]
+    unmasked: dict[str, str]
+
+    def gate_of(self, device: torch.device | None = None) -> list[Tensor]:
+        """For each mask, int64 [width], the gate of each channel, or -1."""
+        return [torch.from_numpy(gates.astype(np.int64)).to(device) for gates in self.choices.gate_of]
+
+    def gate_masks(self, values: Tensor) -> list[Tensor]:
+        """For each mask, float [width], the value of each channel's gate among `values` [gates]; 1 without a gate."""
+        known = torch.cat([values, values.new_ones(1)])
+        return [known[gates.to(values.device)] for gates in self.gate_of()]
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a network by all of their names, buffers that no state_dict has among them."""
+    parameters = network.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
+
+
+def analyse(
+    network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True, streams: bool = True
+) -> Analysis:
+    """Find the gates of a network; it is run and exported in evaluation mode, and left as it was.
+
+    Args:
+        ignore: patterns (`head*`) of the paths of modules whose input and output get no mask.
+        blocks, streams: whether residual branches, and sums of them, get gates.
+
+    Raises:
+        ContentError: PyTorch cannot export the network.
+        UsageError: there is no gate in it.
+    """
+    example = example.to(export.device_of(network))
+    structure = stored.take(export.capture(network, example).structure())
+    blank = choices.without_values(structure, set(own_tensors(network)))
+    found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
+    made = choices.find(blank, found.masks, found.name_of, streams=streams)
+    if not made.gates:
+        reasons = [f"{name}: {reason}" for name, reason in (*found.unmasked.items(), *made.reasons.items())]
+        raise UsageError(
+            f"{type(network).__name__} has no place for a gate" + (f" ({'; '.join(reasons[:3])})" if reasons else ""),
+            "use a network in which a layer reads channels that another layer writes, or ignore less of it",
+        )
+    return Analysis(example, made, tuple(found.places), found.unmasked)

@@ -1,0 +1,116 @@
+"""The choice of a sub-network: which gates of each site stay, given what they are worth, under budgets.
+
+How many stay where is a small integer program (`solver`); which ones is an order: the most useful first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.costs import Cost, Floats, State
+from polar_deploy.gating import solver
+from polar_deploy.gating.solver import Problem
+from polar_deploy.surgery.choices import Choices, Site
+
+Bools = npt.NDArray[np.bool_]
+
+
+def alignment_of(width: int, align: int) -> int:
+    """The multiple that a layer of `width` channels keeps to when the target asks for `align`.
+
+    A layer narrower than twice the alignment uses the largest of 16, 8, 1 that is at most half its width.
+    """
+    return align if width >= 2 * align else next(a for a in (16, 8, 1) if a <= max(1, width // 2))
+
+
+def widths(site: Site, align: int, min_width: float) -> tuple[int, ...]:
+    """How many gates of a site may be open, ascending; the last is all of them.
+
+    A gate of several channels (a group of a grouped convolution) counts as so many.
+    """
+    step = ceil(alignment_of(site.width * site.size, align) / site.size)
+    least = max(step, ceil(min_width * site.width / step) * step)
+    return (*range(least, site.width, step), site.width)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The widths that each site may take."""
+
+    widths: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], align: int, min_width: float) -> Limits:
+        """Multiples of `align` channels, and at least the share `min_width` of each site."""
+        return cls(tuple(widths(site, align, min_width) for site in sites))
+
+
+def problem(
+    choices: Choices, limits: Limits, costs: Mapping[str, Cost], asked: Mapping[str, float], worth: Floats
+) -> Problem:
+    """The integer program. worth: float [gates] >= 0, what each gate is worth.
+
+    A block is worth at least what its gates are together: its own gradient says too little of so large a step.
+    """
+    sites = tuple(
+        solver.Site(allowed, np.concatenate([[0.0], np.cumsum(-np.sort(-worth[_of(site)]))]), site.blocks)
+        for site, allowed in zip(choices.sites, limits.widths, strict=True)
+    )
+    beyond = [
+        max(0.0, float(worth[block.gate]) - sum(float(s.utility[-1]) for s in sites if index in s.blocks))
+        for index, block in enumerate(choices.blocks)
+    ]
+    return Problem(sites, np.array(beyond), {name: costs[name] for name in asked}, dict(asked), choices.alive)
+
+
+def choose(
+    choices: Choices,
+    limits: Limits,
+    costs: Mapping[str, Cost],
+    asked: Mapping[str, float],
+    worth: Floats,
+    *,
+    quick: bool = False,
+) -> Bools:
+    """The state bool [gates] of most worth within the budgets; `quick`: nearly so.
+
+    Raises:
+        UsageError: no state is within them.
+    """
+    # No gate is worth nothing: of two states that keep the same, the larger one is the better.
+    floor = max(float(worth.max()), 1e-300) * 1e-9
+    worth = np.maximum(worth, floor)
+    return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth), quick=quick).state, worth)
+
+
+def opened(choices: Choices, state: State, worth: Floats) -> Bools:
+    """The gates bool [gates] of a state: in each site those that are worth most."""
+    gates = np.zeros(choices.gates, bool)
+    for site, width in zip(choices.sites, state.widths, strict=True):
+        gates[site.gates.start + np.argsort(-worth[_of(site)], kind="stable")[:width]] = True
+    for block, is_open in zip(choices.blocks, state.blocks, strict=True):
+        gates[block.gate] = is_open
+    return gates
+
+
+def smallest(choices: Choices, limits: Limits, costs: Mapping[str, Cost]) -> State:
+    """The cheapest state: every site at its least width, every block closed that may be."""
+    asked = dict.fromkeys(costs, 0.5)
+    return solver.smallest(problem(choices, limits, costs, asked, np.ones(choices.gates)))
+
+
+def require_reachable(choices: Choices, limits: Limits, costs: Mapping[str, Cost], asked: Mapping[str, float]) -> None:
+    """Raise UsageError where no state is within the budgets."""
+    asking = problem(choices, limits, costs, asked, np.ones(choices.gates))
+    least = solver.smallest(asking)
+    if any(share > asked[name] for name, share in asking.shares(least).items()):
+        raise solver.unreachable(asking, least)
+
+
+def _of(site: Site) -> slice:
+    return slice(site.gates.start, site.gates.stop)

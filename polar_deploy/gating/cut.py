@@ -1,0 +1,205 @@
+"""A physically smaller copy of a network: parameters sliced as surgery says, closed branches replaced by zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polar_deploy.errors import ContentError
+from polar_deploy.export import device_of, evaluating, module_of
+from polar_deploy.gating import masking
+from polar_deploy.gating.analysis import Analysis, Bools, own_tensors
+from polar_deploy.gating.places import Calls, watch
+from polar_deploy.gating.rehearsal import noise
+from polar_deploy.surgery.choices import Block
+from polar_deploy.surgery.slices import slices
+
+TOLERANCE = 1e-6  # of the outputs' scale, in float64
+_DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that layer out with ignore"
+
+
+def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
+    """A copy of `model` without what is closed in bool [gates], in the same mode, without gates; see `Gates.cut`."""
+    small = masking.stripped(model)
+    example = analysis.example.to(device_of(model))
+    calls = watch(small, example)
+    left = slices(analysis.choices.with_masks(analysis.choices.stored, opened), set(own_tensors(small)))
+    _drop(small, analysis, opened, calls)
+    _slice(small, left)
+    _require_equal(model, small, analysis, opened)
+    return small
+
+
+def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Slice every parameter and buffer, each tensor once, and tell the modules their new sizes."""
+    done: dict[int, Tensor] = {}
+    sizes: dict[nn.Module, dict[str, torch.Size]] = {}
+    tensors: list[tuple[str, Tensor]] = [
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    ]
+    known = {id(tensor): left[name] for name, tensor in tensors if name in left}  # shared: one name in the graph
+    for name, tensor in tensors:
+        kept = known.get(id(tensor))
+        path, _, own = name.rpartition(".")
+        module = network.get_submodule(path)
+        if id(tensor) not in done and kept is not None:
+            done[id(tensor)] = _sliced(tensor, kept)
+        if id(tensor) in done:
+            sizes.setdefault(module, {})[own] = tensor.shape
+            value = done[id(tensor)]
+            if isinstance(value, nn.Parameter):
+                module._parameters[own] = value
+            else:
+                module._buffers[own] = value
+    for module, before in sizes.items():
+        _resize(module, before)
+
+
+def _sliced(tensor: Tensor, kept: Sequence[np.ndarray]) -> Tensor:
+    values = tensor.detach()
+    for axis, indices in enumerate(kept):
+        if len(indices) < values.shape[axis]:
+            values = values.index_select(axis, torch.from_numpy(indices).to(values.device))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values.clone(), requires_grad=tensor.requires_grad)
+    return values.clone()
+
+
+def _resize(module: nn.Module, before: dict[str, torch.Size]) -> None:
+    """Write the sizes that PyTorch's modules keep beside their parameters."""
+    weight, old = getattr(module, "weight", None), before.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None and old is not None:
+        _resize_convolution(module, weight, old)
+    elif isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len(next(t for t in (weight, module.running_mean) if isinstance(t, Tensor)))
+    elif isinstance(module, nn.GroupNorm) and weight is not None and old is not None:
+        module.num_groups = module.num_groups * len(weight) // old[0]
+        module.num_channels = len(weight)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.Embedding) and weight is not None:
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+
+
+def _resize_convolution(module: nn.modules.conv._ConvNd, weight: Tensor, old: torch.Size) -> None:
+    """Groups go whole, so that their number shrinks like the axis that runs through all of them."""
+    module.groups = module.groups * weight.shape[0] // old[0] if module.groups > 1 else 1
+    outside, inside = weight.shape[0], weight.shape[1] * module.groups
+    module.in_channels, module.out_channels = (outside, inside) if module.transposed else (inside, outside)
+
+
+class Absent(nn.Module):
+    """Stands for a module that was removed with its branch: zeros of the shape that the module would have given.
+
+    Args:
+        module: what was removed; asked for shapes alone, on the meta device.
+        given: (axis of the channels, how many) of what it read.
+        made: the same of what it gives back from now on; None, inside of a branch: as before.
+    """
+
+    def __init__(self, module: nn.Module, given: tuple[int, int], made: tuple[int, int] | None) -> None:
+        super().__init__()
+        self._shapes: dict[torch.Size, list[int]] = {}
+        self._asked = [copy.deepcopy(module).to("meta").eval()]  # in a list: it is no part of this network
+        self._given, self._made = given, made
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Zeros [B, ...] like `x`."""
+        if x.shape not in self._shapes:
+            axis, width = self._given
+            shape = [width if at == axis else size for at, size in enumerate(x.shape)]
+            (module,) = self._asked
+            given = torch.empty(shape, device="meta", dtype=next(module.parameters()).dtype)
+            made = list(module(given).shape)
+            if self._made is not None:
+                made[self._made[0]] = self._made[1]
+            self._shapes[x.shape] = made
+        return x.new_zeros(self._shapes[x.shape])
+
+
+def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str, Calls]) -> None:
+    """Replace the modules of closed branches."""
+    closed = [block for block in analysis.choices.blocks if not opened[block.gate]]
+    if not closed:
+        return
+    ends = {analysis.places[block.mask].module: block for block in closed}
+    for path in _dead(network, analysis, closed):
+        block = next((block for end, block in ends.items() if _within(end, path)), None)
+        network.set_submodule(path, _absent(network.get_submodule(path), path, calls[path], block, analysis, opened))
+
+
+def _dead(network: nn.Module, analysis: Analysis, closed: Sequence[Block]) -> list[str]:
+    """The outermost modules with parameters that work for closed branches alone."""
+    gone = frozenset[int]().union(*(block.nodes for block in closed))
+    graph = analysis.choices.stored.model.graph
+    constant = {tensor.name for tensor in graph.initializer}
+    runs: dict[str, bool] = {}
+    for position, node in enumerate(graph.node):
+        if constant.issuperset(filter(None, node.input)):  # it only prepares a weight
+            constant.update(node.output)
+            continue
+        path = module_of(node)
+        while path:
+            runs[path] = runs.get(path, False) or position not in gone
+            path = path.rpartition(".")[0]
+    dead = {path for path, is_running in runs.items() if not is_running and _has_parameters(network, path)}
+    return [path for path in sorted(dead) if not any(_within(path, other) and path != other for other in dead)]
+
+
+def _has_parameters(network: nn.Module, path: str) -> bool:
+    return any(True for _ in network.get_submodule(path).parameters())
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether a module is another one, or lies in it."""
+    return path == other or path.startswith(f"{other}.")
+
+
+def _absent(
+    module: nn.Module, path: str, calls: Calls, block: Block | None, analysis: Analysis, opened: Bools
+) -> Absent:
+    given = calls.inputs[0][0] if calls.inputs and calls.inputs[0] else None
+    made = calls.outputs[0] if calls.outputs else None
+    if given is None or made is None or len(calls.outputs) != 1:
+        raise ContentError(f"{path} went with its branch, but is no module of one tensor in and one out", _DEPLOY)
+    parameter = next(module.parameters())
+    axis_in = 1 if parameter.dim() != 2 else len(given) - 1
+    ends = None
+    if block is not None:
+        axis = analysis.places[block.mask].axis
+        ends = axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
+    return Absent(module, (axis_in, given[axis_in]), ends)
+
+
+@torch.no_grad()
+def _require_equal(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
+    """Raise ContentError where gated and cut network differ in float64."""
+    example = noise(analysis.example.to(device_of(model)), torch.float64)
+    gated, ours = copy.deepcopy(model).double(), copy.deepcopy(small).double()
+    masking.write(gated, analysis.places, analysis.gate_masks(torch.from_numpy(opened).double()))
+    outputs = []
+    for network in (gated, ours):
+        with evaluating(network):
+            try:
+                made = network(*example.args, **example.kwargs)
+            except Exception as error:  # whatever a forward that counts on its widths raises
+                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                raise ContentError(f"{type(model).__name__} cannot be cut as a module: {why}", _DEPLOY) from error
+        outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)])
+    for one, other in zip(*outputs, strict=True):
+        off = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.shape == other.shape else 1.0
+        if not off <= TOLERANCE:
+            raise ContentError(
+                f"the cut {type(model).__name__} differs from the gated one by {off:.2g} of its scale", _DEPLOY
+            )

@@ -1,0 +1,415 @@
+"""Gates on a network of the user's, in the loop that trains it.
+
+    gates = Gates(model, example_inputs, budget="latency=0.67", steps=len(loader) * epochs)
+    for x, y in batches:
+        loss = criterion(model(x), y) + gates.loss()
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
+    gates.export("gated.onnx"); small = gates.cut()
+
+`step` watches what each gate is worth, chooses again and again what stays under a budget that falls, closes the rest
+little by little, and fixes the choice at `freeze`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polar_deploy.costs import State
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.export import Example, device_of
+from polar_deploy.gating import masking, rehearsal
+from polar_deploy.gating.analysis import Analysis, Bools, analyse
+from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
+from polar_deploy.gating.latency import latency_cost
+from polar_deploy.gating.sampling import SampleGates
+from polar_deploy.gating.schedule import Schedule
+from polar_deploy.gating.utility import Observer
+from polar_deploy.latency import LatencyTable, read
+from polar_deploy.recipes import parse_budget
+from polar_deploy.surgery.choices import Block, Site
+
+Phase = Literal["open", "learning", "frozen"]
+WATCH_EVERY = 8  # steps; a step that is watched costs a fifth more
+WATCH_FIRST = 16  # observations that are made as fast as possible
+KEEP_OPEN = 1.2  # how much more an open gate counts than a closed one: a choice made twice shall be the same
+FORMAT = 1
+
+
+class Gates:
+    """Gates on every channel and block of `model` that can go, closed until a budget is met while it is trained.
+
+    The model stays the user's own: hooks multiply what its modules read by masks that lie beside their parameters.
+
+    Args:
+        model: any network, or any submodule of one; its parameters and modes stay as they are.
+        example_inputs: what its forward takes: a tensor, a tuple of arguments, or a dictionary of named ones; only
+            shapes and types matter. The first axis is the batch.
+        budget: what is left of the full cost, a share in (0, 1): 0.5, "macs=0.5,params=0.6", "latency=0.67", or a
+            mapping. Every one is kept to.
+        steps: calls of `step` in the whole run.
+        ignore: patterns of the paths of modules that get no mask, such as "head*".
+        align: widths become multiples of this; layers narrower than twice of it use the largest of 16, 8, 1 that is at
+            most half of their width.
+        min_width: share of its channels that a layer keeps at least.
+        blocks: whether whole residual branches have gates, too.
+        mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
+            for each sample, and a polarizing loss makes all samples agree.
+        start, freeze: shares of the run at which gates begin to close, and at which they are fixed.
+        latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file.
+        rehearse: random states that are closed, cut and counted before anything is trained.
+        analysis: what `polar_deploy.gating.analysis.analyse` found for a network of the same structure: saves the
+            export. `example_inputs`, `ignore` and `blocks` are not looked at then.
+
+    Attributes:
+        phase: "open" before anything closes, "learning", or "frozen".
+        opened: bool [gates], what stays as things stand.
+        sites, blocks: where the gates are.
+        analysis: what was found of the model; can be given to others of the same structure.
+
+    Raises:
+        UsageError: there is no gate, the budget is out of reach, or latency is asked without a table.
+        ContentError: PyTorch cannot export the model, or what it exports does not lead back to its modules.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        budget: float | str | Mapping[str, float] = 0.5,
+        steps: int = 1000,
+        *,
+        ignore: Sequence[str] = (),
+        align: int = 1,
+        min_width: float = 0.25,
+        blocks: bool = True,
+        mode: Literal["batch", "sample"] = "batch",
+        start: float = 0.05,
+        freeze: float = 0.5,
+        latency_table: LatencyTable | Path | str | None = None,
+        rehearse: int = 2,
+        analysis: Analysis | None = None,
+    ) -> None:
+        self.budget = _budget(budget)
+        self.schedule = Schedule(steps, start, freeze)
+        self.model, self.mode = model, mode
+        self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
+        self._limits = Limits.of(self.sites, align, min_width)
+        self._costs = dict(self.analysis.choices.costs)
+        if "latency" in self.budget:
+            self._costs["latency"] = latency_cost(_table(latency_table), self.sites, self.blocks)
+        require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
+        widths = [mask.width for mask in self.analysis.choices.masks]
+        self._handles = masking.attach(model, self.analysis.places, widths)
+        self._values = torch.ones(self.analysis.choices.gates)  # of the masks: between 0 and 1 while gates close
+        self._step = 0
+        self._stance: Any = None  # what torch.compile is to do while a step is watched
+        self.phase: Phase = "open"
+        self.opened: Bools = np.ones(self.analysis.choices.gates, bool)
+        self._observer = Observer(self._carriers(), self.analysis.gate_of(device_of(model)), len(self.opened))
+        self._sampler = SampleGates(self._carriers(), self.analysis, self._observer) if mode == "sample" else None
+        self._handles.append(model.register_forward_pre_hook(_Begin(self._observer), with_kwargs=True))
+        self._watch()
+        if rehearse:
+            try:
+                rehearsal.rehearse(model, self.analysis, rehearse)
+            except BaseException:
+                self.detach()  # the model stays as it was
+                raise
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where gates for channels are; gates are numbered through sites, then blocks."""
+        return self.analysis.choices.sites
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The residual branches that can go whole."""
+        return self.analysis.choices.blocks
+
+    @property
+    def ungated(self) -> dict[str, str]:
+        """Layers whose channels have no gate, with the reason; their cost counts."""
+        return {**self.analysis.choices.reasons, **self.analysis.unmasked}
+
+    @property
+    def share(self) -> Tensor:
+        """Float [gates]: share of the last step's samples that opened each gate; mode "batch": 0 or 1."""
+        if self._sampler is not None and self.phase == "learning":
+            return self._sampler.share.detach().cpu()
+        return torch.from_numpy(self.opened).float()
+
+    @property
+    def freezes_next(self) -> bool:
+        """Whether the next `step` fixes the gates."""
+        return self.phase != "frozen" and self._step + 1 >= self.schedule.frozen_at
+
+    @property
+    def utility(self) -> Tensor:
+        """Float [gates]: what each gate is worth, all together 1; zeros before the first step."""
+        return self._observer.utility
+
+    @property
+    def full(self) -> dict[str, int]:
+        """MACs (at batch 1) and parameters of the whole network."""
+        return {name: round(cost.full) for name, cost in self.analysis.choices.costs.items()}
+
+    def smallest(self) -> dict[str, float]:
+        """Costs, as shares of the full network's, of the smallest sub-network that can be reached."""
+        known = self.analysis.choices.costs
+        state = smallest(self.analysis.choices, self._limits, known)
+        return {name: cost.share(state) for name, cost in self._costs.items()}
+
+    def promise(self, opened: Bools | None = None) -> dict[str, int]:
+        """MACs (at batch 1) and parameters that a state bool [gates] leaves; None: as things stand."""
+        state = self.state(opened)
+        return {name: round(cost.absolute(state)) for name, cost in self.analysis.choices.costs.items()}
+
+    def cost(self, opened: Bools | None = None) -> dict[str, float]:
+        """Costs of a state bool [gates], as shares of the full network's; None: as things stand."""
+        state = self.state(opened)
+        return {name: cost.share(state) for name, cost in self._costs.items()}
+
+    def state(self, opened: Bools | None = None) -> State:
+        """Widths of sites, and which blocks are open, in a state bool [gates]; None: as things stand."""
+        return self.analysis.choices.state(self.opened if opened is None else opened)
+
+    def loss(self) -> Tensor:
+        """What the gates add to the loss of the forward pass before: zero in mode "batch" and when they are fixed."""
+        if self._sampler is not None and self.phase == "learning":
+            return self._sampler.loss(torch.from_numpy(self.opened))
+        return torch.zeros((), device=device_of(self.model))
+
+    def step(self) -> None:
+        """To be called after each step of the optimizer."""
+        self._step += 1
+        seen = self._observer.conclude()
+        if self.phase == "frozen":
+            return
+        if (seen := _together(seen, self._is_watched(self._step - 1), len(self.opened))) is not None:
+            self._observer.learn(seen)
+        if self._sampler is not None:
+            self._sampler.step(self.schedule.progress(self._step))
+        if self._step >= self.schedule.frozen_at:
+            self.freeze()
+            return
+        if self.schedule.plans(self._step) and self._observer.observations:
+            self.phase = "learning"
+            self.opened = self._choose(self.schedule.target(self._step), quick=True)
+        self._move()
+        self._watch()
+
+    def freeze(self, opened: Bools | None = None) -> None:
+        """Fix the gates: to a state bool [gates], or to the best one within the budget by what was learned."""
+        if opened is None:
+            opened = self._choose(0.0, quick=False)
+        self.opened = np.asarray(opened, bool).copy()
+        if self.opened.shape != self._values.shape:
+            raise UsageError(
+                f"{self.opened.shape} gates were given, the network has {len(self._values)}", "give one value a gate"
+            )
+        self.phase = "frozen"
+        self._values = torch.from_numpy(self.opened).float()
+        self._write()
+        self._watch()
+
+    def sync(self, copy: nn.Module) -> None:
+        """Give a copy of the model (an average of its weights, say) the masks as they stand."""
+        masking.write(copy, self.analysis.places, self.analysis.gate_masks(self._values))
+
+    def export(self, path: Path | str, **names: Sequence[str]) -> None:
+        """Write the gated model as ONNX, all layers at full size, each mask as one Mul; checked in ONNX Runtime.
+
+        `python -m polar_deploy.surgery` makes the small one of it.
+
+        Args:
+            path: the .onnx file, written atomically.
+            names: `inputs` and `outputs`, names of the graph's tensors; else the exporter's.
+
+        Raises:
+            ContentError: PyTorch cannot export the model, or the graph does not do what the model does.
+        """
+        from polar_deploy.gating.deploy import export
+
+        export(self.model, self.analysis, Path(path), **names)
+        rehearsal.require_same(self.model, self.analysis, Path(path))
+
+    def cut(self) -> nn.Module:
+        """A copy of the model without what is closed: a smaller network that computes the same; the model stays.
+
+        Raises:
+            ContentError: it cannot be cut as a module; the message names the layer. Its ONNX graph still can.
+        """
+        from polar_deploy.gating.cut import cut
+
+        return cut(self.model, self.analysis, self.opened)
+
+    def detach(self) -> None:
+        """Take all hooks and masks off the model."""
+        self._quiet()
+        masking.detach(self.model, self.analysis.places, self._handles)
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on: phase, masks, what was learned, budget and schedule."""
+        return {
+            "format": FORMAT,
+            "sites": self._signature(),
+            "budget": dict(self.budget),
+            "schedule": [self.schedule.steps, self.schedule.start, self.schedule.freeze],
+            "step": self._step,
+            "phase": self.phase,
+            "opened": torch.from_numpy(self.opened.copy()),
+            "values": self._values.clone(),
+            "observer": self._observer.state_dict(),
+            "sampler": self._sampler.state_dict() if self._sampler is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; budget and schedule are the state's.
+
+        Raises:
+            ContentError: it is of another network, or of another mode.
+        """
+        if state.get("format") != FORMAT or state.get("sites") != self._signature():
+            raise ContentError(
+                f"the state is of other gates than those of {type(self.model).__name__}",
+                "make Gates with the same model, ignore and blocks as when it was saved",
+            )
+        if (state["sampler"] is None) != (self._sampler is None):
+            raise ContentError(f"the state is not of mode {self.mode!r}", "make Gates in the mode it was saved in")
+        self.budget = dict(state["budget"])
+        self.schedule = Schedule(*state["schedule"])
+        self._step, self.phase = int(state["step"]), state["phase"]
+        self.opened = state["opened"].cpu().numpy().copy()
+        self._values = state["values"].cpu().clone()
+        self._observer.load_state_dict(state["observer"])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state["sampler"])
+            self._sampler.cool(self.schedule.progress(self._step))
+        self._write()
+        self._watch()
+
+    def _signature(self) -> list[list[Any]]:
+        return [[site.name, site.kind, site.width] for site in self.sites] + [[b.name, "block", 1] for b in self.blocks]
+
+    def _carriers(self) -> list[tuple[int, str]]:
+        """For each mask the module that carries it, and the name of its buffer there."""
+        places = self.analysis.places
+        return [(id(self.model.get_submodule(place.module)), masking.buffer(place)) for place in places]
+
+    def _choose(self, target: float, *, quick: bool) -> Bools:
+        """The best state whose costs are so far (a share) from the budget towards the full cost."""
+        asked = {name: share + (1 - share) * target for name, share in self.budget.items()}
+        worth = self.utility.double().numpy() if self._observer.observations else np.ones(len(self.opened))
+        worth = worth * np.where(self.opened, KEEP_OPEN, 1.0)
+        return _agreed(choose(self.analysis.choices, self._limits, self._costs, asked, worth, quick=quick))
+
+    def _move(self) -> None:
+        """Masks go a little way towards what was chosen."""
+        if self.phase == "learning":
+            aim, most = torch.from_numpy(self.opened).float(), 1.0 / self.schedule.interval
+            self._values = self._values + (aim - self._values).clamp(-most, most)
+            self._write()
+
+    def _write(self) -> None:
+        masking.write(self.model, self.analysis.places, self.analysis.gate_masks(self._values))
+
+    def _is_watched(self, step: int) -> bool:
+        """Whether the step after `step` steps is watched."""
+        if self._sampler is not None:
+            return True
+        return step % (2 if step < 2 * WATCH_FIRST else WATCH_EVERY) == 0
+
+    def _watch(self) -> None:
+        """Look at the next step, or not."""
+        on = self.phase != "frozen" and self._is_watched(self._step)
+        sampling = on and self._sampler is not None and self.phase == "learning"
+        masking.listen(self._observer, on=on and not sampling)
+        if self._sampler is not None:
+            masking.listen(self._sampler, on=sampling)
+        self._run_eagerly(on and masking.is_compiled())
+
+    def _run_eagerly(self, on: bool) -> None:
+        """The next step as it is written, or compiled again: compiled code shows nothing to the observer."""
+        if on and self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+        elif not on and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def _quiet(self) -> None:
+        self._run_eagerly(False)
+        masking.listen(self._observer, on=False)
+        if self._sampler is not None:
+            masking.listen(self._sampler, on=False)
+
+
+class _Begin:
+    """Forward pre-hook of the model: tells the observer that a pass begins. In a copy of the model it does nothing."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._observer = weakref.ref(observer) if observer is not None else lambda: None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer = self._observer()
+        if observer is None or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            observer.begin(Example(args, kwargs).batch)
+        else:
+            observer.look_away()
+
+    def __deepcopy__(self, memo: object) -> _Begin:
+        return _Begin()
+
+    def __reduce__(self) -> tuple[type[_Begin], tuple[()]]:
+        return _Begin, ()
+
+
+def _budget(budget: float | str | Mapping[str, float]) -> dict[str, float]:
+    asked = parse_budget(budget).asked() if isinstance(budget, str) else budget
+    asked = {"macs": float(asked)} if isinstance(asked, (int, float)) else {k: float(v) for k, v in asked.items()}
+    known = ("macs", "params", "latency")
+    for name, share in asked.items():
+        if name not in known or not 0 < share < 1:
+            raise UsageError(f"budget {name}={share}", f"name one of {', '.join(known)}, with a share between 0 and 1")
+    if not asked:
+        raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
+    return asked
+
+
+def _table(table: LatencyTable | Path | str | None) -> LatencyTable:
+    if table is None:
+        raise UsageError(
+            "budget latency= needs a latency table", "measure one with `python -m polar_deploy.engines table` first"
+        )
+    return table if isinstance(table, LatencyTable) else read(Path(table))
+
+
+def _together(seen: Tensor | None, watched: bool, gates: int) -> Tensor | None:
+    """The mean over all processes of what each saw in a step that was watched."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not watched:
+        return seen
+    device = seen.device if seen is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    both = torch.zeros(gates + 1, device=device)
+    if seen is not None:
+        both = torch.cat([seen, seen.new_ones(1)])
+    torch.distributed.all_reduce(both)
+    return both[:-1] / both[-1] if float(both[-1]) else None
+
+
+def _agreed(opened: Bools) -> Bools:
+    """The choice of the first process, in all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return opened
+    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    state = torch.from_numpy(opened).to(torch.uint8).to(device)
+    torch.distributed.broadcast(state, 0)
+    return state.bool().cpu().numpy()

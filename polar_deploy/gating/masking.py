@@ -1,0 +1,235 @@
+"""Masks on the modules of a user's own network: hooks that multiply what a module reads, or what it gives back.
+
+A mask is a buffer of the module that carries it (not part of its state_dict), so that it goes where the module goes: to
+another device, into a copy, through `torch.save`, from process to process. The hooks hold no state of their own but
+what a mask was last seen to be.
+
+Where a mask is the same for the whole batch, the weight's input columns can be multiplied as well as the activations:
+whichever is smaller, so that a mask costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from polar_deploy.export import device_of
+from polar_deploy.gating.places import Place
+
+INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
+# What computes with `weight` as it is, so that a mask may go into it. Subclasses with a forward of their own may not.
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)}
+
+
+class Listener(Protocol):
+    """Who sees what passes a mask while gates learn, and may put something else in its place."""
+
+    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
+        """What goes on instead of `x` * `mask`; None: that product."""
+        ...
+
+
+_listeners: list[weakref.ref[Listener]] = []  # weak: whoever drops his gates in the middle of a step listens no more
+_exporting = False
+_compiled = False  # whether a module with a mask ever went through torch.compile
+
+
+def listen(listener: Listener, *, on: bool) -> None:
+    """Start or stop to show a listener all that passes masks."""
+    others = [held for held in _listeners if held() is not None and held() is not listener]
+    _listeners[:] = [*others, weakref.ref(listener)] if on else others
+
+
+def is_compiled() -> bool:
+    """Whether a module with a mask ever went through torch.compile: compiled code shows nothing to listeners."""
+    return _compiled
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled() -> bool:
+    """Runs while a graph is compiled, and is no part of it."""
+    global _compiled
+    _compiled = True
+    return True
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Inside, every mask is a product with the activations, open ones too: each is to become one Mul of a graph."""
+    global _exporting
+    before, _exporting = _exporting, True
+    try:
+        yield
+    finally:
+        _exporting = before
+
+
+class _Masking:
+    """What the two hooks share: the mask, and whether all of it is open."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        self._axis, self._name = place.axis, name
+        self._seen: tuple[int, int] | None = None
+        self._is_open = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what was seen: a copy has another mask, which may have the same id."""
+        return {**vars(self), "_seen": None}
+
+    def _open(self, mask: Tensor) -> bool:
+        """Whether the mask lets everything through; looks at it only where it was written to since the last time."""
+        if mask.is_inference():
+            return False
+        now = id(mask), mask._version
+        if now != self._seen:
+            self._seen, self._is_open = now, bool((mask == 1).all())
+        return self._is_open
+
+    def _heard(self, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor | None:
+        for held in _listeners:
+            listener = held()
+            replaced = listener.passes(module, self._name, x, mask, self._axis) if listener is not None else None
+            if replaced is not None:
+                return replaced
+        return None
+
+    def _product(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask.to(x.dtype)
+
+
+class MaskInput(_Masking):
+    """Forward pre-hook: one positional argument is multiplied by the module's mask, or the weight that reads it is."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place, INPUT)
+        assert place.argument is not None
+        self._argument = place.argument
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x, mask = args[self._argument], getattr(module, INPUT)
+        if torch.compiler.is_compiling() or _exporting:
+            if torch.compiler.is_dynamo_compiling():
+                _note_compiled()
+            return self._with(args, self._product(x, mask))
+        vars(module).pop("weight", None)  # after an interrupt no hook is called: it would still be there
+        replaced = self._heard(module, x, mask) if _listeners else None
+        if replaced is not None:
+            return self._with(args, replaced)
+        if self._open(mask):
+            return None
+        weight = module._parameters.get("weight")
+        if type(module).forward in _PLAIN and weight is not None and weight.numel() < x.numel():
+            vars(module)["weight"] = _masked_weight(module, mask)  # found before the parameter of that name
+            return None
+        return self._with(args, self._product(x, mask))
+
+    def _with(self, args: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
+        return (*args[: self._argument], x, *args[self._argument + 1 :])
+
+
+def restore_weight(module: nn.Module, args: object, output: object) -> None:
+    """Forward hook, called after errors too: takes back the weight that `MaskInput` put in place."""
+    vars(module).pop("weight", None)
+
+
+class MaskOutput(_Masking):
+    """Forward hook: what the module gives back is multiplied by its mask."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place, OUTPUT)
+
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        mask = getattr(module, OUTPUT)
+        if torch.compiler.is_compiling() or _exporting:
+            return self._product(output, mask)
+        replaced = self._heard(module, output, mask) if _listeners else None
+        if replaced is not None:
+            return replaced
+        return None if self._open(mask) else self._product(output, mask)
+
+
+def _masked_weight(module: nn.Module, mask: Tensor) -> Tensor:
+    """The weight with the columns that read closed channels at zero."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    mask, kernel = mask.to(weight.dtype), (1,) * (weight.dim() - 2)
+    if isinstance(module, _TRANSPOSED):
+        return weight * mask.reshape(-1, 1, *kernel)
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1:
+        return weight * mask.reshape(1, -1, *kernel)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:]) * mask.reshape(groups, 1, -1, *kernel)
+    return blocks.reshape(weight.shape)
+
+
+def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -> list[RemovableHandle]:
+    """Put open masks on the modules of `places`, each once; returns the handles that take the hooks away again."""
+    handles: list[RemovableHandle] = []
+    device = device_of(network)
+    seen: set[tuple[str, bool]] = set()
+    for place, width in zip(places, widths, strict=True):
+        if (place.module, place.argument is None) in seen:
+            continue
+        seen.add((place.module, place.argument is None))
+        module = network.get_submodule(place.module)
+        shape = (width, *(1,) * (place.rank - place.axis - 1))  # as it is multiplied: then an exporter keeps its name
+        module.register_buffer(buffer(place), torch.ones(shape, device=device), persistent=False)
+        if place.argument is None:
+            handles.append(module.register_forward_hook(MaskOutput(place)))
+        else:
+            handles.append(module.register_forward_pre_hook(MaskInput(place)))
+            handles.append(module.register_forward_hook(restore_weight, always_call=True))
+    return handles
+
+
+def detach(network: nn.Module, places: Sequence[Place], handles: Sequence[RemovableHandle]) -> None:
+    """Take hooks and masks off again."""
+    for handle in handles:
+        handle.remove()
+    for place in places:
+        network.get_submodule(place.module)._buffers.pop(buffer(place), None)
+        network.get_submodule(place.module)._non_persistent_buffers_set.discard(buffer(place))
+
+
+def stripped(network: nn.Module) -> nn.Module:
+    """A copy of a network without masks and their hooks."""
+    for module in network.modules():
+        vars(module).pop("weight", None)  # see `MaskInput`; it cannot be copied
+    bare = copy.deepcopy(network)
+    for module in bare.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Masking) or hook is restore_weight:
+                    del hooks[key]
+        for name in (INPUT, OUTPUT):
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+    return bare
+
+
+@torch.no_grad()
+def write(network: nn.Module, places: Sequence[Place], values: Sequence[Tensor]) -> None:
+    """Set the masks of `network`, or of a copy of it; those that do not change are not touched."""
+    for place, value in zip(places, values, strict=True):
+        mask = getattr(network.get_submodule(place.module), buffer(place))
+        value = value.to(mask).reshape(mask.shape)
+        if not torch.equal(mask, value):
+            mask.copy_(value)
+
+
+def read(network: nn.Module, places: Sequence[Place]) -> list[Tensor]:
+    """The masks of `network` as they stand."""
+    return [getattr(network.get_submodule(place.module), buffer(place)).clone() for place in places]
+
+
+def buffer(place: Place) -> str:
+    """The name of the buffer that holds a place's mask."""
+    return OUTPUT if place.argument is None else INPUT

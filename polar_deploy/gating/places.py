@@ -1,0 +1,244 @@
+"""Where a network can be masked: the modules whose input, or whose output, a hook can multiply.
+
+A channel is closed at everything that reads it: a convolution or matrix product multiplies its input by a mask, and
+whatever lies between writer and reader (norm, bias, activation) no longer matters. A residual branch is closed where
+the module that ends it hands it out. Graph and modules are brought together by the exporter's notes on each node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polar_deploy.export import Example, evaluating, module_of
+from polar_deploy.surgery.choices import Mask
+from polar_deploy.surgery.facts import Facts, Step
+from polar_deploy.surgery.graph import Graph, Node
+from polar_deploy.surgery.stored import Stored
+from polar_deploy.surgery.survey import is_writer
+
+
+@dataclass
+class Calls:
+    """How a module was called: the shapes of its tensors in each call, and whether it gave back one tensor."""
+
+    inputs: list[list[tuple[int, ...] | None]] = field(default_factory=list)
+    outputs: list[tuple[int, ...] | None] = field(default_factory=list)
+
+
+def aliases(network: nn.Module) -> dict[str, str]:
+    """For modules that have several names in a network, the first one by each of the others."""
+    first: dict[int, str] = {}
+    every = [
+        (name, first.setdefault(id(module), name)) for name, module in network.named_modules(remove_duplicate=False)
+    ]
+    return {name: known for name, known in every if name != known}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module that carries a mask. argument: which of its positional arguments is masked; None: what it gives back."""
+
+    module: str
+    argument: int | None
+    axis: int  # from the front
+    rank: int
+
+
+@torch.no_grad()
+def watch(network: nn.Module, example: Example) -> dict[str, Calls]:
+    """Run a network once in evaluation mode, and note how each of its modules is called."""
+    seen: dict[str, Calls] = {}
+    handles = []
+    for name, module in network.named_modules():
+        calls = seen[name] = Calls()
+
+        def note(module: nn.Module, args: Any, output: Any, calls: Calls = calls) -> None:
+            calls.inputs.append([tuple(x.shape) if isinstance(x, Tensor) else None for x in args])
+            calls.outputs.append(tuple(output.shape) if isinstance(output, Tensor) else None)
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with evaluating(network):
+            network(*example.args, **example.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+class Places:
+    """The masks of a network and the modules that carry them.
+
+    Args:
+        stored: the network's structure as exported.
+        calls: how its modules are called (`watch`).
+        aliases: for modules that have several names in the network, the first one by each of the others.
+        ignore: patterns of module paths that carry no mask.
+        blocks: whether residual branches are masked.
+
+    Attributes:
+        masks, places: in step; several masks may have one place, where a module is called several times.
+        unmasked: layers that nothing can mask, by name, with the reason.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        calls: dict[str, Calls],
+        aliases: dict[str, str],
+        ignore: Sequence[str] = (),
+        *,
+        blocks: bool = True,
+    ) -> None:
+        self._calls, self._ignore = calls, ignore
+        self.graph = Graph(stored)
+        self._facts = Facts(self.graph)
+        self._position = {id(node): position for position, node in enumerate(self.graph.original_nodes)}
+        self._module = {
+            id(node): aliases.get(path, path) if (path := module_of(proto)) else path
+            for node, proto in zip(self.graph.original_nodes, stored.model.graph.node, strict=True)
+        }
+        self.masks: list[Mask] = []
+        self.places: list[Place] = []
+        self.unmasked: dict[str, str] = {}
+        for step in self._facts.alive:
+            if is_writer(step):  # a depthwise convolution passes its channels on: they are closed behind it
+                self._mask_reader(step)
+        if blocks:
+            for step in self._facts.alive:
+                if step.node.op == "Add":
+                    self._mask_branches(step)
+
+    def name_of(self, position: int) -> str | None:
+        """The path of the module that the node at a position belongs to."""
+        return self._module[id(self.graph.original_nodes[position])] or None
+
+    def _mask_reader(self, step: Step) -> None:
+        source = step.handler.source(step)  # type: ignore[attr-defined]
+        path = self._module[id(step.node)]
+        if source is None or len(source.axes) != 1:
+            return
+        if not path:
+            self.unmasked[step.label] = "it is computed outside of any module that a mask could be put on"
+            return
+        if any(fnmatchcase(path, pattern) for pattern in self._ignore):
+            self.unmasked[path] = "it is to be ignored"
+            return
+        tensor = step.original[step.handler.data(step)]  # type: ignore[attr-defined]
+        boundary = self._entry(tensor, path)
+        known = self._facts.of(boundary) if boundary is not None else None
+        if boundary is None or known is None or len(known) != len(source) or len(known.axes) != 1:
+            self.unmasked[path] = "its input is computed inside of the module that it belongs to"
+            return
+        shape = self.graph.shape(boundary) or ()
+        axis, width = known.axes[0], len(known)
+        argument = self._argument(path, len(shape), axis, width)
+        if argument is None:
+            self.unmasked[path] = "it is not clear which argument of its module it reads"
+            return
+        readers = tuple(self._position[id(node)] for node in boundary.outputs if self._is_inside(node, path))
+        if any(mask.tensor == boundary.name and mask.readers == readers for mask in self.masks):
+            return  # two layers of one module read the same
+        mask = Mask(self._name(path), boundary.name, readers, len(shape), axis, width)
+        self._add(mask, Place(path, argument, axis, len(shape)))
+
+    def _mask_branches(self, step: Step) -> None:
+        """Masks on the sides of a sum that end in a module and feed nothing else."""
+        sides = [tensor for tensor in step.original if not self.graph.is_constant(tensor)]
+        if len(sides) != 2 or sides[0] is sides[1] or self.graph.shape(sides[0]) != self.graph.shape(sides[1]):
+            return
+        for side in sides:
+            for tensor in self._upwards(side):
+                path = self._ending(tensor)
+                channels = self._facts.of(tensor)
+                if path is None or channels is None or len(channels.axes) != 1:
+                    continue
+                shape = self.graph.shape(tensor) or ()
+                (reader,), axis = tensor.outputs, channels.axes[0]
+                readers = (self._position[id(reader)],)
+                name = self._name(f"{path}:out")
+                self._add(
+                    Mask(name, tensor.name, readers, len(shape), axis, len(channels), block=True),
+                    Place(path, None, axis, len(shape)),
+                )
+                break
+
+    def _add(self, mask: Mask, place: Place) -> None:
+        self.masks.append(mask)
+        self.places.append(place)
+
+    def _name(self, path: str) -> str:
+        taken = {mask.name for mask in self.masks}
+        return next(name for name in _numbered(path) if name not in taken)
+
+    def _entry(self, tensor: Any, path: str) -> Any | None:
+        """The tensor that comes into a module from outside and reaches `tensor` with its channels in order."""
+        while tensor.inputs:
+            maker = tensor.inputs[0]
+            if not self._is_inside(maker, path):
+                return tensor
+            computed = [given for given in maker.inputs if given.name and not self.graph.is_constant(given)]
+            before, after = self._facts.of(computed[0]) if computed else None, self._facts.of(tensor)
+            if len(computed) != 1 or before is None or after is None or len(before) != len(after):
+                return None
+            tensor = computed[0]
+        return tensor
+
+    def _is_inside(self, node: Node, path: str) -> bool:
+        own = self._module[id(node)]
+        return own is not None and (own == path or own.startswith(f"{path}."))
+
+    def _argument(self, path: str, rank: int, axis: int, width: int) -> int | None:
+        """The only positional argument of a module that has `width` channels on `axis`, in every call."""
+        calls = self._calls[path].inputs if path in self._calls else []
+        fitting = []
+        for index in range(max(map(len, calls), default=0)):
+            shapes = [given[index] if index < len(given) else None for given in calls]
+            if all(shape is not None and len(shape) == rank and shape[axis] == width for shape in shapes):
+                fitting.append(index)
+        return fitting[0] if len(fitting) == 1 else None
+
+    def _upwards(self, tensor: Any) -> Iterator[Any]:
+        """`tensor` and what it is made of by steps that turn zero into zero, while nobody else reads it."""
+        while len(tensor.outputs) == 1 and self.graph.is_private(tensor.name) and tensor.inputs:
+            yield tensor
+            maker = tensor.inputs[0]
+            computed = [given for given in maker.inputs if given.name and not self.graph.is_constant(given)]
+            if maker.op not in _KEEPING_ZERO or len(computed) != 1:
+                return
+            tensor = computed[0]
+
+    def _ending(self, tensor: Any) -> str | None:
+        """The innermost module that hands out `tensor` as its only result, and is called once."""
+        path = self._module[id(tensor.inputs[0])]
+        while path:
+            outside = not any(self._is_inside(node, path) for node in tensor.outputs)
+            if outside and self._gives(path, tensor) and not any(fnmatchcase(path, each) for each in self._ignore):
+                return path
+            path = path.rpartition(".")[0]
+        return None
+
+    def _gives(self, path: str, tensor: Any) -> bool:
+        """Whether a module was called once, and gave one tensor of the shape of `tensor`."""
+        calls, shape = self._calls.get(path), self.graph.shape(tensor) or ()
+        given = calls.outputs[0] if calls is not None and len(calls.outputs) == 1 else None
+        if given is None or len(given) != len(shape):
+            return False
+        return all(known == size for known, size in zip(shape, given, strict=True) if isinstance(known, int))
+
+
+_KEEPING_ZERO = ("Mul", "Div", "Neg", "Transpose", "Reshape", "Identity", "Dropout", "Squeeze", "Unsqueeze", "Flatten")
+
+
+def _numbered(path: str) -> Iterator[str]:
+    yield path
+    number = 2
+    while True:
+        yield f"{path}#{number}"
+        number += 1

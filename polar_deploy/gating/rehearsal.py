@@ -1,0 +1,165 @@
+"""The rehearsal: promise and result are held against each other before anything is trained.
+
+Random states are closed in the exported graph; surgery cuts it, and what is left is counted. And the masks in the model
+and the Muls in its graph have to do the same to its outputs: else graph and modules were brought together wrongly.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polar_deploy.errors import ContentError
+from polar_deploy.export import Example, device_of, evaluating
+from polar_deploy.gating import masking
+from polar_deploy.gating.analysis import Analysis, Bools, own_tensors
+from polar_deploy.surgery import stored
+from polar_deploy.surgery.choices import Choices, with_values
+
+TOLERANCE = 1e-3  # of the outputs' scale: a mask in the wrong place changes far more, rounding in deep networks less
+
+
+def rehearse(model: nn.Module, analysis: Analysis, trials: int = 2) -> None:
+    """Try `trials` random states on a model that carries the masks, and that `analysis` is of.
+
+    Raises:
+        ContentError: promise and result differ, or the graph does not do what the model does.
+    """
+    for seed in range(trials):
+        _require_promise(analysis.choices, random_state(analysis.choices, seed))
+    if find_spec("onnxruntime") is not None and trials:
+        require_faithful(model, analysis, random_state(analysis.choices, 0))
+
+
+def random_state(choices: Choices, seed: int) -> Bools:
+    """A state bool [gates] in which every site has an open gate, and one block in five is closed."""
+    draw = np.random.default_rng(seed)
+    opened: Bools = draw.random(choices.gates) < draw.choice([0.3, 0.5, 0.8])
+    for site in choices.sites:
+        opened[draw.choice(site.gates)] = True
+    for block in choices.blocks:
+        opened[block.gate] = draw.random() < 0.8
+    for either in choices.alive:
+        opened[choices.blocks[min(either)].gate] |= not any(opened[choices.blocks[index].gate] for index in either)
+    return opened
+
+
+def _require_promise(choices: Choices, opened: Bools) -> None:
+    measured = choices.measure(opened)
+    for name, count in measured.items():
+        promised = round(choices.costs[name].absolute(choices.state(opened)))
+        if promised != count:
+            found = f"{promised} promised, {count} left after surgery{_culprit(choices)}"
+            raise ContentError(
+                f"{name} of a rehearsed sub-network: {found}",
+                "leave that layer out with ignore, and report this network",
+            )
+
+
+def _culprit(choices: Choices) -> str:
+    """The first site or block that alone makes promise and result differ."""
+    for gates, name, kind in choices.owners():
+        opened = np.ones(choices.gates, bool)
+        opened[gates.start + (kind != "block") : gates.stop] = False
+        state = choices.state(opened)
+        if any(round(choices.costs[k].absolute(state)) != v for k, v in choices.measure(opened).items()):
+            return f", because of {name}"
+    return ""
+
+
+def require_faithful(model: nn.Module, analysis: Analysis, opened: Bools) -> None:
+    """Raise ContentError where masks in the model and Muls in its graph differ in what comes out."""
+    if _difference(model, analysis, opened) <= TOLERANCE:
+        return
+    whole = np.ones(analysis.choices.gates, bool)
+    if _difference(model, analysis, whole) > TOLERANCE:
+        raise ContentError(
+            f"the exported graph of {type(model).__name__} does not compute what the model does",
+            "its forward may depend on values or on chance in evaluation mode: make it free of both",
+        )
+    low, high = 0, len(opened)  # closing gates up to `high` shows a difference, up to `low` none
+    while high - low > 1:
+        middle = (low + high) // 2
+        part = np.where(np.arange(len(opened)) < middle, opened, True)
+        low, high = (low, middle) if _difference(model, analysis, part) > TOLERANCE else (middle, high)
+    name = next(name for gates, name, _ in analysis.choices.owners() if low in gates)
+    raise ContentError(
+        f"closing a gate of {name} in the model does not do what it does in its exported graph",
+        "leave that layer out with ignore, and report this network",
+    )
+
+
+def require_same(model: nn.Module, analysis: Analysis, path: Path) -> None:
+    """Raise ContentError where an exported graph does not do what the model does, as its masks stand."""
+    if find_spec("onnxruntime") is not None and (off := _off(model, noise(_there(model, analysis)), path)) > TOLERANCE:
+        raise ContentError(
+            f"{path} differs from {type(model).__name__} by {off:.2g} of the outputs' scale (allowed: {TOLERANCE})",
+            "report this network: its export to ONNX is not faithful",
+        )
+
+
+def _there(model: nn.Module, analysis: Analysis) -> Example:
+    """The example, where the model is."""
+    return analysis.example.to(device_of(model))
+
+
+def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
+    """Largest difference between model and masked graph in a state, as a share of each output's scale."""
+    values = {name: tensor.detach().cpu().numpy() for name, tensor in own_tensors(model).items()}
+    graph = analysis.choices.with_masks(with_values(analysis.choices.stored, values), opened)
+    before = masking.read(model, analysis.places)
+    masking.write(model, analysis.places, analysis.gate_masks(torch.from_numpy(opened).float()))
+    try:
+        with TemporaryDirectory(prefix="polar_deploy-") as folder:
+            path = Path(folder, "masked.onnx")
+            stored.write(graph, path, path.with_suffix(".data") if graph.needs_data_file else None)
+            return _off(model, noise(_there(model, analysis)), path)
+    finally:
+        masking.write(model, analysis.places, before)
+
+
+def _off(model: nn.Module, example: Example, path: Path) -> float:
+    """Largest difference between a model and a graph, as a share of each output's scale."""
+    import onnxruntime
+
+    with torch.no_grad(), evaluating(model), masking.exporting():
+        expected = _arrays(model(*example.args, **example.kwargs))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of errors: constants that no node reads are no matter here
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    given = session.run(None, dict(zip(names, _arrays((example.args, dict(example.kwargs))), strict=False)))
+    return max((_share_off(a, b) for a, b in zip(given, expected, strict=True)), default=0.0)
+
+
+def noise(example: Example, dtype: torch.dtype | None = None) -> Example:
+    """The example with noise where it holds nothing but zeros, and its floating-point tensors as `dtype`."""
+    draw = torch.Generator().manual_seed(0)
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        leaf = leaf if bool(leaf.any()) else torch.randn(leaf.shape, generator=draw).to(leaf)
+        return leaf.to(dtype or leaf.dtype)
+
+    return example.mapped(filled)
+
+
+def _arrays(values: Any) -> list[np.ndarray]:
+    """All tensors in nested containers."""
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _share_off(given: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference as a share of the scale; where the model itself is not finite nothing is compared."""
+    if given.size == 0 or given.dtype.kind != "f" or not np.isfinite(expected).all():
+        return 0.0
+    scale = max(float(np.abs(expected).max()), 1e-30)
+    return float(np.abs(given.astype(np.float64) - expected).max()) / scale

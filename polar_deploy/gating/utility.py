@@ -1,0 +1,128 @@
+"""What each gate is worth: the loss that closing it would add, learned from the gradients of ordinary training steps.
+
+With g_i the derivative of sample i's loss by a gate, half the mean of g_i^2 is the Fisher approximation of the loss
+added by closing the gate (second order; at a minimum the first order vanishes): Theis et al., "Faster gaze prediction
+with dense networks and Fisher pruning", arXiv 1801.05787, eq. 7. A gate that is closed still has a derivative, what it
+holds back times the gradient behind it, so that it can come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
+MOST_PASSES = 64  # that a step may consist of; older ones belong to nobody who calls `step`
+_Key = tuple[int, str]
+
+
+class Observer:
+    """Sees what passes the masks of a network, forward and backward, and keeps a running mean of each gate's utility.
+
+    Args:
+        carriers: for each mask, the module and the name of its buffer.
+        gate_of: for each mask, int64 [width], the gate of each channel, or -1.
+        gates: how many there are.
+
+    Attributes:
+        utility: float [gates]; in each observation all gates together make 1, so that neither the size of the loss nor
+            the scale of a `GradScaler` matters.
+        observations: how many steps were seen.
+    """
+
+    def __init__(self, carriers: Sequence[_Key], gate_of: Sequence[Tensor], gates: int) -> None:
+        self.gates = gates
+        self.utility = torch.zeros(gates)
+        self.observations = 0
+        self._gate_of = dict(zip(carriers, gate_of, strict=True))
+        self._passes: list[_Pass] = []
+        self._looks = True  # at the pass that is under way
+        self.number = 0  # of forward passes so far
+
+    @property
+    def batch(self) -> int | None:
+        """Samples of the pass that is under way; None where it is not looked at."""
+        return self._passes[-1].batch if self._passes and self._looks else None
+
+    def tell(self, first: int, gradient: Tensor) -> None:
+        """Note the gradients [B, n] at the gates from `first` on."""
+        if self._passes:
+            self._passes[-1].put(first, gradient)
+
+    def begin(self, batch: int) -> None:
+        """A forward pass of `batch` samples starts."""
+        self._looks = True
+        self.number += 1
+        self._passes = [*self._passes[1 - MOST_PASSES :], _Pass(batch, self.gates)]
+
+    def look_away(self) -> None:
+        """A forward pass starts that is not to be learned from: one of an evaluation in the middle of a step."""
+        self._looks = False
+
+    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
+        """The masked activations [B, ...], whose gradient will be looked at; see `masking.Listener`."""
+        gates = self._gate_of.get((id(module), name))
+        if gates is None or not self._passes or not torch.is_grad_enabled() or not x.requires_grad:
+            return None
+        masked = x * mask.to(x.dtype)
+        now, held = self._passes[-1], x.detach()
+        masked.register_hook(lambda gradient: now.add(held, gradient, gates, axis))  # type: ignore[no-untyped-call]
+        return masked
+
+    def conclude(self) -> Tensor | None:
+        """The utilities of the passes since the last time, float [gates]; None where nothing finite was seen."""
+        passes, self._passes = self._passes, []
+        seen = [each.utility() for each in passes]
+        known = [utility for utility in seen if utility is not None and bool(torch.isfinite(utility).all())]
+        return torch.stack(known).mean(0) if known else None
+
+    def learn(self, utility: Tensor) -> None:
+        """Take an observation [gates] into the running mean; one without any gradient tells nothing."""
+        total = utility.sum()
+        if float(total) > 0:
+            self.observations += 1
+            weight = max(1.0 / self.observations, LEAST_WEIGHT)
+            self.utility = torch.lerp(self.utility, (utility / total).to(self.utility), weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned."""
+        return {"utility": self.utility.clone(), "observations": self.observations}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what was learned."""
+        self.utility, self.observations = state["utility"].clone(), int(state["observations"])
+
+
+class _Pass:
+    """The gradients at the gates in one forward and backward pass."""
+
+    def __init__(self, batch: int, gates: int) -> None:
+        self.batch, self.gates = batch, gates
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor, gradient: Tensor, gate_of: Tensor, axis: int) -> None:
+        """Add what one mask saw: x and its gradient, [B * k, ...] for some k."""
+        if len(x) % self.batch:
+            return  # the batch is not on the first axis here
+        own = (x.float() * gradient.float()).movedim(axis, -1)
+        own = own.reshape(self.batch, -1, own.shape[-1]).sum(1)
+        if self._sum is None:
+            self._sum = own.new_zeros(self.batch, self.gates + 1)
+        self._sum.index_add_(1, torch.where(gate_of < 0, self.gates, gate_of).to(own.device), own)
+
+    @torch.no_grad()
+    def put(self, first: int, gradient: Tensor) -> None:
+        """Add gradients [B, n] at the gates from `first` on."""
+        if self._sum is None:
+            self._sum = gradient.new_zeros(self.batch, self.gates + 1, dtype=torch.float32)
+        self._sum[:, first : first + gradient.shape[1]] += gradient.float()
+
+    def utility(self) -> Tensor | None:
+        """Half the mean square of the samples' own gradients, [gates]; the loss is taken to be a mean over samples."""
+        if self._sum is None:
+            return None
+        return 0.5 * (self._sum[:, :-1] * self.batch).square().mean(0)

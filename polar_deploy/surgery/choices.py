@@ -1,0 +1,247 @@
+"""What could go from a network before anything is closed: which channels can only go together, and what that saves.
+
+A network is given with the places where channels may be closed (`Mask`): there, a Mul by a constant, one number a
+channel, is put in front of the readers of a tensor. Everything else is the answer of surgery's own facts on that graph
+(`survey`): coupled sets of channels that go when all masks close them are *gates*; gates that save the same are a
+*site*; a mask on a residual branch that nothing else reads is a *block*. Costs are sums of products of widths
+(`polar_deploy.costs`), read off the same facts, and `Choices.measure` closes a state, cuts it and counts what is left,
+so that promise and result can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from polar_deploy.costs import Cost, State
+from polar_deploy.surgery import rounds
+from polar_deploy.surgery.count import count
+from polar_deploy.surgery.stored import Array, Stored
+
+if TYPE_CHECKING:
+    import onnx
+
+    from polar_deploy.surgery.facts import Bools, Ints
+
+NEVER = -1  # number of the gate of a channel that has none
+FLOATS = (1, 10, 11, 16)  # element types of ONNX: FLOAT, FLOAT16, DOUBLE, BFLOAT16
+MASK = "polar_deploy.mask"  # metadata of a Mul that closes channels
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A place where channels can be closed.
+
+    Attributes:
+        name: unique among the masks; the metadata of the Mul says it.
+        tensor: the value that is multiplied.
+        readers: positions, among the graph's nodes, of those that read the product instead.
+        rank: of the tensor.
+        axis: of the channels, counted from the front.
+        width: channels along it.
+        block: whether all of it opens and closes at once: the output of a residual branch.
+    """
+
+    name: str
+    tensor: str
+    readers: tuple[int, ...]
+    rank: int
+    axis: int
+    width: int
+    block: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """Gates that save the same, so that a cost depends only on how many of them are open.
+
+    Attributes:
+        name: of the first layer that writes its channels; unique.
+        kind: "stream" where several layers write them (the sum of residual branches), else "channel".
+        gates: their numbers, in the order of the channels.
+        size: channels that one gate closes in what that layer writes: more than one for groups of a convolution.
+        blocks: indices of the blocks whose closing removes all of the site.
+    """
+
+    name: str
+    kind: Literal["channel", "stream"]
+    gates: range
+    size: int = 1
+    blocks: frozenset[int] = frozenset()
+
+    @property
+    def width(self) -> int:
+        """How many gates stand here."""
+        return len(self.gates)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch that can go whole.
+
+    Attributes:
+        mask: the index of its mask.
+        gate: its number.
+        channels: int [width of the mask], the gate of each channel of what the branch is added to, or `NEVER`.
+        nodes: positions, in the masked graph, of what is computed for this branch alone.
+    """
+
+    name: str
+    mask: int
+    gate: int
+    channels: Ints = field(compare=False, repr=False)
+    nodes: frozenset[int] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The gates of a network.
+
+    Attributes:
+        stored: the graph with its masks, all open.
+        masks: where channels can be closed.
+        gate_of: for each mask, int [width], the number of the gate that closes each channel, or `NEVER`.
+        sites, blocks: in the order of execution; gates are numbered through sites, then blocks.
+        alive: sets of blocks (indices) of which at least one has to stay.
+        costs: "macs" and "params".
+        reasons: why channels that a mask could close have no gate, by the layer that writes them.
+    """
+
+    stored: Stored
+    masks: tuple[Mask, ...]
+    gate_of: tuple[Ints, ...]
+    sites: tuple[Site, ...]
+    blocks: tuple[Block, ...]
+    alive: tuple[frozenset[int], ...]
+    costs: dict[str, Cost]
+    reasons: dict[str, str]
+
+    @property
+    def gates(self) -> int:
+        """How many gates there are."""
+        return sum(site.width for site in self.sites) + len(self.blocks)
+
+    def owners(self) -> list[tuple[range, str, str]]:
+        """Sites and blocks as (their gates, name, kind), in the order of the gates."""
+        found: list[tuple[range, str, str]] = [(site.gates, site.name, site.kind) for site in self.sites]
+        return found + [(range(block.gate, block.gate + 1), block.name, "block") for block in self.blocks]
+
+    def values(self, opened: Bools) -> list[Bools]:
+        """For each mask, bool [width], what is open under the state bool [gates] of all gates."""
+        known = np.append(np.asarray(opened, bool), True)  # `NEVER` is the last one
+        return [known[gates] for gates in self.gate_of]
+
+    def state(self, opened: Bools) -> State:
+        """Widths and blocks of the state bool [gates] of all gates."""
+        widths = tuple(int(np.count_nonzero(opened[site.gates.start : site.gates.stop])) for site in self.sites)
+        return State(widths, tuple(bool(opened[block.gate]) for block in self.blocks))
+
+    def with_masks(self, stored: Stored, opened: Bools) -> Stored:
+        """A graph with these masks, `self.stored` or one of other weights, at the state bool [gates] of all gates."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(stored.model)
+        values = dict(zip(map(constant_name, self.masks), self.values(opened), strict=True))
+        for tensor in model.graph.initializer:
+            if tensor.name in values:
+                array = values[tensor.name].astype(np.float32).reshape(tuple(tensor.dims))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        return replace(stored, model=model)
+
+    def measure(self, opened: Bools) -> dict[str, int]:
+        """Costs of what surgery makes of the graph with the gates closed that are not in bool [gates]."""
+        cost = count(rounds.operate(self.with_masks(self.stored, opened))[-1].model.model)
+        return {"macs": cost.macs, "params": cost.params}
+
+
+def find(
+    stored: Stored, masks: Sequence[Mask], name_of: Callable[[int], str | None], *, streams: bool = True
+) -> Choices:
+    """The gates of a graph whose channels can be closed at `masks`.
+
+    Args:
+        stored: the whole network; the values of its weights do not matter, but none should be zero.
+        masks: where channels can be closed.
+        name_of: what the layer at a node's position is called, None where that is not known.
+        streams: whether channels that several layers write may have gates.
+    """
+    from polar_deploy.surgery.pricing import Pricing
+    from polar_deploy.surgery.survey import Survey
+
+    masked = insert(stored, masks)
+    survey = Survey(stored, masked, masks, name_of)
+    units = survey.units(streams=streams)
+    pricing = Pricing(survey, units)
+    return Choices(
+        stored=masked,
+        masks=tuple(masks),
+        gate_of=pricing.gate_of,
+        sites=pricing.sites,
+        blocks=pricing.blocks,
+        alive=tuple(survey.alive),
+        costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
+        reasons=survey.reasons,
+    )
+
+
+def insert(stored: Stored, masks: Sequence[Mask]) -> Stored:
+    """The graph with a Mul by ones for each mask, each with a constant of its own."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(stored.model)
+    before: dict[int, list[onnx.NodeProto]] = {}
+    for mask in masks:
+        shape = (mask.width, *(1,) * (mask.rank - mask.axis - 1))
+        constant, product = constant_name(mask), f"polar_deploy.masked.{mask.name}"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), constant))
+        node = onnx.helper.make_node("Mul", [mask.tensor, constant], [product], name=product)
+        node.metadata_props.add(key=MASK, value=mask.name)
+        for position in mask.readers:
+            reader = model.graph.node[position]
+            for index, name in enumerate(reader.input):
+                if name == mask.tensor:
+                    reader.input[index] = product
+        before.setdefault(min(mask.readers), []).append(node)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for position, node in enumerate(nodes):
+        model.graph.node.extend([*before.get(position, ()), node])
+    return replace(stored, model=model)
+
+
+def constant_name(mask: Mask) -> str:
+    """The name of a mask's constant in the graph."""
+    return f"polar_deploy.mask.{mask.name}"
+
+
+def without_values(stored: Stored, parameters: set[str]) -> Stored:
+    """The graph with other values, none of them zero, in place of those of the named parameters.
+
+    What can go from a network is a matter of its structure: a layer that starts at zero is no dead one.
+    """
+    draw = np.random.default_rng(0)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in stored.model.graph.initializer}
+    wanted = [name for name in shapes if name in parameters]
+    return with_values(stored, {name: 0.5 + draw.random(shapes[name], np.float32) for name in wanted})
+
+
+def with_values(stored: Stored, values: Mapping[str, Array]) -> Stored:
+    """The graph with these values in place of its own; constants that hold no floating-point numbers stay."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(stored.model)
+    arrays = dict(stored.arrays)
+    for tensor in model.graph.initializer:
+        if tensor.name in values and tensor.data_type in FLOATS:
+            array = values[tensor.name].astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            if tensor.name in arrays:
+                arrays[tensor.name] = array
+            else:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return replace(stored, model=model, arrays=arrays)

@@ -1,0 +1,221 @@
+"""Which channels of a network can go, found by closing them: surgery's own facts are asked with masks at zero."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from polar_deploy.surgery import sets
+from polar_deploy.surgery.choices import MASK, NEVER, Mask
+from polar_deploy.surgery.count import WEIGHTS
+from polar_deploy.surgery.facts import Facts, Step
+from polar_deploy.surgery.graph import Graph, Node
+from polar_deploy.surgery.mixing import Mixing
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.facts import Bools, Channels, Ints
+    from polar_deploy.surgery.stored import Stored
+
+QUIET_ROUNDS = 2  # pairs of random halves that have to be closed without a channel that stays
+
+
+class Cone(NamedTuple):
+    """A block that can close: the index of its mask, and the ids of the nodes that feed nothing then."""
+
+    mask: int
+    nodes: frozenset[int]
+
+
+class Survey:
+    """The facts about a graph with masks.
+
+    Attributes:
+        steps: by the id of their node, those that run.
+        blocks: the blocks that can close, in the order of execution.
+        alive: sets of blocks (indices) of which one has to stay.
+        reasons: why channels stay though a mask could close them, by the layer that writes them.
+    """
+
+    def __init__(
+        self, whole: Stored, stored: Stored, masks: Sequence[Mask], name_of: Callable[[int], str | None]
+    ) -> None:
+        self.whole, self.stored, self.masks = whole.model, stored, masks
+        self.graph = Graph(stored)
+        self.facts = Facts(self.graph)
+        sets.decide(self.facts)
+        self.steps = {id(step.node): step for step in self.facts.alive}
+        held = {self.graph.metadata(node).get(MASK): node for node in self.graph.original_nodes}
+        own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]
+        self._names = {id(node): name_of(position) for position, node in enumerate(own)}
+        self._muls: list[Node] = [held[mask.name] for mask in masks]
+        self.blocks, self.alive = self._blocks()
+        self.reasons: dict[str, str] = {}
+
+    def name(self, node: Node) -> str:
+        """What a node's layer is called."""
+        return self._names.get(id(node)) or self.graph.label(node)
+
+    def blocks_of(self, node: Node) -> frozenset[int]:
+        """Indices of the blocks that a node goes with."""
+        return frozenset(index for index, cone in enumerate(self.blocks) if id(node) in cone.nodes)
+
+    def channels(self, mask: int) -> Ints | None:
+        """Numbers, in the graph, of the channels that a mask lies on; None where surgery cannot follow them."""
+        step = self.steps.get(id(self._muls[mask]))
+        source = step.inputs[0] if step is not None else None
+        known = source is not None and source.axes == (self.masks[mask].axis,) and len(source) == self.masks[mask].width
+        return numbers(source) if known and source is not None else None
+
+    @cached_property
+    def closable(self) -> dict[int, Ints]:
+        """For each mask of single channels that can be followed: `channels`."""
+        found = {index: self.channels(index) for index, mask in enumerate(self.masks) if not mask.block}
+        return {index: channels for index, channels in found.items() if channels is not None}
+
+    def units(self, *, streams: bool = True) -> Ints:
+        """[channels of the graph] the smallest channel that each one can go with; `NEVER` for those that stay."""
+        labels = sets.components(self.facts, list(self._bundles()))
+        possible = np.zeros(self.facts.total, bool)
+        for closed in self.closable.values():
+            possible[labels[closed]] = True
+        for channels in self.facts.everything():
+            possible[labels[numbers(channels)[channels.pinned]]] = False
+        if not streams:
+            possible[self._written_twice(labels)] = False
+        self._strike(labels, possible)
+        return np.where(possible[labels], labels, NEVER)
+
+    def _bundles(self) -> Iterator[tuple[Ints, Ints]]:
+        """Pairs of channels that are chosen together although each could be cut alone.
+
+        A group of a grouped convolution goes whole, inside and out (one channel of every group would be another way);
+        and what one weight reads or writes in several places, as each place would get a copy of its own otherwise.
+        """
+        shared: dict[str, Step] = {}
+        for step in self.facts.alive:
+            if is_writer(step) and (groups := len(step.memo.absorbed)) > 1:
+                sides = [x for x in (step.handler.source(step), step.output) if x is not None]  # type: ignore[attr-defined]
+                members = [numbers(side).reshape(groups, -1) for side in sides]
+                for each in members:
+                    yield np.broadcast_to(members[0][:, :1], each.shape).ravel(), each.ravel()
+            for root in dict.fromkeys(filter(None, (self.parameter(step, i) for i in range(len(step.original))))):
+                first = shared.setdefault(root, step)
+                ends = [(self.facts.of(x.made[0]), x.inputs[0]) for x in (first, step)] if first is not step else []
+                for a, b in zip(*ends, strict=True):
+                    if a is not None and b is not None and len(a) == len(b):
+                        yield numbers(a), numbers(b)
+
+    def parameter(self, step: Step, index: int) -> str | None:
+        """The name of the parameter (a float constant that is no scalar) that an input is, perhaps rearranged."""
+        tensor = step.original[index]
+        if not self.graph.is_constant(tensor) or not tensor.shape or tensor.dtype.kind != "f":
+            return None
+        return None if MASK in self.graph.metadata(step.node) else self.graph.origin(tensor.name)
+
+    def _written_twice(self, labels: Ints) -> list[int]:
+        """The units whose channels several layers write."""
+        written = Counter[int]()
+        for step in filter(is_writer, self.facts.alive):
+            written.update(np.unique(labels[numbers(step.output)]).tolist())
+        return [label for label, times in written.items() if times > 1]
+
+    def _strike(self, labels: Ints, possible: Bools) -> None:
+        """Takes from `possible` [units] what surgery keeps when it is closed: random halves, until nothing stays."""
+        draw = np.random.default_rng(0)
+        quiet = 0
+        while quiet < QUIET_ROUNDS and possible.any():
+            half = possible & (draw.random(len(possible)) < 0.5)
+            stayed = [self._staying(labels, closed) for closed in (half, possible & ~half)]
+            possible &= ~(stayed[0] | stayed[1])
+            quiet = 0 if np.any(stayed) else quiet + 1
+        self._set_masks({})
+
+    def _staying(self, labels: Ints, closed: Bools) -> Bools:
+        """Which of the units `closed` surgery would keep. Each mask lets at least one channel through."""
+        closed = closed.copy()
+        for own in self.closable.values():
+            if closed[labels[own]].all():
+                closed[labels[own[0]]] = False
+        self._set_masks({mask: ~closed[labels[own]] for mask, own in self.closable.items()})
+        facts, _ = sets.plan(self.graph)
+        kept = np.zeros_like(closed)
+        for channels in facts.everything():
+            kept[labels[numbers(channels)[channels.kept]]] = True
+        kept &= closed
+        for channels in facts.everything() if kept.any() else ():
+            if channels.notes and kept[labels[numbers(channels)]].any():
+                note = channels.notes[-1]
+                self.reasons.setdefault(channels.producer, f"{note.operator} {note.node}: {note.reason}")
+        return kept
+
+    def _set_masks(self, values: dict[int, Bools]) -> None:
+        """Writes values into the masks of the graph; those not named are open."""
+        for index, node in enumerate(self._muls):
+            if self.graph.contains(node):
+                constant = node.inputs[1]
+                opened = values.get(index, np.ones(self.masks[index].width, bool))
+                constant.values = opened.astype(np.float32).reshape(constant.shape)
+
+    def _blocks(self) -> tuple[list[Cone], list[frozenset[int]]]:
+        """The blocks, and which of them cannot all go.
+
+        Blocks that are the sides of one sum must not all go. Any others that would take more with them together than
+        each by itself lose the one with the smallest cone, until there are none.
+        """
+        found = [Cone(index, self._cone({index})) for index, mask in enumerate(self.masks) if mask.block]
+        found = [
+            cone for cone in found if any(self._costs(node) for node in self.graph.nodes if id(node) in cone.nodes)
+        ]
+        while True:
+            sums = self._sums(found)
+            single = frozenset[int]().union(*(cone.nodes for cone in found))
+            for stay in ({each[0] for each in sums}, {each[-1] for each in sums}):
+                closed = {cone.mask for index, cone in enumerate(found) if index not in stay}
+                if extra := self._cone(closed) - single:
+                    break
+            else:
+                return found, [frozenset(each) for each in sums]
+            found.remove(min(self._behind(found, extra), key=lambda cone: len(cone.nodes)))
+
+    def _costs(self, node: Node) -> bool:
+        return node.op in WEIGHTS and node.domain in (None, "", "ai.onnx")
+
+    def _sums(self, found: Sequence[Cone]) -> list[tuple[int, ...]]:
+        """Blocks (indices) that are added to each other, with nothing else in the sum."""
+        added: dict[int, list[int]] = {}
+        for index, cone in enumerate(found):
+            for reader in self._muls[cone.mask].outputs[0].outputs:
+                added.setdefault(id(reader), []).append(index)
+        return [tuple(each) for each in added.values() if len(each) > 1]
+
+    def _behind(self, found: Sequence[Cone], nodes: frozenset[int]) -> list[Cone]:
+        """The blocks that are computed from some of these nodes."""
+        reached = set(nodes)
+        for node in self.graph.nodes:
+            if any(tensor.inputs and id(tensor.inputs[0]) in reached for tensor in node.inputs):
+                reached.add(id(node))
+        return [cone for cone in found if id(self._muls[cone.mask]) in reached] or list(found)
+
+    def _cone(self, masks: set[int]) -> frozenset[int]:
+        """Ids of the nodes that feed nothing when these masks are closed."""
+        dead = {id(self._muls[mask]) for mask in masks}
+        for node in reversed(self.graph.nodes):
+            private = all(self.graph.is_private(tensor.name) for tensor in node.outputs)
+            readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+            if private and readers and all(id(reader) in dead for reader in readers):
+                dead.add(id(node))
+        return frozenset(dead)
+
+
+def numbers(channels: Channels) -> Ints:
+    """The numbers of a tensor's channels among all channels of the graph."""
+    return channels.first + np.arange(len(channels))
+
+
+def is_writer(step: Step) -> bool:
+    """Whether a node computes channels of its own from all that it reads: no depthwise convolution."""
+    return isinstance(step.handler, Mixing) and not step.links

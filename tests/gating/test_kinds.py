@@ -1,0 +1,274 @@
+"""Networks on which a second opinion about channels was wrong once: what is promised is what surgery leaves.
+
+Each is counted twice without the code under test: the whole network by PyTorch's own FLOP counter, and what is left of
+a random state by ONNX Runtime's graph after surgery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from polar_deploy import Gates
+from polar_deploy.gating.rehearsal import random_state
+from polar_deploy.surgery import compress_file, cost
+
+
+class TokenBlock(nn.Module):
+    """ConvNeXt's block: depthwise, LayerNorm and MLP with the channels last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 7, padding=3, groups=width), nn.LayerNorm(width)
+        self.expand, self.act, self.project = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.expand(self.norm(self.depthwise(x).permute(0, 2, 3, 1))))
+        return x + self.project(hidden).permute(0, 3, 1, 2)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 24, 4, 4), nn.Sequential(TokenBlock(24), TokenBlock(24))
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def norm_behind_activation() -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 24), (24, 32)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(after)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def depthwise_between() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)),
+        *(nn.Conv2d(16, 24, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)),
+    )
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class Odd(nn.Module):
+    """Two convolutions, something odd, a head."""
+
+    def __init__(self, odd: nn.Module, width: int, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.odd, self.head = odd, nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        if isinstance(self.odd, nn.MultiheadAttention):
+            tokens = x.flatten(2).transpose(1, 2)
+            return self.head(self.odd(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+        return self.head(torch.relu(self.odd(x)).mean((2, 3)))
+
+
+class ByHand(nn.Module):
+    """A head without a module: `x @ w + b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+        self.w, self.c = nn.Parameter(torch.randn(24, 10)), nn.Parameter(torch.randn(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)) @ self.w + self.c
+
+
+class Tied(nn.Module):
+    """Four convolutions with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 10)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+        for conv in list(self.convs)[1:]:
+            conv.weight, conv.bias = self.convs[0].weight, self.convs[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """One convolution called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for _ in range(3):
+            x = torch.relu(self.again(x))
+        return self.head(x.mean((2, 3)))
+
+
+class NormAct(nn.BatchNorm2d):
+    """As in timm: a norm with an activation in it, whose forward looks at `training`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self.training or self.running_mean is None
+        return torch.relu(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, batch, 0.1, self.eps)
+        )
+
+
+def norm_with_activation() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), NormAct(16), nn.Conv2d(16, 16, 3), NormAct(16)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+
+
+class Branches(nn.Module):
+    """A sum of branches as in RepVGG: 3x3, 1x1 and a bare norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide, self.narrow = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+        self.last, self.head = nn.Conv2d(16, 24, 3), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.norms[0](self.wide(x)) + self.norms[1](self.narrow(x)) + self.norms[2](x))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """ResNeXt's bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.reduce = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.grouped, self.expand = nn.Conv2d(16, 32, 3, padding=1, groups=4), nn.Conv2d(32, 24, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.expand(torch.relu(self.grouped(torch.relu(self.reduce(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "gates on tokens": (Tokens, 32),
+    "a norm behind the activation": (norm_behind_activation, 16),
+    "a depthwise convolution between activation and norm": (depthwise_between, 16),
+    "weights that are standardised": (lambda: Odd(Standardised(16, 64, 3, padding=1), 64), 16),
+    "a transposed convolution": (lambda: Odd(nn.ConvTranspose2d(16, 64, 2, 2), 64), 16),
+    "attention": (lambda: Odd(nn.MultiheadAttention(16, 2, batch_first=True), 16), 16),
+    "a product by hand": (ByHand, 16),
+    "tied weights": (Tied, 16),
+    "a layer that is called again": (Recurrent, 16),
+    "a norm with an activation in it": (norm_with_activation, 16),
+    "a sum of branches": (Branches, 16),
+    "groups": (Grouped, 16),
+}
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """With statistics, scales and biases that are not those of a new network: an exporter drops a bias of zeros."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.is_floating_point() and (tensor == tensor.flatten()[0]).all():
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=draw))
+    return network
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Gates, Tensor]:
+    build, pixels = KINDS[request.param]
+    torch.manual_seed(0)
+    network = shaken(build()).eval()
+    images = torch.randn(2, 3, pixels, pixels)
+    return request.param, network, Gates(network, images, budget=0.97, min_width=0.0), images
+
+
+def test_all_macs_are_counted(kind: tuple[str, nn.Module, Gates, Tensor]) -> None:
+    _, network, gates, images = kind
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(images[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    assert gates.full["macs"] == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_promised_comes_out(kind: tuple[str, nn.Module, Gates, Tensor], seed: int, tmp_path: Path) -> None:
+    name, network, gates, images = kind
+    gates.freeze(random_state(gates.analysis.choices, seed))
+    gated, small = tmp_path / "gated.onnx", tmp_path / "small.onnx"
+    gates.export(gated)
+    compress_file(gated, small)
+    left = cost(onnx.load(small))
+    assert gates.promise() == {"macs": left.macs, "params": left.params}
+    assert left.macs < gates.full["macs"]
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(small, providers=["CPUExecutionProvider"])
+    (given,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = network(images).numpy()
+    assert np.abs(given - expected).max() <= 1e-5 * np.abs(expected).max(), name
+
+
+def test_the_module_can_be_cut_too(kind: tuple[str, nn.Module, Gates, Tensor]) -> None:
+    name, network, gates, images = kind
+    if name == "weights that are standardised":
+        pytest.skip(
+            "cutting the inputs of a standardised weight would change it: test_gates_everywhere has the message"
+        )
+    gates.freeze(random_state(gates.analysis.choices, 2))
+    small = gates.cut()
+    parameters = [sum(p.numel() for p in each.parameters()) for each in (small, network)]
+    assert parameters[0] < parameters[1]
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images), rtol=1e-4, atol=1e-5)
+        with FlopCounterMode(display=False) as counter:
+            small(images[:1])
+    if not any(not gates.opened[block.gate] for block in gates.blocks) and name != "attention":
+        assert counter.get_total_flops() / 2 == gates.promise()["macs"]
+
+
+def test_gates_are_where_they_should_be() -> None:
+    """Hidden units of an MLP and not picture rows; whole groups; what is read by hand has none."""
+    found = {}
+    for name in ("gates on tokens", "groups", "a product by hand", "tied weights"):
+        build, pixels = KINDS[name]
+        gates = Gates(build(), torch.zeros(2, 3, pixels, pixels), budget=0.97, rehearse=0)
+        found[name] = {site.name: (site.kind, site.width, site.size) for site in gates.sites}
+    assert found == {
+        "gates on tokens": {"blocks.0.expand": ("channel", 96, 1), "blocks.1.expand": ("channel", 96, 1)},
+        "groups": {"stem": ("stream", 24, 1), "reduce": ("channel", 4, 4)},
+        "a product by hand": {"a": ("channel", 16, 1)},
+        "tied weights": {"stem": ("channel", 16, 1)},
+    }

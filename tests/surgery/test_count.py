@@ -1,0 +1,118 @@
+"""What a graph costs: multiply-accumulates and parameters, alike for all who write the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from polar_deploy.surgery import cost
+from tests.surgery.graphs import Net
+
+HEAD = 5 * 6 + 5  # of six channels
+CONV = 9 * 3 * 6
+
+
+def plain(net: Net) -> str:
+    return net.conv("input", 6, "one")
+
+
+def without_bias(net: Net) -> str:
+    return net.conv("input", 6, "one", bias=False)
+
+
+def norm_behind_a_layer(net: Net) -> str:
+    return net.bn(net.conv("input", 6, "one", bias=False), "norm")
+
+
+def norm_behind_a_bias(net: Net) -> str:
+    return net.bn(net.conv("input", 6, "one"), "norm")
+
+
+def norm_behind_a_norm(net: Net) -> str:
+    return net.bn(norm_behind_a_layer(net), "norm2")
+
+
+def norm_behind_an_activation(net: Net) -> str:
+    return net.bn(net.relu(plain(net), "act"), "norm")
+
+
+def norm_whose_layer_is_read_elsewhere(net: Net) -> str:
+    x = plain(net)
+    return net.add(net.bn(x, "norm"), x, "sum")
+
+
+def norm_behind_a_shared_weight(net: Net) -> str:
+    x = net.bn(net.conv("input", 6, "one", bias=False), "norm")
+    y = net.node("Conv", ["input", "one.weight"], "other", pads=[1] * 4, kernel_shape=[3, 3])
+    net.width[y] = 6
+    return net.add(x, y, "sum")
+
+
+def scalars(net: Net) -> str:
+    """Such as an exporter writes for `x * 0.5`."""
+    x = net.node("Mul", [plain(net), net.constant("factor", np.array(0.5, np.float32))], "scaled")
+    return net.node("Add", [x, net.constant("shift", np.array(0.1, np.float32))], "shifted")
+
+
+def a_vector_of_one(net: Net) -> str:
+    return net.node("PRelu", [plain(net), net.constant("slope", np.full((1, 1, 1), 0.1, np.float32))], "act")
+
+
+def a_number_a_channel(net: Net) -> str:
+    return net.scale(plain(net), np.full(6, 0.5), "scaled")
+
+
+def whole_numbers(net: Net) -> str:
+    """Shapes are no parameters."""
+    x = net.node("Reshape", [plain(net), net.constant("shape", np.array([0, 6, 8, 8]))], "shaped")
+    net.width[x] = 6
+    return x
+
+
+@pytest.mark.parametrize(
+    ("body", "params", "layers"),
+    [
+        (plain, CONV + 6, 1),
+        (without_bias, CONV, 1),
+        (norm_behind_a_layer, CONV + 6, 1),  # what it folds to
+        (norm_behind_a_bias, CONV + 6, 1),
+        (norm_behind_a_norm, CONV + 6 + 4 * 6, 1),  # of its own: offset, scale, mean and variance
+        (norm_behind_an_activation, CONV + 6 + 4 * 6, 1),
+        (norm_whose_layer_is_read_elsewhere, CONV + 6 + 4 * 6, 1),
+        (norm_behind_a_shared_weight, CONV + 4 * 6, 2),  # each constant once
+        (scalars, CONV + 6, 1),
+        (a_vector_of_one, CONV + 6 + 1, 1),
+        (a_number_a_channel, CONV + 6 + 6, 1),
+        (whole_numbers, CONV + 6, 1),
+    ],
+)
+def test_parameters_and_multiplications(body: Callable[[Net], str], params: int, layers: int) -> None:
+    net = Net()
+    counted = cost(net.model(net.head(body(net))))
+    assert (counted.params, counted.macs) == (params + HEAD, layers * 64 * CONV + 5 * 6)
+
+
+@pytest.mark.parametrize("handed_out", [False, True])
+def test_a_norm_whose_layer_is_an_output_does_not_fold(handed_out: bool) -> None:
+    net = Net()
+    x = net.conv("input", 6, "one", bias=False)
+    logits = net.head(net.bn(x, "norm"))
+    model = net.model(logits, x) if handed_out else net.model(logits)
+    assert cost(model).params == CONV + HEAD + (4 * 6 if handed_out else 6)
+
+
+def test_a_norm_counts_as_what_an_optimiser_that_folds_it_writes(tmp_path: Path) -> None:
+    net = Net()
+    model = net.model(net.head(net.relu(norm_behind_a_layer(net), "act")))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    folded = onnx.load(tmp_path / "folded.onnx")
+    assert "BatchNormalization" not in {node.op_type for node in folded.graph.node}
+    assert cost(folded).params == cost(model).params
