@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
+MOST_BYTES = 2**31 - 2**20  # of a file, less room for the graph itself
 TOLERANCE = 1e-5  # of the output's scale
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -294,7 +295,17 @@ def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, atomically."""
+    """Write a graph, atomically.
+
+    Raises:
+        ContentError: it does not fit into one file.
+    """
+    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    if size > MOST_BYTES:
+        raise ContentError(
+            f"{path} would have {size / 1e9:.1f} GB, and protobuf ends at 2 GB",
+            "gate a part of the network, or deploy the module that Gates.cut gives",
+        )
     with atomic_path(path) as temporary:
         onnx.save(graph, temporary)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from polar_deploy.costs import State
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
-from polar_deploy.gating import masking, rehearsal
+from polar_deploy.gating import masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, Bools, analyse
 from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
@@ -192,7 +192,9 @@ class Gates:
         seen = self._observer.conclude()
         if self.phase == "frozen":
             return
-        if (seen := _together(seen, self._is_watched(self._step - 1), len(self.opened))) is not None:
+        if self._is_watched(self._step - 1):
+            seen = processes.mean_of_seen(seen, len(self.opened))
+        if seen is not None:
             self._observer.learn(seen)
         if self._sampler is not None:
             self._sampler.step(self.schedule.progress(self._step))
@@ -309,7 +311,9 @@ class Gates:
         asked = {name: share + (1 - share) * target for name, share in self.budget.items()}
         worth = self.utility.double().numpy() if self._observer.observations else np.ones(len(self.opened))
         worth = worth * np.where(self.opened, KEEP_OPEN, 1.0)
-        return _agreed(choose(self.analysis.choices, self._limits, self._costs, asked, worth, quick=quick))
+        return processes.of_the_first(
+            choose(self.analysis.choices, self._limits, self._costs, asked, worth, quick=quick)
+        )
 
     def _move(self) -> None:
         """Masks go a little way towards what was chosen."""
@@ -391,25 +395,3 @@ def _table(table: LatencyTable | Path | str | None) -> LatencyTable:
             "budget latency= needs a latency table", "measure one with `python -m polar_deploy.engines table` first"
         )
     return table if isinstance(table, LatencyTable) else read(Path(table))
-
-
-def _together(seen: Tensor | None, watched: bool, gates: int) -> Tensor | None:
-    """The mean over all processes of what each saw in a step that was watched."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not watched:
-        return seen
-    device = seen.device if seen is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    both = torch.zeros(gates + 1, device=device)
-    if seen is not None:
-        both = torch.cat([seen, seen.new_ones(1)])
-    torch.distributed.all_reduce(both)
-    return both[:-1] / both[-1] if float(both[-1]) else None
-
-
-def _agreed(opened: Bools) -> Bools:
-    """The choice of the first process, in all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return opened
-    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    state = torch.from_numpy(opened).to(torch.uint8).to(device)
-    torch.distributed.broadcast(state, 0)
-    return state.bool().cpu().numpy()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polar_deploy.gating import processes
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.utility import Observer
 
@@ -113,7 +114,7 @@ class SampleGates:
         """After a backward pass: move the deciders; `progress` of the learning phase, in [0, 1], cools them."""
         self.cool(progress)
         if self._logits:
-            _average([p for p in self.deciders.parameters() if p.grad is not None])
+            processes.average_gradients(self.deciders.parameters())
             for group in self._optimizer.param_groups:
                 group["lr"] = RATE * self._gates
             torch.nn.utils.clip_grad_norm_(self.deciders.parameters(), 1.0 / RATE, error_if_nonfinite=False)
@@ -124,7 +125,7 @@ class SampleGates:
     def cool(self, progress: float) -> None:
         """Set the temperature for a share of the learning phase, in [0, 1]."""
         if not self._is_shared:
-            _share(list(self.deciders.parameters()))
+            processes.share(self.deciders.parameters())
             self._is_shared = True
         first, last = TEMPERATURES
         self._temperature = first * (last / first) ** progress
@@ -174,20 +175,3 @@ def polarization(share: Tensor) -> Tensor:
     """
     split = (share > 0) & (share < 1)
     return torch.where(split, share * (1 - share), torch.zeros_like(share)).mean()
-
-
-@torch.no_grad()
-def _share(parameters: Sequence[nn.Parameter]) -> None:
-    """What the first process has, in all of them: each made its own random numbers."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for parameter in parameters:
-            torch.distributed.broadcast(parameter.data, 0)
-
-
-def _average(parameters: Sequence[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for parameter in parameters:
-            assert parameter.grad is not None
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= torch.distributed.get_world_size()

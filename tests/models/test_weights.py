@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from polar_deploy import data, models
 from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.models import unpickling
 from tests.shared import SHARED, cifar_split, needs_shared
 
 torch.set_num_threads(1)
@@ -383,13 +384,11 @@ def test_functions_nobody_knows_are_not_called(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_a_pickle_changes_nothing_of_ours(tmp_path: Path, opcodes: bytes) -> None:
-    from polar_deploy.models import weights
-
     with pytest.raises(ContentError, match=r"w\.pth"):
         models.load_weights(network(), rewritten(tmp_path / "w.pth", opcodes))
     assert not hasattr(torch._utils._rebuild_tensor_v2, "a")
     assert not hasattr(collections.OrderedDict, "a")
-    assert callable(weights._Inert.__setstate__)
+    assert callable(unpickling.Inert.__setstate__)
 
 
 def rewritten(path: Path, opcodes: bytes) -> Path:
