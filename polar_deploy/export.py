@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.workspace import atomic_path
@@ -106,10 +105,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Captured:
-    """A network as the exporter saw it. dynamic: whether the batch axis is open."""
+    """A network as the exporter saw it."""
 
     program: torch.onnx.ONNXProgram
-    dynamic: bool
 
     def structure(self) -> onnx.ModelProto:
         """The graph with its modules' own layers and parameters; only arithmetic on shapes is done ahead.
@@ -176,12 +174,9 @@ def capture(
     """
     example = example.to(device_of(network))
     failed: Exception | None = None
-    # Kernels of scaled dot product attention lay their results out in ways that some decompositions cannot view: the
-    # plain formula is tried after them.
-    for dynamic, attention in ((True, None), (True, SDPBackend.MATH), (False, None), (False, SDPBackend.MATH)):
+    for dynamic in (True, False):
         try:
-            program = _program(network, example, dynamic, attention, list(inputs), list(outputs))
-            return Captured(program, dynamic)
+            return Captured(_program(network, example, dynamic, list(inputs), list(outputs)))
         except Exception as error:  # noqa: BLE001  (the exporter raises many types of its own)
             failed = failed or error
     raise ContentError(
@@ -191,17 +186,11 @@ def capture(
 
 
 def _program(
-    network: nn.Module,
-    example: Example,
-    dynamic: bool,
-    attention: SDPBackend | None,
-    inputs: list[str],
-    outputs: list[str],
+    network: nn.Module, example: Example, dynamic: bool, inputs: list[str], outputs: list[str]
 ) -> torch.onnx.ONNXProgram:
     """One try of the exporter, which prints its progress to stdout; that belongs to results."""
     shapes = _shapes(network, example.dynamic() if dynamic else None)
-    kernels = sdpa_kernel(attention) if attention is not None else contextlib.nullcontext()
-    with evaluating(network), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), kernels:
+    with _constant(network), evaluating(network), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -217,6 +206,19 @@ def _program(
         )
     assert program is not None
     return program
+
+
+@contextlib.contextmanager
+def _constant(network: nn.Module) -> Iterator[None]:
+    """Inside, parameters ask for no gradient: PyTorch 2.15 cannot export attention whose mask asks for one."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def module_of(node: onnx.NodeProto) -> str | None:

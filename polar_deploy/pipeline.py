@@ -299,14 +299,16 @@ def _preflight(run: Run, names: Sequence[str]) -> None:
     from polar_deploy.stages import stage_named
 
     stage_named(names[0]).inputs(run)
-    if "gates" in names and not run.is_current("gates"):
-        run.require_reachable()
+    if _TRAINING & {*names}:
+        run.network()  # before data is downloaded for a model that there is not
     if {*_TRAINING, "parity", "bundle"} & {*names}:
         _ = run.dataset
     if "full" in names and run.settings.full_weights is not None:
         from polar_deploy import models
 
         models.load_weights(run.network(), run.settings.full_weights)
+    if "gates" in names and not run.is_current("gates"):
+        run.require_reachable()  # last: it takes an export
 
 
 def _run_stage(run: Run, stage: Any) -> None:

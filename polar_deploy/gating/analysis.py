@@ -77,4 +77,5 @@ def analyse(
             f"{type(network).__name__} has no place for a gate" + (f" ({'; '.join(reasons[:3])})" if reasons else ""),
             "use a network in which a layer reads channels that another layer writes, or ignore less of it",
         )
-    return Analysis(example, made, tuple(found.places), found.unmasked)
+    made, used = made.with_gates_alone()
+    return Analysis(example, made, tuple(found.places[index] for index in used), found.unmasked)

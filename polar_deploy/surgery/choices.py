@@ -124,6 +124,13 @@ class Choices:
         """How many gates there are."""
         return sum(site.width for site in self.sites) + len(self.blocks)
 
+    def with_gates_alone(self) -> tuple[Choices, list[int]]:
+        """The same without masks that close nothing, and which are left; the others stay in the graph, open."""
+        used = [index for index, gates in enumerate(self.gate_of) if (gates != NEVER).any()]
+        blocks = tuple(replace(block, mask=used.index(block.mask)) for block in self.blocks)
+        masks, gate_of = tuple(self.masks[i] for i in used), tuple(self.gate_of[i] for i in used)
+        return replace(self, masks=masks, gate_of=gate_of, blocks=blocks), used
+
     def owners(self) -> list[tuple[range, str, str]]:
         """Sites and blocks as (their gates, name, kind), in the order of the gates."""
         found: list[tuple[range, str, str]] = [(site.gates, site.name, site.kind) for site in self.sites]

@@ -213,7 +213,7 @@ def test_a_gated_network_goes_through_a_file_in_every_phase(trained: Trained, tm
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     assert equal(loaded, gates.model, batch(100)[0])
     masks = [buffer for name, buffer in loaded.named_buffers() if "polar_deploy" in name]
-    assert len(masks) == 3  # one a layer, that of the first stays open
+    assert len(masks) == 2  # one a layer, but for the first: it reads the input
 
 
 def test_an_averaged_network_follows_the_masks(make: Callable[..., Gates]) -> None:
