@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from polar_deploy import Gates
 
@@ -29,9 +30,10 @@ def scene() -> tuple[Tensor, dict[str, Tensor]]:
 def main() -> tuple[Gates, nn.Module]:
     """Train, cut, compare."""
     torch.manual_seed(0)
-    model = fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=2, min_size=HEIGHT, max_size=WIDTH
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
+    model = FasterRCNN(backbone, num_classes=2, min_size=HEIGHT, max_size=WIDTH)
     gates = Gates(model.backbone, torch.zeros(1, 3, HEIGHT, WIDTH), budget=0.6, steps=STEPS, align=8)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     for _ in range(STEPS):

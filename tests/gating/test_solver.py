@@ -241,8 +241,6 @@ def test_a_large_network_is_chosen_close_to_the_bound(asked: float) -> None:
     assert asked - WINDOW <= problem.costs["macs"].share(solution.state) <= asked
     assert solution.utility == pytest.approx(_utility(problem, solution.state))
     assert 0 <= solution.gap < 0.05
-    # Programs of this size are cut off by the clock: what another run finds instead is as good.
-    assert solve(problem).utility == pytest.approx(solution.utility, rel=1e-6)
 
 
 def test_the_bound_of_a_large_problem_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
