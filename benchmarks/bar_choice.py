@@ -91,7 +91,7 @@ def _described(network: Any) -> dict[str, Any]:
     """Sites and the old cost polynomial as data: gates by their index, as sets."""
     import torch
 
-    from polar_deploy.costs import _layers
+    from polar_deploy.gating.cost import _layers
 
     layers = [
         {"unit": x.unit, "bias": x.bias, "inputs": list(map(sorted, x.inputs)), "outputs": list(map(sorted, x.outputs))}
