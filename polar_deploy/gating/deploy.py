@@ -16,6 +16,7 @@ from polar_deploy import export as exporter
 from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, Bools
+from polar_deploy.gating.places import aliases
 from polar_deploy.surgery.choices import NEVER, Choices
 
 SITE, KIND, GATES = "polar_deploy.site", "polar_deploy.kind", "polar_deploy.gates"  # metadata of a mask's Mul
@@ -27,25 +28,31 @@ def export(
     """Write the masked model as ONNX, see `Gates.export`."""
     with masking.exporting():
         graph = exporter.capture(model, analysis.example, inputs=inputs, outputs=outputs).deployable()
-    _note_gates(graph, analysis)
+    _note_gates(graph, model, analysis)
     exporter.save(graph, path)
 
 
-def _note_gates(graph: onnx.ModelProto, analysis: Analysis) -> None:
+def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) -> None:
     """Mark each mask's Mul; drop the exporter's notes, which hold paths of this machine."""
-    wanted = {
-        f"{place.module}.{masking.buffer(place)}": index for index, place in reversed(list(enumerate(analysis.places)))
-    }
+    wanted: dict[str, dict[str, int]] = {
+        place.module: {} for place in analysis.places
+    }  # module: the index of a mask by its buffer
+    for index, place in reversed(list(enumerate(analysis.places))):
+        wanted[place.module][masking.buffer(place)] = index
+    first = aliases(model)  # the exporter may know a module by another of its names
     found = set()
     for node in graph.graph.node:
-        name = next((name for name in node.input if name in wanted), None) if node.op_type == "Mul" else None
         del node.metadata_props[:]
-        if name is not None:
-            found.add(name)
-            for key, value in _notes(analysis.choices, wanted[name]).items():
-                node.metadata_props.add(key=key, value=value)
+        for name in node.input if node.op_type == "Mul" else ():
+            path, _, buffer = name.rpartition(".")
+            path = first.get(path, path)
+            if buffer in wanted.get(path, ()):
+                found.add((path, buffer))
+                for key, value in _notes(analysis.choices, wanted[path][buffer]).items():
+                    node.metadata_props.add(key=key, value=value)
     exporter.drop_notes(graph)
-    if lost := [name for name in wanted if name not in found]:
+    lost = [f"{path}.{buffer}" for path in wanted for buffer in wanted[path] if (path, buffer) not in found]
+    if lost:
         raise ContentError(
             f"the export lost {lost[0]}" + (f" and {len(lost) - 1} more masks" if lost[1:] else ""),
             "report this network: each mask must come through the exporter as one Mul",

@@ -126,6 +126,19 @@ class Recurrent(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Aliased(nn.Module):
+    """One convolution under two names, called by both, the second one first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.two, self.head = self.one, nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(torch.relu(self.two(torch.relu(self.stem(x))))))
+        return self.head(x.mean((2, 3)))
+
+
 class NormAct(nn.BatchNorm2d):
     """As in timm: a norm with an activation in it, whose forward looks at `training`."""
 
@@ -184,6 +197,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "a product by hand": (ByHand, 16),
     "tied weights": (Tied, 16),
     "a layer that is called again": (Recurrent, 16),
+    "a layer with two names": (Aliased, 16),
     "a norm with an activation in it": (norm_with_activation, 16),
     "a sum of branches": (Branches, 16),
     "groups": (Grouped, 16),
