@@ -1,10 +1,6 @@
 """The choice under a budget against the greedy walk that it replaced, against every state there is, and its seconds.
 
-The greedy walk (`gating.freeze.Knapsack`, until commit cffa484) runs in a process of its own on the old package:
-
-    git worktree add DIR cffa484
-    python -m benchmarks.bar_choice --old DIR
-
+The greedy walk (`gating.freeze.Knapsack`, until commit cffa484) runs in a process of its own on a checkout of that commit.
 It chooses for real networks with random utilities; then `gating.solver.solve` chooses among the same widths, for the
 same cost polynomial and utilities, within exactly the cost that the walk arrived at. Half an hour on one core.
 """
@@ -21,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +36,8 @@ NETWORKS = (
     ("regnet_x_400mf", 224),
     ("vgg11_bn", 224),
 )
+ROOT = Path(__file__).resolve().parents[1]
+OLD = "cffa484"  # the last commit with the greedy walk
 ALIGNMENTS = (1, 8)
 SEEDS = range(8)
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -48,14 +47,15 @@ SMALL = 50  # instances against every state
 def main() -> int:
     """Run the bars; 0 if all are met."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--old", type=Path, help="a checkout of commit cffa484")
     parser.add_argument("--walk", type=Path, help=argparse.SUPPRESS)  # the process on the old package
     arguments = parser.parse_args()
     if arguments.walk:
         return walk(arguments.walk)
     from benchmarks.common import write_result
 
-    greedy, small, large = against_greedy(arguments.old), against_everything(), seconds()
+    with checkout(OLD) as old:
+        greedy = against_greedy(old)
+    small, large = against_everything(), seconds()
     bars = {
         f"never below the greedy walk at its own cost, {len(greedy)} instances": all(r["more"] >= 0 for r in greedy),
         f"the optimum of {SMALL} small instances": all(row["short"] <= 1e-6 for row in small),
@@ -64,6 +64,18 @@ def main() -> int:
     }
     summary = {"mean": float(np.mean([r["more"] for r in greedy])), "max": max(r["more"] for r in greedy)}
     return write_result("choice", bars, {"more_utility": summary, "greedy": greedy, "small": small, "large": large})
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """A folder with another commit of this project."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "old")
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", path, commit], cwd=ROOT, check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", path], cwd=ROOT, check=True)
 
 
 # --- The greedy walk, on the old package. ---
@@ -90,7 +102,6 @@ def walk(path: Path) -> int:
 def _described(network: Any) -> dict[str, Any]:
     """Sites and the old cost polynomial as data: gates by their index, as sets."""
     import torch
-
     from polar_deploy.gating.cost import _layers
 
     layers = [
