@@ -1,6 +1,6 @@
 """The choice under a budget against the greedy walk that it replaced, against every state there is, and its seconds.
 
-The greedy walk (`gating.freeze.Knapsack`, until commit cffa484) runs in a process of its own on a checkout of that commit.
+The greedy walk (`gating.freeze.Knapsack`, until commit cffa484) runs in a process of its own on that commit.
 It chooses for real networks with random utilities; then `gating.solver.solve` chooses among the same widths, for the
 same cost polynomial and utilities, within exactly the cost that the walk arrived at. Half an hour on one core.
 """
