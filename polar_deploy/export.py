@@ -245,8 +245,9 @@ def _drop_made_biases(model: onnx.ModelProto, parameters: set[str]) -> None:
 
 def drop_notes(model: onnx.ModelProto) -> None:
     """Take the exporter's notes off: they hold paths of this machine."""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del value.metadata_props[:]
+    graph = model.graph
+    for noted in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del noted.metadata_props[:]
     del model.metadata_props[:], model.graph.metadata_props[:]
 
 
@@ -290,8 +291,6 @@ def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[
         ContentError: PyTorch cannot export it.
     """
     graph = capture(network, example, inputs=inputs, outputs=outputs).deployable()
-    for node in graph.graph.node:
-        del node.metadata_props[:]
     drop_notes(graph)
     save(graph, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,14 +38,18 @@ class Analysis:
     places: tuple[Place, ...]
     unmasked: dict[str, str]
 
+    @cached_property
+    def _gate_of(self) -> list[Tensor]:
+        return [torch.from_numpy(gates.astype(np.int64)) for gates in self.choices.gate_of]
+
     def gate_of(self, device: torch.device | None = None) -> list[Tensor]:
         """For each mask, int64 [width], the gate of each channel, or -1."""
-        return [torch.from_numpy(gates.astype(np.int64)).to(device) for gates in self.choices.gate_of]
+        return [gates.to(device) for gates in self._gate_of]
 
     def gate_masks(self, values: Tensor) -> list[Tensor]:
         """For each mask, float [width], the value of each channel's gate among `values` [gates]; 1 without a gate."""
         known = torch.cat([values, values.new_ones(1)])
-        return [known[gates.to(values.device)] for gates in self.gate_of()]
+        return [known[gates] for gates in self.gate_of(values.device)]
 
 
 def own_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.export import device_of, evaluating, module_of
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, Bools, own_tensors
-from polar_deploy.gating.places import Calls, watch
+from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.slices import slices
@@ -135,7 +135,7 @@ def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str
         return
     ends = {analysis.places[block.mask].module: block for block in closed}
     for path in _dead(network, analysis, closed):
-        block = next((block for end, block in ends.items() if _within(end, path)), None)
+        block = next((block for end, block in ends.items() if is_within(end, path)), None)
         network.set_submodule(path, _absent(network.get_submodule(path), path, calls[path], block, analysis, opened))
 
 
@@ -154,16 +154,11 @@ def _dead(network: nn.Module, analysis: Analysis, closed: Sequence[Block]) -> li
             runs[path] = runs.get(path, False) or position not in gone
             path = path.rpartition(".")[0]
     dead = {path for path, is_running in runs.items() if not is_running and _has_parameters(network, path)}
-    return [path for path in sorted(dead) if not any(_within(path, other) and path != other for other in dead)]
+    return [path for path in sorted(dead) if not any(is_within(path, other) and path != other for other in dead)]
 
 
 def _has_parameters(network: nn.Module, path: str) -> bool:
     return any(True for _ in network.get_submodule(path).parameters())
-
-
-def _within(path: str, other: str) -> bool:
-    """Whether a module is another one, or lies in it."""
-    return path == other or path.startswith(f"{other}.")
 
 
 def _absent(

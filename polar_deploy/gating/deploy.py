@@ -33,7 +33,7 @@ def export(
 
 
 def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) -> None:
-    """Mark each mask's Mul; drop the exporter's notes, which hold paths of this machine."""
+    """Mark each mask's Mul, in place of the exporter's own notes."""
     wanted: dict[str, dict[str, int]] = {
         place.module: {} for place in analysis.places
     }  # module: the index of a mask by its buffer
@@ -41,8 +41,8 @@ def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) ->
         wanted[place.module][masking.buffer(place)] = index
     first = aliases(model)  # the exporter may know a module by another of its names
     found = set()
+    exporter.drop_notes(graph)
     for node in graph.graph.node:
-        del node.metadata_props[:]
         for name in node.input if node.op_type == "Mul" else ():
             path, _, buffer = name.rpartition(".")
             path = first.get(path, path)
@@ -50,7 +50,6 @@ def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) ->
                 found.add((path, buffer))
                 for key, value in _notes(analysis.choices, wanted[path][buffer]).items():
                     node.metadata_props.add(key=key, value=value)
-    exporter.drop_notes(graph)
     lost = [f"{path}.{buffer}" for path in wanted for buffer in wanted[path] if (path, buffer) not in found]
     if lost:
         raise ContentError(

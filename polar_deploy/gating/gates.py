@@ -299,7 +299,7 @@ class Gates:
         self._watch()
 
     def _signature(self) -> list[list[Any]]:
-        return [[site.name, site.kind, site.width] for site in self.sites] + [[b.name, "block", 1] for b in self.blocks]
+        return [[name, kind, len(gates)] for gates, name, kind in self.analysis.choices.owners()]
 
     def _carriers(self) -> list[tuple[int, str]]:
         """For each mask the module that carries it, and the name of its buffer there."""

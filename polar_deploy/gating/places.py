@@ -40,6 +40,11 @@ def aliases(network: nn.Module) -> dict[str, str]:
     return {name: known for name, known in every if name != known}
 
 
+def is_within(path: str, other: str) -> bool:
+    """Whether a module, by its path, is another one, or lies in it."""
+    return path == other or path.startswith(f"{other}.")
+
+
 @dataclass(frozen=True)
 class Place:
     """A module that carries a mask. argument: which of its positional arguments is masked; None: what it gives back."""
@@ -192,7 +197,7 @@ class Places:
 
     def _is_inside(self, node: Node, path: str) -> bool:
         own = self._module[id(node)]
-        return own is not None and (own == path or own.startswith(f"{path}."))
+        return own is not None and is_within(own, path)
 
     def _argument(self, path: str, rank: int, axis: int, width: int) -> int | None:
         """The only positional argument of a module that has `width` channels on `axis`, in every call."""

@@ -54,7 +54,7 @@ class SampleGates:
 
     def __init__(self, carriers: Sequence[tuple[int, str]], analysis: Analysis, observer: Observer) -> None:
         choices = analysis.choices
-        spans = [site.gates for site in choices.sites] + [range(b.gate, b.gate + 1) for b in choices.blocks]
+        spans = [gates for gates, _, _ in choices.owners()]
         gate_of = analysis.gate_of(next(iter(analysis.example.tensors)).device)
         self._gates, self._spans, self._observer = choices.gates, spans, observer
         self._mask_of = {carrier: index for index, carrier in reversed(list(enumerate(carriers)))}
@@ -70,7 +70,7 @@ class SampleGates:
         self.deciders = nn.ModuleDict(
             {str(s): Decider(choices.masks[index].width, len(spans[s])) for s, index in sorted(first.items())}
         ).to(gate_of[0].device)
-        self._optimizer = torch.optim.SGD(self.deciders.parameters(), lr=RATE)
+        self._optimizer = torch.optim.SGD(self.deciders.parameters(), lr=RATE * choices.gates)
         self._temperature = TEMPERATURES[0]
         self._decisions: Tensor | None = None  # float [B, gates + 1], the last one always open
         self._logits: dict[int, Tensor] = {}
@@ -115,8 +115,6 @@ class SampleGates:
         self.cool(progress)
         if self._logits:
             processes.average_gradients(self.deciders.parameters())
-            for group in self._optimizer.param_groups:
-                group["lr"] = RATE * self._gates
             torch.nn.utils.clip_grad_norm_(self.deciders.parameters(), 1.0 / RATE, error_if_nonfinite=False)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
