@@ -34,8 +34,9 @@ from polar_deploy.export import (
     write_reference,
 )
 from polar_deploy.gating import deploy
-from polar_deploy.gating.analysis import Analysis, Bools, analyse
+from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.deploy import GATES, KIND, SITE
+from polar_deploy.surgery.facts import Bools
 from tests.tiny import BLOCKS, SITES, Tiny
 
 SIZE = 16

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +17,6 @@ from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
 from polar_deploy.surgery import choices, stored
 from polar_deploy.surgery.choices import Choices
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

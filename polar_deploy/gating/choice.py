@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 
 from polar_deploy.costs import Cost, Floats, State
 from polar_deploy.gating import solver
 from polar_deploy.gating.solver import Problem
 from polar_deploy.surgery.choices import Choices, Site
-
-Bools = npt.NDArray[np.bool_]
+from polar_deploy.surgery.facts import Bools
 
 
 def alignment_of(width: int, align: int) -> int:

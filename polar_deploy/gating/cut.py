@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from polar_deploy.errors import ContentError
 from polar_deploy.export import device_of, evaluating, module_of
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis, Bools, own_tensors
+from polar_deploy.gating.analysis import Analysis, own_tensors
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
+from polar_deploy.surgery.facts import Bools
 from polar_deploy.surgery.slices import slices
 
 TOLERANCE = 1e-6  # of the outputs' scale, in float64

@@ -15,9 +15,10 @@ from torch import nn
 from polar_deploy import export as exporter
 from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis, Bools
+from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import aliases
 from polar_deploy.surgery.choices import NEVER, Choices
+from polar_deploy.surgery.facts import Bools
 
 SITE, KIND, GATES = "polar_deploy.site", "polar_deploy.kind", "polar_deploy.gates"  # metadata of a mask's Mul
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from polar_deploy.errors import ContentError
-from polar_deploy.gating.analysis import Bools
 from polar_deploy.surgery.choices import Choices
+from polar_deploy.surgery.facts import Bools
 from polar_deploy.workspace import read_json
 
 

@@ -25,7 +25,7 @@ from polar_deploy.costs import State
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import masking, processes, rehearsal
-from polar_deploy.gating.analysis import Analysis, Bools, analyse
+from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
@@ -34,6 +34,7 @@ from polar_deploy.gating.utility import Observer
 from polar_deploy.latency import LatencyTable, read
 from polar_deploy.recipes import parse_budget
 from polar_deploy.surgery.choices import Block, Site
+from polar_deploy.surgery.facts import Bools
 
 Phase = Literal["open", "learning", "frozen"]
 WATCH_EVERY = 8  # steps; a step that is watched costs a fifth more

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polar_deploy.gating.analysis import Bools
+from polar_deploy.surgery.facts import Bools
 
 
 def are_several() -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis, Bools, own_tensors
+from polar_deploy.gating.analysis import Analysis, own_tensors
 from polar_deploy.surgery import stored
 from polar_deploy.surgery.choices import Choices, with_values
+from polar_deploy.surgery.facts import Bools
 
 TOLERANCE = 1e-3  # of the outputs' scale: a mask in the wrong place changes far more, rounding in deep networks less
 
