@@ -97,7 +97,7 @@ def shaken(network: Any) -> Any:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in [*network.named_parameters(), *network.named_buffers()]:
-            if value.is_floating_point() and value.numel() > 1 and (value == value.flatten()[0]).all():
+            if value.is_floating_point() and (value == value.flatten()[0]).all():
                 value.copy_(0.5 + torch.rand(value.shape, generator=draw))
             elif name.endswith("running_mean"):
                 value.copy_(0.1 * torch.randn(value.shape, generator=draw))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery.graph import FOLDED_ANYWAY
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ class Captured:
 
         optimizer.inline(self._model)
         for _ in range(2):  # what one pass folds the other can rewrite
-            optimizer.fold_constants_ir(self._model, onnx_shape_inference=True)
+            optimizer.fold_constants_ir(self._model, onnx_shape_inference=True, should_fold=_unless_growing)
             rewriter.rewrite(self._model)
         return self._finished()
 
@@ -271,6 +273,16 @@ def _unless_reading(names: set[str]) -> Any:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
 
     return should_fold
+
+
+def _unless_growing(node: onnx_ir.Node) -> bool | None:
+    """For the folding of constants: what would be larger than it was stays computed, as surgery leaves it too."""
+
+    def elements(values: Sequence[onnx_ir.Value | None]) -> int:
+        shapes = (value.shape for value in values if value is not None)
+        return sum(math.prod(shape.numpy()) for shape in shapes if shape is not None and shape.is_static())
+
+    return False if elements(node.outputs) > max(elements(node.inputs), FOLDED_ANYWAY) else None
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -173,7 +173,7 @@ class Elementwise(Operator):
     def _replace(self, step: Step) -> None:
         """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
         target, shape = step.output, _shape(step)
-        for source in {id(link.source): link.source for link in step.links}.values():
+        for source in self._neutral_first(step):
             mine = [index for index, x in enumerate(step.inputs) if x is source]  # all of them or none
             if self.whole in mine:
                 continue
@@ -186,6 +186,11 @@ class Elementwise(Operator):
             exact = self.steady is None or bool(np.all(operand.value[read] == 0))  # two of a kind may not part
             if (operand.constant | ~read).all() and exact and shape in others and None not in shape:
                 step.replaced.update(dict.fromkeys(mine, np.where(read, operand.value, self.neutral or 0.0)))
+
+    def _neutral_first(self, step: Step) -> list[Channels]:
+        """The inputs that are linked; without a neutral one the operator can go, and one input has to be left."""
+        sources = list({id(link.source): link.source for link in step.links}.values())
+        return sorted(sources, key=lambda x: not (x.constant & (x.value == self.neutral)).all())
 
     def slice(self, step: Step) -> None:
         for index in range(len(step.node.inputs)):

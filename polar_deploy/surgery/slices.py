@@ -44,8 +44,10 @@ def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
             for name in shapes:
                 if name not in trimmed.left and not trimmed.is_read(name):
                     del kept[name]
+                elif name not in direct and trimmed.sizes.get(name, math.prod(shapes[name])) != math.prod(shapes[name]):
+                    raise _computed_with(name)
         for name in kept:
-            if len(shapes[name]) > axis and name in trimmed.left:
+            if len(shapes[name]) > axis and name in trimmed.left and name in direct:
                 kept[name][axis] = _indices(name, trimmed.left[name], shapes[name][axis])
         if all(math.prod(map(len, kept[name])) == size for name, size in trimmed.sizes.items() if name in kept):
             break
@@ -103,10 +105,7 @@ class _Trimmed:
         """
         for constant in self._computed(name):
             if constant in self._changed:
-                raise ContentError(
-                    f"{name} is computed with before it is used, so that it cannot be cut like what comes of it",
-                    "deploy the ONNX graph, where the result is cut, or leave that layer out with ignore",
-                )
+                raise _computed_with(name)
             if constant in self._held:
                 return True
         return False
@@ -132,10 +131,15 @@ def _indices(name: str, left: list[Array], size: int) -> Ints:
         )
     indices = found[0] - FIRST
     if not np.array_equal(indices, np.round(indices)) or indices.min() < 0 or indices.max() >= size:
-        raise ContentError(
-            f"{name} is computed with before it is used, so that it cannot be cut", "deploy the ONNX graph"
-        )
+        raise _computed_with(name)
     return indices.astype(np.int64)
+
+
+def _computed_with(name: str) -> ContentError:
+    return ContentError(
+        f"{name} is computed with before it is used, so that it cannot be cut like what comes of it",
+        "deploy the ONNX graph, where the result is cut, or leave that layer out with ignore",
+    )
 
 
 def _numbered(stored: Stored, shapes: dict[str, tuple[int, ...]], axis: int) -> Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -13,7 +14,7 @@ from polar_deploy.surgery import sets
 from polar_deploy.surgery.choices import MASK, NEVER, Mask
 from polar_deploy.surgery.count import WEIGHTS
 from polar_deploy.surgery.facts import Facts, Step
-from polar_deploy.surgery.graph import Graph, Node
+from polar_deploy.surgery.graph import Graph, Node, Tensor
 from polar_deploy.surgery.mixing import Mixing
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class Survey:
         own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]
         self._names = {id(node): name_of(position) for position, node in enumerate(own)}
         self._muls: list[Node] = [held[mask.name] for mask in masks]
-        self.blocks, self.alive = self._blocks()
         self.reasons: dict[str, str] = {}
+        self.blocks, self.alive = self._blocks()
+        self.alive += self._vital()
 
     def name(self, node: Node) -> str:
         """What a node's layer is called."""
@@ -167,9 +169,7 @@ class Survey:
         each by itself lose the one with the smallest cone, until there are none.
         """
         found = [Cone(index, self._cone({index})) for index, mask in enumerate(self.masks) if mask.block]
-        found = [
-            cone for cone in found if any(self._costs(node) for node in self.graph.nodes if id(node) in cone.nodes)
-        ]
+        found = [cone for cone in found if self._saves(cone) and not self._leaves_factor(cone)]
         while True:
             sums = self._sums(found)
             single = frozenset[int]().union(*(cone.nodes for cone in found))
@@ -181,16 +181,62 @@ class Survey:
                 return found, [frozenset(each) for each in sums]
             found.remove(min(self._behind(found, extra), key=lambda cone: len(cone.nodes)))
 
-    def _costs(self, node: Node) -> bool:
-        return node.op in WEIGHTS and node.domain in (None, "", "ai.onnx")
+    def _saves(self, cone: Cone) -> bool:
+        """Whether a layer with weights goes with a block."""
+        costs = (node for node in self.graph.nodes if node.op in WEIGHTS and node.domain in (None, "", "ai.onnx"))
+        return any(id(node) in cone.nodes for node in costs)
+
+    def _leaves_factor(self, cone: Cone) -> bool:
+        """Whether the shortcut of a block has factors of its own, one a channel: they would fold into what comes next
+        in its place, so that what a block saves would be a matter of which others are closed."""
+        total, side = self._added(cone)
+        beside = [tensor.inputs[0] for tensor in total.inputs if tensor is not side and tensor.inputs]
+        makers = [node.inputs[0].inputs[0] if MASK in self.graph.metadata(node) else node for node in beside]
+        scaled = [tensor for node in makers if node.op == "Mul" for tensor in node.inputs]
+        constants = (tensor for tensor in scaled if self.graph.is_constant(tensor))
+        if not any(math.prod(tensor.shape) > 1 for tensor in constants):
+            return False
+        self.reasons[self.masks[cone.mask].name] = "its shortcut has factors, which would fold into other layers"
+        return True
+
+    def _added(self, cone: Cone) -> tuple[Node, Tensor]:
+        """The node that adds a block to its shortcut, and which of its inputs the block is."""
+        tensor = self._muls[cone.mask].outputs[0]
+        while tensor.outputs[0].op != "Add":
+            tensor = tensor.outputs[0].outputs[0]
+        return tensor.outputs[0], tensor
 
     def _sums(self, found: Sequence[Cone]) -> list[tuple[int, ...]]:
         """Blocks (indices) that are added to each other, with nothing else in the sum."""
         added: dict[int, list[int]] = {}
         for index, cone in enumerate(found):
-            for reader in self._muls[cone.mask].outputs[0].outputs:
-                added.setdefault(id(reader), []).append(index)
+            added.setdefault(id(self._added(cone)[0]), []).append(index)
         return [tuple(each) for each in added.values() if len(each) > 1]
+
+    def _vital(self) -> list[frozenset[int]]:
+        """More sets of blocks (indices) that cannot all go: without them an output would be the same for all inputs."""
+        every, vital = range(len(self.blocks)), list[frozenset[int]]()
+        while not self._is_dead(set()):
+            for pick in (min, max):
+                closed = set(every) - {pick(kept) for kept in (*self.alive, *vital)}
+                if self._is_dead(closed):
+                    break
+            else:
+                break
+            for block in sorted(closed):
+                if self._is_dead(closed - {block}):
+                    closed.remove(block)
+            vital.append(frozenset(closed))
+        return vital
+
+    def _is_dead(self, blocks: set[int]) -> bool:
+        """Whether no value of an input reaches some output while these are closed."""
+        closed = {id(self._muls[self.blocks[index].mask]) for index in blocks}
+        reached = {tensor.name for tensor in self.graph.body.inputs}
+        for node in self.graph.nodes:
+            if node.op not in ("Shape", "Size") and id(node) not in closed and reached & {t.name for t in node.inputs}:
+                reached.update(tensor.name for tensor in node.outputs)
+        return not reached.issuperset(tensor.name for tensor in self.graph.body.outputs)
 
     def _behind(self, found: Sequence[Cone], nodes: frozenset[int]) -> list[Cone]:
         """The blocks that are computed from some of these nodes."""

@@ -91,3 +91,15 @@ def test_shuffle_keeps_groups_of_equal_size() -> None:
     assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 6
     assert constant(smaller, "split").tolist() == [-1, 2, 3, 4, 4]
     assert constant(smaller, "join").tolist() == [-1, 6, 4, 4]
+
+
+def test_of_two_constant_sides_of_a_sum_the_zero_goes() -> None:
+    """A learned number a channel, made as large as the picture, and a branch that is closed: CaiT's class token."""
+    net = Net()
+    size = net.node("Shape", ["input"], "size")
+    learned = net.constant("learned", net.random.standard_normal((1, 3, 1, 1)).astype(np.float32))
+    token = net.node("Expand", [learned, size], "token")
+    net.width[token] = 3
+    branch = net.gate(net.conv(net.relu(net.conv("input", 8, "a"), "act"), 3, "b"), range(3), "gate")
+    smaller = cut(net.model(net.head(net.node("Add", [token, branch], "sum")))).model
+    assert not {"a", "b", "sum"} & names(smaller)
