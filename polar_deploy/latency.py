@@ -26,6 +26,8 @@ from polar_deploy.errors import ContentError
 from polar_deploy.workspace import read_json
 
 SCHEMA = 1
+MOST_NOISE = 0.15  # share of the full network's time by which all savings together may come out too large
+LEAST_LEFT = 0.01  # what is taken to be left of it then: something always is
 _AGAIN = "make it again: python -m polar_deploy.engines table GATED.onnx --target TARGET --out FILE"
 
 
@@ -116,10 +118,16 @@ def _parsed(document: Any) -> LatencyTable:
         raise ValueError("a site lies within something that is no block")
     overlaps = _bounded(sites, [_overlap(each, sites, index, full_ms) for each in document["overlaps"]])
     table = LatencyTable(document["target"], int(document["batch"]), full_ms, _holding(sites, overlaps), overlaps)
-    least = table.predicted_ms({site.name: site.widths[0] for site in sites})
-    if not least > 0:
-        raise ValueError(f"the sites save {full_ms - least:g} ms, but the full network takes {full_ms:g} ms")
-    return table
+    saved = full_ms - table.predicted_ms({site.name: site.widths[0] for site in sites})
+    if saved >= (1 + MOST_NOISE) * full_ms:
+        raise ValueError(f"the sites save {saved:g} ms, but the full network takes {full_ms:g} ms")
+    return _scaled(table, min(1.0, (1 - LEAST_LEFT) * full_ms / saved)) if saved > 0 else table
+
+
+def _scaled(table: LatencyTable, factor: float) -> LatencyTable:
+    """All savings, and overlaps, times a factor."""
+    sites = tuple(replace(site, saved=tuple(factor * each for each in site.saved)) for site in table.sites)
+    return replace(table, sites=sites, overlaps=tuple((s, t, k / factor) for s, t, k in table.overlaps))
 
 
 def _entry(site: Mapping[str, Any], full_ms: float, index: Mapping[str, int]) -> Entry:

@@ -18,7 +18,7 @@ from polar_deploy import __version__, targets
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
 if TYPE_CHECKING:
-    from polar_deploy.config import Settings
+    from polar_deploy.config import Budget, Settings
     from polar_deploy.stages import Run
 
 # The names of `stages.STAGES`, which takes half a second to import: `--help` shall answer at once.
@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", help="where the data lies (default: data)")
     add("--recipe", metavar="FILE", type=Path, help="settings in YAML; the options here are laid over it")
     add("--full-weights", metavar="FILE", help="take the full network as given (.safetensors, .npz, .pth)")
-    add("--budget", metavar="B", help="share of the full cost to keep: 0.5, or macs=0.5,params=0.6 (default: macs=0.5)")
+    add(
+        "--budget",
+        metavar="B",
+        help="share of the full cost to keep: 0.5, or macs=0.5,params=0.6 (default: latency=0.6 "
+        "where the target can be measured here, else macs=0.5)",
+    )
     add("--align", metavar="N", help="widths become multiples of this (default: the target's)")
     add("--epochs", metavar="N", help="epochs of the gated run (default: the data set's)")
     add("--full-epochs", metavar="N", help="epochs of the full network (default: --epochs)")
@@ -120,18 +125,20 @@ def _run(arguments: argparse.Namespace) -> int:
     target = targets.parse(settings.target)
     if "build" in names and not arguments.dry_run:
         targets.check(target)
-    if "gates" in names and settings.budget.latency is not None and settings.latency_table is None:
+    asked = settings.budget
+    if "gates" in names and asked is not None and asked.latency is not None and settings.latency_table is None:
         _require_measurable(target)
     _require_packages(names)
-    settings = resolve(settings, target.align)
+    folder = arguments.out or default_folder(settings)
+    settings = resolve(settings, target, folder)
     if arguments.dry_run:
         from polar_deploy.progress import Progress
         from polar_deploy.stages import Run
 
-        run = Run(settings, arguments.out or default_folder(settings), Progress(quiet=True))
+        run = Run(settings, folder, Progress(quiet=True))
         _print_plan(dry_run(run, names), as_json=arguments.json)
         return 0
-    return _execute(settings, names, arguments)
+    return _execute(settings, folder, names, arguments)
 
 
 def _require_measurable(target: targets.Target) -> None:
@@ -174,12 +181,12 @@ def _require_packages(names: Sequence[str]) -> None:
             raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
 
 
-def resolve(settings: Settings, align: int) -> Settings:
-    """Settings with every default that depends on the data set or the target filled in.
+def resolve(settings: Settings, target: targets.Target, folder: Path) -> Settings:
+    """Settings with every default that depends on the data set, the target, or an earlier part of the run filled in.
 
     Args:
         settings: as given.
-        align: the target's alignment, channels.
+        folder: the run's, which need not be there.
     """
     from polar_deploy import data
     from polar_deploy.config import Normalize
@@ -197,18 +204,37 @@ def resolve(settings: Settings, align: int) -> Settings:
         update={
             "input_size": settings.input_size or spec.input_size,
             "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
-            # Latency is measured in steps of 8: odd widths between them are often slower than the whole layer.
-            "align": settings.align or (align if settings.budget.latency is None else max(align, 8)),
+            "budget": settings.budget or _default_budget(settings, target, folder),
+            "align": settings.align or target.align,
             "training": training.model_copy(update=filled),
         }
     )
 
 
+def _default_budget(settings: Settings, target: targets.Target, folder: Path) -> Budget:
+    """Latency, which is what users feel, where it can be measured; else MACs.
+
+    Of a run that has gates already, theirs: it may have been trained on another machine.
+    """
+    from pydantic import ValidationError
+
+    from polar_deploy.config import Budget
+    from polar_deploy.workspace import read_json
+
+    gates = folder / "gated" / "gates.json"
+    try:
+        return Budget.model_validate(read_json(gates)["budget"])
+    except (UsageError, ContentError, ValidationError, KeyError, TypeError):  # none, or none that could be used
+        measurable = not targets.lacks_to_build(target) + targets.lacks_to_run(target)
+        return Budget(latency=0.6) if measurable or settings.latency_table is not None else Budget(macs=0.5)
+
+
 def default_folder(settings: Settings) -> Path:
     """runs/MODEL-DATA-TARGET-BUDGET-sSEED: no time stamp, so that the same command resumes."""
-    budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items())
+    budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items()) if settings.budget else ""
     model, data = (name.replace(":", ".") for name in (settings.model, settings.data))
-    return Path("runs") / f"{model}-{data}-{settings.target}-{budget}-s{settings.seed}"
+    parts = (model, data, settings.target, budget, f"s{settings.seed}")
+    return Path("runs") / "-".join(filter(None, parts))
 
 
 def dry_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
@@ -271,18 +297,20 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     print(f"target    {missing or can}")
 
 
-def _execute(settings: Settings, names: Sequence[str], arguments: argparse.Namespace) -> int:
+def _execute(settings: Settings, folder: Path, names: Sequence[str], arguments: argparse.Namespace) -> int:
     from polar_deploy import parity, recipes
     from polar_deploy.progress import Progress
     from polar_deploy.stages import Run, stage_named
     from polar_deploy.workspace import atomic_path, read_json
 
     progress = Progress()
-    run = Run(settings, arguments.out or default_folder(settings), progress)
+    run = Run(settings, folder, progress)
     _preflight(run, names)
     with run.workspace.locked(), progress:
         with atomic_path(run.path("run.yaml")) as temporary:
             temporary.write_text(recipes.dump(settings), encoding="utf-8")
+        if "gates" in names and "latency" in run.budget and not run.is_current("gates"):
+            run.require_reachable(measured=True)  # before an epoch is trained
         for name in names:
             _run_stage(run, stage_named(name))
     if "report" in names:

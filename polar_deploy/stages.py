@@ -117,26 +117,34 @@ class Run:
             rehearse(network, found)
         return found
 
-    def require_reachable(self) -> Limits:
+    def require_reachable(self, *, measured: bool = False) -> Limits:
         """The widths that layers may take.
+
+        Args:
+            measured: whether latency counts too where its table is to be made here; the run's folder has to be locked.
 
         Raises:
             UsageError: no sub-network is within the budgets that are known.
         """
-        from polar_deploy import latency
         from polar_deploy.gating.choice import Limits, require_reachable
         from polar_deploy.gating.latency import latency_cost
 
         settings, choices = self.settings, self.analysis.choices
         costs = dict(choices.costs)
-        if settings.latency_table is not None:
-            table = latency.read(settings.latency_table, settings.target, settings.verdict.batch)
+        if measured or settings.latency_table is not None:
+            table = _latency_table(self) if measured else self._given_table()
             costs["latency"] = latency_cost(table, choices.sites, choices.blocks)
         limits = Limits.of(choices.sites, settings.align or 1, settings.gates.min_width)
-        asked = {name: share for name, share in settings.budget.asked().items() if name in costs}
+        asked = {name: share for name, share in self.budget.items() if name in costs}
         if asked:
             require_reachable(choices, limits, costs, asked)
         return limits
+
+    def _given_table(self) -> LatencyTable:
+        from polar_deploy import latency
+
+        assert self.settings.latency_table is not None
+        return latency.read(self.settings.latency_table, self.settings.target, self.settings.verdict.batch)
 
     def is_current(self, name: str) -> bool:
         """Whether what a stage wrote is up to date; False too where a file that it reads is missing."""
@@ -156,17 +164,23 @@ class Run:
         return Gates(
             network,
             self.example(),
-            settings.budget.asked(),
+            self.budget,
             steps,
             align=settings.align or 1,
             min_width=gates.min_width,
             mode=gates.mode,
             start=gates.start,
             freeze=gates.freeze,
-            latency_table=_latency_table(self) if settings.budget.latency is not None else None,
+            latency_table=_latency_table(self) if "latency" in self.budget else None,
             rehearse=0,
             analysis=self.analysis,
         )
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The costs that are limited, each as a share of the full network's."""
+        assert self.settings.budget is not None
+        return self.settings.budget.asked()
 
     @property
     def target(self) -> targets.Target:
@@ -236,7 +250,7 @@ class Stage:
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
         if self.name == "full" and run.settings.full_weights is not None:
             paths.append(run.settings.full_weights)
-        if self.name == "gates" and run.settings.budget.latency is not None and run.settings.latency_table is not None:
+        if self.name == "gates" and "latency" in run.budget and run.settings.latency_table is not None:
             paths.append(run.settings.latency_table)
         return paths
 
@@ -250,7 +264,7 @@ class Stage:
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
     """The files of these names. Not every target has plans, not every budget a table, not every verdict a bundle."""
     absent = {".plan"} if not run.target.has_plans else set()
-    absent |= {LATENCY_TABLE} if run.settings.budget.latency is None else set()
+    absent |= {LATENCY_TABLE} if "latency" not in run.budget else set()
     absent |= {_MANIFEST} if not run.path(_MANIFEST).is_file() else set()
     return [run.path(name) for name in names if not name.endswith(tuple(absent))]
 
@@ -384,7 +398,7 @@ def _require_budget(run: Run, surgery: dict[str, Any]) -> None:
     from polar_deploy.surgery import cost
 
     full = cost(onnx.load(run.path("full/model.onnx")))
-    for name, asked in run.settings.budget.asked().items():
+    for name, asked in run.budget.items():
         if name == "latency":  # is predicted, and measured in the parity stage
             continue
         achieved = surgery[name][1] / getattr(full, name)
@@ -487,7 +501,7 @@ def _full_key(run: Run) -> object:
 def _gates_key(run: Run) -> object:
     settings = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
     del settings["training"]["full_epochs"]
-    if run.settings.budget.latency is not None:
+    if "latency" in run.budget:
         build = run.settings.build.model_dump(mode="json")
         settings |= {"target": run.target.name, "batch": run.settings.verdict.batch, "build": build}
     return _basis(run) | settings
@@ -547,7 +561,7 @@ STAGES = (
     Stage(
         "surgery",
         _surgery,
-        lambda run: run.settings.budget.asked(),
+        lambda run: run.budget,
         reads=("full/model.onnx", "gated/model.onnx"),
         writes=("compressed/model.onnx", "compressed/surgery.json"),
     ),

@@ -74,7 +74,8 @@ def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
     assert target[1] in plan["target"]
     here = "can be built and run here"
     assert re.search(f"tensorrt .*is not installed|{here}" if "trt" in target[1] else here, plan["target"])
-    assert f"budget: {{macs: {0.6 if name == 'cifar100-resnet56' else 0.5}," in outcome.out
+    default = "budget: {macs: null, params: null, latency: 0.6}" if here in plan["target"] else "budget: {macs: 0.5,"
+    assert ("budget: {macs: 0.6," if name == "cifar100-resnet56" else default) in outcome.out
     assert os.listdir(tmp_path) == []
 
 
@@ -83,11 +84,28 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
     outcome = polar(*command, "--dry-run", "--json", "--from", "gates", "--until", "surgery")
     plan = json.loads(outcome.out)
     assert plan["stages"] == ["gates", "export", "surgery"]
-    assert plan["folder"] == "runs/tests.tiny.net-digits-trt-fp16-macs0.5-s7"
+    assert plan["folder"] == "runs/tests.tiny.net-digits-trt-fp16-s7"
     assert plan["gates"] == {"channel_sites": 5, "channels": 84, "streams": 2, "blocks": 4, "ungated": {}}
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
     assert plan["target"]["align"] == 8
+
+
+def test_the_default_budget_is_that_of_gates_that_were_trained_elsewhere(tmp_path: Path) -> None:
+    """Trained where its target could not be measured, built where it can."""
+
+    def budget() -> object:
+        command = ("--model", "tests.tiny:net", "--data", "digits", "--out", tmp_path / "run")
+        return json.loads(polar(*command, "--dry-run", "--json").out)["settings"]["budget"]
+
+    assert budget() == {"macs": None, "params": None, "latency": 0.6}
+    (tmp_path / "run" / "gated").mkdir(parents=True)
+    gates = tmp_path / "run" / "gated" / "gates.json"
+    gates.write_text('{"budget": {"macs": 0.5}}')
+    assert budget() == {"macs": 0.5, "params": None, "latency": None}
+    for damaged in ("[]", "{", '{"budget": {"macs": 2}}', '{"budget": 1}'):
+        gates.write_text(damaged)
+        assert budget() == {"macs": None, "params": None, "latency": 0.6}
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -130,6 +130,14 @@ def test_noise_is_cleaned_up(tmp_path: Path) -> None:
     assert take(8, 8, 0) == take(16, 16, 0) == pytest.approx(15.0)  # a closed block is never slower than an open one
 
 
+def test_savings_that_noise_made_larger_than_the_whole_are_scaled_down(tmp_path: Path) -> None:
+    """Three sites save 7 ms each of 20 ms: 5 % too much, as the sum of many measurements may come out."""
+    sites = [site(name, "channel", 8, {4: 13.0, 8: 20.0}) for name in "abc"]
+    read = table(tmp_path, document(sites=sites, overlaps=[]))
+    assert read.predicted_ms({"a": 4, "b": 4, "c": 4}) == pytest.approx(0.2)
+    assert read.predicted_ms({"a": 4, "b": 8, "c": 8}) == pytest.approx(20 - 19.8 / 3)
+
+
 def _without(key: str) -> dict[str, Any]:
     return {name: value for name, value in document().items() if name != key}
 

@@ -270,7 +270,7 @@ OWN = {
 def test_own_network(function: str, tmp_path: Path) -> None:
     code, words = OWN[function]
     command = ("--model", f"{__name__}:{function}", "--data", "digits", "--epochs", "1", "--out", tmp_path / "run")
-    refused(polar(*command, "--until", "gates"), code, *words)
+    refused(polar(*command, "--budget", "0.5", "--until", "gates"), code, *words)
 
 
 def test_training_that_diverges(tmp_path: Path) -> None:

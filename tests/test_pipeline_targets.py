@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         outcome = polar(*RESNET20, "--target", "trt-fp16", "--until", "surgery")
-    return place / "runs" / "resnet20-digits-trt-fp16-macs0.5-s0", outcome
+    return place / "runs" / "resnet20-digits-trt-fp16-s0", outcome
 
 
 def test_train_here_and_build_elsewhere(trained: tuple[Path, Outcome]) -> None:

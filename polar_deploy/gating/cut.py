@@ -1,4 +1,7 @@
-"""A physically smaller copy of a network: parameters sliced as surgery says, closed branches replaced by zeros."""
+"""A physically smaller copy of a network: parameters sliced as surgery says, closed branches replaced by zeros.
+
+And back: what the copy has learned is put into its places in the whole network.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import device_of, evaluating, module_of
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, own_tensors
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
-from polar_deploy.surgery.facts import Bools
+from polar_deploy.surgery.facts import Bools, Ints
 from polar_deploy.surgery.slices import slices
 
 TOLERANCE = 1e-6  # of the outputs' scale, in float64
@@ -29,21 +32,50 @@ def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
     small = masking.stripped(model)
     example = analysis.example.to(device_of(model))
     calls = watch(small, example)
-    left = slices(analysis.choices.with_masks(analysis.choices.stored, opened), set(own_tensors(small)))
+    left = _left(small, analysis, opened)
     _drop(small, analysis, opened, calls)
     _slice(small, left)
     _require_equal(model, small, analysis, opened)
     return small
 
 
+@torch.no_grad()
+def merge(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
+    """Write parameters and buffers of `small` into their places in `model`; see `Gates.merge`."""
+    left, learned = _left(model, analysis, opened), own_tensors(small)
+    tensors = _named(model)
+    known = {id(tensor): left[name] for name, tensor in tensors if name in left}
+    for name, tensor in tensors:
+        value = learned.get(name)
+        if value is None:
+            continue
+        kept = known.get(id(tensor), [np.arange(size) for size in tensor.shape])
+        if tuple(map(len, kept)) != tuple(value.shape):
+            raise UsageError(
+                f"{name} has the shape {tuple(value.shape)}, and {tuple(map(len, kept))} are open",
+                "merge what `cut` made of this model with these gates",
+            )
+        tensor[np.ix_(*kept)] = value.to(tensor)
+
+
+def _left(network: nn.Module, analysis: Analysis, opened: Bools) -> dict[str, tuple[Ints, ...]]:
+    """The indices that stay of each parameter and buffer; those that go altogether, or are not cut, are not there."""
+    return slices(analysis.choices.with_masks(analysis.choices.stored, opened), set(own_tensors(network)))
+
+
+def _named(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by all of their names."""
+    return [
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    ]
+
+
 def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Slice every parameter and buffer, each tensor once, and tell the modules their new sizes."""
     done: dict[int, Tensor] = {}
     sizes: dict[nn.Module, dict[str, torch.Size]] = {}
-    tensors: list[tuple[str, Tensor]] = [
-        *network.named_parameters(remove_duplicate=False),
-        *network.named_buffers(remove_duplicate=False),
-    ]
+    tensors = _named(network)
     known = {id(tensor): left[name] for name, tensor in tensors if name in left}  # shared: one name in the graph
     for name, tensor in tensors:
         kept = known.get(id(tensor))

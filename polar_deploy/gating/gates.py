@@ -253,6 +253,18 @@ class Gates:
 
         return cut(self.model, self.analysis, self.opened)
 
+    def merge(self, small: nn.Module) -> None:
+        """Put what a network that `cut` made has learned since into its places in the model.
+
+        What is closed keeps the values that it had: nothing reads it.
+
+        Raises:
+            UsageError: `small` was not cut from this model, with the gates as they stand.
+        """
+        from polar_deploy.gating.cut import merge
+
+        merge(self.model, small, self.analysis, self.opened)
+
     def detach(self) -> None:
         """Take all hooks and masks off the model."""
         self._quiet()

@@ -42,8 +42,8 @@ def save(path: Path, key: str, state: State, network: nn.Module, optimizers: lis
         save_file(_separate(tensors), temporary, metadata={"key": key, "state": held})
 
 
-def load(path: Path, key: str, network: nn.Module, optimizers: list[Optimizer]) -> State:
-    """Restore a checkpoint into `network` and `optimizers`; a fresh `State` if there is none for these settings.
+def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
+    """Read a checkpoint: its state, and tensors for `restore`; a fresh `State` if there is none for these settings.
 
     A damaged checkpoint is none: training starts from the beginning.
     """
@@ -51,15 +51,19 @@ def load(path: Path, key: str, network: nn.Module, optimizers: list[Optimizer]) 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
-                return State()
+                return State(), {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (FileNotFoundError, SafetensorError):
-        return State()
+        return State(), {}
+    held = json.loads(metadata["state"])
+    return State(**(held | {"method": _attach(held["method"], tensors)})), tensors
+
+
+def restore(tensors: dict[str, Tensor], network: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Write what `load` read into `network` and `optimizers`."""
     network.load_state_dict(_under(tensors, "network."))
     for number, optimizer in enumerate(optimizers):
         _restore_optimizer(_under(tensors, f"optimizer{number}."), optimizer)
-    held = json.loads(metadata["state"])
-    return State(**(held | {"method": _attach(held["method"], tensors)}))
 
 
 def _detach(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polar_deploy.progress import Progress
@@ -17,8 +17,13 @@ class Plain:
 
     def __init__(self, run: Fit) -> None:
         self.run = run
-        self.optimizer = sgd(list(run.network.parameters()), run.settings)
+        self.optimizer = sgd(run.network, run.settings)
         self.criterion = cross_entropy(run.settings)
+
+    @property
+    def network(self) -> nn.Module:
+        """The run's."""
+        return self.run.network
 
     def optimizers(self) -> list[Optimizer]:
         """The one optimizer."""

@@ -1,23 +1,30 @@
 """One-pass training with gates: ordinary training, in which `Gates` watch, close little by little, and are fixed.
 
 epochs      0 ......... start ................ freeze ................. end
-gates       all open   | closing: a falling target | fixed: static sub-network
+gates       all open   | closing: a falling target | fixed
+network     whole, masked                          | cut: what is closed is no longer computed
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
+from polar_deploy.errors import ContentError
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import Fit, autocast, cross_entropy, evaluate, fit, set_rate, sgd
+from polar_deploy.training.loop import Fit, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
 
+NORM_BATCHES = 50  # that statistics are estimated from
 UNDECIDED = (0.05, 0.95)  # a gate counts as undecided while the share of samples that open it lies between
 
 
@@ -28,16 +35,25 @@ class OnePass:
         run: the training run; its network carries the gates.
         gates: of that network.
         teacher: the full network, or None.
+        tell: is told what a user should know.
     """
 
-    def __init__(self, run: Fit, gates: Gates, teacher: nn.Module | None) -> None:
-        self.run, self.gates = run, gates
+    def __init__(
+        self, run: Fit, gates: Gates, teacher: nn.Module | None, tell: Callable[[str], None] = lambda message: None
+    ) -> None:
+        self.run, self.gates, self.tell = run, gates, tell
         self.teacher = teacher.eval() if teacher is not None else None
-        self.weights = sgd(list(run.network.parameters()), run.settings)
+        self.small: nn.Module | None = None  # the cut network, once gates are fixed
+        self.weights = sgd(run.network, run.settings)
         self.criterion = cross_entropy(run.settings)
         self._share: Tensor | None = None  # of the last epoch's samples that open each gate, summed over steps
         self._steps = 0
         self._freeze: dict[str, Any] | None = None  # what fixing the gates changed
+
+    @property
+    def network(self) -> nn.Module:
+        """The one that is trained: the run's with its gates, and when they are fixed what is left of it."""
+        return self.small if self.small is not None else self.run.network
 
     def optimizers(self) -> list[Optimizer]:
         """The weights' own; gates move by themselves."""
@@ -51,14 +67,14 @@ class OnePass:
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, classes]."""
         with autocast(self.run.settings, self.run.device):
-            logits = self.run.network(images)
+            logits = self.network(images)
             loss = self.criterion(logits, labels)
             if self.teacher is not None:
                 loss = self._taught(loss, logits, images)
         return loss + self.gates.loss(), logits
 
     def after_step(self) -> None:
-        """Let the gates learn; note what samples say, and what the freeze changes."""
+        """Let the gates learn; when they are fixed, note what samples say and what that changes, and cut."""
         share = self.gates.share
         self._share = share if self._share is None else self._share + share
         self._steps += 1
@@ -67,11 +83,16 @@ class OnePass:
         self.gates.step()
         if freezes:
             after = evaluate(self.run.network, self.run.validation) if self.run.validation else None
+            self.cut()
+            self._estimate_norms()
+            settled = evaluate(self.network, self.run.validation) if self.run.validation else None
             self._freeze = {
                 "undecided": undecided(share),
                 "share": [round(value, 4) for value in share.tolist()],
                 "val_before": before,
                 "val_after": after,
+                "val_estimated": settled,
+                "cut": self.small is not None,
             }
 
     def after_epoch(self, state: State) -> dict[str, Any]:
@@ -93,12 +114,38 @@ class OnePass:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the gates."""
-        return self.gates.state_dict()
+        """What a checkpoint holds of the gates, and of the whole network where a cut one is trained."""
+        whole = self.run.network.state_dict() if self.small is not None else None
+        return {"gates": self.gates.state_dict(), "whole": whole}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self.gates.load_state_dict(state)
+        self.gates.load_state_dict(state["gates"])
+        if state["whole"] is not None:
+            self.run.network.load_state_dict(state["whole"])
+            self.cut()
+
+    def finish(self) -> None:
+        """Put what the cut network has learned into its places in the run's."""
+        if self.small is not None:
+            self.gates.merge(self.small)
+
+    def cut(self) -> None:
+        """Go on with what is left of the network, where it can be cut as a module; else with masks."""
+        try:
+            small = self.gates.cut()
+        except ContentError as error:
+            self.tell(f"trained with masks to the end: {str(error).splitlines()[0]}")
+            return
+        self.small = prepare(small, self.run.settings, self.run.device)
+        self.weights = sgd(self.small, self.run.settings)
+
+    def _estimate_norms(self) -> None:
+        """Statistics of BatchNorms anew, of training images: the closed channels moved them all."""
+        images = (images for images, _ in islice(self.run.train.epoch(0), NORM_BATCHES))
+        frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
+        if not frozen:  # who keeps them fixed wants them fixed
+            update_bn(images, self.network)
 
     def _taught(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """Distillation: KL divergence to the teacher at a temperature (Hinton et al., arXiv 1503.02531)."""
@@ -117,7 +164,10 @@ def train_gated(run: Fit, gates: Gates, teacher: nn.Module | None, progress: Pro
 
     The state's note "freeze" holds the share of samples that opened each gate and what freezing changed.
     """
-    return fit(run, OnePass(run, gates, teacher), progress)
+    method = OnePass(run, gates, teacher, progress.note)
+    state = fit(run, method, progress)
+    method.finish()
+    return state
 
 
 def undecided(share: Tensor) -> float:

@@ -24,7 +24,13 @@ from polar_deploy.workspace import atomic_path
 
 
 class Method(Protocol):
-    """What is particular to one way of training; `done` is the share of the run that is over."""
+    """What is particular to one way of training; `done` is the share of the run that is over.
+
+    `network` and `optimizers` may be others after a step, or after `load_state_dict`, than before.
+    """
+
+    @property
+    def network(self) -> nn.Module: ...
 
     def optimizers(self) -> list[Optimizer]: ...
 
@@ -65,23 +71,22 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     Raises:
         ContentError: the loss is not finite.
     """
-    optimizers = method.optimizers()
-    state = checkpoint.load(run.folder / "checkpoint.safetensors", run.key, run.network, optimizers)
-    if state.method:
+    state, tensors = checkpoint.load(run.folder / "checkpoint.safetensors", run.key)
+    if state.epoch:
         method.load_state_dict(state.method)
-    if state.records:  # the kill can have come between checkpoint and log
-        write_log(run.folder / "training.jsonl", state.records)
+        checkpoint.restore(tensors, method.network, method.optimizers())
+        write_log(run.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
     progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
     while state.epoch < run.epochs:
         started = time.monotonic()
-        losses, accuracy = _epoch(run, method, optimizers, state.epoch, progress)
+        losses, accuracy = _epoch(run, method, state.epoch, progress)
         state.epoch += 1
         record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5), "train_accuracy": round(accuracy, 3)}
         record |= method.after_epoch(state)
-        record["val_accuracy"] = evaluate(run.network, run.validation) if run.validation else None
+        record["val_accuracy"] = evaluate(method.network, run.validation) if run.validation else None
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()
-        checkpoint.save(run.folder / "checkpoint.safetensors", run.key, state, run.network, optimizers)
+        checkpoint.save(run.folder / "checkpoint.safetensors", run.key, state, method.network, method.optimizers())
         write_log(run.folder / "training.jsonl", state.records)
         progress.epoch(
             epoch=state.epoch,
@@ -94,21 +99,19 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     return state
 
 
-def _epoch(
-    run: Fit, method: Method, optimizers: list[Optimizer], epoch: int, progress: Progress
-) -> tuple[float, float]:
+def _epoch(run: Fit, method: Method, epoch: int, progress: Progress) -> tuple[float, float]:
     """One pass over the training set; mean loss and training accuracy in percent."""
-    run.network.train()
+    method.network.train()
     torch.manual_seed(run.settings.seed * 1_000_003 + epoch)  # dropout and stochastic depth, the same after a resume
     total = torch.zeros(2, device=run.device)
     steps = run.train.steps
     for step, (images, labels) in enumerate(run.train.epoch(epoch)):
         method.before_step((epoch + step / steps) / run.epochs)
         loss, logits = method.loss(images, labels)
-        for optimizer in optimizers:
+        for optimizer in method.optimizers():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
+        for optimizer in method.optimizers():
             optimizer.step()
         method.after_step()
         total += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
@@ -122,11 +125,11 @@ def _epoch(
     return mean_loss, 100 * accuracy
 
 
-def sgd(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.SGD:
+def sgd(network: nn.Module, settings: Settings) -> torch.optim.SGD:
     """SGD with Nesterov momentum and the settings' weight decay; the rate is set before each step."""
     training = settings.training
     return torch.optim.SGD(
-        parameters,
+        network.parameters(),
         lr=training.lr,
         momentum=training.momentum,
         nesterov=training.momentum > 0,

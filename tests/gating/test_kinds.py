@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from polar_deploy import Gates
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.gating.rehearsal import random_state
 from polar_deploy.surgery import compress_file, cost
 
@@ -328,6 +328,15 @@ def test_the_module_can_be_cut_too(kind: tuple[str, nn.Module, Gates, Tensor]) -
             small(images[:1])
     if not any(not gates.opened[block.gate] for block in gates.blocks) and name != "attention":
         assert counter.get_total_flops() / 2 == gates.promise()["macs"]
+    with torch.no_grad():  # what it learns can be put back
+        for parameter in small.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        learned = small(images)
+        assert not torch.allclose(learned, network(images), rtol=1e-2)
+        gates.merge(small)
+        torch.testing.assert_close(network(images), learned, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="are open"):
+        gates.merge(KINDS[name][0]())
 
 
 def test_gates_are_where_they_should_be() -> None:

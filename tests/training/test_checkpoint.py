@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from polar_deploy.training.checkpoint import State, load, save
+from polar_deploy.training.checkpoint import State, load, restore, save
 from tests.tiny import net
 
 STATE = State(epoch=3, records=[{"epoch": 3, "loss": 0.25, "val_accuracy": None}], notes={"freeze": {"share": [0.5]}})
@@ -52,6 +52,14 @@ def _step(network: nn.Module, optimizers: list[Optimizer]) -> None:
         optimizer.step()
 
 
+def _load(path: Path, key: str, network: nn.Module, optimizers: list[Optimizer]) -> State:
+    """As the loop does: what is no checkpoint of these settings changes nothing."""
+    state, tensors = load(path, key)
+    if tensors:
+        restore(tensors, network, optimizers)
+    return state
+
+
 def _same(one: nn.Module, other: nn.Module) -> bool:
     theirs = other.state_dict()
     return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
@@ -62,7 +70,7 @@ def test_a_restored_run_takes_the_same_next_step(tmp_path: Path, channels_last: 
     network, optimizers = _trained(channels_last=channels_last)
     save(tmp_path / "c.safetensors", "key", STATE, network, optimizers)
     restored, theirs = _trained(0, channels_last=channels_last)
-    assert load(tmp_path / "c.safetensors", "key", restored, theirs) == STATE
+    assert _load(tmp_path / "c.safetensors", "key", restored, theirs) == STATE
     assert _same(network, restored)
     _step(network, optimizers)
     _step(restored, theirs)
@@ -74,7 +82,7 @@ def test_the_learning_rate_stays_that_of_the_new_run(tmp_path: Path) -> None:
     save(tmp_path / "c.safetensors", "key", STATE, network, optimizers)
     restored, theirs = _trained(0)
     theirs[0].param_groups[0]["lr"] = 0.03
-    load(tmp_path / "c.safetensors", "key", restored, theirs)
+    _load(tmp_path / "c.safetensors", "key", restored, theirs)
     assert theirs[0].param_groups[0]["lr"] == 0.03
 
 
@@ -85,14 +93,14 @@ def test_shared_and_strided_tensors_are_saved(tmp_path: Path) -> None:
     save(tmp_path / "c.safetensors", "key", State(), network, [])
     with torch.no_grad():
         network[0].weight.zero_()
-    load(tmp_path / "c.safetensors", "key", network, [])
+    _load(tmp_path / "c.safetensors", "key", network, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_what_the_method_keeps_comes_back(tmp_path: Path) -> None:
     network, optimizers = _trained()
     save(tmp_path / "c.safetensors", "key", State(epoch=1, method=METHOD), network, optimizers)
-    given = load(tmp_path / "c.safetensors", "key", *_trained(0)).method
+    given = _load(tmp_path / "c.safetensors", "key", *_trained(0)).method
     _require_same(given, METHOD)
 
 
@@ -113,7 +121,7 @@ def _require_same(given: Any, expected: Any) -> None:
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
-    assert load(tmp_path / "none.safetensors", "key", nn.Linear(1, 1), []) == State()
+    assert _load(tmp_path / "none.safetensors", "key", nn.Linear(1, 1), []) == State()
 
 
 def test_a_checkpoint_of_other_settings_changes_nothing(tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def test_a_checkpoint_of_other_settings_changes_nothing(tmp_path: Path) -> None:
     save(tmp_path / "c.safetensors", "key", STATE, network, optimizers)
     other, theirs = _trained(0)
     before = copy.deepcopy(other)
-    assert load(tmp_path / "c.safetensors", "another key", other, theirs) == State()
+    assert _load(tmp_path / "c.safetensors", "another key", other, theirs) == State()
     assert _same(other, before)
 
 
@@ -132,13 +140,13 @@ def test_a_truncated_checkpoint_changes_nothing(tmp_path: Path, kept: float) -> 
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     other, theirs = _trained(0)
     before = copy.deepcopy(other)
-    assert load(path, "key", other, theirs) == State()
+    assert _load(path, "key", other, theirs) == State()
     assert _same(other, before)
 
 
 def test_a_file_that_is_no_checkpoint_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").write_bytes(b"\x80\x04 not safetensors " * 50)
-    assert load(tmp_path / "c.safetensors", "key", nn.Linear(1, 1), []) == State()
+    assert _load(tmp_path / "c.safetensors", "key", nn.Linear(1, 1), []) == State()
 
 
 def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:

@@ -121,8 +121,10 @@ def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[Fit, Gates, St
     assert len(share) == len(on.opened)
     assert ((share == 0) | (share == 1)).all()  # one decision for all samples
     assert freeze["undecided"] == 0
-    assert freeze["val_after"] == state.records[FREEZE - 1]["val_accuracy"]
+    assert freeze["val_estimated"] == state.records[FREEZE - 1]["val_accuracy"]  # the freeze ends this epoch
     assert 0 <= freeze["val_before"] <= 100
+    assert 0 <= freeze["val_after"] <= 100
+    assert freeze["cut"]
 
 
 def test_the_network_learns_with_half_of_its_macs(whole: tuple[Fit, Gates, State]) -> None:

@@ -53,7 +53,7 @@ def test_the_rate_warms_up_and_falls_to_zero_in_a_cosine(warmup: float) -> None:
 
 
 def test_sgd_has_the_settings_momentum_and_decay() -> None:
-    weight = [nn.Parameter(torch.zeros(1))]
+    weight = nn.Linear(1, 1)
     made = loop.sgd(weight, settings(training={"momentum": 0.8, "weight_decay": 1e-3, "lr": 0.2})).param_groups[0]
     assert (made["lr"], made["momentum"], made["weight_decay"], made["nesterov"]) == (0.2, 0.8, 1e-3, True)
     assert not loop.sgd(weight, settings(training={"momentum": 0.0})).param_groups[0]["nesterov"]
