@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from math import ceil, inf
 
@@ -19,6 +20,7 @@ _BETTER = 1e-7  # what a program must improve a state by, as a share: what is le
 _BETTER_ON_GRID = 1e-5  # the same for a pass over a grid
 _EXACT = 700  # widths in all: up to here one program holds all of them
 _NODES = 2000  # of the branch and bound of a pass: a limit that, unlike time, is the same on every machine
+_FOR_PASSES = 0.8  # of the time, for all programs of a large problem but the bound's
 _CELLS = (1, 2, 4, 8, 16, 32, 64)  # for the bound, a site's levels divided by these: how far from it cells end
 
 
@@ -30,8 +32,8 @@ def solve(problem: Problem, seconds: float = 2.0, *, quick: bool = False) -> Sol
 
     Args:
         problem: see `Problem`.
-        seconds: at most so long for each program. Most need a tenth of it; only where a program is cut off here may
-            another machine choose differently.
+        seconds: at most so long for the program of a small problem, and for all of a large one. Most need a tenth of
+            it; only where a program is cut off here may another machine choose differently.
         quick: exchanges alone, without a program: for choices that will be made again. The bound is all utility then.
 
     Raises:
@@ -111,6 +113,7 @@ class Choice:
 
     def best(self, point: Point) -> tuple[Point, float]:
         """The best state and the bound, from one that fits."""
+        started = time.monotonic()
         point = self.search.polished(point, rounds=40)
         full = [np.arange(size) for size in self.sizes]
         if self.small:
@@ -119,13 +122,15 @@ class Choice:
                 return point, bound
         for spacing in self._spacings():
             point = self._passed(point, spacing, _BETTER_ON_GRID)
-        point = self._passed(point, np.ones_like(self.sizes), _BETTER)
+        near = self._grid(point, np.ones_like(self.sizes), reach=3)
+        left = _FOR_PASSES * self.seconds - (time.monotonic() - started)
+        point, _ = self._improved(point, near, _BETTER, max(left, self.seconds / 8))
         return point, self._bound(point)
 
     def _passed(self, point: Point, spacing: Integers, by: float) -> Point:
         """A state improved on grids around it, and by exchanges, while that improves it by this share."""
         for _ in range(3):
-            better, _ = self._improved(point, self._grid(point, spacing), by, self.seconds / 4)
+            better, _ = self._improved(point, self._grid(point, spacing), by, self.seconds / 8)
             if better is point:
                 break
             point = self.search.polished(better, rounds=40)
@@ -139,10 +144,10 @@ class Choice:
             spacing = np.maximum(1, spacing // 4)
             yield spacing
 
-    def _grid(self, point: Point, spacing: Integers) -> list[Integers]:
+    def _grid(self, point: Point, spacing: Integers, reach: int = 2) -> list[Integers]:
         """Some levels of each site: around where it stands, or evenly spread where it is not there or has few."""
         here = self.search.present(point.open)
-        steps = np.arange(-2, 3)
+        steps = np.arange(-reach, reach + 1)
         near = [level + step * steps for level, step in zip(point.levels, spacing, strict=True)]
         spread = [np.linspace(0, size - 1, 5).round().astype(np.int64) for size in self.sizes]
         levels = [near[site] if here[site] and size > 5 else spread[site] for site, size in enumerate(self.sizes)]
