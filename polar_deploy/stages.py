@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 REFERENCE_SAMPLES = 32
 LATENCY_TABLE = "latency-table.json"
-_MANIFEST = "bundle/manifest.json"
 
 
 @dataclass
@@ -226,6 +225,7 @@ class Stage:
     Attributes:
         key: the settings that concern it; when they change, it runs again.
         reads, writes: files of the run's folder.
+        looks_at: more files that it reads, where they are.
         scratch: files that are removed when it is finished.
         settled: whether what it wrote may be kept the next time; else it runs again.
     """
@@ -236,6 +236,7 @@ class Stage:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
+    looks_at: tuple[str, ...] = ()
     settled: Callable[[Run], bool] = lambda run: True
 
     def inputs(self, run: Run) -> list[Path]:
@@ -245,6 +246,7 @@ class Stage:
             UsageError: one is missing.
         """
         paths = _paths(run, self.reads)
+        paths += [path for path in map(run.path, self.looks_at) if path.is_file()]
         for path in paths:
             if not path.is_file():
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
@@ -262,10 +264,9 @@ class Stage:
 
 
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
-    """The files of these names. Not every target has plans, not every budget a table, not every verdict a bundle."""
+    """The files of these names. Not every target has plans, not every budget a table."""
     absent = {".plan"} if not run.target.has_plans else set()
     absent |= {LATENCY_TABLE} if "latency" not in run.budget else set()
-    absent |= {_MANIFEST} if not run.path(_MANIFEST).is_file() else set()
     return [run.path(name) for name in names if not name.endswith(tuple(absent))]
 
 
@@ -600,8 +601,8 @@ STAGES = (
             "engines/build.json",
             "parity.json",
             LATENCY_TABLE,
-            _MANIFEST,
         ),
+        looks_at=("bundle/manifest.json", "full/training.jsonl", "gated/training.jsonl"),
         writes=("report.json",),
     ),
 )

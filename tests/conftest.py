@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,13 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
     before = contents(folder)
     yield Miniature(folder, outcome)
     assert contents(folder) == before, "a test changed the miniature run that all tests share"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_reads_itself_once() -> Iterator[None]:
+    """PyTorch's exporter parses the sources of its 497 operators for each network anew: half of a small one's time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
     """The content of report.json for the run in `folder`.
 
     Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`; where latency has a
-    budget, `latency-table.json` too, and where there is a bundle, its manifest.
+    budget, `latency-table.json` too, where there is a bundle, its manifest, and where networks were trained here, the
+    logs of that.
 
     Raises:
         UsageError: one of the files is missing.
@@ -69,6 +71,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "latency": [_latency(measured) for measured in parity.get("latency")],
         "predicted": _predicted(folder / "latency-table.json", gates) if "latency" in gates.get("budget") else None,
         "blocks": _blocks(gates.get("sites")),
+        "training": _training(folder, engines.get("engines", "full", "macs")),
         "verdict": parity.get("verdict"),
         "bundle": _bundle(folder / "bundle/manifest.json"),
         "versions": engines.get("engines", "compressed", "versions"),
@@ -113,6 +116,26 @@ def _predicted(path: Path, gates: _File) -> dict[str, Any]:
 def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) -> dict[str, Any]:
     """The types of one engine, which layers stayed wider, and what the precision cost (None: nobody looked)."""
     return {**entry["precision"], "loss": loss and loss[name]}
+
+
+def _training(folder: Path, macs: int) -> dict[str, Any]:
+    """What training took for each network, teacher and search included; None for one that was not trained here.
+
+    macs: of one forward pass of the full network.
+    """
+    return {name: _trained(folder / name / "training.jsonl", macs) for name in ("full", "gated")}
+
+
+def _trained(log: Path, macs: int) -> dict[str, Any] | None:
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    epochs = [record for record in records if "work" in record]
+    if not epochs:
+        return None
+    return {
+        "epochs": len(epochs),
+        "seconds": round(sum(record["seconds"] for record in epochs), 1),
+        "macs": round(sum(record["images"] * record["work"] for record in epochs) * macs),
+    }
 
 
 def _worst(parity: _File) -> list[dict[str, Any]] | None:

@@ -39,6 +39,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.extend(_at_largest(report["latency"][-1]))
     rows.extend(_layers(report["layers"]))
     kept = blocks["total"] - blocks["removed"]
+    if trained := _training(report["training"]):
+        rows.append(trained)
     rows.append(("gated blocks", str(blocks["total"]), str(kept), f"{blocks['removed']} of {blocks['total']} removed"))
     return rows
 
@@ -98,6 +100,18 @@ def _predicted(predicted: dict[str, Any], latency: list[dict[str, Any]]) -> tupl
     measured = [each["speedup"]["median"] for each in latency if each["batch"] == predicted["batch"]]
     off = f", off by {100 * (compressed / full * measured[0] - 1):+.1f} %" if measured else ""
     return (*row, f"{full / compressed:.2f}× as fast{off}")
+
+
+def _training(training: dict[str, dict[str, Any] | None]) -> tuple[str, str, str, str] | None:
+    """What training took; None where the gated network was not trained here."""
+    full, gated = training["full"], training["gated"]
+    if gated is None:
+        return None
+    ratio = (
+        f"{gated['seconds'] / full['seconds']:.2f}× the time, {gated['macs'] / full['macs']:.2f}× MACs" if full else ""
+    )
+    before, after = (f"{each['seconds']:,.0f} s" if each else "given" for each in (full, gated))
+    return ("training", before, after, ratio)
 
 
 def _at_largest(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -45,6 +45,11 @@ class Batches:
         """Full batches in an epoch; the rest of each epoch's order is left out, as BatchNorm needs full batches."""
         return max(1, len(self) // self.settings.training.batch_size)
 
+    @property
+    def images_an_epoch(self) -> int:
+        """How many images `epoch` gives."""
+        return self.steps * min(self.settings.training.batch_size, len(self))
+
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches (float [B, 3, H, W], int64 [B]) of epoch `number`, the same for the same seed."""
         training = self.settings.training

@@ -46,6 +46,7 @@ class OnePass:
         self.small: nn.Module | None = None  # the cut network, once gates are fixed
         self.weights = sgd(run.network, run.settings)
         self.criterion = cross_entropy(run.settings)
+        self._work = 0.0  # of the epoch's steps, see `loop.Method`
         self._share: Tensor | None = None  # of the last epoch's samples that open each gate, summed over steps
         self._steps = 0
         self._freeze: dict[str, Any] | None = None  # what fixing the gates changed
@@ -75,6 +76,8 @@ class OnePass:
 
     def after_step(self) -> None:
         """Let the gates learn; when they are fixed, note what samples say and what that changes, and cut."""
+        left = self.gates.cost()["macs"] if self.small is not None else 1.0
+        self._work += 3 * left + (self.teacher is not None)
         share = self.gates.share
         self._share = share if self._share is None else self._share + share
         self._steps += 1
@@ -96,14 +99,16 @@ class OnePass:
             }
 
     def after_epoch(self, state: State) -> dict[str, Any]:
-        """The cost of the network as its gates stand, how undecided they are, and once what the freeze changed."""
+        """The cost of the network as its gates stand, how undecided they are, once what the freeze changed, and what
+        training took."""
         record: dict[str, Any] = {}
         if self._freeze is not None:
             record["freeze"] = state.notes["freeze"] = {"epoch": state.epoch, **self._freeze}
             self._freeze = None
         elif self.gates.phase == "learning" and self._share is not None:
             record["undecided"] = undecided(self._share / self._steps)
-        self._share, self._steps = None, 0
+        record["work"] = round(self._work / self._steps, 4)
+        self._share, self._steps, self._work = None, 0, 0.0
         cost = self.gates.cost()
         tightest = max(cost, key=lambda name: cost[name] / self.gates.budget.get(name, 2.0))
         asked = self.gates.budget
@@ -152,7 +157,7 @@ class OnePass:
         assert self.teacher is not None
         training = self.run.settings.training
         heat = training.distill_temperature
-        with torch.no_grad():
+        with torch.inference_mode():
             wanted = F.log_softmax(self.teacher(images).float() / heat, dim=1)
         given = F.log_softmax(logits.float() / heat, dim=1)
         divergence = F.kl_div(given, wanted, reduction="batchmean", log_target=True) * heat**2

@@ -186,6 +186,27 @@ def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
     assert f"{answer}: the speed-up" in text
 
 
+def test_what_training_took_is_told(folder: Path) -> None:
+    """Two epochs of 100 images; the second one trained half of the network, with a teacher all along."""
+    assert report.build(folder, SETTINGS)["training"] == {"full": None, "gated": None}
+    logs = {
+        "full": [{"epoch": 1, "images": 100, "work": 3.0, "seconds": 4.0}] * 2,
+        "gated": [{"images": 100, "work": 4.0, "seconds": 5.0}, {"images": 100, "work": 2.5, "seconds": 2.0}],
+    }
+    for name, records in logs.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "training.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    document = report.build(folder, SETTINGS)
+    valid("report", document)
+    assert document["training"] == {
+        "full": {"epochs": 2, "seconds": 8.0, "macs": 600 * 40_800_000},
+        "gated": {"epochs": 2, "seconds": 7.0, "macs": 650 * 40_800_000},
+    }
+    assert row(printed(document), "training") == ["training", "8 s", "7 s", "0.88× the time, 1.08× MACs"]
+    (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_accuracy": 90.0}\n')
+    assert row(printed(report.build(folder, SETTINGS)), "training") == ["training", "given", "7 s", ""]
+
+
 def test_settings_digest_depends_on_what_decides_the_result_alone(folder: Path) -> None:
     def digest(settings: Settings) -> str:
         value = report.build(folder, settings)["settings"]

@@ -73,6 +73,14 @@ def test_mixed_precision_on_a_cpu_is_for_those_who_ask(amp: str, dtype: torch.dt
         assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == dtype
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_bf16_is_automatic_where_a_cpu_multiplies_matrices_in_it(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    able = {"amx_bf16": amx, "avx512_bf16": True}  # AVX512-BF16 alone makes training slower
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    with loop.autocast(settings(), CPU):
+        assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == (torch.bfloat16 if amx else torch.float32)
+
+
 def test_preparing_sets_layout_and_threads() -> None:
     threads = torch.get_num_threads()
     try:
