@@ -49,7 +49,9 @@ class BreakIn(Progress):
 
 def settings(*, training: dict[str, Any] | None = None, gates: dict[str, Any] | None = None, **other: Any) -> Settings:
     """Settings of a miniature run."""
-    trained = {"batch_size": 32, "flip": True, "crop_padding": 1, "cutout": 3, "lr": 0.05} | (training or {})
+    trained = {"batch_size": 32, "flip": True, "crop_padding": 1, "cutout": 3, "lr": 0.05, "amp": "off"} | (
+        training or {}
+    )
     held = {"budget": Budget(macs=0.5), "seed": 7} | other
     return Settings(
         model="tiny",

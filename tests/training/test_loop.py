@@ -67,8 +67,8 @@ def test_cross_entropy_smooths_labels() -> None:
     assert loss(logits, labels).item() == pytest.approx(-(wanted * logits.log_softmax(1)).sum().item())
 
 
-@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("auto", torch.float32), ("bf16", torch.bfloat16)])
-def test_mixed_precision_on_a_cpu_is_for_those_who_ask(amp: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_is_what_was_asked_for(amp: str, dtype: torch.dtype) -> None:
     with loop.autocast(settings(training={"amp": amp}), CPU):
         assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == dtype
 
@@ -77,7 +77,7 @@ def test_mixed_precision_on_a_cpu_is_for_those_who_ask(amp: str, dtype: torch.dt
 def test_bf16_is_automatic_where_a_cpu_multiplies_matrices_in_it(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     able = {"amx_bf16": amx, "avx512_bf16": True}  # AVX512-BF16 alone makes training slower
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    with loop.autocast(settings(), CPU):
+    with loop.autocast(settings(training={"amp": "auto"}), CPU):
         assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == (torch.bfloat16 if amx else torch.float32)
 
 
