@@ -120,7 +120,7 @@ class Gates(_Frozen):
     mode: Literal["batch", "sample"] = "batch"  # who decides: one for all samples, or a light network a sample
     blocks: bool = True
     start: Share = 0.05
-    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.3
     min_width: Share = 0.25  # a layer that stays keeps at least this share of its channels
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.padding import _ConstantPadNd
 
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import device_of, evaluating, module_of
@@ -21,7 +22,7 @@ from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.facts import Bools, Ints
-from polar_deploy.surgery.slices import slices
+from polar_deploy.surgery.slices import paddings, slices
 
 TOLERANCE = 1e-6  # of the outputs' scale, in float64
 _DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that layer out with ignore"
@@ -35,6 +36,7 @@ def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
     left = _left(small, analysis, opened)
     _drop(small, analysis, opened, calls)
     _slice(small, left)
+    _pad(small, analysis, opened)
     _require_equal(model, small, analysis, opened)
     return small
 
@@ -92,6 +94,20 @@ def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None
                 module._buffers[own] = value
     for module, before in sizes.items():
         _resize(module, before)
+
+
+def _pad(network: nn.Module, analysis: Analysis, opened: Bools) -> None:
+    """Write what modules that pad with constants, channels as well, add from now on."""
+    padding = {path: each for path, each in network.named_modules() if isinstance(each, _ConstantPadNd)}
+    if not padding:
+        return
+    choices = analysis.choices
+    nodes = choices.stored.model.graph.node
+    for position, (before, after) in paddings(choices.with_masks(choices.stored, opened)).items():
+        module = padding.get(module_of(nodes[position]) or "")
+        if module is not None:  # PyTorch tells pads from the last axis on
+            pairs = list(zip(before.tolist(), after.tolist(), strict=True))[::-1][: len(module.padding) // 2]
+            module.padding = tuple(each for pair in pairs for each in pair)
 
 
 def _sliced(tensor: Tensor, kept: Sequence[np.ndarray]) -> Tensor:

@@ -92,7 +92,7 @@ class Gates:
         blocks: bool = True,
         mode: Literal["batch", "sample"] = "batch",
         start: float = 0.05,
-        freeze: float = 0.5,
+        freeze: float = 0.3,
         latency_table: LatencyTable | Path | str | None = None,
         rehearse: int = 2,
         analysis: Analysis | None = None,

@@ -17,7 +17,7 @@ class Schedule:
 
     steps: int
     start: float = 0.05
-    freeze: float = 0.5
+    freeze: float = 0.3
 
     def progress(self, step: int) -> float:
         """Share of the learning phase that is over, in [0, 1]."""

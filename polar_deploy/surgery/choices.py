@@ -189,7 +189,7 @@ def find(
         gate_of=pricing.gate_of,
         sites=pricing.sites,
         blocks=pricing.blocks,
-        alive=tuple(survey.alive),
+        alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
         reasons=survey.reasons,
     )

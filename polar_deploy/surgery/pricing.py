@@ -42,7 +42,7 @@ class Pricing:
     """Sites, blocks and costs of a network whose channels go in `units` [channels of the graph], see `Survey.units`.
 
     Attributes:
-        sites, blocks, gate_of: as in `Choices`.
+        sites, blocks, alive, gate_of: as in `Choices`.
     """
 
     def __init__(self, survey: Survey, units: Ints) -> None:
@@ -57,6 +57,7 @@ class Pricing:
         self.sites = self._name(groups, self._blocks_of(len(groups)))
         for site, members in zip(self.sites, groups, strict=True):
             self._gate_of[members] = site.gates
+        self.alive = self._alive(len(groups))
         start = sum(site.width for site in self.sites)
         names = _unique([survey.masks[cone.mask].name for cone in survey.blocks])
         self.blocks = tuple(
@@ -183,11 +184,36 @@ class Pricing:
         """For each site the blocks that hold every part it appears in."""
         inside: list[frozenset[int] | None] = [None] * count
         for part in self._parts:
-            units = np.unique(np.concatenate([self._units[axis] for axis in part.axes] or [np.empty(0, np.int64)]))
-            for site in np.unique(self._site_of[units[units != NEVER]]).tolist():
+            for site in self._sites_of(part.axes):
                 known = inside[site]
                 inside[site] = part.blocks if known is None else known & part.blocks
         return [blocks or frozenset() for blocks in inside]
+
+    def _alive(self, count: int) -> tuple[frozenset[int], ...]:
+        """Sets of blocks (indices) of which one has to stay: those of `Survey`, and blocks that alone write a site.
+
+        Such are the blocks of a stage into whose shortcut zeros are padded: were all closed, so would be channels that
+        have to pay for themselves behind them. Of blocks in each other the innermost stands for all.
+        """
+        survey = self._survey
+        writers: list[set[frozenset[int]]] = [set() for _ in range(count)]  # the blocks of each, by site
+        for step in filter(is_writer, survey.facts.alive):
+            for site in self._sites_of([numbers(step.output)]):
+                writers[site].add(survey.blocks_of(step.node))
+        found = set(survey.alive)
+        for part in self._parts:
+            for site in self._sites_of(part.axes):
+                away = [blocks - part.blocks for blocks in writers[site]]
+                if away and all(away):
+                    inner = (min(blocks, key=lambda index: len(survey.blocks[index].nodes)) for blocks in away)
+                    found.add(frozenset(inner))
+        return tuple(sorted((one for one in found if not any(other < one for other in found)), key=sorted))
+
+    def _sites_of(self, axes: Sequence[Ints]) -> list[int]:
+        """The sites that have channels on some of these axes."""
+        units = np.unique(np.concatenate([self._units[axis] for axis in axes] or [np.empty(0, np.int64)]))
+        sites = np.unique(self._site_of[units[units != NEVER]])
+        return [site for site in sites.tolist() if site != NEVER]
 
     def _name(self, groups: Sequence[Sequence[int]], blocks: Sequence[frozenset[int]]) -> tuple[Site, ...]:
         """The sites, named by the first layer that writes their channels."""

@@ -54,6 +54,25 @@ def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
     return {name: tuple(axes) for name, axes in kept.items()}
 
 
+def paddings(stored: Stored) -> dict[int, tuple[Ints, Ints]]:
+    """What each Pad adds once `stored` is cut, by the position of its node: int [rank], before and after."""
+    graph = Graph(stored)
+    facts, _ = sets.plan(graph)
+    ranks = {id(step.node): len(graph.shape(step.made[0]) or ()) for step in facts.alive}
+    cut.trim(facts)
+    found = {}
+    for position, node in enumerate(graph.original_nodes):
+        if node.op == "Pad" and id(node) in ranks:
+            both = np.zeros((2, ranks[id(node)]), np.int64)
+            if graph.contains(node):
+                axes = graph.constant(node, 3)
+                pads = graph.constant(node, 1) if len(node.inputs) > 1 else np.array(node.attrs["pads"])
+                assert pads is not None  # `Pad` has no facts otherwise
+                both[:, slice(None) if axes is None else axes.ravel()] = pads.reshape(2, -1)
+            found[position] = (both[0], both[1])
+    return found
+
+
 def _direct(stored: Stored) -> set[str]:
     """Names of the constants that are read, as they stand or rearranged, together with something that is computed."""
     graph, found, known = Graph(stored), set[str](), {""}  # known: what comes of constants alone

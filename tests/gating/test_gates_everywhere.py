@@ -57,6 +57,8 @@ class Chain(nn.Module):
 EXAMPLE = torch.zeros(1, 1, 6, 10)
 Batch = tuple[Tensor, Tensor]
 
+QUICK = {"freeze": 0.5, "rehearse": 0}
+
 
 @pytest.fixture(scope="module")
 def analysis() -> Any:
@@ -70,17 +72,18 @@ def analysis() -> Any:
 def make(analysis: Any) -> Iterator[Callable[..., Gates]]:
     """Makes gates on a new `Chain`, of the same start values each time."""
     made = []
+    others = list(masking._listeners)  # tests of other files break off in the middle of a step
 
     def gates(model: nn.Module | None = None, **options: Any) -> Gates:
         torch.manual_seed(1)
         model = shaken(Chain()) if model is None else model
-        made.append(Gates(model, EXAMPLE, **{"steps": STEPS, "rehearse": 0, "analysis": analysis, **options}))
+        made.append(Gates(model, EXAMPLE, **{"steps": STEPS, **QUICK, "analysis": analysis, **options}))
         return made[-1]
 
     yield gates
     for each in made:
         each.detach()
-    assert not masking._listeners, "a test left somebody listening"
+    assert not [held for held in masking._listeners if held not in others], "a test left somebody listening"
 
 
 @torch.no_grad()
@@ -365,11 +368,11 @@ def test_a_rehearsal_that_fails_leaves_no_hook(analysis: Any, monkeypatch: pytes
         raise ContentError("no", "never")
 
     monkeypatch.setattr(rehearsal, "rehearse", fails)
-    model = Chain()
+    model, others = Chain(), list(masking._listeners)
     with pytest.raises(ContentError):
         Gates(model, EXAMPLE, analysis=analysis)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert not masking._listeners
+    assert masking._listeners == others
 
 
 # ---- ways to train

@@ -206,6 +206,20 @@ class ScaledShortcut(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Padded(nn.Module):
+    """The shortcut of the first ResNets: channels that the input does not have are zeros, before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(24, 10)
+        self.hidden, self.back = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.pad = nn.ConstantPad3d((0, 0, 0, 0, 3, 5), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.back(torch.relu(self.hidden(x))) + self.pad(x)).mean((2, 3)))
+
+
 class ClassToken(nn.Module):
     """Attention of a learned token over the picture's, with a table of relative positions: CaiT and Swin in one.
 
@@ -253,6 +267,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "groups": (Grouped, 16),
     "a shortcut with factors": (ScaledShortcut, 16),
     "a token of its own": (ClassToken, 16),
+    "a shortcut with more channels": (Padded, 16),
 }
 
 
