@@ -20,7 +20,7 @@ from polar_deploy.surgery.choices import Mask
 from polar_deploy.surgery.facts import Facts, Step
 from polar_deploy.surgery.graph import Graph, Node
 from polar_deploy.surgery.stored import Stored
-from polar_deploy.surgery.survey import is_writer
+from polar_deploy.surgery.survey import depending, is_writer
 
 
 @dataclass
@@ -104,6 +104,7 @@ class Places:
         self._calls, self._ignore = calls, ignore
         self.graph = Graph(stored)
         self._facts = Facts(self.graph)
+        self._depending = depending(self.graph)
         self._position = {id(node): position for position, node in enumerate(self.graph.original_nodes)}
         self._module = {
             id(node): aliases.get(path, path) if (path := module_of(proto)) else path
@@ -136,6 +137,9 @@ class Places:
             self.unmasked[path] = "it is to be ignored"
             return
         tensor = step.original[step.handler.data(step)]  # type: ignore[attr-defined]
+        if tensor.name not in self._depending:
+            self.unmasked[path] = "what it reads is the same for all inputs"
+            return
         boundary = self._entry(tensor, path)
         known = self._facts.of(boundary) if boundary is not None else None
         if boundary is None or known is None or len(known) != len(source) or len(known.axes) != 1:

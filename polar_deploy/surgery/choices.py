@@ -53,6 +53,11 @@ class Mask:
     width: int
     block: bool = False
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its constant."""
+        return (self.width, *(1,) * (self.rank - self.axis - 1))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -108,6 +113,8 @@ class Choices:
         alive: sets of blocks (indices) of which at least one has to stay.
         costs: "macs" and "params".
         reasons: why channels that a mask could close have no gate, by the layer that writes them.
+        folding: BatchNormalizations that will be folded into the layer before them, by their label, and whether that
+            layer gets a bias from it: they count as that bias.
     """
 
     stored: Stored
@@ -118,6 +125,7 @@ class Choices:
     alive: tuple[frozenset[int], ...]
     costs: dict[str, Cost]
     reasons: dict[str, str]
+    folding: dict[str, bool]
 
     @property
     def gates(self) -> int:
@@ -161,7 +169,9 @@ class Choices:
 
     def measure(self, opened: Bools) -> dict[str, int]:
         """Costs of what surgery makes of the graph with the gates closed that are not in bool [gates]."""
-        cost = count(rounds.operate(self.with_masks(self.stored, opened))[-1].model.model)
+        last = rounds.operate(self.with_masks(self.stored, opened))[-1]
+        norms = {at: self.folding[label] for at, label in enumerate(last.labels) if label in self.folding}
+        cost = count(last.model.model, norms)
         return {"macs": cost.macs, "params": cost.params}
 
 
@@ -192,6 +202,7 @@ def find(
         alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
         reasons=survey.reasons,
+        folding=pricing.folding,
     )
 
 
@@ -203,9 +214,8 @@ def insert(stored: Stored, masks: Sequence[Mask]) -> Stored:
     model.CopyFrom(stored.model)
     before: dict[int, list[onnx.NodeProto]] = {}
     for mask in masks:
-        shape = (mask.width, *(1,) * (mask.rank - mask.axis - 1))
         constant, product = constant_name(mask), f"polar_deploy.masked.{mask.name}"
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), constant))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(mask.shape, np.float32), constant))
         node = onnx.helper.make_node("Mul", [mask.tensor, constant], [product], name=product)
         node.metadata_props.add(key=MASK, value=mask.name)
         for position in mask.readers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,7 @@ class Cost:
     macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too), quantised
         ones included.
     params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
-        Scalars are left out, and a BatchNormalization that folds into the layer before it counts as that layer's bias:
-        both differ between exporters that write the same network.
+        Scalars are left out: exporters that write the same network differ in them.
     layers: those with weights, in the graph's order.
     """
 
@@ -77,22 +77,25 @@ WEIGHTS = {
 FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
 
 
-def count(model: onnx.ModelProto) -> Cost:
+def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None) -> Cost:
     """Counts the cost of a model.
+
+    Args:
+        folding: BatchNormalizations (by position) that count as what they fold to, see `foldable_norms`.
 
     Raises:
         ContentError: its shapes contradict each other.
     """
     shapes = infer_at(model, batch=1)
     sizes = parameters(model)
-    norms = foldable_norms(model)
+    folding = folding or {}
     counted: set[str] = set()
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
         own = [name for name in dict.fromkeys(node.input) if name in sizes]
-        if position in norms:
-            own = own[:1] if norms[position] else []
+        if position in folding:
+            own = own[:1] if folding[position] else []
         new = sum(sizes[name] for name in own if name not in counted)
         counted.update(own)
         params += new

@@ -14,7 +14,7 @@ import numpy as np
 from polar_deploy.costs import Cost, Factor, Term
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.choices import NEVER, Block, Site
-from polar_deploy.surgery.count import count, foldable_norms, layer_macs, parameters
+from polar_deploy.surgery.count import WEIGHTS, count, foldable_norms, layer_macs, parameters
 from polar_deploy.surgery.mixing import Mixing
 from polar_deploy.surgery.regroup import ALONG_ONE
 from polar_deploy.surgery.survey import Survey, is_writer, numbers
@@ -42,12 +42,14 @@ class Pricing:
     """Sites, blocks and costs of a network whose channels go in `units` [channels of the graph], see `Survey.units`.
 
     Attributes:
-        sites, blocks, alive, gate_of: as in `Choices`.
+        sites, blocks, alive, gate_of, folding: as in `Choices`.
     """
 
     def __init__(self, survey: Survey, units: Ints) -> None:
         self._survey, self._units = survey, units
-        self._full = count(survey.whole)
+        norms = foldable_norms(survey.whole)
+        self.folding = {survey.label(position): bias for position, bias in norms.items()}
+        self._full = count(survey.whole, norms)
         self._parts = [*self._macs(), *self._params()]
         groups = self._grouped()
         self._site_of = np.full(len(units), NEVER)  # by unit
@@ -117,20 +119,18 @@ class Pricing:
         opened = rounds.operate(self._survey.stored)[-1]
         model = opened.model.model
         shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-        sizes, norms = parameters(model), foldable_norms(model)
-        left = {label: (at, node) for at, (label, node) in enumerate(zip(opened.labels, model.graph.node, strict=True))}
+        sizes = parameters(model)
+        left = dict(zip(opened.labels, model.graph.node, strict=True))
         found: dict[str, tuple[float, tuple[Ints, ...]]] = {}  # what each parameter costs
         readers: dict[str, list[frozenset[int]]] = {}  # the blocks of each node that reads it
         for node in self._survey.graph.original_nodes:
-            step, (position, proto) = (
-                self._survey.steps.get(id(node)),
-                left.get(self._survey.graph.label(node), (-1, None)),
-            )
+            step, label = self._survey.steps.get(id(node)), self._survey.graph.label(node)
+            proto = left.get(label)
             if step is None or proto is None:
                 continue
             blocks = self._survey.blocks_of(node)
-            if position in norms:
-                if norms[position]:
+            if label in self.folding:
+                if self.folding[label]:
                     yield Part("params", 1.0, (numbers(step.output),), blocks)
                 continue
             for index, name in enumerate(proto.input):
@@ -160,6 +160,8 @@ class Pricing:
             return ()
         if isinstance(step.handler, Mixing):
             return self._widths(step) if index != step.handler.bias_input else (numbers(output),)
+        if step.node.op in WEIGHTS:
+            return ()  # a product over another axis, such as that of tokens: it is the same for all channels
         if step.node.op in ALONG_ONE:
             return (numbers(output),) if math.prod(shape) == len(output) else ()
         shift = len(step.graph.shape(step.made[0]) or ()) - len(shape)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery import sets
-from polar_deploy.surgery.choices import MASK, NEVER, Mask
+from polar_deploy.surgery import rounds, sets
+from polar_deploy.surgery.choices import MASK, NEVER, Mask, constant_name, with_values
 from polar_deploy.surgery.count import WEIGHTS
 from polar_deploy.surgery.facts import Facts, Step
 from polar_deploy.surgery.graph import Graph, Node, Tensor
@@ -51,6 +51,7 @@ class Survey:
         self.steps = {id(step.node): step for step in self.facts.alive}
         held = {self.graph.metadata(node).get(MASK): node for node in self.graph.original_nodes}
         own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]
+        self._own = own
         self._names = {id(node): name_of(position) for position, node in enumerate(own)}
         self._muls: list[Node] = [held[mask.name] for mask in masks]
         self.reasons: dict[str, str] = {}
@@ -60,6 +61,10 @@ class Survey:
     def name(self, node: Node) -> str:
         """What a node's layer is called."""
         return self._names.get(id(node)) or self.graph.label(node)
+
+    def label(self, position: int) -> str:
+        """What the node at a position of the graph without masks is called in reports."""
+        return self.graph.label(self._own[position])
 
     def blocks_of(self, node: Node) -> frozenset[int]:
         """Indices of the blocks that a node goes with."""
@@ -168,8 +173,9 @@ class Survey:
         Blocks that are the sides of one sum must not all go. Any others that would take more with them together than
         each by itself lose the one with the smallest cone, until there are none.
         """
-        found = [Cone(index, self._cone({index})) for index, mask in enumerate(self.masks) if mask.block]
+        found = [self._block(index) for index, mask in enumerate(self.masks) if mask.block]
         found = [cone for cone in found if self._saves(cone) and not self._leaves_factor(cone)]
+        found = self._that_go(found)
         while True:
             sums = self._sums(found)
             single = frozenset[int]().union(*(cone.nodes for cone in found))
@@ -181,6 +187,27 @@ class Survey:
                 return found, [frozenset(each) for each in sums]
             found.remove(min(self._behind(found, extra), key=lambda cone: len(cone.nodes)))
 
+    def _block(self, mask: int) -> Cone:
+        """What a mask on a branch closes: all that only feeds it, and what lies between it and the sum."""
+        between, _, _ = self._way(mask)
+        return Cone(mask, self._cone({mask}) | frozenset(map(id, between)))
+
+    def _that_go(self, found: list[Cone]) -> list[Cone]:
+        """The blocks of which surgery leaves nothing: it keeps a sum, for one, whose shape is not known."""
+        pending = found
+        for pick in (0, -1):  # blocks that are added to each other are closed one after the other
+            closed = [cone for index, cone in enumerate(found) if index not in {s[pick] for s in self._sums(found)}]
+            masks = [self.masks[cone.mask] for cone in closed]
+            zeros = {constant_name(mask): np.zeros(mask.shape, np.float32) for mask in masks}
+            left = set(rounds.operate(with_values(self.stored, zeros))[-1].labels)
+            stay = [
+                c for c in closed if any(id(n) in c.nodes and self.graph.label(n) in left for n in self.graph.nodes)
+            ]
+            pending = [cone for cone in pending if cone not in stay]
+            for cone in stay:
+                self.reasons[self.masks[cone.mask].name] = "surgery cannot drop the sum that its branch is added in"
+        return pending
+
     def _saves(self, cone: Cone) -> bool:
         """Whether a layer with weights goes with a block."""
         costs = (node for node in self.graph.nodes if node.op in WEIGHTS and node.domain in (None, "", "ai.onnx"))
@@ -189,7 +216,7 @@ class Survey:
     def _leaves_factor(self, cone: Cone) -> bool:
         """Whether the shortcut of a block has factors of its own, one a channel: they would fold into what comes next
         in its place, so that what a block saves would be a matter of which others are closed."""
-        total, side = self._added(cone)
+        _, total, side = self._way(cone.mask)
         beside = [tensor.inputs[0] for tensor in total.inputs if tensor is not side and tensor.inputs]
         makers = [node.inputs[0].inputs[0] if MASK in self.graph.metadata(node) else node for node in beside]
         scaled = [tensor for node in makers if node.op == "Mul" for tensor in node.inputs]
@@ -199,18 +226,19 @@ class Survey:
         self.reasons[self.masks[cone.mask].name] = "its shortcut has factors, which would fold into other layers"
         return True
 
-    def _added(self, cone: Cone) -> tuple[Node, Tensor]:
-        """The node that adds a block to its shortcut, and which of its inputs the block is."""
-        tensor = self._muls[cone.mask].outputs[0]
-        while tensor.outputs[0].op != "Add":
-            tensor = tensor.outputs[0].outputs[0]
-        return tensor.outputs[0], tensor
+    def _way(self, mask: int) -> tuple[list[Node], Node, Tensor]:
+        """From the mask of a block to its shortcut: what lies between, the sum, and which input of that the block is."""
+        between, tensor = list[Node](), self._muls[mask].outputs[0]
+        while (reader := tensor.outputs[0]).op != "Add":
+            between.append(reader)
+            tensor = reader.outputs[0]
+        return between, reader, tensor
 
     def _sums(self, found: Sequence[Cone]) -> list[tuple[int, ...]]:
         """Blocks (indices) that are added to each other, with nothing else in the sum."""
         added: dict[int, list[int]] = {}
         for index, cone in enumerate(found):
-            added.setdefault(id(self._added(cone)[0]), []).append(index)
+            added.setdefault(id(self._way(cone.mask)[1]), []).append(index)
         return [tuple(each) for each in added.values() if len(each) > 1]
 
     def _vital(self) -> list[frozenset[int]]:
@@ -231,11 +259,7 @@ class Survey:
 
     def _is_dead(self, blocks: set[int]) -> bool:
         """Whether no value of an input reaches some output while these are closed."""
-        closed = {id(self._muls[self.blocks[index].mask]) for index in blocks}
-        reached = {tensor.name for tensor in self.graph.body.inputs}
-        for node in self.graph.nodes:
-            if node.op not in ("Shape", "Size") and id(node) not in closed and reached & {t.name for t in node.inputs}:
-                reached.update(tensor.name for tensor in node.outputs)
+        reached = depending(self.graph, {id(self._muls[self.blocks[index].mask]) for index in blocks})
         return not reached.issuperset(tensor.name for tensor in self.graph.body.outputs)
 
     def _behind(self, found: Sequence[Cone], nodes: frozenset[int]) -> list[Cone]:
@@ -255,6 +279,15 @@ class Survey:
             if private and readers and all(id(reader) in dead for reader in readers):
                 dead.add(id(node))
         return frozenset(dead)
+
+
+def depending(graph: Graph, without: Collection[int] = ()) -> set[str]:
+    """Names of the tensors that values of an input reach, other than through the nodes (by their ids) `without`."""
+    reached = {tensor.name for tensor in graph.body.inputs}
+    for node in graph.nodes:
+        if node.op not in ("Shape", "Size") and id(node) not in without and reached & {t.name for t in node.inputs}:
+            reached.update(tensor.name for tensor in node.outputs)
+    return reached
 
 
 def numbers(channels: Channels) -> Ints:

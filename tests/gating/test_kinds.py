@@ -206,6 +206,42 @@ class ScaledShortcut(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class NormFirst(nn.Module):
+    """Norms before the layers, and shortcuts with a layer, as in MaxViT and RegNetV: a norm stands directly behind a
+    convolution once a branch, or the other reader of that, is closed; and nobody folds it any more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.Linear(24, 10)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (16, 24, 24))
+        self.shortcut = nn.Conv2d(16, 24, 1)
+        self.first, self.second = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.shortcut(x) + self.first(torch.relu(self.norms[0](x)))
+        x = self.norms[1](x)
+        x = x + self.second(torch.relu(x))
+        return self.head(torch.relu(self.norms[2](x)).mean((2, 3)))
+
+
+class TokenMixer(nn.Module):
+    """ResMLP's: a layer over the tokens, whose result is scaled channel by channel on its way to the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.scale = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.ones(16))
+        self.across, self.hidden, self.back = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.scale * self.across(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.back(F.gelu(self.hidden(x)))
+        return self.head(x.mean(1))
+
+
 class Padded(nn.Module):
     """The shortcut of the first ResNets: channels that the input does not have are zeros, before and after it."""
 
@@ -268,11 +304,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "a shortcut with factors": (ScaledShortcut, 16),
     "a token of its own": (ClassToken, 16),
     "a shortcut with more channels": (Padded, 16),
+    "a norm before the layer": (NormFirst, 16),
+    "a factor behind the branch": (TokenMixer, 16),
 }
 
 
 NOT_AS_A_MODULE = {
     "weights that are standardised": "weight is computed with before it is used",
+    "a factor behind the branch": "cannot be cut as a module: RuntimeError: The size of tensor",
     "a token of its own": "cannot be cut as a module: RuntimeError: The size of tensor",  # the token is read twice
 }
 
