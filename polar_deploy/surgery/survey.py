@@ -227,7 +227,7 @@ class Survey:
         return True
 
     def _way(self, mask: int) -> tuple[list[Node], Node, Tensor]:
-        """From the mask of a block to its shortcut: what lies between, the sum, and which input of that the block is."""
+        """From the mask of a block to its shortcut: what lies between, the sum, and the block's side of it."""
         between, tensor = list[Node](), self._muls[mask].outputs[0]
         while (reader := tensor.outputs[0]).op != "Add":
             between.append(reader)
