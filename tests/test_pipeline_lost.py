@@ -63,7 +63,7 @@ def test_a_damaged_output_is_made_again_and_what_follows_from_it(
     follow = [
         stage.name
         for stage in stages.STAGES[STAGES.index(name) + 1 :]
-        if any(before.get(read) != after.get(read) for read in stage.reads)
+        if any(before.get(read) != after.get(read) for read in (*stage.reads, *stage.looks_at))
     ]
     assert outcome.ran == [name, *follow]
     assert outcome.up_to_date == [stage for stage in STAGES if stage not in outcome.ran]
