@@ -1,10 +1,11 @@
-"""The demo for three seeds: on time, accurate, half of the MACs gone, faster, and blocks removed in at least one."""
+"""The demo, with its default budget, for three seeds: on time, accurate, faster, and blocks removed in at least one."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import run_pipeline, write_result
 
@@ -23,12 +24,16 @@ def main() -> int:
         "exit code 0 for each seed": all(run["exit_code"] == 0 for run in runs),
         "at most 180 s for each seed": all(run["seconds"] <= 180 for run in runs),
         "full network at least 98 %": all(report["accuracy"]["full"] >= 98 for report in reports),
-        "at most half of the MACs": all(report["macs"]["ratio"] <= 0.5 for report in reports),
+        "at least 1.5 times as fast at batch 1": all(_speedup(report) >= 1.5 for report in reports),
         "drop at most 1.0 points": all(report["accuracy"]["drop"] <= 1.0 for report in reports),
         "speed-up decided": all(report["verdict"]["latency"]["result"] != "undecided" for report in reports),
         "blocks removed in at least one seed": any(report["blocks"]["removed"] for report in reports),
     }
     return write_result("demo", bars, {"runs": runs})
+
+
+def _speedup(report: dict[str, Any]) -> float:
+    return next(float(each["speedup"]["median"]) for each in report["latency"] if each["batch"] == 1)
 
 
 if __name__ == "__main__":
