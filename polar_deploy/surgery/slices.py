@@ -48,7 +48,7 @@ def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
                     raise _computed_with(name)
         for name in kept:
             if len(shapes[name]) > axis and name in trimmed.left and name in direct:
-                kept[name][axis] = _indices(name, trimmed.left[name], shapes[name][axis])
+                kept[name][axis] = _indices(name, trimmed.left[name], shapes[name], axis)
         if all(math.prod(map(len, kept[name])) == size for name, size in trimmed.sizes.items() if name in kept):
             break
     return {name: tuple(axes) for name, axes in kept.items()}
@@ -141,17 +141,42 @@ class _Trimmed:
                             pending.append(output)
 
 
-def _indices(name: str, left: list[Array], size: int) -> Ints:
+def _indices(name: str, left: list[Array], shape: tuple[int, ...], axis: int) -> Ints:
     """The indices that are left along the axis that is numbered."""
-    found = [np.unique(values) for values in left]
-    if any(not np.array_equal(found[0], other) for other in found[1:]):
-        raise ContentError(
-            f"{name} is used in several places that are cut differently", "leave one of them out with ignore"
-        )
-    indices = found[0] - FIRST
-    if not np.array_equal(indices, np.round(indices)) or indices.min() < 0 or indices.max() >= size:
+    found = [_along(values, axis) for values in left]
+    if any(len(found[0]) != len(other) for other in found):
+        raise _cut_differently(name)
+    indices = np.max(found, axis=0) - FIRST
+    if not np.array_equal(indices, np.round(indices)) or indices.max(initial=0) >= shape[axis]:
         raise _computed_with(name)
-    return indices.astype(np.int64)
+    known = indices >= 0
+    if any(not np.array_equal((other - FIRST)[other > 0], indices[other > 0]) for other in found):
+        raise _cut_differently(name)
+    # What reads a channel that is zero at that place has zeros for weights: any index between its neighbours will do.
+    for at in np.flatnonzero(~known):
+        indices[at] = indices[at - 1] + 1 if at else 0
+    if (np.diff(indices) <= 0).any() or indices.max(initial=0) >= shape[axis]:
+        raise _computed_with(name)
+    return np.asarray(indices, np.int64)
+
+
+def _along(values: Array, axis: int) -> Array:
+    """The numbers along the axis that they run along, 0 where surgery made all of it zero.
+
+    That is `axis`, or another one of what was transposed; of what was reshaped, the different numbers.
+    """
+    for own in sorted(range(values.ndim), key=lambda each: each != axis):
+        spread = values.max(axis=tuple(other for other in range(values.ndim) if other != own), keepdims=True)
+        known = spread[spread != 0]
+        if len(np.unique(known)) == len(known) and ((values == spread) | (values == 0)).all():
+            return np.asarray(spread.ravel())
+    return np.unique(values)
+
+
+def _cut_differently(name: str) -> ContentError:
+    return ContentError(
+        f"{name} is used in several places that are cut differently", "leave one of them out with ignore"
+    )
 
 
 def _computed_with(name: str) -> ContentError:

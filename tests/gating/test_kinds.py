@@ -249,11 +249,13 @@ class Padded(nn.Module):
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(24, 10)
         self.hidden, self.back = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.again, self.last = nn.Conv2d(24, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
         self.pad = nn.ConstantPad3d((0, 0, 0, 0, 3, 5), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        return self.head(torch.relu(self.back(torch.relu(self.hidden(x))) + self.pad(x)).mean((2, 3)))
+        x = torch.relu(self.back(torch.relu(self.hidden(x))) + self.pad(x))
+        return self.head(torch.relu(x + self.last(torch.relu(self.again(x)))).mean((2, 3)))
 
 
 class ClassToken(nn.Module):
@@ -391,6 +393,26 @@ def test_the_module_can_be_cut_too(kind: tuple[str, nn.Module, Gates, Tensor]) -
         torch.testing.assert_close(network(images), learned, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="are open"):
         gates.merge(KINDS[name][0]())
+
+
+def test_a_layer_that_reads_padded_zeros_can_be_cut() -> None:
+    """The first block is closed, so that the second one reads zeros where the shortcut pads: it writes there itself."""
+    torch.manual_seed(0)
+    network, images = shaken(Padded()).eval(), torch.randn(2, 3, 16, 16)
+    gates = Gates(network, images, budget=0.97, min_width=0.0, rehearse=0)
+    opened = np.random.default_rng(0).random(len(gates.opened)) < 0.6
+    blocks = {block.name: block.gate for block in gates.blocks}
+    assert blocks.keys() == {"back:out", "last:out"}
+    opened[blocks["back:out"]], opened[blocks["last:out"]] = False, True
+    gates.freeze(opened)
+    small = gates.cut()
+    assert small.last.weight.shape[0] < 24
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images), rtol=1e-4, atol=1e-5)
+    opened[list(blocks.values())] = False  # the padded channels would be nobody's
+    assert (
+        all(any(opened[gates.blocks[index].gate] for index in kept) for kept in gates.analysis.choices.alive) is False
+    )
 
 
 def test_gates_are_where_they_should_be() -> None:
