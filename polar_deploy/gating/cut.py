@@ -21,8 +21,9 @@ from polar_deploy.gating.analysis import Analysis, own_tensors
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
-from polar_deploy.surgery.facts import Bools, Ints
+from polar_deploy.surgery.facts import Bools
 from polar_deploy.surgery.slices import paddings, slices
+from polar_deploy.surgery.stored import Stored
 
 TOLERANCE = 1e-6  # of the outputs' scale, in float64
 _DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that layer out with ignore"
@@ -33,10 +34,11 @@ def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
     small = masking.stripped(model)
     example = analysis.example.to(device_of(model))
     calls = watch(small, example)
-    left = _left(small, analysis, opened)
+    closed = _closed(analysis, opened)
+    left = slices(closed, set(own_tensors(small)))
     _drop(small, analysis, opened, calls)
     _slice(small, left)
-    _pad(small, analysis, opened)
+    _pad(small, closed)
     _require_equal(model, small, analysis, opened)
     return small
 
@@ -44,10 +46,9 @@ def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
 @torch.no_grad()
 def merge(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
     """Write parameters and buffers of `small` into their places in `model`; see `Gates.merge`."""
-    left, learned = _left(model, analysis, opened), own_tensors(small)
-    tensors = _named(model)
-    known = {id(tensor): left[name] for name, tensor in tensors if name in left}
-    for name, tensor in tensors:
+    tensors, learned = own_tensors(model), own_tensors(small)
+    known = _by_tensor(model, slices(_closed(analysis, opened), set(tensors)))
+    for name, tensor in tensors.items():
         value = learned.get(name)
         if value is None:
             continue
@@ -60,26 +61,22 @@ def merge(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools)
         tensor[np.ix_(*kept)] = value.to(tensor)
 
 
-def _left(network: nn.Module, analysis: Analysis, opened: Bools) -> dict[str, tuple[Ints, ...]]:
-    """The indices that stay of each parameter and buffer; those that go altogether, or are not cut, are not there."""
-    return slices(analysis.choices.with_masks(analysis.choices.stored, opened), set(own_tensors(network)))
+def _closed(analysis: Analysis, opened: Bools) -> Stored:
+    """The graph with the gates closed that are not in bool [gates]."""
+    return analysis.choices.with_masks(analysis.choices.stored, opened)
 
 
-def _named(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers by all of their names."""
-    return [
-        *network.named_parameters(remove_duplicate=False),
-        *network.named_buffers(remove_duplicate=False),
-    ]
+def _by_tensor(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> dict[int, Sequence[np.ndarray]]:
+    """What is left of each parameter and buffer, by its id: one that is shared has one of its names in the graph."""
+    return {id(tensor): left[name] for name, tensor in own_tensors(network).items() if name in left}
 
 
 def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Slice every parameter and buffer, each tensor once, and tell the modules their new sizes."""
     done: dict[int, Tensor] = {}
     sizes: dict[nn.Module, dict[str, torch.Size]] = {}
-    tensors = _named(network)
-    known = {id(tensor): left[name] for name, tensor in tensors if name in left}  # shared: one name in the graph
-    for name, tensor in tensors:
+    known = _by_tensor(network, left)
+    for name, tensor in own_tensors(network).items():
         kept = known.get(id(tensor))
         path, _, own = name.rpartition(".")
         module = network.get_submodule(path)
@@ -96,15 +93,13 @@ def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None
         _resize(module, before)
 
 
-def _pad(network: nn.Module, analysis: Analysis, opened: Bools) -> None:
+def _pad(network: nn.Module, closed: Stored) -> None:
     """Write what modules that pad with constants, channels as well, add from now on."""
     padding = {path: each for path, each in network.named_modules() if isinstance(each, _ConstantPadNd)}
     if not padding:
         return
-    choices = analysis.choices
-    nodes = choices.stored.model.graph.node
-    for position, (before, after) in paddings(choices.with_masks(choices.stored, opened)).items():
-        module = padding.get(module_of(nodes[position]) or "")
+    for position, (before, after) in paddings(closed).items():
+        module = padding.get(module_of(closed.model.graph.node[position]) or "")
         if module is not None:  # PyTorch tells pads from the last axis on
             pairs = list(zip(before.tolist(), after.tolist(), strict=True))[::-1][: len(module.padding) // 2]
             module.padding = tuple(each for pair in pairs for each in pair)

@@ -48,7 +48,7 @@ def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
                     raise _computed_with(name)
         for name in kept:
             if len(shapes[name]) > axis and name in trimmed.left and name in direct:
-                kept[name][axis] = _indices(name, trimmed.left[name], shapes[name], axis)
+                kept[name][axis] = _indices(name, trimmed.left[name], axis, shapes[name][axis])
         if all(math.prod(map(len, kept[name])) == size for name, size in trimmed.sizes.items() if name in kept):
             break
     return {name: tuple(axes) for name, axes in kept.items()}
@@ -141,13 +141,13 @@ class _Trimmed:
                             pending.append(output)
 
 
-def _indices(name: str, left: list[Array], shape: tuple[int, ...], axis: int) -> Ints:
-    """The indices that are left along the axis that is numbered."""
+def _indices(name: str, left: list[Array], axis: int, size: int) -> Ints:
+    """The indices that are left along the axis that is numbered, which had `size` of them."""
     found = [_along(values, axis) for values in left]
     if any(len(found[0]) != len(other) for other in found):
         raise _cut_differently(name)
     indices = np.max(found, axis=0) - FIRST
-    if not np.array_equal(indices, np.round(indices)) or indices.max(initial=0) >= shape[axis]:
+    if not np.array_equal(indices, np.round(indices)) or indices.max(initial=0) >= size:
         raise _computed_with(name)
     known = indices >= 0
     if any(not np.array_equal((other - FIRST)[other > 0], indices[other > 0]) for other in found):
@@ -155,7 +155,7 @@ def _indices(name: str, left: list[Array], shape: tuple[int, ...], axis: int) ->
     # What reads a channel that is zero at that place has zeros for weights: any index between its neighbours will do.
     for at in np.flatnonzero(~known):
         indices[at] = indices[at - 1] + 1 if at else 0
-    if (np.diff(indices) <= 0).any() or indices.max(initial=0) >= shape[axis]:
+    if (np.diff(indices) <= 0).any() or indices.max(initial=0) >= size:
         raise _computed_with(name)
     return np.asarray(indices, np.int64)
 

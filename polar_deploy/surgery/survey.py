@@ -179,9 +179,8 @@ class Survey:
         while True:
             sums = self._sums(found)
             single = frozenset[int]().union(*(cone.nodes for cone in found))
-            for stay in ({each[0] for each in sums}, {each[-1] for each in sums}):
-                closed = {cone.mask for index, cone in enumerate(found) if index not in stay}
-                if extra := self._cone(closed) - single:
+            for closed in _closed_together(found, sums):
+                if extra := self._cone({cone.mask for cone in closed}) - single:
                     break
             else:
                 return found, [frozenset(each) for each in sums]
@@ -195,8 +194,7 @@ class Survey:
     def _that_go(self, found: list[Cone]) -> list[Cone]:
         """The blocks of which surgery leaves nothing: it keeps a sum, for one, whose shape is not known."""
         pending = found
-        for pick in (0, -1):  # blocks that are added to each other are closed one after the other
-            closed = [cone for index, cone in enumerate(found) if index not in {s[pick] for s in self._sums(found)}]
+        for closed in _closed_together(found, self._sums(found)):
             masks = [self.masks[cone.mask] for cone in closed]
             zeros = {constant_name(mask): np.zeros(mask.shape, np.float32) for mask in masks}
             left = set(rounds.operate(with_values(self.stored, zeros))[-1].labels)
@@ -279,6 +277,12 @@ class Survey:
             if private and readers and all(id(reader) in dead for reader in readers):
                 dead.add(id(node))
         return frozenset(dead)
+
+
+def _closed_together(found: list[Cone], sums: Sequence[tuple[int, ...]]) -> list[list[Cone]]:
+    """All blocks but one of each sum: the first of them or, where there are sums, the last."""
+    stay = [{each[0] for each in sums}, {each[-1] for each in sums}] if sums else [set[int]()]
+    return [[cone for index, cone in enumerate(found) if index not in kept] for kept in stay] if found else []
 
 
 def depending(graph: Graph, without: Collection[int] = ()) -> set[str]:
