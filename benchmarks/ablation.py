@@ -23,16 +23,17 @@ import torch
 
 from benchmarks import floors
 from benchmarks.common import write_result
-from polar_deploy import engines, latency, models, pipeline, recipes, targets
+from polar_deploy import engines, export, models, pipeline, recipes, targets
 from polar_deploy.config import Settings
-from polar_deploy.engines import table, timing
+from polar_deploy.engines import timing
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
-from polar_deploy.stages import Run
+from polar_deploy.stages import LATENCY_TABLE, Run
 from polar_deploy.surgery import compress_file
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.gated import OnePass
 from polar_deploy.training.loop import Fit, fit, prepare
+from polar_deploy.workspace import write_json
 
 CPU = torch.device("cpu")
 FLOORS = ("uniform width", "uniform depth")
@@ -54,7 +55,7 @@ def settings_of(arguments: argparse.Namespace, changes: dict[str, object], seed:
         "full_weights": arguments.full_weights,
         "budget": recipes.parse_budget(arguments.budget),
         "seed": seed,
-        "latency_table": arguments.work / "latency-table.json",
+        "latency_table": arguments.work / LATENCY_TABLE,
         **dict(map(recipes.parse_set, arguments.set)),
         **changes,
     }
@@ -111,15 +112,13 @@ def _correct(run: Run, network: torch.nn.Module) -> list[int]:
 
 def _speedup(run: Run, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
     """Batch 1 on the run's target, against the full network, in pairs."""
-    from polar_deploy import export
-
     folder = run.path("engines")
     folder.mkdir(parents=True, exist_ok=True)
     gates.export(folder / "gated.onnx")
     export.write(full.eval(), run.example(), folder / "whole.onnx", inputs=("input",), outputs=("logits",))
     compress_file(folder / "gated.onnx", folder / "small.onnx")
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
-    (folder / "build.json").write_text(json.dumps(built))
+    write_json(folder / "build.json", built)
     a, b = (engines.load(folder, name, run.target) for name in ("full", "compressed"))
     size = run.input_size
     images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
@@ -130,16 +129,9 @@ def _speedup(run: Run, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
 def make_table(arguments: argparse.Namespace) -> Run:
     """The latency table that all variants share, and the run that has analysed their network."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    path = arguments.work / "latency-table.json"
-    run = Run(settings_of(arguments, {}, 0), arguments.work, Progress())
-    if not path.is_file():
-        from polar_deploy.gating.deploy import write_open
-        from polar_deploy.workspace import write_json
-
-        gated = arguments.work / "gated.onnx"
-        write_open(run.network(), run.analysis, gated)
-        write_json(path, table.measure(gated, run.target, options=run.settings.build, tell=print))
-    latency.read(path, run.target.name)
+    settings = settings_of(arguments, {}, 0).model_copy(update={"latency_table": None})
+    run = Run(settings, arguments.work, Progress())
+    run.require_reachable(measured="latency" in run.budget)
     return run
 
 
