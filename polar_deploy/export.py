@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import io
 import math
 import warnings
@@ -20,6 +21,8 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery.graph import FOLDED_ANYWAY
@@ -192,7 +195,10 @@ def _program(
 ) -> torch.onnx.ONNXProgram:
     """One try of the exporter, which prints its progress to stdout; that belongs to results."""
     shapes = _shapes(network, example.dynamic() if dynamic else None)
-    with _constant(network), evaluating(network), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as stack:
+        for state in (_constant(network), evaluating(network), _FourAxes(), warnings.catch_warnings()):
+            stack.enter_context(state)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -221,6 +227,29 @@ def _constant(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
+
+
+class _FourAxes(TorchFunctionMode):
+    """Inside, attention is called with four axes, the only number that PyTorch 2.15's exporter takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = _attention if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """PyTorch's own on [..., L, E], called with four axes: the first ones in one, or further ones in front."""
+    *lead, length, _ = query.shape
+
+    def four(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor[(None,) * (4 - tensor.dim())]
+
+    if query.dim() != 4 and attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
+    result = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask, *args, **kwargs)
+    return result.reshape(*lead, length, value.shape[-1])
 
 
 def module_of(node: onnx.NodeProto) -> str | None:
@@ -260,8 +289,6 @@ def _shapes(network: nn.Module, shapes: tuple[Any, Any] | None) -> Any:
     args, kwargs = shapes
     if not kwargs:
         return args
-    import inspect
-
     names = list(inspect.signature(network.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

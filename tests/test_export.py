@@ -18,6 +18,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional
 
 import polar_deploy
 from polar_deploy.errors import ContentError, MachineError
@@ -462,3 +463,24 @@ def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as stored:
         assert set(stored) == set(arrays)
         assert all(np.array_equal(stored[name], array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (4, 3)], ids=["3", "4", "5"])
+@pytest.mark.parametrize("masked", ["not", "by tokens", "by batch", "causal"])
+def test_attention_with_any_number_of_axes_is_exported(axes: tuple[int, ...], masked: str, tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 24)
+            self.register_buffer("mask", torch.randn(*(1 for _ in axes), 5, 5))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.inner(tokens).chunk(3, -1)
+            mask = {"by tokens": self.mask.reshape(5, 5), "by batch": self.mask.expand(1, *self.mask.shape)}.get(masked)
+            return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=masked == "causal")
+
+    torch.manual_seed(0)
+    network, tokens = Attention().eval(), torch.randn(2, *axes, 5, 8)
+    write(network, Example.of(tokens), tmp_path / "a.onnx", inputs=["x"], outputs=["y"])
+    (result,) = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": tokens.numpy()})
+    np.testing.assert_allclose(result, network(tokens).detach(), atol=1e-5)
