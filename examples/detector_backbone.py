@@ -34,7 +34,7 @@ def main() -> tuple[Gates, nn.Module]:
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
     model = FasterRCNN(backbone, num_classes=2, min_size=HEIGHT, max_size=WIDTH)
-    gates = Gates(model.backbone, torch.zeros(1, 3, HEIGHT, WIDTH), budget=0.6, steps=STEPS, align=8)
+    gates = Gates(model.backbone, torch.zeros(1, 3, HEIGHT, WIDTH), budget=0.6, steps=STEPS)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     for _ in range(STEPS):
         pictures, targets = zip(*(scene() for _ in range(2)), strict=True)

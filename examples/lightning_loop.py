@@ -47,7 +47,7 @@ def main() -> tuple[Gates, nn.Module]:
     label = torch.stack([third.mean((1, 2, 3)) for third in pictures.chunk(3, 3)], 1).argmax(1)
     loader = DataLoader(TensorDataset(pictures, label), batch_size=16, shuffle=True)
     module = Classifier()
-    callback = GatesCallback(lambda module, steps: Gates(module.net, pictures[:1], budget=0.5, steps=steps))
+    callback = GatesCallback(lambda module, steps: Gates(module.net, pictures[:1], budget=0.5, steps=steps, align=4))
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **silent).fit(module, loader)
 

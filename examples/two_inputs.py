@@ -41,7 +41,7 @@ def main() -> tuple[Gates, nn.Module]:
     torch.manual_seed(0)
     model = TwoInputs()
     example = {"picture": torch.zeros(1, 3, 16, 24), "numbers": torch.zeros(1, 5)}
-    gates = Gates(model, example, budget=0.5, steps=STEPS, ignore=["value.*"])
+    gates = Gates(model, example, budget=0.5, steps=STEPS, align=1, ignore=["value.*"])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(STEPS):
         given = {"picture": torch.randn(16, 3, 16, 24), "numbers": torch.randn(16, 5)}

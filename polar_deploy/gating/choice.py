@@ -72,10 +72,8 @@ def choose(
     costs: Mapping[str, Cost],
     asked: Mapping[str, float],
     worth: Floats,
-    *,
-    quick: bool = False,
 ) -> Bools:
-    """The state bool [gates] of most worth within the budgets; `quick`: nearly so.
+    """The state bool [gates] of most worth within the budgets.
 
     Raises:
         UsageError: no state is within them.
@@ -83,7 +81,7 @@ def choose(
     # No gate is worth nothing: of two states that keep the same, the larger one is the better.
     floor = max(float(worth.max()), 1e-300) * 1e-9
     worth = np.maximum(worth, floor)
-    return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth), quick=quick).state, worth)
+    return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth)).state, worth)
 
 
 def opened(choices: Choices, state: State, worth: Floats) -> Bools:

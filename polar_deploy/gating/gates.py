@@ -6,8 +6,8 @@
         optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
     gates.export("gated.onnx"); small = gates.cut()
 
-`step` watches what each gate is worth, chooses again and again what stays under a budget that falls, closes the rest
-little by little, and fixes the choice at `freeze`.
+`step` watches what each gate is worth while all are open, chooses at `start` what stays within the budget, closes the
+rest little by little, and fixes them at `freeze`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polar_deploy.costs import State
+from polar_deploy.costs import Floats, State
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import masking, processes, rehearsal
@@ -29,7 +29,7 @@ from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
-from polar_deploy.gating.schedule import Schedule
+from polar_deploy.gating.schedule import Schedule, closing
 from polar_deploy.gating.utility import Observer
 from polar_deploy.latency import LatencyTable, read
 from polar_deploy.recipes import parse_budget
@@ -39,8 +39,7 @@ from polar_deploy.surgery.facts import Bools
 Phase = Literal["open", "learning", "frozen"]
 WATCH_EVERY = 8  # steps; a step that is watched costs a fifth more
 WATCH_FIRST = 16  # observations that are made as fast as possible
-KEEP_OPEN = 1.2  # how much more an open gate counts than a closed one: a choice made twice shall be the same
-FORMAT = 1
+FORMAT = 2
 
 
 class Gates:
@@ -56,21 +55,22 @@ class Gates:
             mapping. Every one is kept to.
         steps: calls of `step` in the whole run.
         ignore: patterns of the paths of modules that get no mask, such as "head*".
-        align: widths become multiples of this; layers narrower than twice of it use the largest of 16, 8, 1 that is at
-            most half of their width.
+        align: widths become multiples of this, since most runtimes compute so many channels at a time; layers narrower
+            than twice of it use the largest of 16, 8, 1 that is at most half of their width.
         min_width: share of its channels that a layer keeps at least.
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
-        start, freeze: shares of the run at which gates begin to close, and at which they are fixed.
+        start, freeze: shares of the run at which gates begin to close, and at which they are fixed. What stays is
+            chosen at `start`: a network that is trained from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file.
         rehearse: random states that are closed, cut and counted before anything is trained.
         analysis: what `polar_deploy.gating.analysis.analyse` found for a network of the same structure: saves the
             export. `example_inputs`, `ignore` and `blocks` are not looked at then.
 
     Attributes:
-        phase: "open" before anything closes, "learning", or "frozen".
-        opened: bool [gates], what stays as things stand.
+        phase: "open" before anything closes, "learning" while gates close, or "frozen".
+        opened: bool [gates], what is open as things stand.
         sites, blocks: where the gates are.
         analysis: what was found of the model; can be given to others of the same structure.
 
@@ -87,7 +87,7 @@ class Gates:
         steps: int = 1000,
         *,
         ignore: Sequence[str] = (),
-        align: int = 1,
+        align: int = 8,
         min_width: float = 0.25,
         blocks: bool = True,
         mode: Literal["batch", "sample"] = "batch",
@@ -113,6 +113,7 @@ class Gates:
         self._stance: Any = None  # what torch.compile is to do while a step is watched
         self.phase: Phase = "open"
         self.opened: Bools = np.ones(self.analysis.choices.gates, bool)
+        self._stay: Bools = self.opened.copy()  # what was chosen
         self._observer = Observer(self._carriers(), self.analysis.gate_of(device_of(model)), len(self.opened))
         self._sampler = SampleGates(self._carriers(), self.analysis, self._observer) if mode == "sample" else None
         self._handles.append(model.register_forward_pre_hook(_Begin(self._observer), with_kwargs=True))
@@ -193,25 +194,22 @@ class Gates:
         seen = self._observer.conclude()
         if self.phase == "frozen":
             return
-        if self._is_watched(self._step - 1):
-            seen = processes.mean_of_seen(seen, len(self.opened))
-        if seen is not None:
-            self._observer.learn(seen)
-        if self._sampler is not None:
+        if self.phase == "open":
+            self._learn(seen)
+            if self._step >= self.schedule.chosen_at and self._observer.observations:
+                self._stay, self.phase = self._choose(), "learning"
+        elif self._sampler is not None:
             self._sampler.step(self.schedule.progress(self._step))
         if self._step >= self.schedule.frozen_at:
             self.freeze()
             return
-        if self.schedule.plans(self._step) and self._observer.observations:
-            self.phase = "learning"
-            self.opened = self._choose(self.schedule.target(self._step), quick=True)
-        self._move()
+        self._close()
         self._watch()
 
     def freeze(self, opened: Bools | None = None) -> None:
         """Fix the gates: to a state bool [gates], or to the best one within the budget by what was learned."""
         if opened is None:
-            opened = self._choose(0.0, quick=False)
+            opened = self._choose() if self.phase == "open" else self._stay
         self.opened = np.asarray(opened, bool).copy()
         if self.opened.shape != self._values.shape:
             raise UsageError(
@@ -281,6 +279,7 @@ class Gates:
             "step": self._step,
             "phase": self.phase,
             "opened": torch.from_numpy(self.opened.copy()),
+            "stay": torch.from_numpy(self._stay.copy()),
             "values": self._values.clone(),
             "observer": self._observer.state_dict(),
             "sampler": self._sampler.state_dict() if self._sampler is not None else None,
@@ -302,7 +301,7 @@ class Gates:
         self.budget = dict(state["budget"])
         self.schedule = Schedule(*state["schedule"])
         self._step, self.phase = int(state["step"]), state["phase"]
-        self.opened = state["opened"].cpu().numpy().copy()
+        self.opened, self._stay = (state[name].cpu().numpy().copy() for name in ("opened", "stay"))
         self._values = state["values"].cpu().clone()
         self._observer.load_state_dict(state["observer"])
         if self._sampler is not None:
@@ -319,39 +318,45 @@ class Gates:
         places = self.analysis.places
         return [(id(self.model.get_submodule(place.module)), masking.buffer(place)) for place in places]
 
-    def _choose(self, target: float, *, quick: bool) -> Bools:
-        """The best state whose costs are so far (a share) from the budget towards the full cost."""
-        asked = {name: share + (1 - share) * target for name, share in self.budget.items()}
-        worth = self.utility.double().numpy() if self._observer.observations else np.ones(len(self.opened))
-        worth = worth * np.where(self.opened, KEEP_OPEN, 1.0)
-        return processes.of_the_first(
-            choose(self.analysis.choices, self._limits, self._costs, asked, worth, quick=quick)
-        )
+    def _learn(self, seen: Tensor | None) -> None:
+        """Take in what the step before showed."""
+        if self._is_watched(self._step - 1):
+            seen = processes.mean_of_seen(seen, len(self.opened))
+        if seen is not None:
+            self._observer.learn(seen)
 
-    def _move(self) -> None:
-        """Masks go a little way towards what was chosen."""
+    def _choose(self) -> Bools:
+        """The best state within the budget, in all processes the same."""
+        worth = self._worth if self._observer.observations else np.ones(len(self.opened))
+        return processes.of_the_first(choose(self.analysis.choices, self._limits, self._costs, self.budget, worth))
+
+    @property
+    def _worth(self) -> Floats:
+        return self.utility.double().numpy()
+
+    def _close(self) -> None:
+        """Masks go a little way to what was chosen."""
         if self.phase == "learning":
-            aim, most = torch.from_numpy(self.opened).float(), 1.0 / self.schedule.interval
-            self._values = self._values + (aim - self._values).clamp(-most, most)
+            values = closing(self._stay, self._worth, self.schedule.closed(self._step))
+            self._values, self.opened = torch.from_numpy(values).float(), values > 0
             self._write()
 
     def _write(self) -> None:
         masking.write(self.model, self.analysis.places, self.analysis.gate_masks(self._values))
 
     def _is_watched(self, step: int) -> bool:
-        """Whether the step after `step` steps is watched."""
-        if self._sampler is not None:
-            return True
-        return step % (2 if step < 2 * WATCH_FIRST else WATCH_EVERY) == 0
+        """Whether the step after `step` steps is watched: only while all gates are open, since the gradients inside of
+        what closes vanish with it."""
+        return self.phase == "open" and step % (2 if step < 2 * WATCH_FIRST else WATCH_EVERY) == 0
 
     def _watch(self) -> None:
         """Look at the next step, or not."""
-        on = self.phase != "frozen" and self._is_watched(self._step)
-        sampling = on and self._sampler is not None and self.phase == "learning"
-        masking.listen(self._observer, on=on and not sampling)
+        watched = self._is_watched(self._step)
+        sampling = self._sampler is not None and self.phase == "learning"
+        masking.listen(self._observer, on=watched)
         if self._sampler is not None:
             masking.listen(self._sampler, on=sampling)
-        self._run_eagerly(on and masking.is_compiled())
+        self._run_eagerly((watched or sampling) and masking.is_compiled())
 
     def _run_eagerly(self, on: bool) -> None:
         """The next step as it is written, or compiled again: compiled code shows nothing to the observer."""

@@ -1,16 +1,21 @@
-"""When gates learn: shares of the run, and the target on the way down."""
+"""When gates are chosen, close, and are fixed: shares of the run; and how far each has closed on the way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-RAMP = 0.7  # share of the learning phase in which the target falls; the rest lets the network settle at the budget
-PLANS = 16  # how often what is to stay is chosen anew while gates learn
+import numpy as np
+
+from polar_deploy.costs import Floats
+from polar_deploy.surgery.facts import Bools
+
+RAMP = 0.7  # share of the closing phase in which gates close; the rest lets the network settle
+SPAN = 0.1  # share of all that close: so many are on their way at the same time
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of a run of `steps` steps: gates are watched from the first one, close from `start` on, are fixed at `freeze`.
+    """A run of `steps` steps: gates are watched, all open, until `start`; then they close, and are fixed at `freeze`.
 
     start, freeze: shares of the run, 0 <= start < freeze <= 1.
     """
@@ -19,29 +24,37 @@ class Schedule:
     start: float = 0.05
     freeze: float = 0.3
 
-    def progress(self, step: int) -> float:
-        """Share of the learning phase that is over, in [0, 1]."""
-        return min(1.0, max(0.0, (step / self.steps - self.start) / (self.freeze - self.start)))
-
-    def target(self, step: int) -> float:
-        """Share of the way from the full cost to the budget that is still to go: 1 at the start, 0 from the ramp's end.
-
-        Cubic as in Zhu & Gupta, "To prune, or not to prune", arXiv 1710.01878, eq. 1: fast while there is plenty to
-        remove, slow where each cut hurts.
-        """
-        return (1.0 - min(1.0, self.progress(step) / RAMP)) ** 3
-
     @property
-    def interval(self) -> int:
-        """Steps from one plan to the next."""
-        return max(1, round((self.freeze - self.start) * self.steps / PLANS))
-
-    def plans(self, step: int) -> bool:
-        """Whether a plan is made after `step` steps."""
-        first = round(self.start * self.steps)
-        return first <= step < self.frozen_at and (step - first) % self.interval == 0
+    def chosen_at(self) -> int:
+        """The step after which it is chosen what is to close."""
+        return max(1, round(self.start * self.steps))
 
     @property
     def frozen_at(self) -> int:
         """The step after which the gates are fixed."""
         return max(1, round(self.freeze * self.steps))
+
+    def progress(self, step: int) -> float:
+        """Share of the closing phase that is over, in [0, 1]."""
+        return min(1.0, max(0.0, (step - self.chosen_at) / max(1, self.frozen_at - self.chosen_at)))
+
+    def closed(self, step: int) -> float:
+        """Share of what is to close that has closed.
+
+        Cubic as in Zhu & Gupta, "To prune, or not to prune", arXiv 1710.01878, eq. 1: fast while there is plenty to
+        remove, slow where each cut hurts.
+        """
+        return 1.0 - (1.0 - min(1.0, self.progress(step) / RAMP)) ** 3
+
+
+def closing(stay: Bools, worth: Floats, closed: float) -> Floats:
+    """Masks [gates] between 1 and 0 when the share `closed` of all that do not `stay` has closed, the worthless first.
+
+    stay: bool [gates]. worth: float [gates].
+    """
+    going = np.flatnonzero(~stay)
+    order = going[np.argsort(worth[going], kind="stable")]
+    turn = np.arange(1, len(order) + 1) / max(1, len(order))  # share that has closed when this one has
+    values = np.ones(len(stay))
+    values[order] = np.clip((turn + SPAN - closed * (1 + SPAN)) / SPAN, 0.0, 1.0)
+    return values

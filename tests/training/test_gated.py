@@ -6,6 +6,7 @@ import gc
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from polar_deploy.costs import WINDOW
 from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
 from polar_deploy.gating.gates import Gates
+from polar_deploy.gating.schedule import closing
 from polar_deploy.progress import Progress
 from polar_deploy.training import loop
 from polar_deploy.training.checkpoint import State
@@ -195,30 +197,13 @@ def test_gates_are_open_then_close_little_by_little_then_rest(tmp_path: Path) ->
     assert state.notes["freeze"]["epoch"] == 4
 
 
-def test_masks_move_at_most_by_what_one_plan_has_steps(tmp_path: Path) -> None:
-    run = fit(settings(gates={"start": 0.0, "freeze": 1.0}), tmp_path, gated=True, epochs=16)  # 64 steps: 4 a plan
-    on = gates(run)
-    told = _Watch(run, on)
-    with pytest.raises(Broken):
-        train(run, on, progress=_Both(told, BreakIn(16)))
-    moved = torch.stack([(b - a).abs().max() for a, b in zip(told.masks, told.masks[1:], strict=False)])
-    assert moved.max() == pytest.approx(0.25, abs=1e-6)
-
-
-class _Both(Progress):
-    """Tells two."""
-
-    def __init__(self, *told: Progress) -> None:
-        super().__init__(quiet=True)
-        self.told = told
-
-    def epoch(self, **facts: object) -> None:
-        for each in self.told:
-            each.epoch(**facts)  # type: ignore[arg-type]
-
-    def step(self, fraction: float) -> None:
-        for each in self.told:
-            each.step(fraction)
+def test_the_worthless_close_first_and_a_tenth_of_all_at_a_time() -> None:
+    stay = np.array([True, *[False] * 20])
+    worth = np.array([0.0, *range(20, 0, -1)])  # the last is worth least
+    assert (closing(stay, worth, 0.0) == 1).all()
+    half = closing(stay, worth, 0.5)  # turns 0.05, 0.10, ... are over at 0.55 - 0.1 and begin at 0.55
+    np.testing.assert_allclose(half, [1, *[1] * 10, 0.5, *[0] * 9], atol=1e-9)
+    assert closing(stay, worth, 1.0).tolist() == stay.tolist()
 
 
 def test_gates_rest_exactly_as_frozen_while_weights_go_on(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ _FOR_PASSES = 0.8  # of the time, for all programs of a large problem but the bo
 _CELLS = (1, 2, 4, 8, 16, 32, 64)  # for the bound, a site's levels divided by these: how far from it cells end
 
 
-def solve(problem: Problem, seconds: float = 2.0, *, quick: bool = False) -> Solution:
+def solve(problem: Problem, seconds: float = 2.0) -> Solution:
     """The most useful state within the budgets.
 
     Up to some hundred widths in all the state is the best one there is, but for `_BETTER`, unless `seconds` are over
@@ -34,7 +34,6 @@ def solve(problem: Problem, seconds: float = 2.0, *, quick: bool = False) -> Sol
         problem: see `Problem`.
         seconds: at most so long for the program of a small problem, and for all of a large one. Most need a tenth of
             it; only where a program is cut off here may another machine choose differently.
-        quick: exchanges alone, without a program: for choices that will be made again. The bound is all utility then.
 
     Raises:
         UsageError: no state meets the budgets.
@@ -44,8 +43,8 @@ def solve(problem: Problem, seconds: float = 2.0, *, quick: bool = False) -> Sol
     start = choice.start()
     if start is None:
         raise unreachable(problem, _state(problem, choice.least()))
-    point, bound = choice.quick(start) if quick else choice.best(start)
-    if not quick and not choice.search.in_window(point):
+    point, bound = choice.best(start)
+    if not choice.search.in_window(point):
         point = choice.windowed(point)
     state = _state(problem, point)
     return Solution(state, point.utility, max(float(bound), point.utility), choice.search.in_window(point))
@@ -105,11 +104,6 @@ class Choice:
             least = self.least()
             best = least if self.search.fits(least) else None
         return best
-
-    def quick(self, point: Point) -> tuple[Point, float]:
-        """A good state from one that fits, and the utility of everything."""
-        everything = self.search.point(self.sizes - 1, np.ones(len(self.model.blocks), dtype=bool))
-        return self.search.polished(point, rounds=40), everything.utility
 
     def best(self, point: Point) -> tuple[Point, float]:
         """The best state and the bound, from one that fits."""
