@@ -46,6 +46,7 @@ class Floor(OnePass):
         super().__init__(run, gates, teacher)
         gates.freeze(opened)
         self.cut()
+        self._estimate_norms()
 
 
 def settings_of(arguments: argparse.Namespace, changes: dict[str, object], seed: int) -> Settings:
@@ -84,6 +85,7 @@ def row(
         method = OnePass(job, gates, teaches)
     state = fit(job, method, run.progress)
     method.finish()
+    counted = all("joules" in record for record in state.records)
     return {
         "variant": name,
         "settings": {key: str(value) for key, value in changes.items()},
@@ -96,6 +98,7 @@ def row(
             name: int(gates.opened[own.start : own.stop].sum()) for own, name, _ in gates.analysis.choices.owners()
         },
         "seconds": round(sum(record["seconds"] for record in state.records), 1),
+        "joules": round(sum(record["joules"] for record in state.records), 1) if counted else None,
         "steps": job.epochs * job.train.steps,
         "threads": torch.get_num_threads(),
     }
@@ -177,6 +180,7 @@ def summary(rows: list[dict[str, Any]], full: float) -> list[dict[str, Any]]:
                 "cost": own[0]["cost"],
                 "speedup": [each["speedup"]["median"] for each in own],
                 "seconds": [each["seconds"] for each in own],
+                "joules": [each.get("joules") for each in own],
             }
         )
     return sorted(lines, key=lambda line: -line["accuracy"])

@@ -20,6 +20,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.progress import Progress
 from polar_deploy.training import checkpoint
 from polar_deploy.training.batches import Batches
+from polar_deploy.training.energy import Meter
 from polar_deploy.workspace import atomic_path
 
 
@@ -80,6 +81,7 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
         checkpoint.restore(tensors, method.network, method.optimizers())
         write_log(run.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
     progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
+    meter = Meter(run.device)
     while state.epoch < run.epochs:
         started = time.monotonic()
         losses, accuracy = _epoch(run, method, state.epoch, progress)
@@ -88,6 +90,8 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
         record["images"] = run.train.images_an_epoch
         record |= method.after_epoch(state)
         record["val_accuracy"] = evaluate(method.network, run.validation) if run.validation else None
+        joules = meter.read()
+        record |= {"joules": round(joules, 1)} if joules is not None else {}
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()
         checkpoint.save(run.folder / "checkpoint.safetensors", run.key, state, method.network, method.optimizers())
