@@ -17,7 +17,7 @@ from polar_deploy import targets
 from polar_deploy.config import PLACES, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
-from polar_deploy.workspace import Workspace, digest, read_json, remove_folder, sha256, write_json
+from polar_deploy.workspace import Workspace, atomic_path, digest, read_json, remove_folder, sha256, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 REFERENCE_SAMPLES = 32
 LATENCY_TABLE = "latency-table.json"
+WORST_SAMPLES = "worst-samples.npz"
 
 
 @dataclass
@@ -311,6 +312,7 @@ def _gates(run: Run) -> None:
         "budget": dict(gates.budget),
         "achieved": {name: gates.cost()[name] for name in gates.budget},
         "sites": sites(run.analysis.choices, gates.opened, state.notes["freeze"]["share"]),
+        "ungated": gates.ungated,
     }
     write_json(run.path("gated/gates.json"), document)
 
@@ -452,9 +454,19 @@ def _parity(run: Run) -> None:
             batches=settings.build.batches,
         )
     files = {name: sha256(run.path(name)) for name in _judged(run)}  # whoever hands them on can tell them again
-    write_json(run.path("parity.json"), result | {"files": files})
+    _write_worst_samples(run, result["worst_samples"] or [])
+    write_json(run.path("parity.json"), result | {"files": files, "class_names": list(run.dataset.class_names)})
     if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
         remove_folder(run.path("bundle"))  # of an earlier verdict
+
+
+def _write_worst_samples(run: Run, worst: list[dict[str, Any]]) -> None:
+    """The pictures behind them, in their order: uint8 [N, H, W, 3]."""
+    import numpy as np
+
+    indices = np.array([each["index"] for each in worst], np.int64)
+    with atomic_path(run.path(WORST_SAMPLES)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=np.asarray(run.dataset.test.images[indices]))
 
 
 def _judged(run: Run) -> list[str]:
@@ -578,7 +590,7 @@ STAGES = (
         _parity,
         _parity_key,
         reads=(*_ENGINES, *(f"{name}/model.onnx" for name in _GRAPHS), "gated/reference.npz"),
-        writes=("parity.json",),
+        writes=("parity.json", WORST_SAMPLES),
         settled=_decided,
     ),
     Stage(

@@ -69,9 +69,9 @@ _WRITES = {
     "export": ("full/model.onnx", "gated/model.onnx", "gated/reference.npz"),
     "surgery": ("compressed",),
     "build": ("engines",),
-    "parity": ("parity.json",),
+    "parity": ("parity.json", "worst-samples.npz"),
     "bundle": ("bundle",),
-    "report": ("report.json",),
+    "report": ("report.json", "report.html"),
 }
 
 

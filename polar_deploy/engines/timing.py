@@ -20,6 +20,7 @@ import numpy as np
 from polar_deploy.engines.base import Array, Engine, Timer
 
 NOISE = 0.02  # share by which the control may differ
+QUANTILES = 40  # steps of the distribution that is kept
 MIN_PAIRS = 12  # however long an inference takes: below, the interval of the median says little
 # Of a, b and the control: each comes first, second and last equally often, and equally often right after each other
 # one but never after itself. Where that is not so, what the one before left in the caches favours one of them.
@@ -57,7 +58,8 @@ class Round:
     """One whole measurement of a against b.
 
     `speedup` is time of a / time of b (above 1: b is faster), `control` time of a / time of its twin, `inferences` how
-    many make a sample (p99 is that of samples). `before` and `after` are the device's conditions.
+    many make a sample (p99 is that of samples). `before` and `after` are the device's conditions. Quantiles are those
+    of the samples, evenly spaced from the shortest to the longest.
     """
 
     pairs: int
@@ -68,6 +70,8 @@ class Round:
     control: Interval
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+    a_quantiles_ms: tuple[float, ...] = ()
+    b_quantiles_ms: tuple[float, ...] = ()
 
     @property
     def throttled(self) -> list[str]:
@@ -192,7 +196,9 @@ def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float]) 
             samples.append(times)
             spent += sum(times) * inferences / 1000
     a, b, twin = zip(*samples, strict=True)
-    return Round(len(samples), inferences, _latency(a), _latency(b), _ratio(a, b), _ratio(a, twin))
+    latencies, ratios = (_latency(a), _latency(b)), (_ratio(a, b), _ratio(a, twin))
+    quantiles = {"a_quantiles_ms": _quantiles(a), "b_quantiles_ms": _quantiles(b)}
+    return Round(len(samples), inferences, *latencies, *ratios, **quantiles)
 
 
 def _warm_up(timers: Sequence[Timer]) -> int:
@@ -211,6 +217,11 @@ def _latency(times: Sequence[float]) -> Latency:
     lower, upper, p99 = np.percentile(times, [25, 75, 99])
     median = median_interval(times)
     return Latency(median.median, median.low, median.high, float(p99), float(upper - lower))
+
+
+def _quantiles(times: Sequence[float]) -> tuple[float, ...]:
+    """The distribution: quantiles from 0 to 100 % in `QUANTILES` steps, rounded to nanoseconds."""
+    return tuple(np.percentile(times, np.linspace(0, 100, QUANTILES + 1)).round(6).tolist())
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:

@@ -221,6 +221,7 @@ def _head(lack: str | None, found: Mapping[str, Comparison], graphs: Graphs | No
         "accuracy": accuracy.tally.as_dict() if accuracy else None,
         "classes": accuracy.tally.classes() if accuracy else None,
         "worst_classes": accuracy.tally.worst() if accuracy else None,
+        "worst_samples": [asdict(each) for each in accuracy.tally.worst_samples] if accuracy else None,
         "precision": {name: found[name].as_dict() for name in ("full", "compressed")} if accuracy and graphs else None,
         "graphs": found["pruning"].tally.as_dict() if graphs else None,
         "export": export_loss(graphs) if graphs else None,
@@ -233,6 +234,8 @@ def latency_document(full: Engine, compressed: Engine, images: Array, result: ti
     rounds = [asdict(measured) for measured in result.rounds]
     for measured in rounds:
         measured["full"], measured["compressed"] = measured.pop("a"), measured.pop("b")
+        quantiles = measured.pop("a_quantiles_ms"), measured.pop("b_quantiles_ms")
+        measured["quantiles_ms"] = dict(zip(("full", "compressed"), map(list, quantiles), strict=True))
     pair = {"full": (full, result.best.a), "compressed": (compressed, result.best.b)}
     return {
         "batch": result.batch,

@@ -14,6 +14,24 @@ from polar_deploy.engines import Array
 
 _Z95 = 1.959964  # 97.5th percentile of the normal distribution
 _WORST = 10  # classes
+_WORST_SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A sample that only the full engine gets right.
+
+    Attributes:
+        index: its place among the samples that were counted.
+        label: its class.
+        answer: what the compressed engine takes it for.
+        confidence: the probability that it gives that answer, its softmax in percent.
+    """
+
+    index: int
+    label: int
+    answer: int
+    confidence: float
 
 
 @dataclass
@@ -31,11 +49,13 @@ class Tally:
     seen_of: Counter[int] = field(default_factory=Counter)  # class -> samples; the next two: those that are right
     full_right_of: Counter[int] = field(default_factory=Counter)
     compressed_right_of: Counter[int] = field(default_factory=Counter)
+    worst_samples: list[Lost] = field(default_factory=list)  # the surest wrong answers first, a dozen at most
 
     def add(self, full: Array, compressed: Array, labels: npt.NDArray[np.int64]) -> None:
         """Count a batch: logits [B,classes] of both engines, labels [B]."""
         answers, others = _answers(full), _answers(compressed)
         right, other_right = answers == labels, others == labels
+        self._keep_worst(compressed, labels, others, np.flatnonzero(right & ~other_right & (others >= 0)))
         self.samples += len(labels)
         self.full_right += int(right.sum())
         self.compressed_right += int(other_right.sum())
@@ -47,6 +67,19 @@ class Tally:
         self.seen_of.update(labels.tolist())
         self.full_right_of.update(labels[right].tolist())
         self.compressed_right_of.update(labels[other_right].tolist())
+
+    def _keep_worst(
+        self, logits: Array, labels: npt.NDArray[np.int64], answers: npt.NDArray[np.int64], lost: npt.NDArray[np.intp]
+    ) -> None:
+        """Look for the surest wrong answers among the rows `lost` of a batch that is not counted yet."""
+        wide = logits[lost].astype(np.float64)
+        odds = np.exp(wide - wide.max(axis=1, keepdims=True))
+        sure = 100 * odds.max(axis=1) / odds.sum(axis=1)
+        self.worst_samples += [
+            Lost(self.samples + row, int(labels[row]), int(answers[row]), round(confidence, 2))
+            for row, confidence in zip(lost.tolist(), sure.tolist(), strict=True)
+        ]
+        self.worst_samples = sorted(self.worst_samples, key=lambda each: -each.confidence)[:_WORST_SAMPLES]
 
     @property
     def drop(self) -> float:

@@ -25,6 +25,7 @@ from polar_deploy.training.checkpoint import State
 from polar_deploy.training.loop import Fit, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
 
 NORM_BATCHES = 50  # that statistics are estimated from
+SHARE_BINS = 10  # of the histogram of shares, from 0 to 1
 UNDECIDED = (0.05, 0.95)  # a gate counts as undecided while the share of samples that open it lies between
 
 
@@ -99,14 +100,18 @@ class OnePass:
             }
 
     def after_epoch(self, state: State) -> dict[str, Any]:
-        """The cost of the network as its gates stand, how undecided they are, once what the freeze changed, and what
-        training took."""
+        """The cost of the network as its gates stand, how many are open at each site ("open"), how undecided they are
+        ("shares": gates by the share of samples that open them), once what the freeze changed, and what training took.
+        """
         record: dict[str, Any] = {}
         if self._freeze is not None:
             record["freeze"] = state.notes["freeze"] = {"epoch": state.epoch, **self._freeze}
             self._freeze = None
         elif self.gates.phase == "learning" and self._share is not None:
             record["undecided"] = undecided(self._share / self._steps)
+            record["shares"] = torch.histc(self._share / self._steps, SHARE_BINS, 0, 1).int().tolist()
+        gates = self.gates.state()
+        record["open"] = [*gates.widths, *map(int, gates.blocks)]
         record["work"] = round(self._work / self._steps, 4)
         self._share, self._steps, self._work = None, 0, 0.0
         cost = self.gates.cost()

@@ -75,6 +75,15 @@ def test_figures_of_known_times() -> None:
     assert len(result.rounds) == 1
 
 
+def test_the_distribution_of_samples_is_kept() -> None:
+    """A steady engine, and one that takes 1, 2 or 3 ms equally often: a third of the quantiles each."""
+    result = compare(TimedEngine(steady(3.0), steady(3.0)), TimedEngine(itertools.cycle([1.0, 2.0, 3.0])), IMAGES)
+    assert set(result.best.a_quantiles_ms) == {3.0}
+    quantiles = result.best.b_quantiles_ms
+    assert list(quantiles) == sorted(quantiles)
+    assert [round(quantiles.count(ms) / len(quantiles), 1) for ms in (1.0, 2.0, 3.0)] == [0.3, 0.3, 0.3]
+
+
 def test_noise_shared_by_all_engines_cancels() -> None:
     """The machine slows down by half in the middle: the paired ratio does not see it."""
     started = itertools.count()

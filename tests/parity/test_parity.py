@@ -14,7 +14,7 @@ from tests.schemas import valid
 
 VERDICT = Verdict(max_drop=1.0, min_speedup=1.02, batch=1)
 RNG = np.random.default_rng(7)
-FILES = {"files": {"full/model.onnx": "0" * 64}}  # which the stage adds
+FILES = {"files": {"full/model.onnx": "0" * 64}, "class_names": ["a"]}  # which the stage adds
 
 
 class TableEngine(TimedEngine):

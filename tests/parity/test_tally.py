@@ -65,3 +65,18 @@ def test_at_most_ten_classes_are_the_worst() -> None:
     tally = parity.Tally()
     tally.add(logits_of(list(range(12)), 12), logits_of([0] * 12, 12), labels)
     assert tally.worst() == list(range(1, 11))
+
+
+def test_the_surest_wrong_answers_are_kept_with_their_places() -> None:
+    """Two batches; of the rows that only the full engine gets right, a not finite one has no answer to be sure of."""
+    tally = parity.Tally()
+    odds = np.log(np.array([[1, 3, 0.001], [9, 1, 0.001], [1, 1, 0.001]], np.float32))
+    tally.add(logits_of([0, 0, 0]), odds, np.zeros(3, np.int64))  # lost, right, and a tie, which the first one wins
+    broken = np.array([[np.nan, 0, 0], *np.log([[1, 8, 1], [1, 1, 98]])], np.float32)
+    tally.add(logits_of([0, 0, 1]), broken, np.array([0, 0, 1]))
+    found = [(each.index, each.label, each.answer) for each in tally.worst_samples]
+    assert found == [(5, 1, 2), (4, 0, 1), (0, 0, 1)]
+    assert [each.confidence for each in tally.worst_samples] == [98.0, 80.0, pytest.approx(74.98, abs=0.01)]
+    many = np.eye(2, dtype=np.float32)[np.ones(20, int)] * np.linspace(1, 3, 20, dtype=np.float32)[:, None]
+    tally.add(logits_of([0] * 20, 2), many, np.zeros(20, np.int64))
+    assert [each.index for each in tally.worst_samples] == [5, *range(25, 14, -1)]  # a dozen, those that are surest
