@@ -495,7 +495,11 @@ def _bundle(run: Run) -> None:
 def _report(run: Run) -> None:
     from polar_deploy import report
 
-    write_json(run.path("report.json"), report.build(run.folder, run.settings))
+    document = report.build(run.folder, run.settings)
+    write_json(run.path("report.json"), document)
+    page = report.page(document, report.read_samples(run.path(WORST_SAMPLES)))
+    with atomic_path(run.path("report.html")) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _basis(run: Run) -> dict[str, Any]:
@@ -608,14 +612,11 @@ STAGES = (
         _report,
         lambda run: run.settings.model_dump(mode="json", exclude=PLACES),
         reads=(
-            "gated/gates.json",
-            "compressed/surgery.json",
-            "engines/build.json",
-            "parity.json",
-            LATENCY_TABLE,
+            *("gated/gates.json", "gated/model.onnx", "compressed/surgery.json", "engines/build.json"),
+            *("parity.json", WORST_SAMPLES, LATENCY_TABLE),
         ),
         looks_at=("bundle/manifest.json", "full/training.jsonl", "gated/training.jsonl"),
-        writes=("report.json",),
+        writes=("report.json", "report.html"),
     ),
 )
 NAMES = tuple(stage.name for stage in STAGES)

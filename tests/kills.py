@@ -184,7 +184,9 @@ def verdict(folder: Path) -> str:
 
 
 def _figures(path: Path) -> Any:
-    """A JSON file, or one of JSON lines, without what was timed."""
+    """A JSON file, or one of JSON lines, without what was timed; the page has its figures from report.json."""
+    if path.suffix == ".html":
+        return None
     text, dropped = path.read_text(), _SECONDS | _CALLED | ({"name"} if path.name.endswith(".layers.json") else set())
     lines = text.splitlines() if path.suffix == ".jsonl" else [text]
     return [_without(dropped, json.loads(line)) for line in lines]

@@ -21,7 +21,7 @@ from tests.schemas import valid
 from tests.tiny import BLOCKS, SITES, STREAMS, costs, reachable
 
 FILES = {
-    *("run.yaml", "parity.json", "report.json"),
+    *("run.yaml", "parity.json", "worst-samples.npz", "report.json", "report.html"),
     *("full/weights.safetensors", "full/training.jsonl", "full/model.onnx"),
     *("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl"),
     *("gated/model.onnx", "gated/reference.npz"),

@@ -310,6 +310,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "engine cut short": ("engines/full.onnx", cut_in_half, "parity"),
     "reference cut short": ("gated/reference.npz", cut_in_half, "parity"),
     "parity cut short": ("parity.json", cut_in_half, "report"),
+    "samples cut short": ("worst-samples.npz", cut_in_half, "report"),
     "parity of nothing": ("parity.json", lambda path: path.write_text("{}"), "report"),
 }
 

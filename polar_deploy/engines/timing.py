@@ -196,9 +196,8 @@ def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float]) 
             samples.append(times)
             spent += sum(times) * inferences / 1000
     a, b, twin = zip(*samples, strict=True)
-    latencies, ratios = (_latency(a), _latency(b)), (_ratio(a, b), _ratio(a, twin))
-    quantiles = {"a_quantiles_ms": _quantiles(a), "b_quantiles_ms": _quantiles(b)}
-    return Round(len(samples), inferences, *latencies, *ratios, **quantiles)
+    measured = Round(len(samples), inferences, _latency(a), _latency(b), _ratio(a, b), _ratio(a, twin))
+    return replace(measured, a_quantiles_ms=_quantiles(a), b_quantiles_ms=_quantiles(b))
 
 
 def _warm_up(timers: Sequence[Timer]) -> int:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy import latency
 from polar_deploy.config import PLACES
 from polar_deploy.errors import ContentError
+from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
 from polar_deploy.workspace import digest, read_json, sha256
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
 
 
-class _File:
-    """A stage's JSON file; a missing key is an error that names file and key."""
+class JsonFile:
+    """A JSON file of a run; a missing key is an error that names file and key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,20 +37,24 @@ class _File:
 def build(folder: Path, settings: Settings) -> dict[str, Any]:
     """The content of report.json for the run in `folder`.
 
-    Reads `gated/gates.json`, `compressed/surgery.json`, `engines/build.json` and `parity.json`; where latency has a
-    budget, `latency-table.json` too, where there is a bundle, its manifest, and where networks were trained here, the
-    logs of that.
+    Reads `gated/gates.json` and `model.onnx`, `compressed/surgery.json`, `engines/build.json` and `parity.json`; where
+    latency has a budget, `latency-table.json` too, where there is a bundle, its manifest, and where networks were
+    trained here, the logs of that.
 
     Raises:
         UsageError: one of the files is missing.
         ContentError: one is not JSON, or lacks a key.
     """
-    gates, engines = _File(folder / "gated/gates.json"), _File(folder / "engines/build.json")
-    surgery, parity = _File(folder / "compressed/surgery.json"), _File(folder / "parity.json")
+    gates, engines = JsonFile(folder / "gated/gates.json"), JsonFile(folder / "engines/build.json")
+    surgery, parity = JsonFile(folder / "compressed/surgery.json"), JsonFile(folder / "parity.json")
     entries = {name: engines.get("engines", name) for name in ("full", "compressed")}
+    logs = {name: _log(folder / name / "training.jsonl") for name in ("full", "gated")}
+    costs = {key: _pair({name: engines.get("engines", name, key) for name in entries}) for key in ("macs", "params")}
+    cut = network({key: surgery.get(key) for key in OF_SURGERY}, folder / "gated/model.onnx")
     return {
         "schema": 1,
         "settings": _digest(settings),
+        "recipe": settings.model_dump(mode="json", exclude=PLACES),
         "model": settings.model,
         "data": settings.data,
         "target": engines.get("target"),
@@ -61,17 +66,23 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "verified": surgery.get("verified"),
         "not_run": parity.get("not_run"),
         "accuracy": parity.get("accuracy"),
+        "classes": _classes(parity),
         "worst_classes": _worst(parity),
+        "worst_samples": _worst_samples(parity),
         "graphs": parity.get("graphs"),
         "precision": {name: _precision(entries[name], parity.get("precision"), name) for name in entries},
-        "macs": _pair({name: engines.get("engines", name, "macs") for name in entries}),
-        "params": _pair({name: engines.get("engines", name, "params") for name in entries}),
+        **costs,
         "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
         "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.get("latency")],
         "predicted": _predicted(folder / "latency-table.json", gates) if "latency" in gates.get("budget") else None,
         "blocks": _blocks(gates.get("sites")),
-        "training": _training(folder, engines.get("engines", "full", "macs")),
+        "network": {**cut, "ungated": gates.get("ungated")},
+        "savings": {key: savings(cut["layers"], pair["full"], pair["compressed"], key) for key, pair in costs.items()},
+        "sites": sites(gates.get("sites"), logs["gated"]),
+        "training": {name: _trained(log, costs["macs"]["full"]) for name, log in logs.items()},
+        "history": {name: _history(log) for name, log in logs.items()},
+        "freeze": _freeze(logs["gated"]),
         "verdict": parity.get("verdict"),
         "bundle": _bundle(folder / "bundle/manifest.json"),
         "versions": engines.get("engines", "compressed", "versions"),
@@ -106,11 +117,12 @@ def _layers(entry: dict[str, Any]) -> dict[str, Any]:
     return {"layers": sum(entry["precision"]["found"].values()), **overheads}
 
 
-def _predicted(path: Path, gates: _File) -> dict[str, Any]:
+def _predicted(path: Path, gates: JsonFile) -> dict[str, Any]:
     """What the latency table says of the gates that stayed open, to be held against what was measured."""
     table = latency.read(path)
-    compressed_ms = table.predicted_ms({site["name"]: len(site["open"]) for site in gates.get("sites")})
-    return {"batch": table.batch, "full_ms": table.full_ms, "compressed_ms": compressed_ms}
+    opened = {site["name"]: len(site["open"]) for site in gates.get("sites")}
+    predicted = {"full_ms": table.full_ms, "compressed_ms": table.predicted_ms(opened)}
+    return {"batch": table.batch, **predicted, "saved": saved_ms(table, opened)}
 
 
 def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) -> dict[str, Any]:
@@ -118,17 +130,17 @@ def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) ->
     return {**entry["precision"], "loss": loss and loss[name]}
 
 
-def _training(folder: Path, macs: int) -> dict[str, Any]:
-    """What training took for each network, teacher and search included; None for one that was not trained here.
+def _log(path: Path) -> list[dict[str, Any]]:
+    """What a training stage wrote about each epoch; [] for a network that was not trained here."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _trained(log: list[dict[str, Any]], macs: int) -> dict[str, Any] | None:
+    """What training took, teacher and search included; None for a network that was not trained here.
 
     macs: of one forward pass of the full network.
     """
-    return {name: _trained(folder / name / "training.jsonl", macs) for name in ("full", "gated")}
-
-
-def _trained(log: Path, macs: int) -> dict[str, Any] | None:
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    epochs = [record for record in records if "work" in record]
+    epochs = [record for record in log if "work" in record]
     if not epochs:
         return None
     return {
@@ -138,7 +150,39 @@ def _trained(log: Path, macs: int) -> dict[str, Any] | None:
     }
 
 
-def _worst(parity: _File) -> list[dict[str, Any]] | None:
+def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curves: what changes from epoch to epoch."""
+    keys = ("epoch", "loss", "train_accuracy", "val_accuracy", "costs", "undecided", "shares", "seconds")
+    return [{key: record[key] for key in keys if key in record} for record in log]
+
+
+def _freeze(log: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The epoch in which gates were fixed, and validation accuracy before, after, and with statistics anew."""
+    frozen = [record["freeze"] for record in log if "freeze" in record]
+    keys = ("epoch", "undecided", "val_before", "val_after", "val_estimated")
+    return {key: frozen[-1].get(key) for key in keys} if frozen else None
+
+
+def _classes(parity: JsonFile) -> list[dict[str, Any]] | None:
+    """Every class by its name, in the order of the labels."""
+    names, classes = parity.get("class_names"), parity.get("classes")
+    return classes and [{**each, "name": _name(names, each["class"])} for each in classes]
+
+
+def _worst_samples(parity: JsonFile) -> list[dict[str, Any]]:
+    """What only the full engine gets right, the surest wrong answer first."""
+    names = parity.get("class_names")
+    return [
+        {**each, "label_name": _name(names, each["label"]), "answer_name": _name(names, each["answer"])}
+        for each in parity.get("worst_samples") or ()
+    ]
+
+
+def _name(names: list[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
+def _worst(parity: JsonFile) -> list[dict[str, Any]] | None:
     """The classes that lose most, worst first."""
     worst = parity.get("worst_classes")
     if worst is None:

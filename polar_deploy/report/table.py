@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy.report.formats import milliseconds, relative, short
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -30,7 +32,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     blocks, rows = report["blocks"], _accuracy(report)
     for label, key, unit in (("MACs", "macs", ""), ("parameters", "params", ""), ("file size", "bytes", "B")):
         full, compressed, ratio = (report[key][name] for name in ("full", "compressed", "ratio"))
-        rows.append((label, _short(full, unit), _short(compressed, unit), f"{100 * ratio:.1f} % of full"))
+        rows.append((label, short(full, unit), short(compressed, unit), f"{100 * ratio:.1f} % of full"))
     for measured in report["latency"]:
         rows.extend(_latency(measured))
     if report["predicted"]:
@@ -72,14 +74,10 @@ def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         change = f"{-graphs['drop']:+.2f} points"
         rows.append(("as FP32 graphs", f"{graphs['full']:.2f} %", f"{graphs['compressed']:.2f} %", change))
     if report["export"]:
-        full, gated = (_relative(report["export"][name]) for name in ("full", "gated"))
-        surgery = f"surgery {_relative(report['surgery']['relative_difference'])}" if report["surgery"] else ""
+        full, gated = (relative(report["export"][name]) for name in ("full", "gated"))
+        surgery = f"surgery {relative(report['surgery']['relative_difference'])}" if report["surgery"] else ""
         rows.append(("export, largest", full, gated, surgery))
     return rows
-
-
-def _relative(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.1e}"
 
 
 def _layers(layers: dict[str, dict[str, int | None]]) -> list[tuple[str, str, str, str]]:
@@ -96,7 +94,7 @@ def _layers(layers: dict[str, dict[str, int | None]]) -> list[tuple[str, str, st
 def _predicted(predicted: dict[str, Any], latency: list[dict[str, Any]]) -> tuple[str, str, str, str]:
     """What the latency table promised, and by how much what was measured differs from it."""
     full, compressed = predicted["full_ms"], predicted["compressed_ms"]
-    row = (f"by table, batch {predicted['batch']}", _milliseconds(full), _milliseconds(compressed))
+    row = (f"by table, batch {predicted['batch']}", milliseconds(full), milliseconds(compressed))
     measured = [each["speedup"]["median"] for each in latency if each["batch"] == predicted["batch"]]
     off = f", off by {100 * (compressed / full * measured[0] - 1):+.1f} %" if measured else ""
     return (*row, f"{full / compressed:.2f}× as fast{off}")
@@ -133,8 +131,8 @@ def _latency(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if not measured["decided"]:
         answer = f"undecided: noise of {100 * abs(measured['control']['median'] - 1):.1f} %"
     return [
-        (f"latency, {label}", _milliseconds(full["median_ms"]), _milliseconds(compressed["median_ms"]), answer),
-        (f"p99, {label}", _milliseconds(full["p99_ms"]), _milliseconds(compressed["p99_ms"]), ""),
+        (f"latency, {label}", milliseconds(full["median_ms"]), milliseconds(compressed["median_ms"]), answer),
+        (f"p99, {label}", milliseconds(full["p99_ms"]), milliseconds(compressed["p99_ms"]), ""),
     ]
 
 
@@ -148,15 +146,3 @@ def _verdict(verdict: dict[str, Any]) -> Text:
         result = verdict[part]["result"]
         text.append("\n").append(result, _STYLES[result]).append(f": {verdict[part]['reason']}")
     return text
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
-
-
-def _short(count: int, unit: str) -> str:
-    """1234567 -> "1.23 M"; with the unit B -> "1.23 MB"."""
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {prefix}{unit}"
-    return f"{count} {unit}".strip()

@@ -14,119 +14,13 @@ from polar_deploy import report
 from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import write_json
+from tests.report.runs import BUILD, GATES, LOG, PARITY, SETTINGS, write_graph, write_log, write_run
 from tests.schemas import valid
-
-SETTINGS = Settings(model="resnet20", data="digits", seed=3)
-
-
-def interval(median: float, low: float, high: float) -> dict[str, float]:
-    return {"median": median, "low": low, "high": high}
-
-
-def latency(median: float, p99: float) -> dict[str, float]:
-    return {"median_ms": median, "low_ms": 0.99 * median, "high_ms": 1.01 * median, "p99_ms": p99, "iqr_ms": 0.01}
-
-
-def timed(control: float, speedup: dict[str, float], full: dict[str, float], small: dict[str, float]) -> dict[str, Any]:
-    row = {"pairs": 204, "inferences": 1, "speedup": speedup, "control": interval(control, 0.99, 1.05)}
-    return {**row, "full": full, "compressed": small, "before": None, "after": None}
-
-
-GATES = {
-    "schema": 1,
-    "budget": {"macs": 0.5},
-    "achieved": {"macs": 0.496},
-    "sites": [
-        {"name": "a", "kind": "block", "width": 1, "open": [], "share": [0.0]},
-        {"name": "b", "kind": "block", "width": 1, "open": [0], "share": [1.0]},
-        {"name": "c", "kind": "block", "width": 1, "open": [0], "share": [1.0]},
-        {"name": "d", "kind": "channel", "width": 4, "open": [], "share": [0.0] * 4},
-    ],
-}
-
-
-def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
-    files = {f"{name}.onnx": {"bytes": size, "sha256": "0" * 64}}
-    types = {"edges": "fp32", "types": {}, "kept": [], "calibration": None}
-    precision = {"asked": "fp32", "found": {"fp32": 21}, **types}
-    versions = {"onnxruntime": "1.32.0"}
-    return {"macs": macs, "params": params, "files": files, "versions": versions, "precision": precision}
-
-
-BUILD = {
-    "schema": 1,
-    "target": "ort-fp32",
-    "engines": {
-        "full": entry("full", 40_800_000, 272_474, 1_100_000),
-        "compressed": entry("compressed", 20_250_000, 98_765, 412_345),
-    },
-}
-PARITY = {
-    "schema": 1,
-    "machine": {"cpu": "Some CPU", "cores": 2, "architecture": "x86_64", "system": "Linux"},
-    "not_run": None,
-    "classes": [
-        {"class": 0, "samples": 180, "full": 99.0, "compressed": 99.5, "drop": -0.5},
-        {"class": 1, "samples": 180, "full": 99.9, "compressed": 98.3, "drop": 1.6},
-    ],
-    "worst_classes": [1],
-    "precision": None,
-    "graphs": None,
-    "accuracy": {
-        "samples": 360,
-        "full": 99.4444,
-        "compressed": 98.8889,
-        "drop": 0.5555,
-        "interval": [-0.31, 1.41],
-        "agreement": 98.6,
-        "lost": 3,
-        "gained": 1,
-        "nonfinite": {"full": 0, "compressed": 0},
-    },
-    "export": None,
-    "surgery": None,
-    "latency": [
-        {
-            "batch": 1,
-            "decided": True,
-            "different": True,
-            "chosen": 1,
-            "images_per_second": {"full": 810.4, "compressed": 1158.7},
-            "energy_mj": {"full": None, "compressed": None},
-            "rounds": [
-                timed(1.05, interval(9.0, 8.0, 10.0), latency(7.0, 8.0), latency(6.0, 7.0)),
-                timed(1.01, interval(1.43, 1.38, 1.46), latency(1.234, 1.876), latency(0.863, 1.211)),
-            ],
-        },
-        {
-            "batch": 64,
-            "decided": False,
-            "different": False,
-            "chosen": 0,
-            "images_per_second": {"full": 1226.1, "compressed": 1963.2},
-            "energy_mj": {"full": 640.0, "compressed": 320.0},
-            "rounds": [timed(1.034, interval(1.6, 1.5, 1.7), latency(52.2, 65.1), latency(32.6, 40.9))],
-        },
-    ],
-    "verdict": {
-        "max_drop": 1.0,
-        "min_speedup": 1.02,
-        "max_latency_ms": None,
-        "batch": 1,
-        "accuracy": {"result": "pass", "reason": "accuracy drops by 0.56 points, 1 are allowed"},
-        "latency": {"result": "pass", "reason": "the speed-up at batch 1 is 1.430"},
-        "overall": {"result": "pass", "reason": "both"},
-    },
-}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_json(tmp_path / "gated/gates.json", GATES)
-    write_json(tmp_path / "compressed/surgery.json", {"schema": 1, "verified": True})
-    write_json(tmp_path / "engines/build.json", BUILD)
-    write_json(tmp_path / "parity.json", PARITY)
-    return tmp_path
+    return write_run(tmp_path)
 
 
 def printed(document: dict[str, Any], width: int = 80) -> str:
@@ -191,11 +85,10 @@ def test_what_training_took_is_told(folder: Path) -> None:
     assert report.build(folder, SETTINGS)["training"] == {"full": None, "gated": None}
     logs = {
         "full": [{"epoch": 1, "images": 100, "work": 3.0, "seconds": 4.0}] * 2,
-        "gated": [{"images": 100, "work": 4.0, "seconds": 5.0}, {"images": 100, "work": 2.5, "seconds": 2.0}],
+        "gated": LOG,
     }
     for name, records in logs.items():
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "training.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+        write_log(folder, name, records)
     document = report.build(folder, SETTINGS)
     valid("report", document)
     assert document["training"] == {
@@ -275,7 +168,7 @@ def test_what_the_precision_cost_is_a_line_of_its_own(folder: Path) -> None:
 
 def test_engines_that_did_not_run_have_the_accuracy_of_their_graphs(folder: Path) -> None:
     graphs = {**PARITY["accuracy"], "full": 97.5}
-    lost = dict.fromkeys(("accuracy", "classes", "worst_classes"))
+    lost = dict.fromkeys(("accuracy", "classes", "worst_classes", "worst_samples"))
     not_run = "built, not run here: no NVIDIA driver"
     write_json(folder / "parity.json", {**PARITY, **lost, "not_run": not_run, "graphs": graphs, "latency": []})
     document = report.build(folder, SETTINGS)
@@ -295,7 +188,9 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
     write_json(folder / "latency-table.json", table)
     write_json(folder / "gated/gates.json", {**GATES, "budget": {"latency": 0.6}})
     document = report.build(folder, SETTINGS)
-    assert document["predicted"] == {"batch": 1, "full_ms": 10.0, "compressed_ms": 6.0}
+    predicted = document["predicted"]
+    assert [predicted[key] for key in ("batch", "full_ms", "compressed_ms")] == [1, 10.0, 6.0]
+    assert [(each["name"], each["ms"]) for each in predicted["saved"]] == [("a", 3), ("b", 0), ("c", 0), ("d", 1)]
     # 1.43 times as fast means 6.99 of 10 ms; 6.00 were promised
     assert row(printed(document), "by table, batch 1") == [
         "by table, batch 1",
@@ -303,3 +198,44 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
         "6 ms",
         "1.67× as fast, off by -14.2 %",
     ]
+
+
+def test_the_network_is_told_layer_by_layer_in_the_names_of_its_modules(folder: Path) -> None:
+    """node_2 lay in a removed block, node_3 was narrowed; 20.4 of 40.8 M MACs went, 15 of them with node_2."""
+    write_log(folder, "gated", LOG)
+    document = report.build(folder, SETTINGS)
+    valid("report", document)
+    layers = document["network"]["layers"]
+    assert [(each["name"], each["out"], each["removed_block"]) for each in layers] == [
+        ("stem.conv", [16, 16], None),
+        ("body.1.conv", [32, 0], 0),
+        ("body.2.conv", [32, 8], None),
+    ]
+    assert document["network"]["not_cut"][0]["layer"] == "body.2.conv"
+    assert document["savings"]["macs"] == {"left": 20_250_000, "removed": 15_000_000, "narrowed": 5_550_000}
+    assert [(site["name"], site["open"], site["changes"]) for site in document["sites"]] == [
+        ("a", 0, [[2, 0]]),
+        ("b", 1, []),
+        ("c", 1, []),
+        ("d", 0, [[1, 3], [2, 0]]),
+    ]
+    assert document["freeze"] == {
+        "epoch": 2,
+        "undecided": 0.0,
+        "val_before": 89.0,
+        "val_after": 70.0,
+        "val_estimated": None,
+    }
+    assert [each["val_accuracy"] for each in document["history"]["gated"]] == [88.0, 89.5]
+
+
+def test_layers_that_share_a_weight_keep_the_names_of_their_nodes(folder: Path) -> None:
+    write_graph(folder / "gated/model.onnx", ("stem.conv", "stem.conv", "body.2.conv"))
+    names = [layer["name"] for layer in report.build(folder, SETTINGS)["network"]["layers"]]
+    assert names == ["node_1", "node_2", "body.2.conv"]
+
+
+def test_classes_and_samples_have_names(folder: Path) -> None:
+    document = report.build(folder, SETTINGS)
+    assert [(each["name"], each["drop"]) for each in document["classes"]] == [("cat", -0.5), ("dog", 1.6)]
+    assert [(each["label_name"], each["answer_name"]) for each in document["worst_samples"]] == [("dog", "cat")]

@@ -1,0 +1,86 @@
+"""What became of the network: layer by layer, site by site, and where the savings came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from polar_deploy.latency import LatencyTable
+
+OF_SURGERY = ("layers", "blocks_removed", "cuts_not_made", "walls")  # what `network` reads of surgery.json
+
+
+def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
+    """The entry `network` of report.json.
+
+    Args:
+        surgery: surgery.json.
+        gated: the graph before surgery, which knows the layers by their names in the model.
+    """
+    names = _module_names(gated)
+    block_of = {node: index for index, block in enumerate(surgery["blocks_removed"]) for node in block["layers"]}
+    keys = ("operator", "in", "out", "macs", "params")
+    return {
+        "layers": [
+            {
+                "name": names.get(layer["name"], layer["name"]),
+                **{key: layer[key] for key in keys},
+                "removed_block": block_of.get(layer["name"]),
+            }
+            for layer in surgery["layers"]
+        ],
+        "not_cut": [{**cut, "layer": names.get(cut["layer"], cut["layer"])} for cut in surgery["cuts_not_made"]],
+        "unsupported": surgery["walls"],
+    }
+
+
+def _module_names(path: Path) -> dict[str, str]:
+    """Nodes of an ONNX graph by the module whose weight they read; those that share a weight keep their own names."""
+    from polar_deploy.engines.network import read
+
+    nodes = read(path).graph.node
+    found = {
+        node.name or node.output[0]: name.removesuffix(".weight")
+        for node in nodes
+        for name in node.input[1:2]
+        if name.endswith(".weight")
+    }
+    readers = Counter(found.values())
+    return {node: module for node, module in found.items() if readers[module] == 1}
+
+
+def sites(gates: Iterable[Mapping[str, Any]], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every place for gates: its width, how many gates stayed open, and when that changed, as [epoch, open]."""
+    found: list[dict[str, Any]] = [
+        {"name": site["name"], "kind": site["kind"], "width": site["width"], "open": len(site["open"]), "changes": []}
+        for site in gates
+    ]
+    for record in log:
+        for site, opened in zip(found, record.get("open", ()), strict=False):
+            if opened != (site["changes"][-1][1] if site["changes"] else site["width"]):
+                site["changes"].append([record["epoch"], opened])
+    return found
+
+
+def savings(layers: Iterable[Mapping[str, Any]], full: int, compressed: int, key: str) -> dict[str, int]:
+    """What of the full network's `key` ("macs" or "params") is left, and what went with whole or by narrower layers."""
+    removed = sum(layer[key][0] for layer in layers if not layer["out"][1])
+    removed = min(removed, full - compressed)
+    return {"left": compressed, "removed": removed, "narrowed": full - compressed - removed}
+
+
+def saved_ms(table: LatencyTable, opened: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Milliseconds that each site saves by the table, one after the other: they add up to what is predicted.
+
+    Blocks come first, so that what lies in a removed block is not counted again.
+    """
+    state = {site.name: site.widths[-1] for site in table.sites}
+    left, found = table.full_ms, {}
+    for site in sorted(table.sites, key=lambda site: site.kind != "block"):
+        state[site.name] = opened[site.name]
+        now = table.predicted_ms(state)
+        found[site.name] = left - now
+        left = now
+    return [{"name": site.name, "kind": site.kind, "ms": round(found[site.name], 6)} for site in table.sites]

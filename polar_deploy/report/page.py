@@ -1,0 +1,117 @@
+"""report.html: report.json as one page that stands by itself, without scripts and without the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.report import figures, formats
+from polar_deploy.report.advice import advise, measured
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+THUMBNAIL = 96  # pixels a side, at most
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "count": lambda value: f"{value:,}",
+    "short": formats.short,
+    "bytes": lambda value: formats.short(value, "B"),
+    "percent": formats.percent,
+    "share": formats.share,
+    "points": formats.points,
+    "milliseconds": formats.milliseconds,
+    "seconds": formats.seconds,
+    "relative": formats.relative,
+    "times": formats.times,
+    "times3": lambda value: f"{value:.3f}×",
+    "plain3": lambda value: f"{value:.3g}",
+    "whole": lambda value: f"{value:,.0f}",
+    "plain": lambda value: "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
+}
+
+
+def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None) -> str:
+    """The page of a run.
+
+    Args:
+        report: report.json.
+        samples: the pictures of its worst samples, uint8 [N, H, W, 3]; None: they are not shown.
+    """
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            advice=advise(report),
+            timed=measured(report),
+            figures=figures.draw(report),
+            samples=[_picture(image) for image in samples] if samples is not None else [],
+            settings=_flat(report["recipe"]),
+            value=lambda path, form="plain": value(report, path, form),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Templates in which all that is not markup is escaped, and a name that is not there is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("polar_deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(_FORMS)
+    return made
+
+
+def value(report: Mapping[str, Any], path: str, form: str) -> Markup:
+    """A figure of report.json as people read it, which says where it comes from and what it is exactly."""
+    from markupsafe import Markup
+
+    found: Any = report
+    for key in path.split("/"):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return Markup('<data value="{}" data-of="{}">{}</data>').format(json.dumps(found), path, _FORMS[form](found))
+
+
+def read_samples(path: Path) -> npt.NDArray[np.uint8]:
+    """The pictures that the parity stage kept.
+
+    Raises:
+        UsageError: there is no such file.
+        ContentError: it is damaged.
+    """
+    from polar_deploy.data.arrays import read_npz
+
+    return read_npz(path, "images")["images"]
+
+
+def _picture(image: npt.NDArray[np.uint8]) -> str:
+    """A PNG in a data URL."""
+    from PIL import Image
+
+    picture, file = Image.fromarray(image), io.BytesIO()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
+    """Settings as they are given on the command line: ("training.lr", "0.1")."""
+    rows: list[tuple[str, str]] = []
+    for key, each in tree.items():
+        if isinstance(each, dict):
+            rows.extend(_flat(each, f"{prefix}{key}."))
+        else:
+            rows.append((f"{prefix}{key}", each if isinstance(each, str) else json.dumps(each)))
+    return rows

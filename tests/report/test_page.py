@@ -1,0 +1,241 @@
+"""report.html: one file that stands by itself, says what report.json says, and can be read by anyone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polar_deploy import report
+from polar_deploy.report.advice import advise
+from tests.report.runs import LOG, SETTINGS, write_log, write_run
+
+VOID = {"meta", "img", "br"}
+
+
+class Outline(HTMLParser):
+    """What a page consists of: its tags in order, with attributes and text, and whether all are closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []  # by tag: what stands right in it
+        self.parents: list[list[int]] = []
+        self._open: list[int] = []
+        self.feed(page)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.parents.append(list(self._open))
+        self.tags.append((tag, dict(attrs)))
+        self.texts.append("")
+        if tag not in VOID:
+            self._open.append(len(self.tags) - 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.tags[self._open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts[self._open[-1]] += data
+
+    def all(self, name: str) -> list[int]:
+        return [index for index, (tag, _) in enumerate(self.tags) if tag == name]
+
+    def within(self, parent: int, name: str) -> list[str]:
+        return [self.texts[index] for index in self.all(name) if self.parents[index][-1:] == [parent]]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> dict[str, Any]:
+    folder = write_run(tmp_path)
+    write_log(folder, "gated", LOG)
+    write_log(folder, "full", [{**LOG[0], "work": 3.0}])
+    return report.build(folder, SETTINGS)
+
+
+def verdict(document: dict[str, Any], accuracy: str, latency: str) -> dict[str, Any]:
+    """The same run with another verdict."""
+    other = copy.deepcopy(document)
+    parts = (accuracy, latency)
+    overall = "fail" if "fail" in parts else "undecided" if "undecided" in parts else "pass"
+    for part, result in (("accuracy", accuracy), ("latency", latency), ("overall", overall)):
+        other["verdict"][part]["result"] = result
+    return other
+
+
+def not_run(document: dict[str, Any]) -> dict[str, Any]:
+    other = verdict(document, "undecided", "undecided")
+    other |= {"graphs": other["accuracy"], "accuracy": None, "classes": None, "worst_classes": None, "latency": []}
+    return other | {"worst_samples": [], "not_run": "built, not run here: no NVIDIA driver"}
+
+
+def verdicts(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "pass": document,
+        "accuracy": verdict(document, "fail", "pass"),
+        "speed": verdict(document, "pass", "fail"),
+        "both": verdict(document, "fail", "fail"),
+        "undecided": verdict(document, "pass", "undecided"),
+        "not_run": not_run(document),
+    }
+
+
+KINDS = ("pass", "accuracy", "speed", "both", "undecided", "not_run")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_verdict_has_its_page(kind: str, document: dict[str, Any]) -> None:
+    """Well-formed, verdict first, with a step to take; headings in order; no address but its own parts'."""
+    told = verdicts(document)[kind]
+    page = report.page(told)
+    outline = Outline(page)
+    (h1,) = outline.all("h1")
+    first = {"pass": "Pass: ", "undecided": "Undecided: ", "not_run": "Built, not run here: "}.get(kind, "Fail: ")
+    assert outline.texts[h1].startswith(first)
+    levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(later - before <= 1 for before, later in pairwise(levels))
+    assert advise(told).kind == kind
+    assert outline.all("ol")
+    addresses = [attributes[key] for _, attributes in outline.tags for key in ("src", "href") if key in attributes]
+    assert all(address and address.startswith(("#", "data:image/png;base64,")) for address in addresses)
+    assert not re.search(r"https?:|@import|<script|<link", page)
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {address[1:] for address in addresses if address and address[0] == "#"} <= set(ids)
+    assert len(page.encode()) < 3_000_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_picture_can_be_read_aloud(kind: str, document: dict[str, Any]) -> None:
+    outline = Outline(
+        report.page(verdicts(document)[kind], np.zeros((1, 4, 4, 3), np.uint8) if kind == "pass" else None)
+    )
+    pictures = outline.all("svg")
+    assert len(pictures) >= 2
+    for picture in pictures:
+        _, attributes = outline.tags[picture]
+        named = (attributes["aria-labelledby"] or "").split()
+        ids = {attributes.get("id"): outline.texts[at] for at, (_, attributes) in enumerate(outline.tags)}
+        assert attributes["role"] == "img"
+        assert [bool(ids[name]) for name in named] == [True, True]
+        assert outline.within(picture, "title")[0]
+        assert outline.within(picture, "desc")[0]
+    assert all(outline.tags[image][1]["alt"] for image in outline.all("img"))
+    assert all(attributes.get("aria-label") for tag, attributes in outline.tags if attributes.get("role") == "region")
+
+
+def test_figures_are_those_of_the_report(document: dict[str, Any]) -> None:
+    """Each says where it comes from; its exact value is there, and what is shown is that value, rounded."""
+    outline = Outline(report.page(document))
+    seen = set()
+    for index in outline.all("data"):
+        attributes = outline.tags[index][1]
+        path = attributes["data-of"] or ""
+        value: Any = document
+        for key in path.split("/"):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        assert json.loads(attributes["value"] or "") == value, path
+        shown = float(re.sub(r"[^0-9.−+-]", "", outline.texts[index]).replace("−", "-"))
+        scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(outline.texts[index].partition(" ")[2][:1], 1.0)
+        scale = 0.01 if path.endswith("ratio") else scale
+        assert shown * scale == pytest.approx(value, rel=5e-3, abs=5e-3), path
+        seen.add(path)
+    assert {"accuracy/compressed", "latency/0/speedup/median", "macs/ratio", "network/layers/2/out/1"} <= seen
+    assert {"training/gated/seconds", "freeze/val_after", "latency/1/control/median"} <= seen
+
+
+def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
+    """Tags, attributes and templates in the names of models, classes, layers, settings and machines."""
+    evil = """"'><script>alert(1)</script></title></svg><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e]]>"""
+    told = copy.deepcopy(document)
+    told["model"] = told["data"] = told["target"] = told["machine"]["cpu"] = evil
+    told["recipe"]["model"] = told["versions"][evil] = evil
+    told["network"]["ungated"] = {evil: evil}
+    for each in (*told["network"]["layers"], *told["sites"], *told["classes"]):
+        each["name"] = evil
+    for each in (*told["network"]["not_cut"], *told["network"]["unsupported"]):
+        each |= dict.fromkeys(("node", "operator", "reason"), evil)
+    told["worst_samples"][0] |= {"label_name": evil, "answer_name": evil}
+    told["verdict"]["accuracy"]["reason"] = evil
+    told["predicted"] = {"batch": 1, "full_ms": 2.0, "compressed_ms": 1.0}
+    told["predicted"]["saved"] = [{"name": evil, "kind": "block", "ms": 1.0}]
+    samples = np.zeros((1, 4, 4, 3), np.uint8)
+    names = [tag for tag, _ in Outline(report.page(told, samples)).tags]
+    plain = copy.deepcopy(told)
+    calm = json.loads(json.dumps(plain).replace(json.dumps(evil)[1:-1], "x"))
+    assert names == [tag for tag, _ in Outline(report.page(calm, samples)).tags]
+    assert "script" not in names
+    assert "{{ 7 * 7 }}" in report.page(told)
+
+
+def test_large_networks_and_data_sets_fit(document: dict[str, Any]) -> None:
+    """1000 classes, 400 layers, 300 epochs in which all of 400 places change twenty times."""
+    told = copy.deepcopy(document)
+    told["classes"] = [
+        {"class": n, "name": f"class {n}", "samples": 50, "full": 80.0, "compressed": 79.0, "drop": n / 500 - 1}
+        for n in range(1000)
+    ]
+    told["network"]["layers"] *= 134
+    told["sites"] = [
+        {"name": f"s{n}", "kind": "channel", "width": 64, "open": 44, "changes": [[k + 1, 63 - k] for k in range(20)]}
+        for n in range(400)
+    ]
+    told["history"]["gated"] = [{**told["history"]["gated"][0], "epoch": n + 1} for n in range(300)]
+    assert len(report.page(told).encode()) < 3_000_000
+
+
+def test_colours_have_the_contrast_that_reading_takes() -> None:
+    """WCAG 2 AA: 4.5 to 1 for text on its ground, light and dark; luminance by its definition in WCAG 2.1."""
+    style = (Path(report.__file__).parent / "templates/style.css").read_text()
+    for theme in re.findall(r":root \{([^}]*)\}", style):
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", theme))
+        grounds = {"paper", "card", "track"}
+        pairs = [(text, ground) for text in ("ink", "quiet", "small") for ground in grounds - {"track"}]
+        pairs += [("ink", "track"), *((word, f"{word}-soft") for word in ("good", "bad", "warn"))]
+        pairs += [("ink", f"{word}-soft") for word in ("good", "bad", "warn")] + [("quiet", "good-soft")]
+        pairs += [("quiet", "bad-soft"), ("quiet", "warn-soft")]
+        pairs += [("on-dark", "small"), ("on-light", "mild"), ("on-light", "gone")]
+        for text, ground in pairs:
+            light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def luminance(colour: str) -> float:
+    linear = []
+    for start in (1, 3, 5):
+        part = int(colour[start : start + 2], 16) / 255
+        linear.append(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
+    """Pruning or precision, noise or a close call, MACs or latency: each has advice of its own."""
+    commands = lambda told: " ".join(step.command or "" for step in advise(told).steps)  # noqa: E731
+    lost = verdict(document, "fail", "pass")
+    assert "--epochs 30 --full-epochs 30" in commands(lost)
+    assert "--budget macs=0.65" in commands(lost)
+    lost["precision"]["full"]["asked"] = "int8"
+    lost["graphs"] = {**lost["accuracy"], "drop": 0.1}
+    assert "build.calibration.images=2048" in commands(lost)
+    slow = verdict(document, "pass", "fail")
+    assert "--budget latency=0.6" in commands(slow)
+    assert "--verdict-batch 64" in commands(slow)
+    slow["budget"]["asked"] = {"latency": 0.6}
+    assert "--budget latency=0.45" in commands(slow)
+    close = verdict(document, "pass", "undecided")
+    assert "--budget macs=0.4" in commands(close)
+    close["latency"][0]["decided"] = False
+    assert commands(close).strip() == "python -m polar_deploy.pipeline --recipe RUN/run.yaml --out RUN --from parity"
+    built = not_run(document)
+    assert "--from build" in commands(built)
+    built["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
+    assert f"--rebuild --manifest-sha256 {'ab' * 32}" in commands(built)
