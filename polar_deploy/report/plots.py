@@ -1,0 +1,92 @@
+"""The page of a comparison: Pareto plots, and a table of all runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from polar_deploy.report import charts, formats
+from polar_deploy.report.charts import Point
+from polar_deploy.report.compare import COSTS, circumstances, cost_of
+from polar_deploy.report.page import environment, value
+
+_AXES = {
+    "latency_ms": "milliseconds an inference",
+    "macs": "multiply-accumulates, millions",
+    "energy_mj": "mJ an image",
+}
+_STYLES = {"pass": "point pass", "fail": "point fail", "undecided": "point undecided"}
+
+
+def page(compared: dict[str, Any]) -> str:
+    """One self-contained page of what `compare` found."""
+    figures = {cost: drawn for cost in COSTS if (drawn := _plot(compared["runs"], cost))}
+    return (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            compared=compared,
+            costs=COSTS,
+            figures=figures,
+            chosen=_chosen(compared["runs"]),
+            value=lambda path, form="plain": value(compared, path, form),
+        )
+    )
+
+
+def _chosen(runs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    """The runs that a reader looks for: of those that passed, the fastest and the most accurate."""
+    passed = [run for run in runs if run["result"] == "pass" and run["speedup"]]
+    if not passed:
+        return []
+    fastest = max(passed, key=lambda run: run["speedup"]["median"])
+    return [
+        ("Fastest that passed", fastest),
+        ("Most accurate that passed", max(passed, key=lambda run: run["accuracy"]["compressed"])),
+    ]
+
+
+def _plot(runs: Sequence[Mapping[str, Any]], cost: str) -> Markup | None:
+    """Accuracy against one cost; None where no run has that figure."""
+    scale = 1e-6 if cost == "macs" else 1.0
+    points = [*_full(runs, cost, scale), *(_point(run, cost, scale) for run in runs if cost_of(run, cost) is not None)]
+    if not points:
+        return None
+    best = ", ".join(f"{run['number']} {run['name']}" for run in runs if run["best"][cost])
+    about = f"{len(points)} points. No other run is as accurate and as cheap as: {best}."
+    return charts.scatter(f"Accuracy against {COSTS[cost]}", about, points, _AXES[cost], "top-1, %")
+
+
+def _point(run: Mapping[str, Any], cost: str, scale: float) -> Point:
+    accuracy, found = run["accuracy"], run[cost]["compressed"]
+    x = found if isinstance(found, dict) else dict.fromkeys(("low", "median", "high"), found)
+    low, high = accuracy["interval"]
+    y = (accuracy["full"] - high, accuracy["compressed"], accuracy["full"] - low)
+    about = f"{run['number']} {run['name']}: {formats.percent(y[1])}, {x['median'] * scale:.3g} {_AXES[cost]}"
+    across = (x["low"] * scale, x["median"] * scale, x["high"] * scale)
+    front = circumstances(run, cost) if run["best"][cost] else None
+    return Point(str(run["number"]), about, across, _within(y), _STYLES[run["result"]], front)
+
+
+def _within(interval: tuple[float, float, float]) -> tuple[float, float, float]:
+    """No accuracy lies beyond 0 or 100 %."""
+    low, value, high = interval
+    return max(0.0, low), value, min(100.0, high)
+
+
+def _full(runs: Sequence[Mapping[str, Any]], cost: str, scale: float) -> list[Point]:
+    """The full networks, each once: medians over the runs that began with it."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if cost_of(run, cost) is not None:
+            groups.setdefault((run["model"], *circumstances(run, cost)), []).append(run)
+    found = []
+    for key, members in groups.items():
+        x = median(cost_of(run, cost, "full") or 0.0 for run in members) * scale
+        y = median(run["accuracy"]["full"] for run in members)
+        about = f"the full network {key[0]}: {formats.percent(y)}, {x:.3g} {_AXES[cost]}"
+        found.append(Point("full", about, (x, x, x), (y, y, y), "point whole"))
+    return found
