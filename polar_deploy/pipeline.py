@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--until", metavar="STAGE", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     add("--dry-run", action="store_true", help="print the plan: stages, gates, costs, what the target needs")
     add("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--quiet", action="store_true", help="show no progress, only the result and errors")
     add("--debug", action="store_true", help="show tracebacks")
     add("--version", action="version", version=f"polar_deploy {__version__}")
     return parser
@@ -303,7 +304,10 @@ def _execute(settings: Settings, folder: Path, names: Sequence[str], arguments: 
     from polar_deploy.stages import Run, stage_named
     from polar_deploy.workspace import atomic_path, read_json
 
-    progress = Progress()
+    progress = Progress(quiet=arguments.quiet)
+    training = settings.training
+    epochs = {"full": training.full_epochs if settings.full_weights is None else None, "gates": training.epochs}
+    progress.plan({name: count for name, count in epochs.items() if name in names and count})
     run = Run(settings, folder, progress)
     _preflight(run, names)
     with run.workspace.locked(), progress:
@@ -315,6 +319,8 @@ def _execute(settings: Settings, folder: Path, names: Sequence[str], arguments: 
             _run_stage(run, stage_named(name))
     if "report" in names:
         _print_report(read_json(run.path("report.json")), as_json=arguments.json)
+        if not arguments.json:
+            print(f"page: {run.path('report.html')}")
         if "bundle" in names and not arguments.json:
             _print_bundle(run.path("bundle"))
     elif arguments.json:
@@ -349,7 +355,7 @@ def _make(run: Run, stage: Any) -> None:
     """Run a stage unless all that it wrote is up to date."""
     state = stage.name, stage.key(run), stage.inputs(run), stage.outputs(run)
     if run.workspace.is_current(*state):
-        run.progress.note(f"{stage.name}: up to date")
+        run.progress.up_to_date(stage.name)
         return
     run.progress.stage(stage.name)
     run.workspace.forget(stage.name)

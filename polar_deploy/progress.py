@@ -1,20 +1,26 @@
-"""How far a run is: a bar on a terminal, one plain line an epoch elsewhere. All on stderr."""
+"""How far a run is: a bar on a terminal, one plain line an epoch elsewhere. All on stderr.
+
+Every stage leaves one line with the time that it took. Colours follow NO_COLOR, as rich does.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+    from rich.text import Text
 
 
 class Progress:
     """Display of a run, as a context manager.
 
         with Progress() as progress:
+            progress.plan({"full": 30, "gates": 30})
             progress.stage("full", total_epochs=30, done=3)
             progress.step(0.5)
             progress.epoch(epoch=4, loss=0.31, accuracy=0.97)
@@ -31,20 +37,21 @@ class Progress:
         self._task: TaskID | None = None
         self._name, self._facts = "", ""  # the stage, and what its last epoch told
         self._total: int | None = None  # epochs of the stage; None: it has none
+        self._ahead: dict[str, int] = {}  # stages that are still to come, and their epochs
         self._first = self._done = 0.0  # epochs done when the stage began, and now
-        self._began = 0.0  # seconds on the monotonic clock
+        self._began = self._paced_since = 0.0  # the stage, and its epochs: seconds on the monotonic clock
 
     def __enter__(self) -> Progress:
         if self._quiet:
             return self
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
+        from rich.progress import BarColumn, RenderableColumn
         from rich.progress import Progress as Bar
 
         self._console = self._console or Console(stderr=True)
         if self._console.is_terminal:
-            text = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(BarColumn(bar_width=8), text, console=self._console, transient=True, redirect_stdout=False)
+            bar, line = BarColumn(bar_width=8), RenderableColumn(self)
+            self._bar = Bar(bar, line, console=self._console, transient=True, redirect_stdout=False)
             self._bar.start()
         return self
 
@@ -52,6 +59,10 @@ class Progress:
         self._end_stage()
         if self._bar is not None:
             self._bar.stop()
+
+    def plan(self, epochs: Mapping[str, int]) -> None:
+        """Tell which stages are to come that have epochs, for the time that the whole run will take."""
+        self._ahead = dict(epochs)
 
     def stage(self, name: str, total_epochs: int | None = None, done: int = 0) -> None:
         """Begin a stage, which ends the one before; or tell the length of the one that has begun.
@@ -61,15 +72,22 @@ class Progress:
         begun = name == self._name
         if not begun:
             self._end_stage()
+            self._began = time.monotonic()
+        self._ahead.pop(name, None)
         self._name, self._facts, self._total = name, "", total_epochs
         self._first = self._done = float(done)
-        self._began = time.monotonic()
+        self._paced_since = time.monotonic()
         if self._bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task(self._line())
-            self._bar.update(self._task, description=self._line(), total=total_epochs, completed=done)
+                self._task = self._bar.add_task("")
+            self._bar.update(self._task, total=total_epochs, completed=done)
         elif done or not begun:
             self.note(f"{name}: goes on after epoch {done} of {total_epochs}" if done else name)
+
+    def up_to_date(self, name: str) -> None:
+        """Tell that a stage has nothing to do."""
+        self._ahead.pop(name, None)
+        self.note(f"{name}: up to date")
 
     def step(self, fraction: float) -> None:
         """Tell which fraction (0 to 1) of the current epoch is done."""
@@ -114,27 +132,48 @@ class Progress:
         if self._console is not None and not self._quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def __rich__(self) -> Text:
+        """The line beside the bar: the stage's name stands out."""
+        from rich.text import Text
+
+        line = Text(self._line())
+        line.stylize("bold cyan", 0, len(self._name))
+        return line
+
     def _show(self) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, description=self._line())
+            self._bar.update(self._task, completed=self._done)
 
     def _end_stage(self) -> None:
-        """Leave the stage's last line where its bar was."""
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-            self.note(self._line())
+        """Leave one line: how the stage ended, and how long it took."""
+        if self._name:
+            took = _clock(time.monotonic() - self._began)
+            epochs = f" {int(self._done)}/{self._total}" if self._total is not None else ""
+            facts = f" {self._facts}" if self._facts and self._bar is not None else ""  # else the line above has them
+            if self._bar is not None and self._task is not None:
+                self._bar.remove_task(self._task)
+                self._task = None
+            self.note(f"{self._name}{epochs}: {took}{facts}")
+        self._name = ""
 
     def _line(self) -> str:
         if self._total is None:
             return self._name
-        return f"{self._name} {int(self._done)}/{self._total} ETA {self._eta()} {self._facts}".rstrip()
+        return f"{self._name} {int(self._done)}/{self._total} {self._eta()} {self._facts}".rstrip()
 
     def _eta(self) -> str:
-        """Time to the end of the stage, at the pace since it began: h:mm:ss, or m:ss."""
+        """Time to the end of the stage, at the pace since it began, and of the stages with epochs behind it."""
         passed = self._done - self._first
         if self._total is None or passed <= 0:
-            return "-:--"
-        seconds = round((time.monotonic() - self._began) / passed * (self._total - self._done))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+            return "ETA -:--"
+        pace = (time.monotonic() - self._paced_since) / passed
+        left = pace * (self._total - self._done)
+        run = f", run {_clock(left + pace * sum(self._ahead.values()))}" if self._ahead else ""
+        return f"ETA {_clock(left)}{run}"
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

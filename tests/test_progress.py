@@ -31,6 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def run(progress: Progress, clock: Clock) -> None:
     with progress:
+        progress.plan({"full": 6, "gates": 2})
         progress.stage("full", total_epochs=6, done=3)
         progress.step(0.5)
         clock.seconds += 90
@@ -39,6 +40,7 @@ def run(progress: Progress, clock: Clock) -> None:
         progress.epoch(epoch=5, loss=float("nan"), accuracy=None)
         progress.stage("export")
         progress.note("[exact] to 1e-7")
+        clock.seconds += 4
         progress.stage("gates", total_epochs=2)
         clock.seconds += 60
         progress.epoch(epoch=1, loss=0.5, accuracy=0.5, cost=0.734, budget=0.5, undecided=0.123)
@@ -49,12 +51,15 @@ def test_plain_lines_one_an_epoch(clock: Clock) -> None:
     run(Progress(Console(file=out, width=40)), clock)
     assert out.getvalue().splitlines() == [
         "full: goes on after epoch 3 of 6",
-        "full 4/6 ETA 3:00 loss 1.235 acc 98.8%",
-        "full 5/6 ETA 1:00:45 loss nan",
+        "full 4/6 ETA 3:00, run 6:00 loss 1.235 acc 98.8%",
+        "full 5/6 ETA 1:00:45, run 3:02:15 loss nan",
+        "full 5/6: 2:01:30",
         "export",
         "[exact] to 1e-7",
+        "export: 0:04",
         "gates",
         "gates 1/2 ETA 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+        "gates 1/2: 1:00",
     ]
 
 
@@ -65,10 +70,10 @@ def test_on_a_terminal_there_is_a_bar_and_each_stage_leaves_one_line(clock: Cloc
     assert "━" in text
     lines = [line for line in re.split(r"[\r\n]+", text) if line and "━" not in line]
     assert lines == [
-        "full 5/6 ETA 1:00:45 loss nan",
+        "full 5/6: 2:01:30 loss nan",
         "[exact] to 1e-7",
-        "export",
-        "gates 1/2 ETA 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+        "export: 0:04",
+        "gates 1/2: 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
     ]
 
 
@@ -92,3 +97,33 @@ def test_everything_goes_to_stderr(clock: Clock, capsys: pytest.CaptureFixture[s
 def test_quiet_is_quiet(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     run(Progress(quiet=True), clock)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_up_to_date_is_told_and_not_waited_for(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out)) as progress:
+        progress.plan({"full": 10, "gates": 2})
+        progress.up_to_date("full")
+        progress.stage("gates", total_epochs=2)
+        clock.seconds += 5
+        progress.epoch(epoch=1, loss=1.0, accuracy=None)
+    assert out.getvalue().splitlines() == [
+        "full: up to date",
+        "gates",
+        "gates 1/2 ETA 0:05 loss 1.000",
+        "gates 1/2: 0:05",
+    ]
+
+
+def test_no_color_takes_the_colours_away(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the name of the stage beside the bar; cursor movements stay, they are no colours."""
+    coloured = {}
+    for value in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", value)
+        out = io.StringIO()
+        with Progress(Console(file=out, force_terminal=True, color_system="standard", width=80)) as progress:
+            progress.stage("export")
+            progress._bar.refresh()  # type: ignore[union-attr]
+        coloured[value] = re.findall(r"\x1b\[[0-9;]*(?:3[0-7]|9[0-7])[0-9;]*m", out.getvalue())
+    assert coloured[""]
+    assert coloured["1"] == []
