@@ -34,7 +34,10 @@ def draw(report: dict[str, Any]) -> dict[str, Markup | list[Markup]]:
 
 
 def _accuracy(report: dict[str, Any]) -> Markup | None:
-    named = [("compressed against full engine", report["accuracy"]), ("the same as FP32 graphs", report["graphs"])]
+    named = [
+        ("engines: compressed against full", report["accuracy"]),
+        ("FP32 graphs: compressed against full", report["graphs"]),
+    ]
     for name in ("full", "compressed"):
         named.append((f"{name}: engine against its FP32 graph", report["precision"][name]["loss"]))
     rows = [

@@ -21,7 +21,7 @@ def skyline(layers: Sequence[Mapping[str, Any]], blocks: int) -> Markup:
 
     blocks: how many residual blocks were removed.
     """
-    step = min(40.0, max(9.0, 850.0 / max(len(layers), 1)))
+    step = min(40.0, max(6.0, 850.0 / max(len(layers), 1)))
     width = _LEFT + step * len(layers) + 12
     gone = sum(not layer["out"][1] for layer in layers)
     narrower = sum(0 < layer["out"][1] < layer["out"][0] for layer in layers)

@@ -47,7 +47,7 @@ def picture(
         viewBox=f"0 0 {width:g} {height:g}",
         role="img",
         aria_labelledby=f"{name}t {name}d",
-        style=f"min-width:{width:g}px" if wide else f"max-width:{width * 1.6:g}px",
+        style=f"min-width:{width:g}px" if wide else f"max-width:{width * 1.15:g}px",
     )
 
 
