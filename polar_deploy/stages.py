@@ -550,6 +550,7 @@ _GRAPHS = ("full", "compressed", "gated")
 _ENDS = (".onnx", ".plan", ".layers.json")
 # build.json tells how long the build took, too: nothing that follows from the engines alone reads it as an input.
 _ENGINES = tuple(f"engines/{name}{end}" for name in ("full", "compressed") for end in _ENDS)
+_LOGS = ("full/training.jsonl", "gated/training.jsonl")
 
 STAGES = (
     Stage(
@@ -604,7 +605,9 @@ STAGES = (
         reads=(
             *(f"{name}/model.onnx" for name in ("full", "compressed")),
             *(*_ENGINES, "engines/build.json", "parity.json", "compressed/surgery.json", "gated/reference.npz"),
+            *("gated/gates.json", "gated/model.onnx", LATENCY_TABLE),
         ),
+        looks_at=_LOGS,
         writes=("bundle/",),
     ),
     Stage(
@@ -615,7 +618,7 @@ STAGES = (
             *("gated/gates.json", "gated/model.onnx", "compressed/surgery.json", "engines/build.json"),
             *("parity.json", WORST_SAMPLES, LATENCY_TABLE),
         ),
-        looks_at=("bundle/manifest.json", "full/training.jsonl", "gated/training.jsonl"),
+        looks_at=("bundle/manifest.json", *_LOGS),
         writes=("report.json", "report.html"),
     ),
 )

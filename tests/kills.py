@@ -154,7 +154,8 @@ def not_yet(unbroken: Path, folder: Path, stage: str) -> Path:
 _LAYERS = [f"{place}engines/{name}.layers.json" for place in ("", "bundle/") for name in ("full", "compressed")]
 _LOGS = ["full/training.jsonl", "gated/training.jsonl"]
 # What differs from run to run: seconds, and the names that ONNX Runtime gives to what it inserts.
-TIMED = {*_LAYERS, *_LOGS, "engines/build.json", "parity.json", "bundle/manifest.json", "report.json", "report.html"}
+_PAGES = ["report.html", "bundle/report.html"]
+TIMED = {*_LAYERS, *_LOGS, *_PAGES, "engines/build.json", "parity.json", "bundle/manifest.json", "report.json"}
 _STAMPS = {f"stamps/{stage}.json" for stage in ("full", "gates", "build", "parity", "bundle", "report")}
 # Keys of what was timed, or follows from it: the hash of a bundle that tells latencies.
 _SECONDS = {"seconds", "latency", "machine", "overall", "bundle"}

@@ -28,7 +28,7 @@ FILES = {
     *("compressed/model.onnx", "compressed/surgery.json"),
     *("engines/full.onnx", "engines/full.layers.json"),
     *("engines/compressed.onnx", "engines/compressed.layers.json", "engines/build.json"),
-    *(f"bundle/{name}" for name in ("manifest.json", "labels.txt", "compressed/surgery.json")),
+    *(f"bundle/{name}" for name in ("manifest.json", "labels.txt", "compressed/surgery.json", "report.html")),
     *(f"bundle/{name}/model.onnx" for name in ("full", "compressed")),
     *(f"bundle/engines/{name}.layers.json" for name in ("full", "compressed")),
     *(f"bundle/golden/{name}.npy" for name in ("inputs", "full", "compressed")),

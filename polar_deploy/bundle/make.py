@@ -60,6 +60,7 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset, unsaid: 
             },
             "networks": {"full": None, **networks},
             "surgery": "compressed/surgery.json",
+            "report": _page(run, draft, settings, unsaid),
             "metrics": _metrics(parity),
             "verdict": _verdict(parity["verdict"]),
             "provenance": _provenance(settings, dataset, built["engines"]["compressed"], unsaid),
@@ -106,6 +107,17 @@ def _copy(run: Path, draft: Path, name: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / name, target)
     return name
+
+
+def _page(run: Path, draft: Path, settings: Settings, unsaid: Collection[str]) -> str:
+    """The page of the run for whoever gets the bundle: without pictures of its data, and without other settings."""
+    from polar_deploy import report
+
+    document = report.build(run, settings)
+    recipe = {key: value for key, value in document["recipe"].items() if key not in unsaid}
+    page = report.page(document | {"recipe": recipe, "bundle": None}, delivered=True)
+    (draft / "report.html").write_text(page, encoding="utf-8")
+    return "report.html"
 
 
 def _network(run: Path, draft: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -260,6 +260,7 @@ class Manifest(_Part):
     golden: Golden
     networks: Networks
     surgery: FilePath
+    report: FilePath | None = None  # a page for people
     metrics: Metrics
     verdict: Judged
     provenance: Provenance
@@ -305,7 +306,7 @@ class Manifest(_Part):
     def named(self) -> list[str]:
         """Every path that the manifest gives a meaning to."""
         golden = self.golden
-        paths = [self.labels, self.surgery, golden.inputs, golden.compressed, golden.full]
+        paths = [self.labels, self.surgery, self.report, golden.inputs, golden.compressed, golden.full]
         for network in self.each().values():
             plan = network.plan
             paths += [network.fp32, network.typed, network.layers]

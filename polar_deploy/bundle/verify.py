@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_engine_arguments(parser)
     parser.add_argument("--no-timing", action="store_true", help="do not time the networks")
     parser.add_argument("--data", metavar="DIR", type=Path, help="measure accuracy on the test set in this folder")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="write the result as a page, beside the maker's figures"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -40,6 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     with opened(arguments.bundle) as bundle:
         options = device.read_options(arguments, bundle)
         found = verify(bundle, options, timing=not arguments.no_timing, data=arguments.data)
+        if arguments.html:
+            from polar_deploy.bundle.page import page
+            from polar_deploy.workspace import atomic_path
+
+            with atomic_path(arguments.html) as temporary:
+                temporary.write_text(page(bundle, found), encoding="utf-8")
         print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else "\n".join(_lines(bundle, found)))
     return exit_code(found)
 

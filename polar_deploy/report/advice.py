@@ -17,6 +17,17 @@ class Step:
     command: str | None = None
 
 
+# For whoever has the bundle alone
+_DELIVERED = (
+    Step(
+        "Verify it on your device, before anything else. Its maker sends you the hash by another way.",
+        "python -m polar_deploy.bundle verify BUNDLE --manifest-sha256 HASH",
+    ),
+    Step("Try it on pictures of your own.", "python -m polar_deploy.bundle run BUNDLE cat.jpg dog.jpg"),
+    Step("Serve it with NVIDIA Triton.", "python -m polar_deploy.bundle triton BUNDLE repository"),
+)
+
+
 @dataclass(frozen=True)
 class Advice:
     """How a run ended, in one line, and the steps that help most, the first one first."""
@@ -26,9 +37,11 @@ class Advice:
     steps: tuple[Step, ...]
 
 
-def advise(report: dict[str, Any]) -> Advice:
-    """What the verdict of report.json asks of its reader."""
+def advise(report: dict[str, Any], *, delivered: bool = False) -> Advice:
+    """What the verdict of report.json asks of its reader: of who made the run, or of who was handed the bundle."""
     kind = kind_of(report)
+    if delivered:
+        return Advice(kind, _headline(kind, report), _DELIVERED)
     steps = {
         "pass": _pass,
         "accuracy": _accuracy,

@@ -37,19 +37,21 @@ _FORMS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None) -> str:
+def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *, delivered: bool = False) -> str:
     """The page of a run.
 
     Args:
         report: report.json.
         samples: the pictures of its worst samples, uint8 [N, H, W, 3]; None: they are not shown.
+        delivered: for the bundle, whose readers have the engines, and not the run.
     """
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             report=report,
-            advice=advise(report),
+            advice=advise(report, delivered=delivered),
+            delivered=delivered,
             timed=measured(report),
             figures=figures.draw(report),
             samples=[_picture(image) for image in samples] if samples is not None else [],

@@ -210,3 +210,13 @@ def test_an_engine_that_is_no_longer_right_makes_no_bundle(
     assert outcome.code == 4
     assert "is off by" in outcome.err
     assert not (tmp_path / "run/bundle").exists()
+
+
+def test_the_page_in_the_bundle_is_for_its_readers(miniature: Miniature, folder: Path) -> None:
+    """No picture of anybody's data, no command that takes the run; the run's own page has both."""
+    delivered, own = ((place / "report.html").read_text() for place in (folder, miniature.folder))
+    assert "bundle verify BUNDLE --manifest-sha256 HASH" in delivered
+    assert "polar_deploy.pipeline" not in delivered
+    assert "data:image" not in delivered
+    assert "polar_deploy.pipeline" in own
+    assert ("data:image" in own) == bool(json.loads((miniature.folder / "report.json").read_text())["worst_samples"])

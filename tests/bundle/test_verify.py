@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -255,3 +256,29 @@ def test_a_plan_that_cannot_run_here_leaves_it_to_the_device(miniature: Miniatur
         for words in ("plan not loadable here: no NVIDIA driver", "ONNX verified", "rebuild needed on the device"):
             assert words in outcome.out
         assert "verdict: UNDECIDED" in outcome.out
+
+
+def test_what_was_found_here_stands_beside_the_makers_figures_on_a_page(folder: Path, tmp_path: Path) -> None:
+    """Names from the manifest are a stranger's: text on the page. Both machines' figures are there."""
+    evil = "<script>alert(1)</script>"
+    change(folder, "metrics", "machine", "cpu", to=evil)
+    change(folder, "metrics", "latency", 0, "speedup", to={"median": 1.5, "low": 1.25, "high": 1.75})
+    page = tmp_path / "verified.html"
+    outcome = bundle("verify", folder, "--json", "--html", page)
+    found, text = json.loads(outcome.out), page.read_text()
+    assert evil not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "1.5× (1.25–1.75)" in text
+    here = found["latency"]["rounds"][found["latency"]["chosen"]]
+    assert f"{here['compressed']['median_ms']:.3g}" in text
+    assert found["bundle"]["manifest_sha256"] in text
+    assert not re.search("https?:", text)
+
+
+def test_the_page_says_what_could_not_be_found(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "verified.html"
+    assert bundle("verify", folder, "--no-timing", "--html", page).code == 0
+    assert "<h1>Verified: the bundle is whole, and right on this device</h1>" in page.read_text()
+    weights(folder, "compressed/model.onnx", 0, lambda values: values.fill(0.5))
+    assert bundle("verify", folder, "--no-timing", "--html", page).code == 1
+    assert "<h1>Not verified: the bundle fails on this device</h1>" in page.read_text()
