@@ -14,6 +14,8 @@ from polar_deploy.workspace import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # data and trained networks, where a checkout has them beside itself
+# What report.json has for the page alone, epoch by epoch and layer by layer
+_LONG = {"recipe", "classes", "worst_samples", "network", "sites", "history"}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -38,7 +40,9 @@ def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
         "command": "python -m polar_deploy.pipeline " + " ".join(_without_paths(arguments)),
         "exit_code": code,
         "seconds": round(seconds, 1),
-        "report": read_json(report) if report.is_file() else None,
+        "report": {key: each for key, each in read_json(report).items() if key not in _LONG}
+        if report.is_file()
+        else None,
         "surgery": read_json(parity)["surgery"] if parity.is_file() else None,
     }
 
