@@ -191,7 +191,15 @@ def bars(title: str, about: str, rows: Sequence[Bar], *, signed: bool = False) -
             text(left, y + 11, cut(row.label, 44), class_="label"),
             text(right, y + 11, row.shown, "end", "number"),
             box(left, y + 16, right - left, 9, "track", rx=2),
-            box(start, y + 16, max(end - start, 1.5), 9, row.style, f"{row.label}: {row.shown}", rx=2),
+            box(
+                start,
+                y + 16,
+                max(end - start, 1.5) if row.value else 0,
+                9,
+                row.style,
+                f"{row.label}: {row.shown}",
+                rx=2,
+            ),
         ]
     if signed:
         parts.append(line(scale(0.0), 4, scale(0.0), ROW * len(rows), "axis"))
