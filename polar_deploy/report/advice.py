@@ -126,7 +126,7 @@ def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
             f"Removing channels and blocks cost it, not the precision. Train longer: {epochs} epochs were run.",
             f"{_AGAIN} RUN-longer --epochs {3 * epochs} --full-epochs {3 * epochs}",
         ),
-        Step("Or ask for less, in a folder of its own.", f"{_AGAIN} RUN-wider --budget {looser}"),
+        Step("Or let it keep more of the network.", f"{_AGAIN} RUN-wider --budget {looser}"),
         Step("Or forbid narrow layers.", f"{_AGAIN} RUN-floor --set gates.min_width=0.5"),
     )
 
@@ -167,7 +167,7 @@ def _speed(report: dict[str, Any]) -> tuple[Step, ...]:
         )
     else:
         asked = ",".join(f"{name}={share:g}" for name, share in tighter.items())
-        steps.append(Step("Ask for less, in a folder of its own.", f"{_AGAIN} RUN-faster --budget {asked}"))
+        steps.append(Step("Let it keep less of the network.", f"{_AGAIN} RUN-faster --budget {asked}"))
     largest = max((each["batch"] for each in report["latency"]), default=1)
     if largest != report["verdict"]["batch"]:
         steps.append(
@@ -186,7 +186,7 @@ def _undecided(report: dict[str, Any]) -> tuple[Step, ...]:
     if timed is None or not timed["decided"]:
         quiet = Step("Two copies of one engine differ here. Stop what else runs on the machine; on a GPU, lock clocks.")
         return (quiet, again)
-    close = "What is asked lies within the interval of what was measured: ask for less speed, or for a smaller network."
+    close = "What is asked lies within the interval of what was measured: ask for less speed, or let it keep less."
     return (again, Step(close, f"{_AGAIN} RUN-smaller --budget {_smaller(report)}"))
 
 

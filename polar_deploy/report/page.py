@@ -32,6 +32,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "times": formats.times,
     "times3": lambda value: f"{value:.3f}×",
     "plain3": lambda value: f"{value:.3g}",
+    "fixed2": lambda value: f"{value:.2f}",
     "whole": lambda value: f"{value:,.0f}",
     "plain": lambda value: "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
 }

@@ -268,7 +268,7 @@ def test_what_was_found_here_stands_beside_the_makers_figures_on_a_page(folder: 
     found, text = json.loads(outcome.out), page.read_text()
     assert evil not in text
     assert "&lt;script&gt;alert(1)" in text
-    assert "1.5× (1.25–1.75)" in text
+    assert "1.50× (1.25–1.75)" in text
     here = found["latency"]["rounds"][found["latency"]["chosen"]]
     assert f"{here['compressed']['median_ms']:.3g}" in text
     assert found["bundle"]["manifest_sha256"] in text

@@ -150,7 +150,12 @@ def test_figures_are_those_of_the_report(document: dict[str, Any]) -> None:
         assert shown * scale == pytest.approx(value, rel=5e-3, abs=5e-3), path
         seen.add(path)
     assert {"accuracy/compressed", "latency/0/speedup/median", "macs/ratio", "network/layers/2/out/1"} <= seen
-    assert {"training/gated/seconds", "freeze/val_after", "latency/1/control/median"} <= seen
+    assert {
+        "training/gated/seconds",
+        "freeze/val_after",
+        "latency/1/control/median",
+        "latency/1/energy_mj/full",
+    } <= seen
 
 
 def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
