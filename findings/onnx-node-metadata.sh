@@ -4,7 +4,7 @@
 # Guessed: metadata_props of a node are part of the format since IR version 10, so tools that keep a node keep them:
 #   onnx's own version converter at least.
 # Seen: version_converter, onnxoptimizer, onnxsim and onnxslim return the same two convolutions without any
-#   metadata_props; shape inference and ONNX Runtime's optimised file (level basic) keep them. onnxsim adds 20
+#   metadata_props; shape inference and ONNX Runtime's optimised file (level basic) keep them. onnxsim adds 19
 #   entries of its own to the model's metadata instead.
 # Versions: onnx 1.23.2, onnxruntime 1.32.0, onnxsim 0.8.1, onnxslim 0.1.98, onnxoptimizer 0.4.2, Python 3.11.
 # For users of polar_deploy: the names of gated layers travel as node metadata from export to surgery: run surgery

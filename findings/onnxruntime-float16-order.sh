@@ -6,9 +6,9 @@
 #   nodes that read them, and onnx.checker refuses the result ('Nodes in a graph must be topologically sorted').
 #   ONNX Runtime itself loads it, so the fault shows only in the next tool. Without the options the graph is valid.
 # Versions: onnx 1.23.2, onnxruntime 1.32.0, Python 3.11.
-# For users of polar_deploy: polar_deploy writes types itself (precision/fp16.py) and checks the graph before it is
-#   built. If you convert by hand, sort afterwards (OnnxModel.topological_sort) before a bundle or another compiler
-#   reads the file (docs/devices.md).
+# For users of polar_deploy: the pipeline sorts the graph that this converter returns (precision/fp16.py). If you
+#   convert by hand, sort as well (OnnxModel.topological_sort) before another compiler or an edge team gets the file
+#   (docs/devices.md).
 
 set -euo pipefail
 work=$(mktemp -d)

@@ -5,9 +5,9 @@
 # Seen: with beta = 1 the quantised graph is within 2 % of the float one (relative RMS); with beta = 0.5 and nothing
 #   else changed it is off by 104 %, without a warning. alpha = 2 is handled.
 # Versions: onnx 1.23.2, onnxruntime 1.32.0, Python 3.11.
-# For users of polar_deploy: a Gemm from scikit-learn, Keras or an old exporter may have beta != 1. Multiply beta
-#   into the bias before quantising; look at the error of each layer in build.json, where such a layer shows at once
-#   (docs/devices.md).
+# For users of polar_deploy: a Gemm from scikit-learn, Keras or an old exporter may have beta != 1. The build
+#   measures what INT8 does in each layer: above build.max_layer_error (0.1) it stays in FP32 and build.json lists
+#   it, so such a Gemm costs speed, not accuracy. Multiply beta into the bias to have it in INT8 (docs/devices.md).
 
 set -euo pipefail
 work=$(mktemp -d)
