@@ -19,7 +19,7 @@ Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all
 Triple = tuple[float, float, float]
 
 
-PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
+PLACES = {"data_dir", "full_weights", "latency_table", "device"}  # settings that may say where something lies
 
 
 class _Frozen(BaseModel):
@@ -149,7 +149,8 @@ class Settings(_Frozen):
     normalize: Normalize | None = None  # None: the data set's own
     full_weights: Path | None = None
     budget: Budget | None = None  # None: latency=0.6 where the target can be measured here, macs=0.5 elsewhere
-    align: Annotated[int, Field(ge=1, le=64)] | None = None  # None: the target's
+    align: Annotated[int, Field(ge=1, le=64)] | None = None  # None: the target's; 1 where a device says the widths
+    device: Text | None = None  # whose widths are taken, a name or a file; None: multiples of `align`
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     build: Build = Build()
     verdict: Verdict = Verdict()

@@ -33,6 +33,7 @@ _SETTINGS = {
     "data_dir": "data_dir",
     "full_weights": "full_weights",
     "align": "align",
+    "device": "device",
     "epochs": "training.epochs",
     "full_epochs": "training.full_epochs",
     "seed": "seed",
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         "where the target can be measured here, else macs=0.5)",
     )
     add("--align", metavar="N", help="widths become multiples of this (default: the target's)")
+    add(
+        "--device",
+        metavar="NAME",
+        help="widths become such as this device likes, instead of multiples (`python -m polar_deploy.devices list`)",
+    )
     add("--epochs", metavar="N", help="epochs of the gated run (default: the data set's)")
     add("--full-epochs", metavar="N", help="epochs of the full network (default: --epochs)")
     add("--seed", metavar="N", help="of split, start values, order and gates (default: 0)")
@@ -124,6 +130,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if settings.target == "auto":
         settings = settings.model_copy(update={"target": targets.choose().name})
     target = targets.parse(settings.target)
+    if settings.device is not None:
+        from polar_deploy import devices
+
+        devices.load(settings.device)  # before anything that takes long
     if "build" in names and not arguments.dry_run:
         targets.check(target)
     asked = settings.budget
@@ -206,10 +216,22 @@ def resolve(settings: Settings, target: targets.Target, folder: Path) -> Setting
             "input_size": settings.input_size or spec.input_size,
             "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
             "budget": settings.budget or _default_budget(settings, target, folder),
-            "align": settings.align or target.align,
+            "align": _alignment(settings, target),
             "training": training.model_copy(update=filled),
         }
     )
+
+
+def _alignment(settings: Settings, target: targets.Target) -> int:
+    """What widths are multiples of: of anything, where a device says which they are."""
+    if settings.device is None:
+        return settings.align or target.align
+    if settings.align not in (None, 1):
+        raise UsageError(
+            f"both a device ({settings.device}) and an alignment ({settings.align}) say which widths to take",
+            "leave --align out, or --device",
+        )
+    return 1
 
 
 def _default_budget(settings: Settings, target: targets.Target, folder: Path) -> Budget:
@@ -264,6 +286,7 @@ def dry_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
         "smallest": {name: cost.share(least) for name, cost in choices.costs.items()},
         "target": {"name": settings.target, "align": settings.align, **_missing(settings.target)},
+        "device": run.device.described() if run.device else None,
     }
 
 
@@ -293,6 +316,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     )
     print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
     print(f"smallest  macs={least['macs']:.3f}, params={least['params']:.3f} of the full network")
+    if device := plan["device"]:
+        widths = ", ".join(map(str, device["widths"]))
+        print(f"device    {device['name']}, {device['precision']} ({device['source']}): {widths} channels, and so on")
     name, missing, not_run = (plan["target"][key] for key in ("name", "missing", "not_run"))
     can = f"{name}: can be built here, not run ({not_run})" if not_run else f"{name}: can be built and run here"
     print(f"target    {missing or can}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy import targets
+from polar_deploy import devices, targets
 from polar_deploy.config import PLACES, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.progress import Progress
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from polar_deploy.data import Dataset
+    from polar_deploy.devices import Chosen
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import Analysis
     from polar_deploy.gating.choice import Limits
@@ -134,7 +135,8 @@ class Run:
         if measured or settings.latency_table is not None:
             table = _latency_table(self) if measured else self._given_table()
             costs["latency"] = latency_cost(table, choices.sites, choices.blocks)
-        limits = Limits.of(choices.sites, settings.align or 1, settings.gates.min_width)
+        offers = self.device.offers if self.device else None
+        limits = Limits.of(choices.sites, settings.align or 1, settings.gates.min_width, offers)
         asked = {name: share for name, share in self.budget.items() if name in costs}
         if asked:
             require_reachable(choices, limits, costs, asked)
@@ -167,6 +169,7 @@ class Run:
             self.budget,
             steps,
             align=settings.align or 1,
+            device=self.device,
             min_width=gates.min_width,
             mode=gates.mode,
             start=gates.start,
@@ -175,6 +178,12 @@ class Run:
             rehearse=0,
             analysis=self.analysis,
         )
+
+    @cached_property
+    def device(self) -> Chosen | None:
+        """The device whose widths are taken."""
+        name = self.settings.device
+        return None if name is None else devices.choose(name, self.target.precision)
 
     @property
     def budget(self) -> dict[str, float]:
@@ -309,6 +318,7 @@ def _gates(run: Run) -> None:
         "model": settings.model,
         "input": [3, run.input_size, run.input_size],
         "align": settings.align,
+        "device": run.device and {"name": run.device.device.name, "precision": run.device.precision},
         "budget": dict(gates.budget),
         "achieved": {name: gates.cost()[name] for name in gates.budget},
         "sites": sites(run.analysis.choices, gates.opened, state.notes["freeze"]["share"]),
@@ -518,6 +528,8 @@ def _full_key(run: Run) -> object:
 def _gates_key(run: Run) -> object:
     settings = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
     del settings["training"]["full_epochs"]
+    if run.device:
+        settings["widths"] = run.device.device.model_dump(mode="json")
     if "latency" in run.budget:
         build = run.settings.build.model_dump(mode="json")
         settings |= {"target": run.target.name, "batch": run.settings.verdict.batch, "build": build}

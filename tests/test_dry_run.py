@@ -120,3 +120,38 @@ def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
     assert advice
     assert polar(*command, "--budget", advice[1], "--dry-run").code == 0
     assert os.listdir(tmp_path) == []
+
+
+def test_the_plan_with_the_widths_of_a_device() -> None:
+    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-int8", "--device", "rk3588")
+    outcome = polar(*command, "--dry-run", "--json")
+    plan = json.loads(outcome.out)
+    assert plan["device"]["name"] == "rk3588"
+    assert plan["device"]["precision"] == "int8"
+    assert plan["device"]["widths"] == [32, 64, 96, 128]
+    assert plan["target"]["align"] == 1
+    # no layer of the network has more than 32 channels, and 32 is the least that pays: blocks alone can go
+    blocks_alone = plan["smallest"]["macs"]
+    assert blocks_alone > json.loads(polar(*command[:-2], "--dry-run", "--json").out)["smallest"]["macs"]
+    shown = polar(*command, "--dry-run").out
+    assert "device    rk3588, int8 (estimate, rknn-toolkit2 2.5.0): 32, 64, 96, 128 channels, and so on" in shown
+
+
+def test_the_plan_without_a_device() -> None:
+    outcome = polar("--model", "tests.tiny:net", "--data", "digits", "--dry-run", "--json")
+    assert json.loads(outcome.out)["device"] is None
+
+
+def test_a_device_that_is_not_known() -> None:
+    outcome = polar("--model", "tests.tiny:net", "--data", "digits", "--device", "rk3589", "--dry-run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "unknown device 'rk3589'" in outcome.err
+    assert "did you mean rk3588?" in outcome.err
+
+
+def test_a_device_and_an_alignment() -> None:
+    command = ("--model", "tests.tiny:net", "--data", "digits", "--device", "rk3588", "--dry-run")
+    outcome = polar(*command, "--align", "8")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "both a device (rk3588) and an alignment (8)" in outcome.err
+    assert polar(*command, "--align", "1").code == 0

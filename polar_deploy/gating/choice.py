@@ -5,7 +5,7 @@ How many stay where is a small integer program (`solver`); which ones is an orde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -26,11 +26,15 @@ def alignment_of(width: int, align: int) -> int:
     return align if width >= 2 * align else next(a for a in (16, 8, 1) if a <= max(1, width // 2))
 
 
-def widths(site: Site, align: int, min_width: float) -> tuple[int, ...]:
+def widths(site: Site, align: int, min_width: float, offers: Callable[[int], bool] | None = None) -> tuple[int, ...]:
     """How many gates of a site may be open, ascending; the last is all of them.
 
-    A gate of several channels (a group of a grouped convolution) counts as so many.
+    A gate of several channels (a group of a grouped convolution) counts as so many. `offers`: whether the device
+    likes so many channels; it takes the place of `align`.
     """
+    if offers:
+        least = max(1, ceil(min_width * site.width))
+        return (*(gates for gates in range(least, site.width) if offers(gates * site.size)), site.width)
     step = ceil(alignment_of(site.width * site.size, align) / site.size)
     least = max(step, ceil(min_width * site.width / step) * step)
     return (*range(least, site.width, step), site.width)
@@ -43,9 +47,11 @@ class Limits:
     widths: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, sites: Sequence[Site], align: int, min_width: float) -> Limits:
-        """Multiples of `align` channels, and at least the share `min_width` of each site."""
-        return cls(tuple(widths(site, align, min_width) for site in sites))
+    def of(
+        cls, sites: Sequence[Site], align: int, min_width: float, offers: Callable[[int], bool] | None = None
+    ) -> Limits:
+        """Multiples of `align` channels, or what a device `offers`; at least the share `min_width` of each site."""
+        return cls(tuple(widths(site, align, min_width, offers) for site in sites))
 
 
 def problem(

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polar_deploy import devices
 from polar_deploy.costs import Floats, State
+from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import masking, processes, rehearsal
@@ -57,6 +59,8 @@ class Gates:
         ignore: patterns of the paths of modules that get no mask, such as "head*".
         align: widths become multiples of this, since most runtimes compute so many channels at a time; layers narrower
             than twice of it use the largest of 16, 8, 1 that is at most half of their width.
+        device: whose widths are taken, and not the multiples of `align`: a name of `polar_deploy.devices`, the path of
+            such a file, or what `polar_deploy.devices.choose` gives for a precision.
         min_width: share of its channels that a layer keeps at least.
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
@@ -88,6 +92,7 @@ class Gates:
         *,
         ignore: Sequence[str] = (),
         align: int = 8,
+        device: str | Chosen | None = None,
         min_width: float = 0.25,
         blocks: bool = True,
         mode: Literal["batch", "sample"] = "batch",
@@ -101,7 +106,8 @@ class Gates:
         self.schedule = Schedule(steps, start, freeze)
         self.model, self.mode = model, mode
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
-        self._limits = Limits.of(self.sites, align, min_width)
+        chosen = devices.choose(device) if isinstance(device, str) else device
+        self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
             self._costs["latency"] = latency_cost(_table(latency_table), self.sites, self.blocks)

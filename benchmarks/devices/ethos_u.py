@@ -1,0 +1,116 @@
+"""Cycles on an Arm Ethos-U by vela's estimate: `python -m benchmarks.devices.ethos_u [ACCELERATOR ...]`.
+
+Run it from the project's folder with the Python of an environment that has ethos-u-vela and ai-edge-litert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from ethosu.vela import vela
+
+from benchmarks.devices.staircase import OUTER, SIZE, Costs, sweeps, write
+from findings.support.int8_tflite import Network
+
+TITLES = {
+    "ethos-u55-128": "Arm Ethos-U55, 128 MACs a cycle",
+    "ethos-u55-256": "Arm Ethos-U55, 256 MACs a cycle",
+    "ethos-u65-256": "Arm Ethos-U65, 256 MACs a cycle",
+    "ethos-u85-256": "Arm Ethos-U85, 256 MACs a cycle",
+}
+METHOD = (
+    f"cycles that vela --verbose-performance gives for each layer (Op Cycles), its default system and memory mode, "
+    f"INT8, {SIZE} x {SIZE} pixels, normally distributed weights; {OUTER} channels around the width that varies, and "
+    f"a 1 x 1 convolution before and after, so that no layer asked reads the network's input or writes its output"
+)
+
+
+def layers(accelerator: str, network: Network, output: int) -> list[float]:
+    """Cycles of every layer, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.tflite"
+        network.save(path, output)
+        options = ["--accelerator-config", accelerator, "--output-dir", folder, "--verbose-performance"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            vela.main([str(path), *options])
+        (table,) = Path(folder).glob("*per-layer*.csv")
+        with table.open() as file:
+            return [float(row["Op Cycles"]) for row in csv.DictReader(file)]
+
+
+def started() -> tuple[Network, int]:
+    """A network, and what its first layer makes."""
+    network = Network()
+    return network, network.conv(network.input(SIZE, OUTER), OUTER, kernel=1)
+
+
+def measured(accelerator: str, width: int, everything: bool) -> Costs:
+    """The cost of each kind of layer at a width."""
+    network, x = started()
+    x = network.conv(network.conv(x, width), OUTER)
+    _, out, back, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+    costs = {("conv3x3", "output"): out, ("conv3x3", "input"): back}
+    if everything:
+        network, x = started()
+        x = network.depthwise(network.conv(x, width, kernel=1))
+        x = network.conv(x, OUTER, kernel=1)
+        _, out, through, back, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+        costs |= {("conv1x1", "output"): out, ("depthwise3x3", "both"): through, ("conv1x1", "input"): back}
+    return costs
+
+
+def gate(accelerator: str) -> float:
+    """Cost of two convolutions with a multiplication by zeros and ones between, over that without."""
+    found = []
+    for gated in (True, False):
+        network, x = started()
+        x = network.conv(x, 32)
+        if gated:
+            x = network.gate(x, (np.arange(32) % 2).astype(np.int8))
+        x = network.conv(network.conv(x, OUTER), OUTER, kernel=1)
+        found.append(sum(layers(accelerator, network, x)[1:-1]))
+    return found[0] / found[1]
+
+
+def addition(accelerator: str) -> float:
+    """Cost of an Add of two 64-channel maps over that of a 3 x 3 convolution 64 to 64."""
+    network, x = started()
+    x = network.add(x, network.conv(x, OUTER))
+    _, conv, add, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+    return add / conv
+
+
+def main(names: list[str]) -> None:
+    """Write one file an accelerator."""
+    for name in names or list(TITLES):
+        found = sweeps(lambda width, everything, name=name: measured(name, width, everything), "int8")
+        write(
+            name,
+            {
+                "title": TITLES[name],
+                "source": {
+                    "kind": "estimate",
+                    "tool": "ethos-u-vela",
+                    "version": version("ethos-u-vela"),
+                    "date": str(date.today()),
+                    "method": METHOD,
+                    "script": "benchmarks/devices/ethos_u.py",
+                },
+                "unit": "cycles",
+                "sweeps": found,
+                "gate_left_over": round(gate(name), 3),
+                "addition": round(addition(name), 3),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""Cycles on Rockchip's NPUs by rknn-toolkit2's estimate: `python -m benchmarks.devices.rknn [PLATFORM ...]`.
+
+Run it from the project's folder with the Python of an environment that has rknn-toolkit2 (which needs torch).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from rknn.api import RKNN
+
+from benchmarks.devices.staircase import EVERY, OUTER, SIZE, SOME, Costs, sweeps, write
+
+TITLES = {"rk3588": "Rockchip RK3588 NPU", "rk3566": "Rockchip RK3566 NPU"}
+METHOD = (
+    f"total cycles that RKNN.build(verbose=True) lists for each layer, {SIZE} x {SIZE} pixels, random weights; {OUTER} "
+    f"channels around the width that varies, all widths in one graph as branches of one 1 x 1 convolution"
+)
+_ROW = re.compile(r"D RKNN: .*\s\d+/\d+/(\d+)\s+\d+\s+Conv:(\S+)")
+
+
+def model() -> onnx.ModelProto:
+    """Every layer at every width; a layer's node is called LAYER/VARIES/WIDTH."""
+    random = np.random.default_rng(0)
+    nodes, weights, outputs = [], [], []
+
+    def conv(x: str, name: str, channels: int, width: int, kernel: int, group: int = 1) -> str:
+        weight = random.normal(size=(channels, width // group, kernel, kernel)).astype(np.float32) / kernel / width**0.5
+        weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{name}/weight"))
+        inputs = [x, f"{name}/weight"]
+        nodes.append(helper.make_node("Conv", inputs, [f"{name}/y"], name=name, pads=[kernel // 2] * 4, group=group))
+        nodes.append(helper.make_node("Relu", [f"{name}/y"], [name]))
+        return name
+
+    def ends(x: str) -> None:
+        outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, OUTER, SIZE, SIZE]))
+
+    start = conv("x", "start", OUTER, OUTER, 1)
+    for width in EVERY:
+        x = conv(start, f"conv3x3/output/{width}", width, OUTER, 3)
+        ends(conv(x, f"conv3x3/input/{width}", OUTER, width, 3))
+    for width in SOME:
+        x = conv(start, f"conv1x1/output/{width}", width, OUTER, 1)
+        x = conv(x, f"depthwise3x3/both/{width}", width, width, 3, group=width)
+        ends(conv(x, f"conv1x1/input/{width}", OUTER, width, 1))
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, OUTER, SIZE, SIZE])
+    graph = helper.make_graph(nodes, "graph", [given], outputs, weights)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, int], float]:
+    """Cycles of each layer at each width, from the compiler's log."""
+    onnx.save(model(), folder / "model.onnx")
+    np.save(folder / "sample.npy", np.random.default_rng(1).normal(size=(1, OUTER, SIZE, SIZE)).astype(np.float32))
+    (folder / "samples.txt").write_text(str(folder / "sample.npy"))
+    sys.stdout.flush()
+    with open(folder / "log", "wb") as log:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            rknn = RKNN(verbose=True)
+            rknn.config(target_platform=platform)
+            done = rknn.load_onnx(str(folder / "model.onnx"))
+            quantised = {"do_quantization": precision == "int8", "dataset": str(folder / "samples.txt")}
+            done = done or rknn.build(**quantised)
+        finally:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+    if done:
+        raise SystemExit(f"rknn-toolkit2 could not build for {platform}: {(folder / 'log').read_text()[-2000:]}")
+    found = {}
+    for line in (folder / "log").read_text(errors="replace").splitlines():
+        row = _ROW.search(line)
+        if row and row[2].count("/") == 2:
+            layer, varies, width = row[2].split("/")
+            found[layer, varies, int(width)] = float(row[1])
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Write one file a platform."""
+    for name in names or list(TITLES):
+        found = []
+        for precision in ("fp16", "int8"):
+            with tempfile.TemporaryDirectory() as folder:
+                table = build(name, precision, Path(folder))
+
+            def measure(width: int, everything: bool, table: dict[tuple[str, str, int], float] = table) -> Costs:
+                return {(layer, varies): cost for (layer, varies, each), cost in table.items() if each == width}
+
+            found += sweeps(measure, precision)
+        source = {
+            "kind": "estimate",
+            "tool": "rknn-toolkit2",
+            "version": version("rknn-toolkit2"),
+            "date": str(date.today()),
+            "method": METHOD,
+            "script": "benchmarks/devices/rknn.py",
+        }
+        write(name, {"title": TITLES[name], "source": source, "unit": "cycles", "sweeps": found})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

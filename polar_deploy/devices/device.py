@@ -1,0 +1,124 @@
+"""The content of a device's file, and which widths follow from it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from polar_deploy.config import Text
+
+PERIOD = 64  # channels; above the widest that was asked, what is offered repeats: all packs divide it
+WORTH = 0.5  # of what a narrower layer promises by its channels, what it has to save at least
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Width = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(_Frozen):
+    """Where the numbers come from.
+
+    kind: what a compiler says ("estimate"), or what a clock said ("measured").
+    """
+
+    kind: Literal["estimate", "measured"]
+    tool: Text
+    version: Text
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    method: Text
+    script: Text
+    machine: Text | None = None
+
+
+class Sweep(_Frozen):
+    """What a kind of layer costs at each width.
+
+    varies: which of the layer's widths; "both" of a depthwise one, "between": two layers, of which the first writes
+    and the second reads that many channels. cost: in the device's unit.
+    """
+
+    precision: Precision
+    layer: Literal["conv3x3", "conv1x1", "depthwise3x3"]
+    varies: Literal["output", "input", "both", "between"]
+    widths: tuple[Width, ...] = Field(min_length=2)
+    cost: tuple[Positive, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _one_cost_a_width(self) -> Sweep:
+        if len(self.widths) != len(self.cost):
+            raise ValueError(f"there are {len(self.widths)} widths and {len(self.cost)} costs")
+        if any(narrow >= wide for narrow, wide in pairwise(self.widths)):
+            raise ValueError("the widths do not ascend")
+        return self
+
+
+class Device(_Frozen):
+    """What widths cost on a device or in a runtime.
+
+    gate_left_over: cost of two 3 x 3 convolutions of 32 channels with a multiplication by zeros and ones between them,
+    over that without it. addition: cost of an Add over that of a 3 x 3 convolution of the same 64 channels.
+    """
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    title: Text
+    source: Source
+    unit: Literal["cycles", "ms"]
+    sweeps: tuple[Sweep, ...] = Field(min_length=1)
+    gate_left_over: Positive | None = None
+    addition: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _convolutions(self) -> Device:
+        for precision in self.precisions:
+            if not self.staircase(precision):
+                raise ValueError(f"no costs of 3 x 3 convolutions in {precision}")
+        return self
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Those that were asked."""
+        return tuple(dict.fromkeys(sweep.precision for sweep in self.sweeps))
+
+    def nearest(self, precision: str) -> Precision:
+        """The precision whose costs stand for `precision`: itself where it was asked, else the file's first."""
+        return next((each for each in self.precisions if each == precision), self.precisions[0])
+
+    def staircase(self, precision: Precision, layer: str = "conv3x3") -> dict[int, float]:
+        """Cost of a width: of the layer that writes it and the layer that reads it. {} where one was not asked."""
+        found = {
+            sweep.varies: dict(zip(sweep.widths, sweep.cost, strict=True))
+            for sweep in self.sweeps
+            if (sweep.precision, sweep.layer) == (precision, layer)
+        }
+        if "between" in found or "both" in found:
+            return found.get("between") or found["both"]
+        writing, reading = found.get("output", {}), found.get("input", {})
+        return {width: cost + reading[width] for width, cost in writing.items() if width in reading}
+
+    def offered(self, precision: Precision) -> tuple[int, ...]:
+        """The widths worth choosing, ascending, as far as they were asked.
+
+        The widest one is. A narrower one is where it saves, against the next one offered, at least half of the share of
+        channels that it gives up: 31 channels that cost as much as 32 are no choice, and neither are 24 that cost more.
+        """
+        costs = self.staircase(precision)
+        widths = sorted(costs, reverse=True)
+        result = widths[:1]
+        for width in widths[1:]:
+            if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
+                result.append(width)
+        return tuple(reversed(result))
+
+    def offers(self, width: int, precision: Precision) -> bool:
+        """Whether a width is worth choosing; above the widest one that was asked, its like within the last period."""
+        offered = self.offered(precision)
+        beyond = max(0, -(-(width - offered[-1]) // PERIOD))
+        return width - beyond * PERIOD in offered

@@ -1,0 +1,135 @@
+"""Which widths a device's file offers, and which files are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polar_deploy import devices
+from polar_deploy.devices import Chosen, Device
+from polar_deploy.errors import ContentError, UsageError
+from tests.schemas import schema, valid
+
+FOLDER = Path(devices.__file__).parent
+
+
+def document(costs: dict[int, float], **changes: Any) -> dict[str, Any]:
+    sweep = {"precision": "fp32", "layer": "conv3x3", "varies": "between"}
+    source = {"kind": "measured", "tool": "a clock", "version": "1", "date": "2026-11-29", "method": "", "script": ""}
+    return {
+        "schema": 1,
+        "name": "mine",
+        "title": "mine",
+        "source": source,
+        "unit": "ms",
+        "sweeps": [{**sweep, "widths": list(costs), "cost": list(costs.values())}],
+        **changes,
+    }
+
+
+def offered(costs: dict[int, float]) -> tuple[int, ...]:
+    return Device.model_validate(document(costs)).offered("fp32")
+
+
+@pytest.mark.parametrize("name", devices.names())
+def test_every_file_is_what_the_schema_says_and_offers_widths(name: str) -> None:
+    valid("device", json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+    device = devices.load(name)
+    assert device.name == name
+    assert (FOLDER.parents[1] / device.source.script).is_file()
+    for precision in device.precisions:
+        widths = device.offered(precision)
+        assert {32, 64, 128} <= {*widths}  # which no device here punishes
+        assert 33 not in widths  # which every one does
+
+
+def test_the_schema_is_that_of_the_types() -> None:
+    types = Device.model_json_schema(by_alias=True)
+    assert schema("device").schema == {"$schema": "https://json-schema.org/draft/2020-12/schema", **types}
+
+
+def test_a_width_is_offered_that_saves_half_of_its_share() -> None:
+    assert offered({8: 2, 16: 4, 24: 6, 32: 8}) == (8, 16, 24, 32)  # linear
+    assert offered({8: 8, 16: 8, 24: 8, 32: 8}) == (32,)  # nothing saved
+    assert offered({8: 3, 16: 5, 24: 9, 31: 8, 32: 8}) == (8, 16, 32)  # 24 dearer, 31 as dear as 32
+    # 24 of 32 channels give up a quarter: an eighth of the cost has to be saved
+    assert offered({24: 7.01, 32: 8}) == (32,)
+    assert offered({24: 6.99, 32: 8}) == (24, 32)
+
+
+def test_writing_and_reading_a_width_both_count() -> None:
+    sweep = {"precision": "int8", "layer": "conv3x3", "widths": [16, 24, 32]}
+    sweeps = [{**sweep, "varies": "output", "cost": [4, 6, 8]}, {**sweep, "varies": "input", "cost": [4, 9, 8]}]
+    device = Device.model_validate(document({}, sweeps=sweeps))
+    assert device.staircase("int8") == {16: 8, 24: 15, 32: 16}
+    assert device.offered("int8") == (16, 32)
+
+
+def test_widths_beyond_the_widest_one_repeat_its_last_64() -> None:
+    device = Device.model_validate(document({16: 1, 32: 2, 64: 4, 80: 5, 96: 6, 112: 9, 128: 8}))
+    chosen = Chosen(device, "fp32")
+    assert [width for width in range(1, 130) if chosen.offers(width)] == [16, 32, 64, 80, 96, 128]
+    assert [width for width in range(130, 330) if chosen.offers(width)] == [144, 160, 192, 208, 224, 256, 272, 288, 320]
+
+
+def test_a_precision_that_was_not_asked() -> None:
+    assert devices.choose("rk3588", "int8").precision == "int8"
+    assert devices.choose("rk3588", "bf16").precision == "fp16"
+    assert devices.choose("ethos-u55-128").precision == "int8"
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(document({16: 1, 32: 2})))
+    assert devices.choose(str(path)).described() == {
+        "name": "mine",
+        "precision": "fp32",
+        "source": "measured, a clock 1",
+        "widths": [16, 32],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema": 2}, "schema: Input should be 1"),
+        ({"extra": 1}, "extra: Extra inputs are not permitted"),
+        ({"sweeps": []}, "sweeps"),
+        ({"name": "Mine/../x"}, "name"),
+        ({"title": "\x1b[31m"}, "title"),
+    ],
+)
+def test_a_file_that_is_none(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(document({16: 1, 32: 2}, **changes)))
+    with pytest.raises(ContentError, match=f"(?s)mine.json: .*{words}"):
+        devices.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("costs", "words"),
+    [
+        ({32: 1, 16: 2}, "do not ascend"),
+        ({16: 1, 32: -2}, "greater than 0"),
+        ({16: 1}, "at least 2 items"),
+    ],
+)
+def test_sweeps_that_are_none(costs: dict[int, float], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(document(costs)))
+    with pytest.raises(ContentError, match=words):
+        devices.load(str(path))
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(UsageError, match="unknown device 'etos-u55'") as caught:
+        devices.load("etos-u55")
+    assert "did you mean ethos-u" in caught.value.todo
+    with pytest.raises(UsageError) as caught:
+        devices.load("zzz")
+    assert "choose one of them" in caught.value.todo
+    with pytest.raises(UsageError, match="nowhere"):
+        devices.load("nowhere.json")
