@@ -1,6 +1,6 @@
 """Cycles on an Arm Ethos-U by vela's estimate: `python -m benchmarks.devices.ethos_u [ACCELERATOR ...]`.
 
-Run it from the project's folder with the Python of an environment that has ethos-u-vela and ai-edge-litert.
+Run it from the project's folder with the Python of an environment that has ethos-u-vela, ai-edge-litert and pydantic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from ethosu.vela import vela
 
-from benchmarks.devices.staircase import OUTER, SIZE, Costs, sweeps, write
+from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
 from findings.support.int8_tflite import Network
+from polar_deploy.devices.sweep import OUTER
 
 TITLES = {
     "ethos-u55-128": "Arm Ethos-U55, 128 MACs a cycle",

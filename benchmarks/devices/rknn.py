@@ -1,6 +1,6 @@
 """Cycles on Rockchip's NPUs by rknn-toolkit2's estimate: `python -m benchmarks.devices.rknn [PLATFORM ...]`.
 
-Run it from the project's folder with the Python of an environment that has rknn-toolkit2 (which needs torch).
+Run it from the project's folder with the Python of an environment that has rknn-toolkit2, torch and pydantic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from rknn.api import RKNN
 
-from benchmarks.devices.staircase import EVERY, OUTER, SIZE, SOME, Costs, sweeps, write
+from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
+from polar_deploy.devices.sweep import EVERY, OUTER, SOME
 
 TITLES = {"rk3588": "Rockchip RK3588 NPU", "rk3566": "Rockchip RK3566 NPU"}
 METHOD = (

@@ -1,4 +1,4 @@
-"""The commands around devices: `python -m polar_deploy.devices list`, `... show NAME`."""
+"""The commands around devices: `python -m polar_deploy.devices list`, `... show NAME`, `... measure`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from polar_deploy.commands import dispatch
 
 _COMMANDS = {
     "list": ("listing", "the devices whose widths are known, and where that comes from"),
+    "measure": ("measure", "measure widths in ONNX Runtime on this machine, and write such a file"),
     "show": ("show", "what each width costs on a device, and which are worth choosing"),
 }
 

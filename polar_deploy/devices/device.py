@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from polar_deploy.config import Text
 
 PERIOD = 64  # channels; above the widest that was asked, what is offered repeats: all packs divide it
+_LISTED = re.compile(r"\[([\d\s.,e-]+)\]")  # numbers
+_WHOLE = re.compile(r"\.0\b")  # the end of a whole number
 WORTH = 0.5  # of what a narrower layer promises by its channels, what it has to save at least
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -81,6 +84,11 @@ class Device(_Frozen):
             if not self.staircase(precision):
                 raise ValueError(f"no costs of 3 x 3 convolutions in {precision}")
         return self
+
+    def text(self) -> str:
+        """The content of the file: JSON, a list of numbers on one line."""
+        text = self.model_dump_json(indent=1, by_alias=True, exclude_none=True) + "\n"
+        return _LISTED.sub(lambda found: f"[{_WHOLE.sub('', ' '.join(found[1].split()))}]", text)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -1,0 +1,96 @@
+"""Measure what each width costs in ONNX Runtime on this machine, and write a file for --device."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from polar_deploy.devices.device import Device
+from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
+from polar_deploy.errors import MachineError, UsageError
+from polar_deploy.workspace import atomic_path
+
+MOST_OFF = 0.05  # share by which the control may be off: beyond, the file would tell of the noise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("out", type=Path, help="the file to write, NAME.json")
+    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the layers (default: fp32)")
+    parser.add_argument("--rounds", type=int, default=75, help="runs of each width (default: 75: some minutes)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, and write the file.
+
+    Raises:
+        UsageError: the name will not do.
+        MachineError: ONNX Runtime is not installed, or the machine is too noisy.
+    """
+    path: Path = arguments.out
+    if path.suffix != ".json":
+        raise UsageError(f"{path} is not named .json", "give it a name such as mine.json")
+    if find_spec("onnxruntime") is None:
+        raise MachineError("onnxruntime is not installed", "install it: pip install 'polar-deploy[ort]'")
+    import onnxruntime
+
+    load = onnx_runtime if arguments.precision == "fp32" else onnx_runtime_int8
+    found = {layer: sweep(load, layer, widths, arguments.rounds) for layer, widths in LAYERS.items()}
+    off = max(abs(control) for _, control in found.values())
+    if off > MOST_OFF:
+        raise MachineError(
+            f"the machine is too noisy: a network and its own copy differ by {off:.0%}, {MOST_OFF:.0%} is allowed",
+            "stop what else runs on it, or ask for more --rounds",
+        )
+    source = {
+        "tool": "onnxruntime",
+        "version": onnxruntime.__version__,
+        "date": str(date.today()),
+        "script": "polar_deploy/devices/measure.py",
+        "machine": platform.machine(),
+    }
+    device = Device.model_validate(document(path.stem.lower(), arguments.precision, source, found))
+    with atomic_path(path) as temporary:
+        temporary.write_text(device.text(), encoding="utf-8")
+    widths = ", ".join(map(str, device.offered(device.precisions[0])))
+    print(f"{path}: {widths} channels pay; the control was off by {off:.1%}")
+    return 0
+
+
+def onnx_runtime(path: Path) -> Run:
+    """An ONNX file of `sweep.model` in ONNX Runtime, on one thread."""
+    return session(path, shape())
+
+
+def session(path: Path, size: tuple[int, ...]) -> Run:
+    """Any ONNX file with one input of that size."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {made.get_inputs()[0].name: np.random.default_rng(1).normal(size=size).astype(np.float32)}
+    return lambda: made.run(None, given)
+
+
+def onnx_runtime_int8(path: Path) -> Run:
+    """The same with Q/DQ pairs as `ort-int8` has them."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Samples(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = [np.random.default_rng(1).normal(size=shape()).astype(np.float32)]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return {"x": self.left.pop()} if self.left else None
+
+    quantised = path.with_suffix(".int8.onnx")
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(str(path), str(quantised), Samples(), per_channel=True, **kinds)
+    return onnx_runtime(quantised)

@@ -1,0 +1,137 @@
+"""Measuring what each width costs in a runtime on this machine, whatever else it does.
+
+Two layers with so many channels between them, one thread, in processor time. In each round every width runs once, in
+another order, right after the reference; a width's cost is the median of the ratios, times the median time of the
+reference. Copies of the reference take part as its own width and as the control.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[], object]
+EVERY = (*range(1, 67), 72, 80, 88, 96, 97, 104, 112, 120, 128)  # widths of 3 x 3 convolutions
+SOME = (4, 8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 48, 56, 64, 72, 80, 96)  # of the other layers
+LAYERS = {"conv3x3": EVERY, "conv1x1": SOME, "depthwise3x3": SOME}
+OUTER = 64  # channels around the width that varies
+PIXELS = 28  # a side
+REFERENCE, CONTROL = 64, 0  # widths; both are copies of what every other one runs after
+LOADS = 5  # times that every network is loaded anew: where its memory lies decides, too
+_SAMPLE_SECONDS = 1e-3  # that a sample takes at least
+
+
+def shape() -> tuple[int, int, int, int]:
+    """Of the input of `model`."""
+    return 1, OUTER, PIXELS, PIXELS
+
+
+def model(layer: str, width: int) -> onnx.ModelProto:
+    """`OUTER` channels, `width` between two layers, `OUTER` channels; a depthwise layer stands between them."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    kernel = 3 if layer == "conv3x3" else 1
+    nodes, weights = [], []
+
+    def conv(x: str, y: str, channels: int, given: int, kernel: int, group: int = 1) -> None:
+        weight = random.normal(size=(channels, given // group, kernel, kernel)) / (kernel * given**0.5)
+        weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{y}_weight"))
+        weights.append(numpy_helper.from_array(random.normal(size=channels).astype(np.float32), f"{y}_bias"))
+        inputs = [x, f"{y}_weight", f"{y}_bias"]
+        nodes.append(helper.make_node("Conv", inputs, [f"{y}_sum"], name=y, pads=[kernel // 2] * 4, group=group))
+        nodes.append(helper.make_node("Relu", [f"{y}_sum"], [y]))
+
+    conv("x", "first", width, OUTER, kernel)
+    if layer == "depthwise3x3":
+        conv("first", "depthwise", width, width, 3, group=width)
+    conv("depthwise" if layer == "depthwise3x3" else "first", "y", OUTER, width, kernel)
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape()) for name in ("x", "y"))
+    graph = helper.make_graph(nodes, "graph", [given], [made], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def sweep(
+    load: Callable[[Path], Run], layer: str, widths: Sequence[int], rounds: int
+) -> tuple[dict[int, float], float]:
+    """Milliseconds of each width, ascending, and by what share the control was off.
+
+    Args:
+        load: an ONNX file -> what runs it once.
+        layer: one of `LAYERS`.
+        widths: the reference is among them, whether asked or not.
+        rounds: in all; each network is loaded `LOADS` times.
+    """
+    import onnx
+
+    widths = sorted({*widths, REFERENCE})
+    found = []
+    for _ in range(LOADS):
+        with tempfile.TemporaryDirectory() as folder:
+            runs: list[Run] = []
+            for width in (REFERENCE, REFERENCE, *widths):
+                path = Path(folder) / f"{len(runs)}.onnx"
+                onnx.save(model(layer, width), path)
+                runs.append(load(path))
+            reference, *others = runs
+            found.append(ratios(reference, dict(zip((CONTROL, *widths), others, strict=True)), -(-rounds // LOADS)))
+    result = {width: statistics.median(ratio[width] for ratio, _ in found) for width in (CONTROL, *widths)}
+    base, control = statistics.median(base for _, base in found), result.pop(CONTROL) / result[REFERENCE] - 1
+    return {width: round(base * ratio, 5) for width, ratio in result.items()}, control
+
+
+def ratios(reference: Run, runs: Mapping[int, Run], rounds: int) -> tuple[dict[int, float], float]:
+    """The time of each over the reference's, and the reference's in milliseconds."""
+    for run in (reference, *runs.values()):
+        _seconds(run, 5)
+    times = max(1, round(_SAMPLE_SECONDS / _seconds(reference, 20)))
+    random, base = np.random.default_rng(0), []
+    found: dict[int, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key in random.permutation(list(runs)):
+            first, own = _seconds(reference, times), _seconds(runs[int(key)], times)
+            found[int(key)].append(own / first)
+            base.append(first)
+    return {key: statistics.median(each) for key, each in found.items()}, 1e3 * statistics.median(base)
+
+
+def _seconds(run: Run, times: int) -> float:
+    """Processor time of a run, which other programs disturb less than the clock on the wall."""
+    run()  # its weights are in the cache from here on
+    begin = time.process_time()
+    for _ in range(times):
+        run()
+    return (time.process_time() - begin) / times
+
+
+def document(
+    name: str, precision: str, source: Mapping[str, str], found: Mapping[str, tuple[Mapping[int, float], float]]
+) -> dict[str, Any]:
+    """The content of a device's file, from what `sweep` found of each layer."""
+    sweeps = [
+        {
+            "precision": precision,
+            "layer": layer,
+            "varies": "between",
+            "widths": list(costs),
+            "cost": list(costs.values()),
+        }
+        for layer, (costs, _) in found.items()
+    ]
+    off = max(abs(control) for _, control in found.values())
+    method = (
+        f"processor time, runs paired with one of width {REFERENCE}, all widths in turn, loaded {LOADS} times, one "
+        f"thread, batch 1, {PIXELS} x {PIXELS} pixels, {OUTER} channels around the width that varies; the control was "
+        f"off by {off:.1%} at most"
+    )
+    told = {"kind": "measured", **source, "method": method}
+    return {"schema": 1, "name": name, "title": name, "source": told, "unit": "ms", "sweeps": sweeps}

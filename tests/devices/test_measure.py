@@ -1,0 +1,84 @@
+"""`python -m polar_deploy.devices measure`: what the sweep computes from times, and the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from polar_deploy import devices
+from polar_deploy.devices import measure, sweep
+from polar_deploy.devices.__main__ import main
+
+
+class Clock:
+    """Processor time that passes only while something runs."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def load(self, path: Path) -> Callable[[], None]:
+        """Takes as many milliseconds as there are channels between the layers, and 10 more."""
+        width = len(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]))
+
+        def run() -> None:
+            self.now += (10 + width) / 1e3
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.process_time", clock)
+    return clock
+
+
+def test_a_sweep_gives_the_milliseconds_of_each_width(clock: Clock) -> None:
+    costs, control = sweep.sweep(clock.load, "conv1x1", (8, 32), rounds=5)
+    assert list(costs) == [8, 32, 64]  # the reference is among them
+    assert costs == pytest.approx({8: 18, 32: 42, 64: 74}, rel=1e-4)
+    assert control == pytest.approx(0, abs=1e-9)
+
+
+def test_what_is_measured_is_written(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "onnx_runtime", clock.load)
+    monkeypatch.setattr(measure, "LAYERS", {"conv3x3": (8, 16, 32)})
+    path = tmp_path / "Mine.json"
+    assert main(["measure", str(path), "--rounds", "5"]) == 0
+    device = devices.load(str(path))
+    assert device.name == "mine"
+    assert device.staircase("fp32") == pytest.approx({8: 18, 16: 26, 32: 42, 64: 74}, rel=1e-4)
+    assert device.offered("fp32") == (8, 16, 32, 64)
+    assert '"widths": [8, 16, 32, 64]' in path.read_text()
+    assert "8, 16, 32, 64 channels pay" in capsys.readouterr().out
+
+
+def test_noise_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "sweep", lambda *_: ({32: 1.0, 64: 2.0}, -0.06))
+    assert main(["measure", str(tmp_path / "mine.json")]) == 3
+    assert "too noisy: a network and its own copy differ by 6%" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_needs_its_ending(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "mine"]) == 2
+    assert "mine.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layer", sweep.LAYERS)
+@pytest.mark.parametrize("load", [measure.onnx_runtime, measure.onnx_runtime_int8])
+def test_every_network_runs(load: Callable[[Path], Callable[[], object]], layer: str, tmp_path: Path) -> None:
+    onnx.checker.check_model(sweep.model(layer, 12), full_check=True)
+    onnx.save(sweep.model(layer, 12), tmp_path / "model.onnx")
+    (y,) = load(tmp_path / "model.onnx")()
+    assert y.shape == sweep.shape()
+    assert y.any()
