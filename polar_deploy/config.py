@@ -19,7 +19,7 @@ Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all
 Triple = tuple[float, float, float]
 
 
-PLACES = {"data_dir", "full_weights", "latency_table", "device"}  # settings that may say where something lies
+PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
 
 
 class _Frozen(BaseModel):
