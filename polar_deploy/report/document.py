@@ -147,6 +147,7 @@ def _trained(log: list[dict[str, Any]], macs: int) -> dict[str, Any] | None:
         "epochs": len(epochs),
         "seconds": round(sum(record["seconds"] for record in epochs), 1),
         "macs": round(sum(record["images"] * record["work"] for record in epochs) * macs),
+        "joules": sum(record["joules"] for record in epochs) if all("joules" in each for each in epochs) else None,
     }
 
 

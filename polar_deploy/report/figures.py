@@ -255,6 +255,7 @@ def _training(training: Mapping[str, Mapping[str, Any] | None]) -> Markup | None
         ("training with gates", gated, "small"),
     ):
         if each:
-            shown = f"{formats.seconds(each['seconds'])}, {formats.short(each['macs'])} MACs"
+            energy = f", {formats.short(each['joules'])} J" if each["joules"] is not None else ""
+            shown = f"{formats.seconds(each['seconds'])}, {formats.short(each['macs'])} MACs{energy}"
             rows.append(Bar(f"{label}, {each['epochs']} epochs", each["seconds"], shown, style))
     return charts.bars("What training took", "; ".join(f"{row.label}: {row.shown}" for row in rows) + ".", rows)

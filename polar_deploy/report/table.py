@@ -105,8 +105,9 @@ def _training(training: dict[str, dict[str, Any] | None]) -> tuple[str, str, str
     full, gated = training["full"], training["gated"]
     if gated is None:
         return None
-    ratio = (
-        f"{gated['seconds'] / full['seconds']:.2f}× the time, {gated['macs'] / full['macs']:.2f}× MACs" if full else ""
+    kinds = {"seconds": "the time", "macs": "MACs", "joules": "J"}
+    ratio = ", ".join(
+        f"{gated[key] / full[key]:.2f}× {words}" for key, words in kinds.items() if full and full[key] and gated[key]
     )
     before, after = (f"{each['seconds']:,.0f} s" if each else "given" for each in (full, gated))
     return ("training", before, after, ratio)

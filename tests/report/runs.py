@@ -142,7 +142,16 @@ SURGERY = {
     "walls": [{"node": "w", "operator": "Odd", "reason": "unknown"}],
 }
 LOG = [
-    {"epoch": 1, "loss": 0.5, "train_accuracy": 90.0, "images": 100, "work": 4.0, "seconds": 5.0, "cost": 0.8}
+    {
+        "epoch": 1,
+        "loss": 0.5,
+        "train_accuracy": 90.0,
+        "images": 100,
+        "work": 4.0,
+        "seconds": 5.0,
+        "joules": 60.0,
+        "cost": 0.8,
+    }
     | {
         "costs": {"macs": 0.8},
         "val_accuracy": 88.0,
@@ -150,7 +159,16 @@ LOG = [
         "shares": [1, 0, 0, 2, 4],
         "open": [1, 1, 1, 3],
     },
-    {"epoch": 2, "loss": 0.4, "train_accuracy": 92.0, "images": 100, "work": 2.5, "seconds": 2.0, "cost": 0.496}
+    {
+        "epoch": 2,
+        "loss": 0.4,
+        "train_accuracy": 92.0,
+        "images": 100,
+        "work": 2.5,
+        "seconds": 2.0,
+        "joules": 20.0,
+        "cost": 0.496,
+    }
     | {"costs": {"macs": 0.496}, "val_accuracy": 89.5, "open": [0, 1, 1, 0]}
     | {"freeze": {"epoch": 2, "undecided": 0.0, "share": [0.0], "val_before": 89.0, "val_after": 70.0}},
 ]

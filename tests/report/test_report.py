@@ -84,7 +84,7 @@ def test_what_training_took_is_told(folder: Path) -> None:
     """Two epochs of 100 images; the second one trained half of the network, with a teacher all along."""
     assert report.build(folder, SETTINGS)["training"] == {"full": None, "gated": None}
     logs = {
-        "full": [{"epoch": 1, "images": 100, "work": 3.0, "seconds": 4.0}] * 2,
+        "full": [{"epoch": 1, "images": 100, "work": 3.0, "seconds": 4.0, "joules": 50.0}] * 2,
         "gated": LOG,
     }
     for name, records in logs.items():
@@ -92,10 +92,10 @@ def test_what_training_took_is_told(folder: Path) -> None:
     document = report.build(folder, SETTINGS)
     valid("report", document)
     assert document["training"] == {
-        "full": {"epochs": 2, "seconds": 8.0, "macs": 600 * 40_800_000},
-        "gated": {"epochs": 2, "seconds": 7.0, "macs": 650 * 40_800_000},
+        "full": {"epochs": 2, "seconds": 8.0, "macs": 600 * 40_800_000, "joules": 100.0},
+        "gated": {"epochs": 2, "seconds": 7.0, "macs": 650 * 40_800_000, "joules": 80.0},
     }
-    assert row(printed(document), "training") == ["training", "8 s", "7 s", "0.88× the time, 1.08× MACs"]
+    assert row(printed(document), "training") == ["training", "8 s", "7 s", "0.88× the time, 1.08× MACs, 0.80× J"]
     (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_accuracy": 90.0}\n')
     assert row(printed(report.build(folder, SETTINGS)), "training") == ["training", "given", "7 s", ""]
 
