@@ -105,7 +105,7 @@ def _training(training: dict[str, dict[str, Any] | None]) -> tuple[str, str, str
     full, gated = training["full"], training["gated"]
     if gated is None:
         return None
-    kinds = {"seconds": "the time", "macs": "MACs", "joules": "J"}
+    kinds = {"seconds": "time", "macs": "MACs", "joules": "energy"}
     ratio = ", ".join(
         f"{gated[key] / full[key]:.2f}× {words}" for key, words in kinds.items() if full and full[key] and gated[key]
     )

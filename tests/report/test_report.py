@@ -95,7 +95,7 @@ def test_what_training_took_is_told(folder: Path) -> None:
         "full": {"epochs": 2, "seconds": 8.0, "macs": 600 * 40_800_000, "joules": 100.0},
         "gated": {"epochs": 2, "seconds": 7.0, "macs": 650 * 40_800_000, "joules": 80.0},
     }
-    assert row(printed(document), "training") == ["training", "8 s", "7 s", "0.88× the time, 1.08× MACs, 0.80× J"]
+    assert row(printed(document, 100), "training") == ["training", "8 s", "7 s", "0.88× time, 1.08× MACs, 0.80× energy"]
     (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_accuracy": 90.0}\n')
     assert row(printed(report.build(folder, SETTINGS)), "training") == ["training", "given", "7 s", ""]
 
