@@ -430,9 +430,9 @@ def test_a_read_only_place(miniature: Miniature) -> None:
 # a new run begins to train. What both do to the first run's files is listed.
 FULL_DISK = """
 disk=$1 miniature=$2; shift 2
-mount -t tmpfs -o size=1m tmpfs "$disk" && cp -r "$miniature" "$disk/run" && cd "$disk" || exit 1
+mount -t tmpfs -o size=2m tmpfs "$disk" && cp -r "$miniature" "$disk/run" && cd "$disk" || exit 1
 rm -r run/compressed run/stamps/surgery.json
-head -c 2000000 /dev/zero > filling 2> /dev/null
+head -c 4000000 /dev/zero > filling 2> /dev/null
 truncate -s -40000 filling
 before=$(find run -type f ! -name .lock -exec sha256sum {} + | sort)
 "$@" --out run --until surgery --from surgery; echo "code $?"

@@ -15,6 +15,7 @@ import pytest
 
 from polar_deploy import report
 from polar_deploy.report.advice import advise
+from tests.conftest import Miniature
 from tests.report.runs import LOG, SETTINGS, write_log, write_run
 
 VOID = {"meta", "img", "br"}
@@ -244,3 +245,25 @@ def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
     assert "--from build" in commands(built)
     built["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
     assert f"--rebuild --manifest-sha256 {'ab' * 32}" in commands(built)
+
+
+def test_the_page_of_a_real_run_has_its_figures_and_pictures(miniature: Miniature) -> None:
+    told = json.loads((miniature.folder / "report.json").read_text())
+    page = (miniature.folder / "report.html").read_text()
+    outline = Outline(page)
+    for index in outline.all("data"):
+        value: Any = told
+        for key in (outline.tags[index][1]["data-of"] or "").split("/"):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        assert json.loads(outline.tags[index][1]["value"] or "") == value
+    layers = [layer["name"] for layer in told["network"]["layers"]]
+    assert {"stem.0", "block1.conv1", "linear"} <= set(layers)  # names of modules, not of nodes
+    assert all(f'<th scope="row">{name}' in page for name in layers)
+    pictures = {outline.texts[i] for i in outline.all("title") if outline.tags[outline.parents[i][-1]][0] == "svg"}
+    assert {
+        "The network, layer by layer",
+        "When gates closed",
+        "Cost against budget",
+        "Validation accuracy",
+    } <= pictures
+    assert {f"Latency at batch {each['batch']}" for each in told["latency"]} <= pictures
