@@ -10,6 +10,9 @@ A_s is the product of the gates of the blocks around s, A_st of those around s o
 cost what was measured of both together. (Let the layer take c, and all that the sites could save be b_s and b_t: then
 c (1 - D_s / b_s) (1 - D_t / b_t), which a layer of w_s times w_t channels costs, has just this product in it, with
 k_st = c / (b_s b_t).) Exact wherever one site alone is cut. The formula is ours.
+
+Small savings are measured with errors as large as themselves, and a choice picks those that came out too large. So a
+table may hold *checks*: whole sub-networks, predicted and measured. All savings are scaled by what those really saved.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from polar_deploy.workspace import read_json
 SCHEMA = 1
 MOST_NOISE = 0.15  # share of the full network's time by which all savings together may come out too large
 LEAST_LEFT = 0.01  # what is taken to be left of it then: something always is
+MOST_CORRECTION = 0.15  # that checks may call for: more, and the measurement was disturbed
 _AGAIN = "make it again: python -m polar_deploy.engines table GATED.onnx --target TARGET --out FILE"
 
 
@@ -76,6 +80,12 @@ class LatencyTable:
         return self.full_ms - alone + twice
 
 
+def correction(document: Mapping[str, Any]) -> float:
+    """How far the sub-networks of a table's checks, in the mean, were from what it predicts, as a share of that."""
+    checks = document.get("checks", [])
+    return float(np.mean([abs(check["ms"] / check["predicted_ms"] - 1) for check in checks])) if checks else 0.0
+
+
 def key(path: Path) -> str | None:
     """What the pipeline wrote into a table of its own about the circumstances; None: nothing, or no table."""
     try:
@@ -94,7 +104,10 @@ def read(path: Path, target: str | None = None, batch: int | None = None) -> Lat
     """
     document = read_json(path)
     try:
-        table = _parsed(document)
+        table = parsed(document)
+        checks = document.get("checks", [])
+        saved, predicted = (sum(table.full_ms - check[key] for check in checks) for key in ("ms", "predicted_ms"))
+        table = _scaled(table, saved / predicted) if saved > 0 and predicted > 0 else table
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ContentError(f"{path} is no latency table: {type(error).__name__}: {error}", _AGAIN) from error
     if target is not None and table.target != target:
@@ -104,7 +117,12 @@ def read(path: Path, target: str | None = None, batch: int | None = None) -> Lat
     return table
 
 
-def _parsed(document: Any) -> LatencyTable:
+def parsed(document: Any) -> LatencyTable:
+    """The table in the content of a latency-table.json, as single sites were measured.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, IndexError: it holds none.
+    """
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']!r}, this version reads {SCHEMA}")
     full_ms, listed = float(document["full_ms"]), document["sites"]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 REFERENCE_SAMPLES = 32
 LATENCY_TABLE = "latency-table.json"
+CHECKS = 4  # whole sub-networks that a latency table is held against
 WORST_SAMPLES = "worst-samples.npz"
 
 
@@ -127,7 +128,7 @@ class Run:
         Raises:
             UsageError: no sub-network is within the budgets that are known.
         """
-        from polar_deploy.gating.choice import Limits, require_reachable
+        from polar_deploy.gating.choice import require_reachable
         from polar_deploy.gating.latency import latency_cost
 
         settings, choices = self.settings, self.analysis.choices
@@ -135,12 +136,33 @@ class Run:
         if measured or settings.latency_table is not None:
             table = _latency_table(self) if measured else self._given_table()
             costs["latency"] = latency_cost(table, choices.sites, choices.blocks)
-        offers = self.device.offers if self.device else None
-        limits = Limits.of(choices.sites, settings.align or 1, settings.gates.min_width, offers)
         asked = {name: share for name, share in self.budget.items() if name in costs}
         if asked:
-            require_reachable(choices, limits, costs, asked)
-        return limits
+            require_reachable(choices, self.limits, costs, asked)
+        return self.limits
+
+    def likely(self, table: LatencyTable) -> list[dict[str, int]]:
+        """Sub-networks as they will be chosen by a latency table, by site; what gates are worth is drawn at random."""
+        import numpy as np
+
+        from polar_deploy.gating.choice import choose, require_reachable
+        from polar_deploy.gating.latency import latency_cost
+
+        choices = self.analysis.choices
+        costs = {**choices.costs, "latency": latency_cost(table, choices.sites, choices.blocks)}
+        require_reachable(choices, self.limits, costs, self.budget)
+        draws = np.random.default_rng(0).gamma(0.5, size=(CHECKS, choices.gates))
+        states = [choose(choices, self.limits, costs, self.budget, worth) for worth in draws]
+        return [{name: int(state[own.start : own.stop].sum()) for own, name, _ in choices.owners()} for state in states]
+
+    @property
+    def limits(self) -> Limits:
+        """The widths that layers may take."""
+        from polar_deploy.gating.choice import Limits
+
+        offers = self.device.offers if self.device else None
+        settings = self.settings
+        return Limits.of(self.analysis.choices.sites, settings.align or 1, settings.gates.min_width, offers)
 
     def _given_table(self) -> LatencyTable:
         from polar_deploy import latency
@@ -345,9 +367,19 @@ def _latency_table(run: Run) -> LatencyTable:
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             gated = Path(folder, "gated.onnx")
             write_open(run.network(), run.analysis, gated)  # untrained: latency does not depend on weights
-            measured = table.measure(
-                gated, run.target, batch=settings.verdict.batch, options=settings.build, tell=run.progress.note
-            )
+            for _ in range(2):
+                measured = table.measure(
+                    gated,
+                    run.target,
+                    batch=settings.verdict.batch,
+                    options=settings.build,
+                    likely=run.likely,
+                    tell=run.progress.note,
+                )
+                off = latency.correction(measured)
+                if off <= latency.MOST_CORRECTION:
+                    break
+                run.progress.note(f"whole networks are {100 * off:.0f} % off what single layers say: a busy machine?")
         write_json(path, {**measured, "key": key})
     return latency.read(path, run.target.name, settings.verdict.batch)
 

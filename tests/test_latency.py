@@ -189,3 +189,16 @@ def test_gates_of_another_network_are_refused(tmp_path: Path) -> None:
     opened = {"first": 16, "second": 16, "block": 1, "other": 32}
     with pytest.raises(ContentError, match="differ in the sites alone, other"):
         table(tmp_path, document()).predicted_ms(opened)
+
+
+def test_all_savings_are_scaled_by_what_whole_networks_really_saved(tmp_path: Path) -> None:
+    """Two checks save 3 and 1 of the 4 and 1 milliseconds that are predicted: four fifths."""
+    content = document()
+    full, plain = content["full_ms"], table(tmp_path, content)
+    least = {entry.name: entry.widths[0] for entry in plain.sites}
+    checks = [{"predicted_ms": full - 4, "ms": full - 3}, {"predicted_ms": full - 1, "ms": full - 1}]
+    scaled = table(tmp_path, content | {"checks": checks})
+    assert full - scaled.predicted_ms(least) == pytest.approx(0.8 * (full - plain.predicted_ms(least)))
+    assert scaled.full_ms == full
+    assert latency.correction({"checks": checks}) == pytest.approx(((full - 3) / (full - 4) - 1) / 2)
+    assert latency.correction({}) == 0

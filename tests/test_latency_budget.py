@@ -85,6 +85,30 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 3
 
 
+def test_a_table_that_whole_networks_do_not_bear_out_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likely, times = [], iter([9.9, 8.1])
+
+    def measure(gated: Path, target: Any, **how: Any) -> dict[str, Any]:
+        path = tmp_path / "measured.json"
+        write_json(path, _document())
+        likely.append(how["likely"](latency.read(path)))
+        return _document() | {"checks": [{"predicted_ms": 8.0, "ms": next(times)}]}
+
+    monkeypatch.setattr(table, "measure", measure)
+    run = tmp_path / "run"
+    outcome = polar(*TINY, "--budget", "latency=0.8", "--out", str(run))
+    assert outcome.code == 0
+    assert "24 % off" in outcome.err
+    assert read_json(run / "latency-table.json")["checks"] == [{"predicted_ms": 8.0, "ms": 8.1}]
+    plain = latency.parsed(_document())
+    for state in likely[0]:
+        assert plain.predicted_ms(state) <= 8.0
+    assert likely[0] == likely[1]
+    assert read_json(run / "gated" / "gates.json")["achieved"]["latency"] <= 0.8  # by the scaled table
+
+
 def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_gates_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

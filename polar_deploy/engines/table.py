@@ -43,7 +43,7 @@ import numpy.typing as npt
 from polar_deploy import targets
 from polar_deploy.engines import Array, build, load, machine, network, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
-from polar_deploy.latency import SCHEMA, ascending
+from polar_deploy.latency import SCHEMA, LatencyTable, ascending, parsed
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def measure(
     batch: int = 1,
     options: Build | None = None,
     calibration: Array | None = None,
+    likely: Callable[[LatencyTable], Sequence[Mapping[str, int]]] = lambda table: (),
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure a gated network on `target` and return the content of latency-table.json.
@@ -211,6 +212,8 @@ def measure(
         batch: images in one inference.
         options: how engines are built; None: for this batch alone.
         calibration: normalised images [N,C,H,W] for an INT8 target; None: noise, which gives the same layers.
+        likely: sub-networks that may be chosen by this table, as open gates of all its sites: they are measured, too,
+            as checks.
         tell: is told about the progress.
 
     Raises:
@@ -226,7 +229,7 @@ def measure(
             curves |= bench.curves(kind)
             tell(f"{kind[0].kind} {kind[0].name} and {len(kind) - 1} more: {len(bench.rounds)} engines timed")
         overlaps = bench.overlaps(curves)
-        return {
+        document = {
             "schema": SCHEMA,
             "target": target.name,
             "batch": batch,
@@ -235,7 +238,6 @@ def measure(
             "throttled": sorted({reason for each in bench.rounds for reason in each.throttled}),
             "versions": bench.versions,
             "engines": len(bench.rounds) + 1,
-            "seconds": round(time.monotonic() - start, 1),
             "noise": {
                 "median": round(statistics.median(each.noise for each in bench.rounds), 6),
                 "worst": round(max(each.noise for each in bench.rounds), 6),
@@ -247,6 +249,15 @@ def measure(
                 for pair, (opened, saved) in overlaps.items()
             ],
         }
+        table = parsed(document)
+        document["checks"] = [
+            {
+                "predicted_ms": round(table.predicted_ms(state), 6),
+                "ms": round(table.full_ms * (1 - bench.saved(state)), 6),
+            }
+            for state in likely(table)
+        ]
+        return document | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def _entry(site: Site, curve: Mapping[int, float], bench: Bench) -> dict[str, Any]:

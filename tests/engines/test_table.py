@@ -293,6 +293,23 @@ def test_what_a_hub_saves_twice_is_measured(tmp_path: Path, monkeypatch: pytest.
     assert read.predicted_ms(opened) == pytest.approx(stream_macs(opened) ** 0.9, rel=1e-4)
 
 
+def test_whole_networks_are_measured_as_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where latency does not follow MACs, savings do not add up to what a network with several cuts saves."""
+    use_clock(monkeypatch, lambda macs: macs**0.5)
+    half: dict[str, int] = {}
+
+    def likely(measured: latency.LatencyTable) -> list[dict[str, int]]:
+        half.update({site.name: 1 if site.kind == "block" else site.width // 2 for site in measured.sites})
+        return [half]
+
+    document = table.measure(saved(bottlenecks(), tmp_path / "gated.onnx"), TARGET, likely=likely)
+    valid("latency-table", document)
+    (check,) = document["checks"]
+    assert check["ms"] == pytest.approx(bottlenecks_macs(half) ** 0.5, rel=1e-4)
+    assert check["predicted_ms"] == pytest.approx(latency.parsed(document).predicted_ms(half), rel=1e-4)
+    assert check["predicted_ms"] != pytest.approx(check["ms"], rel=0.01)
+
+
 @pytest.mark.usefixtures("macs_are_milliseconds")
 def test_what_gates_were_open_does_not_matter(tmp_path: Path) -> None:
     """All are opened first; and a constant that two gates share is not cut for both."""
