@@ -433,7 +433,7 @@ disk=$1 miniature=$2; shift 2
 mount -t tmpfs -o size=2m tmpfs "$disk" && cp -r "$miniature" "$disk/run" && cd "$disk" || exit 1
 rm -r run/compressed run/stamps/surgery.json
 head -c 4000000 /dev/zero > filling 2> /dev/null
-truncate -s -40000 filling
+truncate -s -24000 filling
 before=$(find run -type f ! -name .lock -exec sha256sum {} + | sort)
 "$@" --out run --until surgery --from surgery; echo "code $?"
 "$@" --out new --until full; echo "code $?"
