@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.report import formats
-from polar_deploy.report.charts import Estimate, intervals
+from polar_deploy.report.figures import speedups
 from polar_deploy.report.page import environment
 
 if TYPE_CHECKING:
@@ -51,28 +50,7 @@ def _speedups(
     bundle: Bundle, maker: dict[str, Any] | None, timed: dict[str, Any] | None, here: dict[str, Any] | None
 ) -> Markup | None:
     """The speed-up on both machines."""
-    measured = [("where it was made", maker, maker), ("on this device", here, timed)]
-    rows = [
-        Estimate(
-            label,
-            each["speedup"]["median"],
-            each["speedup"]["low"],
-            each["speedup"]["high"],
-            formats.times(each["speedup"]["median"]) if whole["decided"] else "too noisy to tell",
-            whole["decided"],
-        )
-        for label, each, whole in measured
-        if each and whole
-    ]
     asked = bundle.manifest.verdict.asked
-    if not rows:
-        return None
-    about = "; ".join(f"{row.label}: {row.shown}, 95 % from {row.low:.2f} to {row.high:.2f}" for row in rows)
-    return intervals(
-        f"Speed-up at batch {asked.batch}",
-        f"{about}. {asked.min_speedup:g} is asked.",
-        rows,
-        "times as fast, with 95 % interval",
-        bound=(asked.min_speedup, f"{asked.min_speedup:g}× asked"),
-        good=1,
-    )
+    measured = [("where it was made", maker["speedup"], maker["decided"])] if maker else []
+    measured += [("on this device", here["speedup"], timed["decided"])] if here and timed else []
+    return speedups(f"Speed-up at batch {asked.batch}", measured, asked.model_dump()) if measured else None

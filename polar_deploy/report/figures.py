@@ -82,27 +82,37 @@ def _classes(classes: Sequence[Mapping[str, Any]] | None) -> Markup | None:
 
 
 def _speed(report: dict[str, Any]) -> Markup | None:
-    if not report["latency"]:
-        return None
+    measured = [(f"batch {each['batch']}", each["speedup"], each["decided"]) for each in report["latency"]]
+    return speedups("Speed-up over the full engine", measured, report["verdict"]) if measured else None
+
+
+def speedups(title: str, measured: Sequence[tuple[str, Mapping[str, float], bool]], asked: Mapping[str, Any]) -> Markup:
+    """Speed-ups against what is asked.
+
+    Args:
+        title: of the picture.
+        measured: what each is of, its median with an interval, and whether it was decided.
+        asked: `min_speedup`, and the `batch` at which it is asked.
+    """
     rows = [
         Estimate(
-            f"batch {each['batch']}",
-            each["speedup"]["median"],
-            each["speedup"]["low"],
-            each["speedup"]["high"],
-            formats.times(each["speedup"]["median"]) if each["decided"] else "too noisy to tell",
-            each["decided"],
+            label,
+            speedup["median"],
+            speedup["low"],
+            speedup["high"],
+            formats.times(speedup["median"]) if decided else "too noisy to tell",
+            decided,
         )
-        for each in report["latency"]
+        for label, speedup, decided in measured
     ]
-    asked = report["verdict"]["min_speedup"]
+    least = asked["min_speedup"]
+    told = "; ".join(f"{row.label}: {row.shown}, 95 % from {row.low:.2f} to {row.high:.2f}" for row in rows)
     return charts.intervals(
-        "Speed-up over the full engine",
-        "; ".join(f"{row.label}: {row.shown}, 95 % from {row.low:.2f} to {row.high:.2f}" for row in rows)
-        + f". At batch {report['verdict']['batch']}, {asked:g} is asked.",
+        title,
+        f"{told}. At batch {asked['batch']}, {least:g} is asked.",
         rows,
         "times as fast, with 95 % interval",
-        bound=(asked, f"{asked:g}× asked"),
+        bound=(least, f"{least:g}× asked"),
         good=1,
     )
 
@@ -255,7 +265,7 @@ def _training(training: Mapping[str, Mapping[str, Any] | None]) -> Markup | None
         ("training with gates", gated, "small"),
     ):
         if each:
-            energy = f", {formats.short(each['joules'])} J" if each["joules"] is not None else ""
+            energy = f", {formats.short(each['joules'], 'J')}" if each["joules"] is not None else ""
             shown = f"{formats.seconds(each['seconds'])}, {formats.short(each['macs'])} MACs{energy}"
             rows.append(Bar(f"{label}, {each['epochs']} epochs", each["seconds"], shown, style))
     return charts.bars("What training took", "; ".join(f"{row.label}: {row.shown}" for row in rows) + ".", rows)

@@ -8,7 +8,7 @@ def short(count: float, unit: str = "") -> str:
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g} {prefix}{unit}"
-    return f"{count} {unit}".strip()
+    return f"{count:g} {unit}".strip()
 
 
 def milliseconds(value: float) -> str:
