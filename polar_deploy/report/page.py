@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy.errors import printable
 from polar_deploy.report import figures, formats
 from polar_deploy.report.advice import advise, measured
 
@@ -46,6 +47,7 @@ def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *
         samples: the pictures of its worst samples, uint8 [N, H, W, 3]; None: they are not shown.
         delivered: for the bundle, whose readers have the engines, and not the run.
     """
+    report = legible(report)
     return (
         environment()
         .get_template("report.html.j2")
@@ -75,6 +77,15 @@ def environment() -> Environment:
     )
     made.filters.update(_FORMS)
     return made
+
+
+def legible(tree: Any) -> Any:
+    """A document in which no text holds signs that a page could not show, or that turn the direction of writing."""
+    if isinstance(tree, dict):
+        return {legible(key): legible(each) for key, each in tree.items()}
+    if isinstance(tree, list):
+        return [legible(each) for each in tree]
+    return printable(tree.encode("utf-8", "replace").decode()) if isinstance(tree, str) else tree
 
 
 def value(report: Mapping[str, Any], path: str, form: str) -> Markup:

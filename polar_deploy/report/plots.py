@@ -11,7 +11,7 @@ from markupsafe import Markup
 from polar_deploy.report import charts, formats
 from polar_deploy.report.charts import Point
 from polar_deploy.report.compare import COSTS, circumstances, cost_of
-from polar_deploy.report.page import environment, value
+from polar_deploy.report.page import environment, legible, value
 
 _AXES = {
     "latency_ms": "milliseconds an inference",
@@ -23,6 +23,7 @@ _STYLES = {"pass": "point pass", "fail": "point fail", "undecided": "point undec
 
 def page(compared: dict[str, Any]) -> str:
     """One self-contained page of what `compare` found."""
+    compared = legible(compared)
     figures = {cost: drawn for cost in COSTS if (drawn := _plot(compared["runs"], cost))}
     return (
         environment()

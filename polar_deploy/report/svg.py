@@ -7,6 +7,7 @@ writes such pictures, and the widths of a network are drawn by none.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def picture(
     title: str, about: str, width: float, height: float, body: Iterable[object], *, wide: bool = False
 ) -> Markup:
     """An `<svg>` that scales with the page and has a name and a description; `wide` ones may be scrolled sideways."""
-    name = f"f{abs(hash_of(title + about)):x}"
+    name = f"f{zlib.crc32((title + about).encode()):x}"  # the same in every run
     return tag(
         "svg",
         tag("title", title, id=f"{name}t"),
@@ -49,13 +50,6 @@ def picture(
         aria_labelledby=f"{name}t {name}d",
         style=f"min-width:{width:g}px" if wide else f"max-width:{width * 1.15:g}px",
     )
-
-
-def hash_of(text: str) -> int:
-    """A number that is the same in every run, for ids."""
-    import zlib
-
-    return zlib.crc32(text.encode())
 
 
 def text(x: float, y: float, content: object, anchor: str = "start", class_: str | None = None) -> Markup:

@@ -161,7 +161,9 @@ def test_figures_are_those_of_the_report(document: dict[str, Any]) -> None:
 
 def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     """Tags, attributes and templates in the names of models, classes, layers, settings and machines."""
-    evil = """"'><script>alert(1)</script></title></svg><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e]]>"""
+    evil = (
+        """"'><script>alert(1)</script></title></svg><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e\x00\ud800]]>"""
+    )
     told = copy.deepcopy(document)
     told["model"] = told["data"] = told["target"] = told["machine"]["cpu"] = evil
     told["recipe"]["model"] = told["versions"][evil] = evil
@@ -175,12 +177,13 @@ def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     told["predicted"] = {"batch": 1, "full_ms": 2.0, "compressed_ms": 1.0}
     told["predicted"]["saved"] = [{"name": evil, "kind": "block", "ms": 1.0}]
     samples = np.zeros((1, 4, 4, 3), np.uint8)
-    names = [tag for tag, _ in Outline(report.page(told, samples)).tags]
-    plain = copy.deepcopy(told)
-    calm = json.loads(json.dumps(plain).replace(json.dumps(evil)[1:-1], "x"))
+    page = report.page(told, samples)
+    assert not set("\u202e\x00\ud800") & set(page)
+    names = [tag for tag, _ in Outline(page).tags]
+    calm = json.loads(json.dumps(told).replace(json.dumps(evil)[1:-1], "x"))
     assert names == [tag for tag, _ in Outline(report.page(calm, samples)).tags]
     assert "script" not in names
-    assert "{{ 7 * 7 }}" in report.page(told)
+    assert "{{ 7 * 7 }}" in page
 
 
 def test_large_networks_and_data_sets_fit(document: dict[str, Any]) -> None:
