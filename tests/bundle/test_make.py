@@ -75,7 +75,7 @@ def test_metrics_and_provenance_are_those_of_the_run(miniature: Miniature, folde
     assert [each["batch"] for each in made["metrics"]["latency"]] == [1, 8, 64]
     assert made["verdict"]["overall"] == parity["verdict"]["overall"]
     settings = recipes.load(miniature.folder / "run.yaml", {}).model_dump(mode="json")
-    for place in ("data_dir", "full_weights", "latency_table", "device"):
+    for place in ("data_dir", "full_weights", "latency_table"):
         del settings[place]
     assert made["provenance"]["settings"] == settings
     assert made["provenance"]["data"] == {"name": "digits", "sha256": data.load("digits").fingerprint()}
