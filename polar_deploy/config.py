@@ -119,13 +119,13 @@ class Gates(_Frozen):
 
     mode: Literal["batch", "sample"] = "batch"  # who decides: one for all samples, or a light network a sample
     blocks: bool = True
-    start: Share = 0.05
-    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.3
+    start: Share | None = None  # None: 0.05, or 0.3 in a run from scratch, whose weights have to say something first
+    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None  # None: 0.25 later
     min_width: Share = 0.25  # a layer that stays keeps at least this share of its channels
 
     @model_validator(mode="after")
     def _ordered(self) -> Gates:
-        if self.start >= self.freeze:
+        if self.start is not None and self.freeze is not None and self.start >= self.freeze:
             raise ValueError(f"gates.start ({self.start}) must lie before gates.freeze ({self.freeze})")
         return self
 

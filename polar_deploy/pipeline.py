@@ -218,8 +218,18 @@ def resolve(settings: Settings, target: targets.Target, folder: Path) -> Setting
             "budget": settings.budget or _default_budget(settings, target, folder),
             "align": _alignment(settings, target),
             "training": training.model_copy(update=filled),
+            "gates": settings.gates.model_copy(update=_closing(settings)),
         }
     )
+
+
+def _closing(settings: Settings) -> dict[str, float]:
+    """When gates begin to close, and when they are fixed, as shares of the gated run."""
+    start, freeze = settings.gates.start, settings.gates.freeze
+    if start is None:
+        start = 0.05 if settings.training.start == "full" else 0.3
+        start = start if freeze is None else min(start, freeze / 2)
+    return {"start": start, "freeze": min(1.0, start + 0.25) if freeze is None else freeze}
 
 
 def _alignment(settings: Settings, target: targets.Target) -> int:

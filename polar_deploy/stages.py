@@ -185,6 +185,8 @@ class Run:
         from polar_deploy.gating.gates import Gates
 
         settings, gates = self.settings, self.settings.gates
+        assert gates.start is not None
+        assert gates.freeze is not None
         return Gates(
             network,
             self.example(),

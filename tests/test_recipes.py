@@ -154,7 +154,10 @@ def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: P
             "r.yaml:2: training.momentum takes no true or false (YAML reads yes, no, on and off as such)",
         ),
         ("model: a\nnormalize:\n  mean: [0, 0, 0]", "r.yaml:3: normalize.std is missing"),
-        ("model: a\n\ngates: {start: 0.6}", "r.yaml:3: gates.start (0.6) must lie before gates.freeze (0.3)"),
+        (
+            "model: a\n\ngates: {start: 0.6, freeze: 0.3}",
+            "r.yaml:3: gates.start (0.6) must lie before gates.freeze (0.3)",
+        ),
         ("model: a\nbudget: {macs: null}", "r.yaml:2: a budget names at least one of macs, params, latency"),
         ("model: a\nseed: 1\nmodel: b", "r.yaml:3: model is given twice, first in line 1"),
         (

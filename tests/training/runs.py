@@ -58,7 +58,7 @@ def settings(*, training: dict[str, Any] | None = None, gates: dict[str, Any] | 
         data="made up",
         normalize=NORMALIZE,
         training=Training(**trained),
-        gates=config.Gates(**{"freeze": 0.5} | (gates or {})),
+        gates=config.Gates(**{"start": 0.05, "freeze": 0.5} | (gates or {})),
         **held,
     )
 
