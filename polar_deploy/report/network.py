@@ -20,7 +20,10 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
         gated: the graph before surgery, which knows the layers by their names in the model.
     """
     names = _module_names(gated)
-    block_of = {node: index for index, block in enumerate(surgery["blocks_removed"]) for node in block["layers"]}
+    block_of: dict[str, int] = {}
+    for index, block in enumerate(surgery["blocks_removed"]):
+        for node in block["layers"]:
+            block_of.setdefault(node, index)  # a block behind another removed one lists that one's layers, too
     keys = ("operator", "in", "out", "macs", "params")
     return {
         "layers": [

@@ -14,7 +14,7 @@ from polar_deploy import report
 from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import write_json
-from tests.report.runs import BUILD, GATES, LOG, PARITY, SETTINGS, write_graph, write_log, write_run
+from tests.report.runs import BUILD, GATES, LOG, PARITY, SETTINGS, SURGERY, write_graph, write_log, write_run
 from tests.schemas import valid
 
 
@@ -227,6 +227,14 @@ def test_the_network_is_told_layer_by_layer_in_the_names_of_its_modules(folder: 
         "val_estimated": None,
     }
     assert [each["val_accuracy"] for each in document["history"]["gated"]] == [88.0, 89.5]
+
+
+def test_each_of_two_removed_blocks_in_a_row_has_its_own_layers(folder: Path) -> None:
+    """Surgery lists, for the second one, all that went before its Add: the layers of the first one are among them."""
+    blocks = [{"add": "add_1", "layers": ["node_2"]}, {"add": "add_2", "layers": ["node_2", "node_3"]}]
+    write_json(folder / "compressed/surgery.json", {**SURGERY, "blocks_removed": blocks})
+    layers = report.build(folder, SETTINGS)["network"]["layers"]
+    assert [layer["removed_block"] for layer in layers] == [None, 0, 1]
 
 
 def test_layers_that_share_a_weight_keep_the_names_of_their_nodes(folder: Path) -> None:
