@@ -23,6 +23,7 @@ import numpy.typing as npt
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
 from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.precision.graph import count_wider
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
 
     layers_path, provider = folder / f"{name}.layers.json", _PROVIDERS[target.backend]
     layers = read_layers(onnx_path, provider, tf32=options.tf32)
-    found = require_precision(layers, target.precision, onnx_path, provider)
+    wider = count_wider(onnx_path, target.precision)
+    found = require_precision(layers, target.precision, onnx_path, provider, wider)
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
     return {
         "provider": provider,
@@ -152,16 +154,19 @@ def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[
     return [_layer(event) for event in events if event["cat"] == "Node"]
 
 
-def require_precision(layers: list[dict[str, Any]], precision: str, path: Path, provider: str = CPU) -> dict[str, int]:
+def require_precision(
+    layers: list[dict[str, Any]], precision: str, path: Path, provider: str = CPU, wider: int = 0
+) -> dict[str, int]:
     """Count layers by the type they write; ContentError unless the layers with weights run as and where they should.
 
-    In a float precision all of them have to. For INT8 half: which ones stay wider is measured, and reported.
+    In a float precision all of them have to, but for those that the graph keeps `wider` on purpose. For INT8 half:
+    which ones stay wider is measured, and reported.
     """
     computing = [layer for layer in layers if re.search("Conv|Gemm|MatMul", layer["op"])]
     odd = [layer for layer in computing if not _runs_in(precision, layer)]
     if len(odd) == len(computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
-    odd = [] if precision == "int8" and 2 * len(odd) <= len(computing) else odd
+    odd = [] if len(odd) <= (len(computing) // 2 if precision == "int8" else wider) else odd
     elsewhere = [layer for layer in computing if layer["provider"] != provider]
     for layer in (*odd, *elsewhere):
         raise ContentError(

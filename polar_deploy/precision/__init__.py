@@ -1,7 +1,8 @@
 """Types in the graph: what the build stage writes before an engine is made of it. No torch.
 
 TensorRT 11 knows no other way than types in the graph, and 10 can go it: so there is one way for all. A precision is
-a file here; its result is checked by ONNX's own type inference, and its layers are counted by type.
+a file here. Its result is checked by ONNX's own type inference, its layers are counted by type, and its outputs are
+held against those in FP32: what puts them off stays in the wider type, and is named.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def write(
         calibration: normalised training images [N,C,H,W], un-augmented; for INT8 only.
 
     Returns:
-        {"edges": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "kept": the layers that INT8
-        would hurt, "calibration": None or how}, as build.json has it.
+        {"edges": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "kept": the nodes that stay
+        wider and why, "calibration": None or how}, as build.json has it.
 
     Raises:
         ContentError: a tensor of another float type, a constant that FP16 cannot hold, an operator that ONNX does not
@@ -43,21 +44,24 @@ def write(
     import onnx
 
     from polar_deploy.precision import bf16, fp16, graph, int8
+    from polar_deploy.precision.proof import Reference, normal_samples
 
     kept: list[dict[str, Any]] = []
     described: dict[str, Any] | None = None
     keep_edges = options.edges == "fp32"
     if target.precision == "fp32":
         model = onnx.load(source)  # as it is
-        graph.require_fp32(onnx.shape_inference.infer_shapes(model).graph, source)
-    elif target.precision == "fp16":
-        model = fp16.converted(graph.load(source), source, keep_edges=keep_edges)
-    elif target.precision == "bf16":
-        model = bf16.converted(graph.load(source), source, keep_edges=keep_edges)
-    else:
+        graph.require_fp32(graph.inferred(onnx.load(source, load_external_data=False)).graph, source)
+    elif target.precision == "int8":
         scheme = int8.TRT if target.has_plans else int8.ORT
         model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration)
-    types = graph.checked(model, source, target.precision)
+    else:
+        wide = graph.load(source)
+        samples = normal_samples(wide)
+        reference = None if samples is None else Reference.of(wide, samples, source)
+        convert = fp16.converted if target.precision == "fp16" else bf16.converted
+        model, kept = convert(wide, source, reference, keep_edges=keep_edges)
+    types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)
     edges = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"

@@ -6,8 +6,9 @@ and pooling have BF16 since opset 22.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +17,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
+from polar_deploy.precision.proof import BOUNDS, Reference, kept_wide
 
 OPSET = 22
 _FLOAT, _BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
-def converted(model: onnx.ModelProto, path: Path, *, keep_edges: bool) -> onnx.ModelProto:
-    """Write BF16 into a graph, casts where an operator cannot have it. The model given is used up.
+def converted(
+    model: onnx.ModelProto, path: Path, reference: Reference | None, *, keep_edges: bool
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """Write BF16 into a graph, casts where an operator cannot have it: the graph, and the nodes that stay FP32.
 
     Args:
         model: FP32, as `graph.load` gives it.
         path: its file, for messages.
+        reference: what the network gives in FP32; None: the result is not compared.
         keep_edges: the graph's inputs and outputs stay FP32.
 
     Raises:
@@ -38,16 +43,29 @@ def converted(model: onnx.ModelProto, path: Path, *, keep_edges: bool) -> onnx.M
                 f"{path}: {graph.described(node)} has a body of its own, and BF16 is not written into bodies",
                 "export the network without control flow, or build for an FP16 or FP32 target",
             )
+    if any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        model = graph.folded(model, path)
     model = graph.at_least(model, OPSET)
-    _Caster(model).run(keep_edges)
-    graph.sort(model.graph)
-    return graph.inferred(model)
+
+    def convert(wide: Collection[str]) -> onnx.ModelProto:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        _Caster(copy, wide).run(keep_edges)
+        if wide:
+            graph.join_casts(copy)
+        graph.sort(copy.graph)
+        return graph.inferred(copy)
+
+    if reference is None:
+        return convert(()), []
+    return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32")
 
 
 class _Caster:
     """Turns each FP32 tensor of a graph into BF16; where FP32 is needed, there is one cast, `NAME/fp32`."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, wide: Collection[str]) -> None:
+        self.wide = wide  # names of nodes that stay FP32
         self.graph, self.opset = model.graph, graph.opset_of(model)
         known = (*model.graph.value_info, *model.graph.input, *model.graph.output)
         self.floats = {value.name for value in known if value.type.tensor_type.elem_type == _FLOAT}
@@ -91,7 +109,7 @@ class _Caster:
 
     def _inputs(self, node: onnx.NodeProto) -> Iterator[tuple[str, bool]]:
         """The inputs of a node, and whether each may be BF16."""
-        schema = _schema(node, self.opset)
+        schema = self._schema(node)
         for index, name in enumerate(node.input):
             yield name, schema is not None and _allows(schema.inputs, index)
 
@@ -102,7 +120,7 @@ class _Caster:
                 self.casts[f"{name}/fp32"] = _cast_node(name, f"{name}/fp32", _FLOAT)
             elif name in self.constants and not narrow and self.constants[name].data_type == _BF16:
                 node.input[index] = f"{name}/fp32"
-        schema = _schema(node, self.opset)
+        schema = self._schema(node)
         for index, name in enumerate(node.output):
             if name in self.floats:
                 if schema is not None and _allows(schema.outputs, index):
@@ -110,6 +128,12 @@ class _Caster:
                 else:
                     node.output[index] = f"{name}/made"
                     self.casts[node.output[index]] = _cast_node(node.output[index], name, _BF16)
+
+    def _schema(self, node: onnx.NodeProto) -> onnx.defs.OpSchema | None:
+        """What ONNX says of an operator; None for those of others, and for nodes of `wide`: they stay FP32."""
+        if node.domain not in ("", "ai.onnx") or node.name in self.wide:
+            return None
+        return onnx.defs.get_schema(node.op_type, self.opset)
 
 
 def _narrow_attributes(node: onnx.NodeProto) -> None:
@@ -121,13 +145,6 @@ def _narrow_attributes(node: onnx.NodeProto) -> None:
             attribute.t.CopyFrom(_rounded(attribute.t))
     if node.op_type == "ConstantOfShape" and not node.attribute:
         node.attribute.append(helper.make_attribute("value", helper.make_tensor("value", _BF16, [1], [0.0])))
-
-
-def _schema(node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
-    """What ONNX says of an operator; None for those of others, which stay FP32."""
-    if node.domain not in ("", "ai.onnx"):
-        return None
-    return onnx.defs.get_schema(node.op_type, opset)
 
 
 def _allows(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:

@@ -7,6 +7,7 @@ method in its default setting tries one threshold only, the largest value.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper
 
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.precision import graph
+from polar_deploy.precision.qdq import Range
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from polar_deploy.config import Calibration
 
 Array = npt.NDArray[np.float32]
-Range = tuple[float, float]  # the smallest and the largest value that is represented
-
 BINS = 2048  # of a histogram
 LEVELS = 128  # magnitudes that INT8 has
 _BYTES = 1 << 28  # of intermediate tensors held at once
@@ -140,7 +140,7 @@ class _Run:
         self.inner = [name for name in tensors if name in made]
         opened.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in self.inner)
         self.input, self.tensors = model.graph.input[0].name, tensors
-        self.session = session(opened, path)
+        self.session = Session(opened, path)
 
     def over(self, images: Array) -> Iterator[tuple[str, Array]]:
         """Name and values of each tensor, batch after batch."""
@@ -154,23 +154,72 @@ class _Run:
             size = max(1, _BYTES // (sum(values.nbytes for values in found.values()) // len(batch)))
 
 
-def session(
-    model: onnx.ModelProto, path: Path, options: onnxruntime.SessionOptions | None = None
-) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime on the CPU, Q/DQ pairs as written; ContentError if it cannot run the network."""
+def outputs(
+    model: onnx.ModelProto, images: Array, path: Path, *, fused: bool = False
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What a network gives for images [N,C,H,W], by output.
+
+    Args:
+        model: the network, of one input.
+        images: the batch.
+        path: the network's file, for messages.
+        fused: as ONNX Runtime makes it fast, with integer kernels; else node by node, as it is written.
+    """
     import onnxruntime
 
-    options = options or onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and reported once
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # integer kernels differ between CPUs
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no base class in common but this
-        raise ContentError(
-            f"{path}: ONNX Runtime, which measures the ranges of INT8, cannot run it: {one_line(error)}",
-            "export the network with operators that ONNX Runtime has, or choose a float target",
-        ) from error
+    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
+    names = [value.name for value in model.graph.output]
+    found = Session(model, path, options, fused=fused).run(names, {model.graph.input[0].name: images})
+    return {name: np.asarray(values, np.float64) for name, values in zip(names, found, strict=True)}
+
+
+class Session:
+    """A network in ONNX Runtime on the CPU; ContentError if it cannot run the network.
+
+    Args:
+        model: the network.
+        path: its file, for messages.
+        options: of ONNX Runtime.
+        fused: whether Q/DQ pairs become integer kernels, which differ between CPUs.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        path: Path,
+        options: onnxruntime.SessionOptions | None = None,
+        *,
+        fused: bool = False,
+    ) -> None:
+        import onnxruntime
+
+        self.path = path
+        options = options or onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised, and reported once
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
+        with self._translated():
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+
+    def run(self, names: list[str], feeds: dict[str, Array]) -> list[Array]:
+        """The outputs of these names."""
+        with self._translated():
+            found: list[Array] = self._session.run(names, feeds)
+        return found
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # its errors have no base class in common but this
+            raise ContentError(
+                f"{self.path}: ONNX Runtime, which holds new types against FP32, cannot run it: {one_line(error)}",
+                "export the network with a dynamic batch and with operators that ONNX Runtime has, or choose a float "
+                "target",
+            ) from error
 
 
 def _input_shape(model: onnx.ModelProto, path: Path) -> tuple[int | str, ...]:
@@ -179,6 +228,11 @@ def _input_shape(model: onnx.ModelProto, path: Path) -> tuple[int | str, ...]:
         names = ", ".join(value.name for value in model.graph.input)
         raise ContentError(f"{path} has the inputs {names}, but INT8 is calibrated on one", "export a classifier")
     dims = model.graph.input[0].type.tensor_type.shape.dim
+    if dims and dims[0].dim_value:
+        raise ContentError(
+            f"{path}: the network takes batches of {dims[0].dim_value} only, and INT8 is calibrated on any number",
+            "export it with a dynamic batch, which engines need as well",
+        )
     return tuple(dim.dim_value or dim.dim_param or "any" for dim in dims)[1:]
 
 

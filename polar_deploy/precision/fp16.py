@@ -2,42 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
+from polar_deploy.precision.proof import BOUNDS, Reference, kept_wide
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
 
 
-def converted(model: onnx.ModelProto, path: Path, *, keep_edges: bool) -> onnx.ModelProto:
-    """Write FP16 into a graph, casts where an operator cannot have it. The model given is used up.
+def converted(
+    model: onnx.ModelProto, path: Path, reference: Reference | None, *, keep_edges: bool, bound: float = BOUNDS["fp16"]
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """Write FP16 into a graph: the graph, and the nodes that stay FP32 because FP16 would ruin the outputs.
 
     Args:
         model: FP32, as `graph.load` gives it; it may have Q/DQ pairs, whose scales become FP16 (opset >= 19).
         path: its file, for messages.
+        reference: what the network gives in FP32; None: the result is not compared.
         keep_edges: the graph's inputs and outputs stay FP32.
+        bound: on the error of each output.
 
     Raises:
         ContentError: a constant does not fit into FP16's range.
     """
+    if any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        model = graph.folded(model, path)
+    _require_range(model, path)
+
+    def convert(wide: Sequence[str]) -> onnx.ModelProto:
+        return _converted(model, wide, keep_edges=keep_edges)
+
+    if reference is None:
+        return convert(()), []
+    return kept_wide(model, convert, reference, bound, "fp32")
+
+
+def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_edges: bool) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    _require_range(model, path)
-    model = convert_float_to_float16(model, keep_io_types=keep_edges, disable_shape_infer=True)
-    graph.sort(model.graph)  # the converter appends its casts
-    return graph.inferred(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy = convert_float_to_float16(copy, keep_io_types=keep_edges, disable_shape_infer=True, node_block_list=[*wide])
+    if wide:
+        graph.join_casts(copy)
+    graph.sort(copy.graph)  # the converter appends its casts
+    return graph.inferred(copy)
 
 
 def _require_range(model: onnx.ModelProto, path: Path) -> None:
     """The converter clamps without a word what FP16 cannot hold: find it before."""
     layers = {node.input[1]: node for node in model.graph.node if node.op_type in graph.LAYERS}
+    users = {name: node for node in reversed(model.graph.node) for name in node.input}
     for name, value in graph.weights(model).items():
-        node = layers.get(name) or next(iter(graph.users(model, name)), None)
+        node = layers.get(name) or users.get(name)
         if node is None or not value.size:
             continue
         largest = float(np.abs(value).max())

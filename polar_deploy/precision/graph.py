@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +16,10 @@ import onnx.version_converter
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from polar_deploy.errors import ContentError, one_line
+from polar_deploy.surgery.model import SAME_SHAPE
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
+NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -43,9 +47,40 @@ def load(path: Path) -> onnx.ModelProto:
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the types and shapes of all tensors worked out anew."""
+    """The model with the types and shapes of all tensors worked out anew. The model given is used up."""
     del model.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    unknown = {index: node for index, node in enumerate(model.graph.node) if node.op_type in SAME_SHAPE}
+    originals = {index: onnx.NodeProto.FromString(node.SerializeToString()) for index, node in unknown.items()}
+    for node in unknown.values():
+        node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    for index, node in originals.items():
+        model.graph.node[index].CopyFrom(node)
+    return model
+
+
+class Names:
+    """The names that a graph has, and new ones."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.taken = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+        for node in model.graph.node:
+            self.taken |= {node.name, *node.output}
+
+    def fresh(self, wanted: str) -> str:
+        """A name that nothing has yet: the one that is wanted, or that with a number."""
+        name, number = wanted, 1
+        while name in self.taken:
+            name, number = f"{wanted}_{number}", number + 1
+        self.taken.add(name)
+        return name
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give a graph these nodes, some of which may be its own."""
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -58,18 +93,61 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def join_casts(model: onnx.ModelProto) -> None:
+    """Let nodes that stay FP32 hand each other FP32: what is cast to a narrower type and back is read as it was."""
+    made = makers(model)
+
+    def cast_to(name: str, wide: bool) -> onnx.NodeProto | None:
+        node = made.get(name)
+        if node is None or node.op_type != "Cast":
+            return None
+        return node if (helper.get_node_attr_value(node, "to") == TensorProto.FLOAT) == wide else None
+
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            up = cast_to(name, wide=True)
+            down = cast_to(up.input[0], wide=False) if up is not None else None
+            if down is not None and helper.get_node_attr_value(down, "to") in NARROW:
+                node.input[index] = down.input[0]
+    drop_unused(model)
+
+
 def drop_unused(model: onnx.ModelProto) -> None:
     """Remove the nodes and the constants that nothing depends on."""
-    outputs = {value.name for value in model.graph.output}
-    while True:
-        used = outputs | {name for node in model.graph.node for name in _reads(node)}
-        idle = [node for node in model.graph.node if not used.intersection(node.output)]
-        if not idle:
-            break
-        for node in idle:
-            model.graph.node.remove(node)
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
-        model.graph.initializer.remove(tensor)
+    made, used = makers(model), {value.name for value in model.graph.output}
+    waiting = [*used]
+    while waiting:
+        node = made.get(waiting.pop())
+        new = {*reads(node)} - used if node is not None else set()
+        used |= new
+        waiting += new
+    _keep(model.graph.node, lambda node: bool(used.intersection(node.output)))
+    _keep(model.graph.initializer, lambda tensor: tensor.name in used)
+
+
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Remove from a list of a message what is not wanted, from its end: each removal moves what follows."""
+    for index in reversed([index for index, item in enumerate(items) if not wanted(item)]):
+        del items[index]
+
+
+def folded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The network with BatchNorm and constants folded in FP32, so that each layer's final weights are rounded."""
+    import onnxruntime
+
+    from polar_deploy.precision.calibration import Session
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # ONNX's own operators only
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        Session(model, path, options)
+        folded = onnx.load(options.optimized_model_filepath)
+    used = {node.domain for node in folded.graph.node}
+    imports = [each for each in folded.opset_import if each.domain in used]  # it imports all domains that it knows
+    del folded.opset_import[:]
+    folded.opset_import.extend(imports)
+    return named(inferred(folded))
 
 
 def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
@@ -84,8 +162,14 @@ def opset_of(model: onnx.ModelProto) -> int:
     return int(next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx")))
 
 
-def checked(model: onnx.ModelProto, path: Path, precision: str) -> dict[str, int]:
+def checked(model: onnx.ModelProto, path: Path, precision: str, wide: Collection[str] = ()) -> dict[str, int]:
     """Check a graph that this package wrote, and count its layers by the type that they compute in.
+
+    Args:
+        model: the graph.
+        path: the network's file, for messages.
+        precision: of all layers; of INT8 some may be wider.
+        wide: the names of those that stay wider on purpose.
 
     Raises:
         ContentError: it is not valid, types and shapes included, or a layer has another type than it should.
@@ -99,15 +183,28 @@ def checked(model: onnx.ModelProto, path: Path, precision: str) -> dict[str, int
             f"{path}: the graph with its new types is not valid: {one_line(error)}",
             "use an FP32 target for this network, and report it",
         ) from error
-    made, known = makers(model), dict(_tensor_types(model.graph))
-    found = {node.name: _type(node, made, known) for node in model.graph.node if node.op_type in LAYERS}
+    found = layer_types(model)
     for node in model.graph.node:
-        if precision != "int8" and found.get(node.name, precision) != precision:
+        if precision != "int8" and node.name not in wide and found.get(node.name, precision) != precision:
             raise ContentError(
                 f"{path}: {described(node)} would stay {found[node.name]}, the target is {precision}",
                 "choose another target for this network, and report it",
             )
     return dict(Counter(found.values()).most_common())
+
+
+def layer_types(model: onnx.ModelProto) -> dict[str, str]:
+    """The type that each layer computes in, by its name; of a graph with the types of its tensors."""
+    made, known = makers(model), dict(tensor_types(model.graph))
+    return {node.name: _type(node, made, known) for node in model.graph.node if node.op_type in LAYERS}
+
+
+def count_wider(path: Path, precision: str) -> int:
+    """How many layers of a typed graph compute in another type than its target's: they stay wider on purpose."""
+    if precision == "fp32":
+        return 0
+    types = layer_types(inferred(onnx.load(path, load_external_data=False)))
+    return sum(kind != precision for kind in types.values())
 
 
 def _type(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], known: Mapping[str, int]) -> str:
@@ -150,7 +247,7 @@ def sort(graph: onnx.GraphProto) -> None:
     """Put each node behind those that make what it reads, and otherwise leave it where it is, as far as that goes."""
     nodes = list(graph.node)
     maker = {name: index for index, node in enumerate(nodes) for name in node.output}
-    needs = [{maker[name] for name in _reads(node) if name in maker} for node in nodes]
+    needs = [{maker[name] for name in reads(node) if name in maker} for node in nodes]
     readers: list[list[int]] = [[] for _ in nodes]
     for index, makers in enumerate(needs):
         for each in makers:
@@ -166,13 +263,13 @@ def sort(graph: onnx.GraphProto) -> None:
                 heapq.heappush(ready, reader)
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, the bodies of If and Loop included (less what those make themselves)."""
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """All that a node reads, the bodies of If and Loop included (less what those make themselves)."""
     yield from node.input
     for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
         own = {value.name for value in (*body.initializer, *body.input)}
         own |= {name for inner in body.node for name in inner.output}
-        yield from (name for inner in body.node for name in _reads(inner) if name not in own)
+        yield from (name for inner in body.node for name in reads(inner) if name not in own)
 
 
 def _store_constants(graph: onnx.GraphProto) -> None:
@@ -200,7 +297,7 @@ def require_fp32(graph: onnx.GraphProto, path: Path) -> None:
         graph: with the types of its tensors worked out.
         path: its file.
     """
-    for name, code in _tensor_types(graph):
+    for name, code in tensor_types(graph):
         kind = TensorProto.DataType.Name(code)
         if kind != "FLOAT" and ("FLOAT" in kind or kind.startswith(("DOUBLE", "COMPLEX"))):
             near = [node for node in graph.node if name in (*node.output, *node.input)]
@@ -223,10 +320,11 @@ def _require_known(graph: onnx.GraphProto, path: Path) -> None:
                 )
 
 
-def _tensor_types(graph: onnx.GraphProto) -> Iterable[tuple[str, int]]:
+def tensor_types(graph: onnx.GraphProto) -> Iterable[tuple[str, int]]:
+    """The tensors of a graph whose types are known, those of bodies included, each with its ONNX element type."""
     for tensor in graph.initializer:
         yield tensor.name, tensor.data_type
     for value in (*graph.input, *graph.value_info, *graph.output):
         yield value.name, value.type.tensor_type.elem_type
     for body in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
-        yield from _tensor_types(body)
+        yield from tensor_types(body)

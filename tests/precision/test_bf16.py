@@ -20,7 +20,7 @@ FLOAT, BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 def converted(network: onnx.ModelProto, folder: Path, *, keep_edges: bool = True) -> onnx.ModelProto:
     path = saved(network, folder / "a.onnx")
-    result = bf16.converted(graph.load(path), path, keep_edges=keep_edges)
+    result, _ = bf16.converted(graph.load(path), path, None, keep_edges=keep_edges)
     onnx.checker.check_model(result, full_check=True)
     return result
 

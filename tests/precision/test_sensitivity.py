@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from polar_deploy.precision import sensitivity
+from polar_deploy.precision import proof, sensitivity
+from polar_deploy.precision.proof import Reference
 from tests.engines.networks import model
 from tests.precision.networks import SIZE, images, residual, run, written
 
@@ -19,7 +20,7 @@ PATH = Path("a.onnx")
 
 def test_error_of_a_layer_is_that_of_rounding_by_hand(tmp_path: Path) -> None:
     """The only layer of a network: 8 bits for what it reads, and 8 with a sign for its weights, a scale a row."""
-    batch = images(sensitivity.IMAGES)
+    batch = images(proof.SAMPLES)
     weight = np.random.default_rng(0).normal(size=(4, 3 * SIZE * SIZE)).astype(np.float32)
     flatten = helper.make_node("Flatten", ["input"], ["flat"], name="flatten")
     gemm = helper.make_node("Gemm", ["flat", "weight"], ["logits"], name="fc", transB=1)
@@ -33,17 +34,18 @@ def test_error_of_a_layer_is_that_of_rounding_by_hand(tmp_path: Path) -> None:
     expected = np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
     typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
-    assert sensitivity.errors(network, typed, batch, PATH) == {"fc": pytest.approx(expected, rel=0.02)}
+    reference = Reference.of(network, batch, PATH)
+    assert sensitivity.errors(network, typed, reference) == {"fc": pytest.approx(expected, rel=0.02)}
 
 
 def test_errors_of_single_layers_add_up_to_that_of_the_network(tmp_path: Path) -> None:
     """As squares do, nearly: roundings are independent."""
-    network, batch = residual(), images(sensitivity.IMAGES)
+    network, batch = residual(), images(proof.SAMPLES)
     typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
-    errors = sensitivity.errors(network, typed, batch, PATH)
+    errors = sensitivity.errors(network, typed, Reference.of(network, batch, PATH))
     assert {"stem", "conv1", "conv2", "add1", "shortcut", "fc"} < errors.keys()
     assert not {"relu1", "flatten"} & errors.keys()  # they compute with nothing
-    whole = sensitivity.relative_error(run(typed, batch), run(network, batch))
+    whole = proof.relative_error(run(typed, batch), run(network, batch))
     assert 0.5 < np.sqrt(sum(error**2 for error in errors.values())) / whole < 2
 
 
@@ -71,5 +73,5 @@ def test_alone_only_that_layer_reads_rounded_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_relative_error(logits: list[list[float]], exact: list[list[float]], error: float) -> None:
-    found = sensitivity.relative_error(np.array(logits, np.float64), np.array(exact, np.float64))
+    found = proof.relative_error(np.array(logits, np.float64), np.array(exact, np.float64))
     assert found == pytest.approx(error)

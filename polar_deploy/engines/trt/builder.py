@@ -17,6 +17,7 @@ from polar_deploy.config import Build
 from polar_deploy.engines import nvml
 from polar_deploy.engines.trt import library, proof
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError, one_line
+from polar_deploy.precision.graph import count_wider
 from polar_deploy.workspace import atomic_path, write_json
 
 _TIMING_CACHE = "timing.cache"
@@ -70,7 +71,8 @@ class _Builder:
         return {"found": found, **counted, "plan": self._described()}
 
     def _proven(self, layers: list[proof.Layer]) -> dict[str, int]:
-        return proof.require(layers, self.target.precision, self.onnx, tf32=self.options.tf32)
+        wider = count_wider(self.onnx, self.target.precision)
+        return proof.require(layers, self.target.precision, self.onnx, tf32=self.options.tf32, wider=wider)
 
     def _parse(self) -> None:
         """Fill the network. The parser takes an empty or a text file for a network without layers."""

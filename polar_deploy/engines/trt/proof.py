@@ -73,7 +73,9 @@ def counts(layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def require(layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool = False) -> dict[str, int]:
+def require(
+    layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool = False, wider: int = 0
+) -> dict[str, int]:
     """Count layers by precision; ContentError unless the layers with weights are of the target's.
 
     Layers of wider integers compute shapes and are left out. For INT8 half of them have to be: those that lose
@@ -84,6 +86,7 @@ def require(layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool =
         precision: the target's.
         path: the network, for messages.
         tf32: whether FP32 may be computed as TF32.
+        wider: how many layers the graph keeps in a wider type on purpose.
     """
     allowed = {precision, "tf32"} if precision == "fp32" and tf32 else {precision}
     computing = [layer for layer in layers if _computes(layer)]
@@ -94,7 +97,7 @@ def require(layers: Sequence[Layer], precision: str, path: Path, *, tf32: bool =
             f"{path}: no layer of the engine computes in {precision}: {_listed(computing) or 'none has weights'}",
             "the types are in the graph: see whether the file is the typed one, and report this network",
         )
-    if odd and (precision != "int8" or 2 * len(odd) > len(computing)):
+    if len(odd) > (len(computing) // 2 if precision == "int8" else wider):
         what = f"layer {odd[0]['name']!r} ({odd[0]['op']}) computes in {odd[0]['type']}"
         raise ContentError(
             f"{path}: {what}, the target is {precision}", "report this network and the version of TensorRT"

@@ -1,0 +1,240 @@
+"""Typed graphs of random networks, as they run, beside FP32; and how the time of the INT8 step grows with the layers.
+
+300 networks of convolutions (plain, strided, grouped, transposed), sums, joins, pooling, padding, slices, norms, gates
+and Gemm with factors, some with a second output, in INT8 in both dialects, FP16 and BF16. Five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.common import write_result
+from polar_deploy import precision, targets
+from polar_deploy.config import Build
+from polar_deploy.errors import PolarDeployError
+from polar_deploy.precision.rounding import computed_wide
+
+NETWORKS, SIDE = 300, 12
+# Target -> how far an output may be off: INT8 has three times the bound of a layer, see `precision.proof`.
+BOUNDS = {"ort-int8": 0.3, "rtx-int8": 0.3, "rtx-fp16": 0.02, "trt-bf16": 0.15}
+LAYERS = (50, 200, 800)
+
+
+class RandomNetwork:
+    """Draws nodes one behind the other; all tensors but the logits are [batch,channels,height,width]."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.seen: list[tuple[str, int, int]] = [("input", 3, SIDE)]
+
+    def draw(self) -> onnx.ModelProto:
+        self.conv()
+        steps = [self.conv, self.activation, self.add, self.join, self.pool, self.norm, self.gate, self.move]
+        for _ in range(int(self.rng.integers(3, 12))):
+            self.rng.choice(steps)()
+        extra = self.seen[int(self.rng.integers(1, len(self.seen)))] if self.rng.random() < 0.3 else None
+        self.head()
+        return self.model(extra)
+
+    def constant(self, *shape: int, scale: float = 1.0, value: Any = None) -> str:
+        name = f"k{len(self.constants)}"
+        drawn = (self.rng.standard_normal(shape) * scale).astype(np.float32)
+        self.constants[name] = drawn if value is None else np.asarray(value)
+        return name
+
+    def node(self, operator: str, inputs: Sequence[str], channels: int, size: int, **attributes: Any) -> None:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=f"{operator}{len(self.nodes)}", **attributes))
+        self.seen.append((name, channels, size))
+
+    def pick(self) -> tuple[str, int, int]:
+        """A tensor: mostly the last one."""
+        return self.seen[-1] if self.rng.random() < 0.7 else self.seen[int(self.rng.integers(1, len(self.seen)))]
+
+    def conv(self) -> None:
+        source, into, size = self.pick() if len(self.seen) > 1 else self.seen[0]
+        groups = 2 if into % 2 == 0 and self.rng.random() < 0.3 else 1
+        out, bias = 2 * int(self.rng.integers(2, 6)), self.rng.random() < 0.7
+        if self.rng.random() < 0.15:
+            weight = self.constant(into, out // groups, 2, 2, scale=1 / np.sqrt(into / groups))
+            inputs = [source, weight, *([self.constant(out)] if bias else [])]
+            self.node("ConvTranspose", inputs, out, 2 * size, strides=[2, 2], group=groups)
+            return
+        stride = 2 if size % 2 == 0 and size > 3 and self.rng.random() < 0.3 else 1
+        weight = self.constant(out, into // groups, 3, 3, scale=1 / np.sqrt(9 * into / groups))
+        inputs = [source, weight, *([self.constant(out)] if bias else [])]
+        attributes = {"pads": [1] * 4, "strides": [stride] * 2, "group": groups}
+        self.node("Conv", inputs, out, (size + stride - 1) // stride, **attributes)
+
+    def activation(self) -> None:
+        source, channels, size = self.pick()
+        operator = str(self.rng.choice(["Relu", "Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish"]))
+        bounds = [self.constant(value=np.float32(each)) for each in (self.rng.choice([-1, 0, 0.5]), 6)]
+        self.node(operator, [source, *(bounds if operator == "Clip" else [])], channels, size)
+
+    def add(self) -> None:
+        source, channels, size = self.pick()
+        others = [name for name, c, s in self.seen[1:] if (c, s) == (channels, size)]
+        self.node("Add", [source, str(self.rng.choice(others))], channels, size)
+
+    def join(self) -> None:
+        source, channels, size = self.pick()
+        name, more, _ = next(each for each in self.seen[::-1] if each[2] == size)
+        self.node("Concat", [source, name], channels + more, size, axis=1)
+
+    def pool(self) -> None:
+        source, channels, size = self.pick()
+        operator = str(self.rng.choice(["MaxPool", "AveragePool"]))
+        self.node(operator, [source], channels, size, kernel_shape=[3, 3], pads=[1] * 4)
+
+    def norm(self) -> None:
+        source, channels, size = self.pick()
+        values = [self.rng.uniform(0.5, 2, channels) for _ in range(4)]
+        names = [self.constant(value=value.astype(np.float32)) for value in values]
+        if self.rng.random() < 0.5:
+            self.node("BatchNormalization", [source, *names], channels, size)
+        else:
+            self.node("GroupNormalization", [source, *names[:2]], channels, size, num_groups=1)
+
+    def gate(self) -> None:
+        source, channels, size = self.pick()
+        self.node("Mul", [source, self.constant(1, channels, 1, 1)], channels, size)
+
+    def move(self) -> None:
+        source, channels, size = self.pick()
+        if channels > 3 and self.rng.random() < 0.5:
+            bounds = [self.constant(value=np.array([each])) for each in (1, 3, 1)]
+            self.node("Slice", [source, *bounds], 2, size)
+        else:
+            pads = self.constant(value=np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+            number = [self.constant(value=np.float32(0.5))] if self.rng.random() < 0.3 else []
+            self.node("Pad", [source, pads, *number], channels, size + 2)
+
+    def head(self) -> None:
+        source, channels, _ = self.seen[-1]
+        self.nodes.append(helper.make_node("GlobalAveragePool", [source], ["mean"], name="mean"))
+        self.nodes.append(helper.make_node("Flatten", ["mean"], ["flat"], name="flat"))
+        rows = self.rng.random() < 0.5
+        weight = self.constant(*((5, channels) if rows else (channels, 5)))
+        shape = [(5,), (1, 5), (1,), ()][int(self.rng.integers(4))]
+        bias = self.constant(value=self.rng.standard_normal(shape).astype(np.float32))
+        alpha, beta = (float(self.rng.choice([1.0, 0.5, 2.0])) for _ in range(2))
+        attributes = {"transB": int(rows), "alpha": alpha, "beta": beta}
+        self.nodes.append(helper.make_node("Gemm", ["flat", weight, bias], ["logits"], name="head", **attributes))
+
+    def model(self, extra: tuple[str, int, int] | None) -> onnx.ModelProto:
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])]
+        if extra:
+            name, channels, size = extra
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, size, size]))
+        source = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])
+        constants = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
+        graph = helper.make_graph(self.nodes, "random", [source], outputs, constants)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        onnx.checker.check_model(made, full_check=True)
+        return made
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 3, SIDE, SIDE), np.float32)
+
+
+def outputs(model: onnx.ModelProto, batch: np.ndarray, *, fused: bool) -> list[np.ndarray]:
+    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(each, np.float64) for each in session.run(None, {"input": batch})]
+
+
+def trial(seed: int, target: str, folder: Path) -> dict[str, Any]:
+    """One network for one target: how far its worst output is off on images that it was not proven with."""
+    network, batch = RandomNetwork(seed).draw(), images(8, 1)
+    onnx.save(network, folder / "a.onnx")
+    said = {"seed": seed, "target": target}
+    try:
+        written = precision.write(folder / "a.onnx", folder / "b.onnx", targets.parse(target), Build(), images(64, 2))
+    except PolarDeployError as error:
+        return {**said, "refused": error.what.split(": ", 1)[-1]}
+    expected = outputs(network, batch, fused=False)
+    fused = target == "ort-int8"
+    found = outputs(computed_wide(onnx.load(folder / "b.onnx")), batch, fused=fused)
+    off = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True))
+    return {**said, "off": float(off), "kept": [each["layer"] for each in written["kept"]]}
+
+
+def residual_chain(layers: int) -> onnx.ModelProto:
+    """Half as many residual blocks, on [batch,8,8,8]."""
+    nodes, constants, last = [], [], "input"
+    for index in range(layers // 2):
+        rng = np.random.default_rng(index)
+        for half in "ab":
+            values = rng.standard_normal((8, 8, 3, 3)) * (0.1 if half == "a" else 0.03)
+            constants.append(numpy_helper.from_array(values.astype(np.float32), f"{half}{index}"))
+        nodes += [
+            helper.make_node("Conv", [last, f"a{index}"], [f"c{index}"], f"first{index}", pads=[1] * 4),
+            helper.make_node("Relu", [f"c{index}"], [f"r{index}"], f"relu{index}"),
+            helper.make_node("Conv", [f"r{index}", f"b{index}"], [f"d{index}"], f"second{index}", pads=[1] * 4),
+            helper.make_node("Add", [last, f"d{index}"], [f"s{index}"], f"sum{index}"),
+        ]
+        last = f"s{index}"
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8, 8, 8]) for name in ("input", last)]
+    graph = helper.make_graph(nodes, "chain", edges[:1], edges[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def growth(folder: Path) -> dict[str, list[float]]:
+    """CPU seconds of the whole INT8 step by number of layers."""
+    found = {}
+    for target in ("ort-int8", "rtx-int8"):
+        found[target] = []
+        for layers in LAYERS:
+            onnx.save(residual_chain(layers), folder / "chain.onnx")
+            batch = np.random.default_rng(0).standard_normal((16, 8, 8, 8), np.float32)
+            taken = []
+            for _ in range(3):
+                start = time.process_time()
+                options = Build(max_layer_error=10)
+                precision.write(folder / "chain.onnx", folder / "typed.onnx", targets.parse(target), options, batch)
+                taken.append(time.process_time() - start)
+            found[target].append(round(min(taken), 3))
+    return found
+
+
+def main(networks: int = NETWORKS) -> int:
+    """Run the bars; 0 if all are met."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trials = [trial(seed, target, folder) for seed in range(networks) for target in BOUNDS]
+        seconds = growth(folder)
+    off = {target: [each["off"] for each in trials if each["target"] == target and "off" in each] for target in BOUNDS}
+    steps = LAYERS[-1] / LAYERS[0]
+    bars = {
+        **{f"{target} within {bound} of FP32": max(off[target]) <= bound for target, bound in BOUNDS.items()},
+        "no exception but a refusal in one sentence": True,  # any other would have ended this
+        **{f"{name}: time grows as layers do, times 1.2": s[-1] / s[0] <= 1.2 * steps for name, s in seconds.items()},
+    }
+    result = {
+        "networks": networks,
+        "off": {target: {"median": float(np.median(each)), "most": max(each)} for target, each in off.items()},
+        "kept_wide": dict(Counter(each["target"] for each in trials if each.get("kept"))),
+        "refused": dict(Counter(each["refused"] for each in trials if "refused" in each)),
+        "seconds": {"layers": LAYERS, **seconds},
+    }
+    return write_result("typed-graphs", bars, result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
