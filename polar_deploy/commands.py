@@ -1,4 +1,4 @@
-"""A command with sub-commands, each of them a module with a docstring, `add_arguments` and `run`."""
+"""The end of every command: one exit code and one sentence, whatever is raised. And commands with sub-commands."""
 
 from __future__ import annotations
 
@@ -7,46 +7,81 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
-from polar_deploy.errors import MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import INTERNAL, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.workspace import DISK_FULL
+
+
+def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupted: str = "interrupted") -> int:
+    """Run a command and return its exit code (see the README), whatever it raises; SystemExit passes through.
+
+    Args:
+        command: parses the command line and does what it says.
+        argv: the command line; None: this process's own. With `--debug` in it, errors come with their traceback.
+        interrupted: what to say after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # any name, on a terminal that knows ASCII only
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001 - none may end a command with 1, "parity failed"
+        if "--debug" in (sys.argv[1:] if argv is None else argv):
+            traceback.print_exc()
+        code, text = _told(error)
+        print(f"error: {text}", file=sys.stderr)
+        return code
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Exit code and text of an error."""
+    if isinstance(error, PolarDeployError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        what = f"out of memory: {error}"
+        return MachineError.exit_code, f"{what}\n  what to do: use a smaller batch, image size or network"
+    if isinstance(error, OSError) and error.strerror:  # of files that nobody opened with more care
+        place = f"{error.filename}: " if error.filename else ""
+        code = (MachineError if error.errno in DISK_FULL else UsageError).exit_code
+        return code, f"{place}{error.strerror}\n  what to do: check path, permissions and free space"
+    what = f"unexpected {type(error).__name__}: {one_line(error)}"
+    return INTERNAL, f"{what}\n  what to do: run the same command with --debug to see where, and report it"
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `guarded` looks for."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def dispatch(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code (see the README). Only its own module is imported.
 
     Args:
-        package: what the modules belong to, such as "polar_deploy.engines".
+        package: what the modules belong to, such as "polar_deploy.engines"; each is a module with a docstring,
+            `add_arguments` and `run`.
         modules: sub-command -> (module of the package, one line of help).
         argv: the command line; None: this process's own.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(package, modules, argv).parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # any name, on a terminal that knows ASCII only
-    try:
+
+    def command() -> int:
+        given = sys.argv[1:] if argv is None else list(argv)
+        arguments = _parser(package, modules, given).parse_args(given)
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except PolarDeployError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except MemoryError as error:
-        print(f"error: out of memory: {error}\n  what to do: use a smaller batch or network", file=sys.stderr)
-        return MachineError.exit_code
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it ends
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # of files that nobody opened with more care
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}\n  what to do: check path, permissions and free space", file=sys.stderr)
-        return (MachineError if error.errno in DISK_FULL else UsageError).exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return code
+        return code
+
+    return guarded(command, argv)
 
 
 def _parser(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -65,5 +100,6 @@ def _parser(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence
         )
         if module:
             module.add_arguments(command)
+            add_debug(command)
             command.set_defaults(run=module.run)
     return parser

@@ -11,6 +11,7 @@ from typing import ClassVar
 # As in a regular expression's []: control signs, and signs that turn the direction of writing. On a terminal they can
 # say something else than what is written.
 CONTROL = "\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
+INTERNAL = 70  # exit code of any other exception, which is a defect of this package or of a library (sysexits.h)
 _CONTROL = re.compile(f"[{CONTROL}]")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import __version__, targets
+from polar_deploy.commands import add_debug, guarded
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
 if TYPE_CHECKING:
@@ -49,29 +50,16 @@ _SETTINGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (see the README)."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return _run(arguments)
-    except PolarDeployError as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except MemoryError as error:
-        if arguments.debug:
-            raise
-        print(f"error: out of memory: {error}\n  what to do: use a smaller batch or image size", file=sys.stderr)
-        return MachineError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    again = "interrupted; the same command goes on from here"
+    return guarded(lambda: _run(_parser().parse_args(argv)), argv, interrupted=again)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m polar_deploy.pipeline",
         description="Train a CNN once with polarized gates, cut it exactly, build an engine, prove it is as good.",
-        epilog="exit codes: 0 passed, 1 parity failed, 2 command line, 3 this machine, 4 a file's content, 5 undecided",
+        epilog="exit codes: 0 passed, 1 parity failed, 2 command line, 3 this machine, 4 a file's content, "
+        "5 undecided, 70 a defect",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -115,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan: stages, gates, costs, what the target needs")
     add("--json", action="store_true", help="print the result as JSON on stdout")
     add("--quiet", action="store_true", help="show no progress, only the result and errors")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     add("--version", action="version", version=f"polar_deploy {__version__}")
     return parser
 
@@ -414,11 +402,10 @@ def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    from rich.console import Console
-
+    from polar_deploy.progress import console
     from polar_deploy.report import table
 
-    table(report, Console())
+    table(report, console())
 
 
 def _print_bundle(folder: Path) -> None:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
     from rich.text import Text
+
+
+def console(**options: Any) -> Console:
+    """A console of rich; of its own it ends a process whose reader has enough with exit code 1, "parity failed"."""
+    from rich.console import Console
+
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Quiet(**options)
 
 
 class Progress:
@@ -44,11 +55,10 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._quiet:
             return self
-        from rich.console import Console
         from rich.progress import BarColumn, RenderableColumn
         from rich.progress import Progress as Bar
 
-        self._console = self._console or Console(stderr=True)
+        self._console = self._console or console(stderr=True)
         if self._console.is_terminal:
             bar, line = BarColumn(bar_width=8), RenderableColumn(self)
             self._bar = Bar(bar, line, console=self._console, transient=True, redirect_stdout=False)

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from polar_deploy import commands
+from polar_deploy import commands, pipeline
 from polar_deploy.errors import ContentError
+from polar_deploy.surgery import __main__ as surgery_command
 from tests.conftest import ROOT, Outcome, called
 
 _MODULES = {"do": ("a_command_of_a_test", "does it")}
@@ -41,6 +43,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> Out
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 3, "error: No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError("no errno"), 70, "error: unexpected OSError: no errno"),
     ],
 )
 def test_every_end_has_its_exit_code(
@@ -51,21 +54,59 @@ def test_every_end_has_its_exit_code(
     assert ended.err.startswith(words)
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
-    code = "import sys; from polar_deploy.bundle.__main__ import main; sys.exit(main(['schema']))"
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["polar_deploy.bundle", "schema"],
+        ["polar_deploy.engines", "doctor"],  # printed by rich, which has a mind of its own about it: exit code 1
+        ["polar_deploy.pipeline", "--help"],
+        ["polar_deploy.surgery", "--help"],
+    ],
+)
+def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     ) as writer:
         assert writer.stdout
         assert writer.stderr
         writer.stdout.close()
         assert writer.stderr.read() == b""
-        assert writer.wait() == 128 + signal.SIGPIPE
+        assert writer.wait() == (0 if "--help" in command else 128 + signal.SIGPIPE)  # argparse says nothing of it
 
 
-def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        outcome(monkeypatch, ZeroDivisionError())
+def failing(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], int]:
+    """The `main` of a command in which something divides by zero, past all checks."""
+
+    def divide(*_: object, **__: object) -> int:
+        return 1 // 0
+
+    if command == "pipeline":
+        monkeypatch.setattr(pipeline, "_settings", divide)
+        return pipeline.main
+    if command == "surgery":
+        monkeypatch.setattr(surgery_command, "compress_file", divide)
+        return lambda argv: surgery_command.main([*argv, "in.onnx", "out.onnx"])
+    module = types.ModuleType("package.a_command_of_a_test", "What it does.")
+    module.__dict__.update(add_arguments=lambda parser: None, run=divide)
+    monkeypatch.setitem(sys.modules, "package", types.ModuleType("package"))
+    monkeypatch.setitem(sys.modules, "package.a_command_of_a_test", module)
+    return lambda argv: commands.dispatch("package", _MODULES, ["do", *argv])
+
+
+@pytest.mark.parametrize("command", ["pipeline", "surgery", "do"])
+def test_what_nobody_foresaw_is_one_sentence_and_a_code_of_its_own(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = failing(command, monkeypatch)
+    ended, detailed = called(main), called(main, "--debug")
+    assert (ended.code, ended.out, detailed.code) == (70, "", 70)  # never 1, which is "parity failed"
+    assert ended.err == (
+        "error: unexpected ZeroDivisionError: integer division or modulo by zero\n"
+        "  what to do: run the same command with --debug to see where, and report it\n"
+    )
+    assert "Traceback" in detailed.err
+    assert "in divide" in detailed.err
+    assert detailed.err.endswith(ended.err)
 
 
 @pytest.mark.parametrize("package", ["polar_deploy.bundle", "polar_deploy.engines"])

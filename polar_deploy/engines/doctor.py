@@ -85,12 +85,13 @@ def _providers() -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
+    from polar_deploy.progress import console
+
+    page = console(highlight=False, markup=False)
     for label, value in _facts(found):
-        console.print(f"{label:<14}{value}", soft_wrap=True)
+        page.print(f"{label:<14}{value}", soft_wrap=True)
     table = Table(title="targets")
     for heading in ("target", "build", "run", "missing"):
         table.add_column(heading, overflow="fold")
@@ -98,10 +99,10 @@ def _print(found: dict[str, Any]) -> None:
         missing = list(dict.fromkeys([*target["build"], *target["run"]]))
         answers = ("no" if target[what] else "yes" for what in ("build", "run"))
         table.add_row(name, *answers, "\n".join(missing), style="" if missing else "green")
-    console.print(table)
+    page.print(table)
     for install in dict.fromkeys(each["install"] for each in found["targets"].values() if _installable(each)):
-        console.print(f"to install     {install}")
-    console.print(f"--target auto  means {found['auto']} here")
+        page.print(f"to install     {install}")
+    page.print(f"--target auto  means {found['auto']} here")
 
 
 def _installable(target: dict[str, Any]) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 
-from polar_deploy.errors import PolarDeployError
+from polar_deploy.commands import add_debug, guarded
 from polar_deploy.surgery import compress_file
 
 WIDTH = 120  # characters, where the table goes into a file
@@ -16,6 +15,10 @@ WIDTH = 120  # characters, where the table goes into a file
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns the exit code: 0 done, 2 usage, 3 this machine lacks something, 4 invalid content."""
+    return guarded(lambda: _run(arguments), arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m polar_deploy.surgery",
         description="Fold the gates of an ONNX graph and remove dead channels and blocks: same function, smaller.",
@@ -25,23 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", metavar="R.json", type=Path, help="write what was cut, and what was not and why")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof in ONNX Runtime")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_debug(parser)
     args = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of nodes, on a terminal that knows ASCII only
-    try:
-        report = compress_file(args.source, args.target, report=args.report, verify=not args.no_verify)
-    except PolarDeployError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    report = compress_file(args.source, args.target, report=args.report, verify=not args.no_verify)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
         return 0
-    from rich.console import Console
-
+    from polar_deploy.progress import console
     from polar_deploy.surgery.report import show
 
-    show(report, Console(width=None if sys.stdout.isatty() else WIDTH))
+    show(report, console(width=None if sys.stdout.isatty() else WIDTH))
     return 0
 
 
