@@ -55,8 +55,10 @@ class Verdict(_Frozen):
     """When the compressed engine counts as good: accuracy in points, latency as a speed-up over the full engine."""
 
     max_drop: NonNegative = 1.0
+    accuracy_rule: Literal["interval", "point"] = "interval"  # what has to be within: the drop's 95 % interval, or it
     min_speedup: Positive = 1.02
     max_latency_ms: Positive | None = None  # of the compressed engine, beside the speed-up; None: any
+    latency_percentile: Literal["p50", "p90", "p95", "p99", "p99.9"] = "p50"  # what is held against max_latency_ms
     batch: Count = 1
 
 

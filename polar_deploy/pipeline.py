@@ -39,9 +39,9 @@ _SETTINGS = {
     "full_epochs": "training.full_epochs",
     "seed": "seed",
     "max_drop": "verdict.max_drop",
+    "accuracy_rule": "verdict.accuracy_rule",
     "min_speedup": "verdict.min_speedup",
     "verdict_batch": "verdict.batch",
-    "max_latency_ms": "verdict.max_latency_ms",
     "latency_table": "latency_table",
     "with_full": "bundle.full",
     "golden": "bundle.golden",
@@ -85,9 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--full-epochs", metavar="N", help="epochs of the full network (default: --epochs)")
     add("--seed", metavar="N", help="of split, start values, order and gates (default: 0)")
     add("--max-drop", metavar="POINTS", help="accuracy the compressed network may lose (default: 1.0)")
+    add(
+        "--accuracy-rule",
+        choices=("interval", "point"),
+        help="what has to be within --max-drop: the drop's whole 95 %% interval (default), or the drop as counted",
+    )
     add("--min-speedup", metavar="X", help="how much faster it must be at least (default: 1.02)")
     add("--verdict-batch", metavar="N", help="batch size at which the speed-up is judged (default: 1)")
-    add("--max-latency-ms", metavar="MS", help="what an inference of the compressed network may take (default: any)")
+    add(
+        "--max-latency-ms",
+        metavar="[P=]MS",
+        help="what an inference of the compressed network may take: 5 (the median), or p99=5 (default: any)",
+    )
     add("--batch", metavar="N[,N,N]", help="smallest, usual and largest batch of the engines (default: 1,8,64)")
     add("--latency-table", metavar="FILE", help="for a latency budget; made by `python -m polar_deploy.engines table`")
     add(
@@ -162,6 +171,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             overrides[key], options[key] = value, f"--{option.replace('_', '-')}"
     if arguments.budget is not None:
         overrides["budget"], options["budget"] = recipes.parse_budget(arguments.budget), "--budget"
+    if arguments.max_latency_ms is not None:
+        for key, value in recipes.parse_latency(arguments.max_latency_ms).items():
+            overrides[key], options[key] = value, "--max-latency-ms"
     if arguments.batch is not None:
         overrides["build.batches"], options["build.batches"] = recipes.parse_batches(arguments.batch), "--batch"
     overrides |= dict(recipes.parse_set(text) for text in arguments.set)

@@ -88,6 +88,12 @@ def parse_batches(text: str) -> list[int]:
     return sizes * 3 if len(sizes) == 1 else sizes
 
 
+def parse_latency(text: str) -> dict[str, object]:
+    """Read a bound on latency: "5" milliseconds of the median, "p99=5" of the 99th percentile; by setting."""
+    percentile, equals, bound = text.rpartition("=")
+    return {"verdict.max_latency_ms": bound, **({"verdict.latency_percentile": percentile} if equals else {})}
+
+
 # --------------------------------------------------------------------------- YAML, with the place of each key
 
 

@@ -587,9 +587,10 @@ def _parity_key(run: Run) -> object:
 
 
 def _decided(run: Run) -> bool:
-    """Whether the engines ran and the verdict is a clear one: a noisy machine may be quieter the next time."""
+    """Whether the same would come out again: a noisy machine may be quieter the next time, a test set stays."""
     parity = read_json(run.path("parity.json"))
-    return parity["not_run"] is not None or parity["verdict"]["overall"]["result"] != "undecided"
+    overall, latency = (parity["verdict"][part]["result"] for part in ("overall", "latency"))
+    return parity["not_run"] is not None or overall != "undecided" or latency != "undecided"
 
 
 _GRAPHS = ("full", "compressed", "gated")

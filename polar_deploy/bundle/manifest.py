@@ -162,14 +162,22 @@ class Accuracy(_Part):
         return self
 
 
+class Percentile(_Part):
+    """Of single inferences, with its 95 % interval; None: too few for an upper end."""
+
+    value_ms: Milliseconds
+    low_ms: Milliseconds
+    high_ms: Milliseconds | None
+
+
 class Quantiles(_Part):
-    """Milliseconds an inference: median with its 95 % interval, 99th percentile, interquartile range."""
+    """Milliseconds an inference: median with its 95 % interval, interquartile range, upper percentiles."""
 
     median_ms: Milliseconds
     low_ms: Milliseconds
     high_ms: Milliseconds
-    p99_ms: Milliseconds
     iqr_ms: Milliseconds
+    tail: dict[Literal["p90", "p95", "p99", "p99.9"], Percentile]
 
 
 class Ratio(_Part):

@@ -161,7 +161,7 @@ def _latency(bundle: Bundle, here: device.Here) -> tuple[dict[str, Any] | None, 
         return None, None
     asked, (full, compressed) = bundle.manifest.verdict.asked, (here.engines[name] for name in ("full", "compressed"))
     images = np.resize(bundle.inputs, (asked.batch, *bundle.manifest.input.shape))
-    measured = timing.compare(full, compressed, images)
+    measured = timing.compare(full, compressed, images, singles=parity.singles_for(asked))
     return parity.latency_document(full, compressed, images, measured), parity.judge_latency(measured, asked)
 
 

@@ -20,11 +20,12 @@ SPEC = DataSpec(
     crop_padding=1,
     epochs=30,
 )
+_TEST_SHARE = 0.4  # 719 pictures: with 360, not even two networks that agree on all prove a drop below one point
 _SPLIT_SEED = 1797  # of the test set: the same pictures in every run, whatever the run's seed
 
 
 def load(spec: DataSpec, data_dir: Path | None) -> Dataset:
-    """The digits in RGB at `spec.input_size`, 80 % of every class for training; `data_dir` is not needed."""
+    """The digits in RGB at `spec.input_size`, 60 % of every class for training; `data_dir` is not needed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -33,6 +34,6 @@ def load(spec: DataSpec, data_dir: Path | None) -> Dataset:
     pixels = np.rint(grey.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     images = resize(np.repeat(pixels, 3, axis=3), spec.input_size)
     labels = labels.astype(np.int64)
-    train, test = stratified(labels, 0.2, np.random.default_rng(_SPLIT_SEED))
+    train, test = stratified(labels, _TEST_SHARE, np.random.default_rng(_SPLIT_SEED))
     names = tuple(str(digit) for digit in range(10))
     return Dataset(spec, Split(images[train], labels[train]), Split(images[test], labels[test]), names)

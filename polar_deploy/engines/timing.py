@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from polar_deploy.engines.base import Array, Engine, Timer
 
+SINGLES = 600  # single inferences, for the percentiles of a verdict
+PERCENTILES = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 NOISE = 0.02  # share by which the control may differ
 QUANTILES = 40  # steps of the distribution that is kept
 MIN_PAIRS = 12  # however long an inference takes: below, the interval of the median says little
@@ -40,17 +42,30 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Percentile:
+    """A percentile of single inferences, in milliseconds, with its 95 % interval.
+
+    `high_ms` is None where there are too few for an upper end: of the 99th percentile, fewer than 368.
+    """
+
+    value_ms: float
+    low_ms: float
+    high_ms: float | None
+
+
+@dataclass(frozen=True)
 class Latency:
     """Milliseconds an inference, over the samples of one round.
 
-    `low_ms` and `high_ms` enclose the median with 95 %; `iqr_ms` is the 75th minus the 25th percentile.
+    `low_ms` and `high_ms` enclose the median with 95 %; `iqr_ms` is the 75th minus the 25th percentile. `tail` has the
+    percentiles of `PERCENTILES`, those of single inferences; {} where none were timed one by one.
     """
 
     median_ms: float
     low_ms: float
     high_ms: float
-    p99_ms: float
     iqr_ms: float
+    tail: Mapping[str, Percentile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,13 @@ class Round:
     """One whole measurement of a against b.
 
     `speedup` is time of a / time of b (above 1: b is faster), `control` time of a / time of its twin, `inferences` how
-    many make a sample (p99 is that of samples). `before` and `after` are the device's conditions. Quantiles are those
-    of the samples, evenly spaced from the shortest to the longest.
+    many make a sample, `singles` how many of each were timed one by one. `before` and `after` are the device's
+    conditions. Quantiles are those of the samples, evenly spaced from the shortest to the longest.
     """
 
     pairs: int
     inferences: int
+    singles: int
     a: Latency
     b: Latency
     speedup: Interval
@@ -83,6 +99,16 @@ class Round:
     def noise(self) -> float:
         """How far off the control is, as a share: 0.01 = 1 %."""
         return abs(self.control.median - 1)
+
+    @property
+    def speedup_with_noise(self) -> Interval:
+        """The speed-up, its interval widened by as much as two copies of one engine may differ here.
+
+        That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may
+        have added to the ratio.
+        """
+        bias = max(self.control.high, 1 / self.control.low, 1.0)
+        return Interval(self.speedup.median, self.speedup.low / bias, self.speedup.high * bias)
 
 
 @dataclass(frozen=True)
@@ -118,6 +144,7 @@ def compare(
     pairs: int = 200,
     seconds: tuple[float, float] = (2.0, 30.0),
     max_rounds: int = 3,
+    singles: int = 0,
 ) -> Timing:
     """Time engine `a` against engine `b` on the batch `images` [B,C,H,W].
 
@@ -132,13 +159,15 @@ def compare(
         seconds: least and most time that a round spends in inferences, warm-up aside. Short inferences get more pairs,
             long ones fewer, but at least `MIN_PAIRS`.
         max_rounds: how often to try, at least once.
+        singles: how many inferences of each engine to time one by one, as far as that is possible in the time of
+            `seconds`; where a sample is one inference, samples are taken, and at least as many.
     """
     rounds: list[Round] = []
     while len(rounds) < max_rounds and (not rounds or rounds[-1].noise > NOISE):
         twin = a.duplicate()
         timers = [engine.timer(images) for engine in (a, b, twin)]
         before = a.conditions()
-        measured = _measure(timers, pairs, seconds)
+        measured = _measure(timers, pairs, seconds, singles)
         rounds.append(replace(measured, before=before, after=a.conditions()))
     chosen = min(range(len(rounds)), key=lambda index: rounds[index].noise)
     return Timing(len(images), tuple(rounds), chosen)
@@ -183,11 +212,38 @@ def median_interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.median(ordered), ordered[k - 1], ordered[n - k])
 
 
-def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float]) -> Round:
+def percentile(values: Sequence[float], share: float) -> Percentile:
+    """A percentile of values with its exact 95 % interval, whatever their distribution.
+
+    The number of values below the true one is binomial (n, share): the k-th smallest lies above it with P(X < k), the
+    r-th smallest below it with P(X >= r), each 2.5 % at most (David and Nagaraja, as in `median_interval`).
+
+    Args:
+        values: at least one.
+        share: of the values that lie below, such as 0.99.
+    """
+    ordered, n = np.sort(np.asarray(values, np.float64)), len(values)
+    counts = np.arange(n + 1)
+    logs = np.array([math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1)])
+    below = np.cumsum(np.exp(logs + counts * math.log(share) + (n - counts) * math.log1p(-share)))  # P(X <= k)
+    first = int(np.searchsorted(below, 0.025, side="right"))  # the largest k with P(X <= k - 1) <= 2.5 %
+    last = int(np.searchsorted(below, 0.975 - 1e-12)) + 1  # the smallest r with P(X <= r - 1) >= 97.5 %
+    high = float(ordered[last - 1]) if last <= n else None
+    return Percentile(float(np.quantile(ordered, share)), float(ordered[max(first, 1) - 1]), high)
+
+
+def singles_needed(share: float) -> int:
+    """How many single inferences the interval of a percentile needs for a finite upper end."""
+    return math.ceil(math.log(0.025) / math.log(share))
+
+
+def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float], singles: int) -> Round:
     """One round: `timers` of a, b and a's twin."""
     inferences = _warm_up(timers)
     samples: list[list[float]] = []
     spent, (least, most) = 0.0, seconds
+    if inferences == 1:
+        pairs = max(pairs, singles)
     while len(samples) < MIN_PAIRS or (spent < most and (len(samples) < pairs or spent < least)):
         for order in _ORDERS:
             times = [0.0] * len(timers)
@@ -196,8 +252,22 @@ def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float]) 
             samples.append(times)
             spent += sum(times) * inferences / 1000
     a, b, twin = zip(*samples, strict=True)
-    measured = Round(len(samples), inferences, _latency(a), _latency(b), _ratio(a, b), _ratio(a, twin))
+    alone = (a, b) if inferences == 1 else _one_by_one(timers[:2], singles, most)
+    first, second = (_latency(times, each) for times, each in zip((a, b), alone, strict=True))
+    measured = Round(len(samples), inferences, len(alone[0]), first, second, _ratio(a, b), _ratio(a, twin))
     return replace(measured, a_quantiles_ms=_quantiles(a), b_quantiles_ms=_quantiles(b))
+
+
+def _one_by_one(timers: Sequence[Timer], singles: int, most: float) -> list[list[float]]:
+    """Time single inferences of two engines in turn, for `most` seconds at most."""
+    times: list[list[float]] = [[], []]
+    spent = 0.0
+    while len(times[0]) < singles and spent < most:
+        order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
+        for index in order:
+            times[index].append(timers[index](1))
+            spent += times[index][-1] / 1000
+    return times
 
 
 def _warm_up(timers: Sequence[Timer]) -> int:
@@ -212,10 +282,11 @@ def _warm_up(timers: Sequence[Timer]) -> int:
         before = now
 
 
-def _latency(times: Sequence[float]) -> Latency:
-    lower, upper, p99 = np.percentile(times, [25, 75, 99])
+def _latency(times: Sequence[float], singles: Sequence[float]) -> Latency:
+    lower, upper = np.percentile(times, [25, 75])
     median = median_interval(times)
-    return Latency(median.median, median.low, median.high, float(p99), float(upper - lower))
+    tail = {name: percentile(singles, share) for name, share in PERCENTILES.items()} if singles else {}
+    return Latency(median.median, median.low, median.high, float(upper - lower), tail)
 
 
 def _quantiles(times: Sequence[float]) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from polar_deploy.parity.verdict import (
     judge_accuracy,
     judge_latency,
     judge_not_run,
+    singles_for,
     together,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "judge_not_run",
     "latency_document",
     "not_run",
+    "singles_for",
     "together",
 ]
 
@@ -127,7 +129,11 @@ def compare(
     """
     found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test)
     rows = np.arange(max({*batches, verdict.batch})) % len(test)
-    timings = [timing.compare(full, compressed, test.images(rows[:size])) for size in sorted({*batches, verdict.batch})]
+    singles = singles_for(verdict)
+    timings = [
+        timing.compare(full, compressed, test.images(rows[:size]), singles=singles)
+        for size in sorted({*batches, verdict.batch})
+    ]
     tally = found["accuracy"].tally
     precision = {name: found[name].tally for name in ("full", "compressed")} if graphs else None
     return {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from polar_deploy.config import Verdict
 from polar_deploy.engines import timing
-from polar_deploy.parity.tally import Tally
+from polar_deploy.parity.tally import Z95, Tally
 
 Result = Literal["pass", "fail", "undecided"]
 
@@ -63,28 +64,72 @@ def judge_not_run(lack: str, pruning: Tally, verdict: Verdict) -> dict[str, Any]
 def judge_accuracy(tally: Tally, verdict: Verdict, precision: Mapping[str, Tally] | None = None) -> Judgement:
     """Pass if at most `max_drop` points are lost to pruning, and to the precision, and no logit is NaN or Inf.
 
-    Two engines that the precision ruins alike would agree with each other, and a ruined full engine is easily matched:
-    so what the precision costs each of them is held against the bound, too.
+    A test of non-inferiority: pass if the drop's whole 95 % interval lies within `max_drop`, so that a network that
+    loses more passes in 2.5 % of cases; fail if none of it does; between, too few images. Each network has to be better
+    than chance. Two engines that the precision ruins alike would agree with each other, and a ruined full engine is
+    easily matched: so what the precision costs each of them is held against the bound, too.
     """
     broken = {"full": tally.full_nonfinite, "compressed": tally.compressed_nonfinite}
     for name, count in broken.items():
         if count:
             return Judgement("fail", f"the {name} engine gives NaN or Inf on {count} of {tally.samples} test images")
-    change = _change(tally.drop)
-    if tally.drop > verdict.max_drop:
-        return Judgement("fail", f"{change}, only {verdict.max_drop:g} is allowed")
+    pruning = _within_drop(tally, _change(tally.drop), verdict)
+    parts = [pruning, _better_than_chance("full", tally.full_right, tally)]
+    parts.append(_better_than_chance("compressed", tally.compressed_right, tally))
     for name, loss in (precision or {}).items():
-        if loss.drop > verdict.max_drop:
-            cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
-            return Judgement("fail", f"{cost}, only {verdict.max_drop:g} is allowed")
-    return Judgement("pass", f"{change}, a drop of {verdict.max_drop:g} is allowed")
+        cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
+        parts.append(_within_drop(loss, cost, verdict))
+    judged = together(*parts)
+    return pruning if judged.result == "pass" else judged
+
+
+def _within_drop(tally: Tally, change: str, verdict: Verdict) -> Judgement:
+    """Hold a drop against `max_drop`; `change` says what it is."""
+    low, high = tally.interval
+    asked = verdict.max_drop
+    if verdict.accuracy_rule == "point":
+        low = high = tally.drop
+    else:
+        change = f"{change} (95 %: {low:+.2f} to {high:+.2f})"
+    if high <= asked:
+        return Judgement("pass", f"{change}, a drop of {asked:g} is allowed")
+    if low > asked:
+        return Judgement("fail", f"{change}, only {asked:g} is allowed")
+    needed = tally.samples_to_decide(asked)
+    enough = f"some {_rounded_up(needed):,} would do" if needed else "no number would do"
+    few = f"{tally.samples:,} test images are too few to tell, {enough} if the drop stays the same"
+    return Judgement("undecided", f"{change}, a drop of {asked:g} is allowed: {few}")
+
+
+def _rounded_up(number: int) -> int:
+    """Two digits of a number, and zeros."""
+    step = int(10 ** max(0, len(str(number)) - 2))
+    return -(-number // step) * step
+
+
+def _better_than_chance(name: str, right: int, tally: Tally) -> Judgement:
+    """Whether a network does better than to name the commonest class every time.
+
+    One-sided score test of a proportion at 2.5 %; a test set of one class tells nothing.
+    """
+    chance = max(tally.seen_of.values(), default=0) / tally.samples
+    expected = tally.samples * chance
+    does = f"the {name} network is right on {right} of {tally.samples} test images"
+    always = f"the answer that is right most often, given every time, on {expected:.0f}"
+    if chance == 1:
+        return Judgement("undecided", "all test images are of one class: nothing can be learned from them")
+    if right <= expected:
+        return Judgement("fail", f"{does}, {always}: it is no better than chance")
+    if right - expected <= Z95 * math.sqrt(expected * (1 - chance)):
+        return Judgement("undecided", f"{does}, {always}: too few to tell it from chance")
+    return Judgement("pass", f"{does}, better than chance")
 
 
 def judge_latency(result: timing.Timing, verdict: Verdict) -> Judgement:
     """Judge the speed-up, and the latency itself where a bound is set: pass if the whole interval is within."""
     parts = [_speedup(result, verdict)]
     if verdict.max_latency_ms is not None:
-        parts.append(_within(result, verdict.max_latency_ms))
+        parts.append(_within(result, verdict.max_latency_ms, verdict.latency_percentile))
     judged = together(*parts)
     throttled = result.best.throttled
     return (
@@ -94,12 +139,21 @@ def judge_latency(result: timing.Timing, verdict: Verdict) -> Judgement:
     )
 
 
+def singles_for(verdict: Verdict) -> int:
+    """How many inferences to time one by one, so that the percentile that is asked has an upper end."""
+    share = timing.PERCENTILES.get(verdict.latency_percentile)
+    asked = verdict.max_latency_ms is not None and share is not None
+    return max(timing.SINGLES, 2 * timing.singles_needed(share) if asked and share else 0)
+
+
 def _speedup(result: timing.Timing, verdict: Verdict) -> Judgement:
-    speedup, place = result.best.speedup, f"at batch {result.batch}"
+    """Hold the speed-up against what is asked, the noise of the machine included in its interval."""
+    speedup, place = result.best.speedup_with_noise, f"at batch {result.batch}"
     if not result.decided:
         off = f"{100 * result.best.noise:.1f} %, over {100 * timing.NOISE:g} %"
         return Judgement("undecided", f"the machine is too noisy: two copies of one engine differ by {off}, {place}")
-    measured = f"the speed-up {place} is {speedup.median:.3f} (95 %: {speedup.low:.3f} to {speedup.high:.3f})"
+    interval = f"95 %, with the noise of the machine: {speedup.low:.3f} to {speedup.high:.3f}"
+    measured = f"the speed-up {place} is {speedup.median:.3f} ({interval})"
     if speedup.low >= verdict.min_speedup:
         return Judgement("pass", f"{measured}, {verdict.min_speedup:g} is asked")
     if speedup.high < verdict.min_speedup:
@@ -107,15 +161,23 @@ def _speedup(result: timing.Timing, verdict: Verdict) -> Judgement:
     return Judgement("undecided", f"{measured}, too close to the {verdict.min_speedup:g} asked to tell")
 
 
-def _within(result: timing.Timing, bound: float) -> Judgement:
-    latency = result.best.b
-    measured = (
-        f"an inference at batch {result.batch} takes {latency.median_ms:.3g} ms "
-        f"(95 %: {latency.low_ms:.3g} to {latency.high_ms:.3g})"
-    )
-    if latency.high_ms <= bound:
+def _within(result: timing.Timing, bound: float, percentile: str) -> Judgement:
+    """Hold a percentile of the compressed engine's latency against a bound in milliseconds."""
+    latency, place = result.best.b, f"an inference at batch {result.batch}"
+    found = timing.Percentile(latency.median_ms, latency.low_ms, latency.high_ms)
+    name = f"the median of {place}"
+    if percentile != "p50":
+        found, name = latency.tail[percentile], f"{percentile} of {place}"
+    if found.high_ms is None:
+        needed = timing.singles_needed(timing.PERCENTILES[percentile])
+        few = f"too few samples, {result.best.singles}, for an upper end: {needed} are needed"
+        if found.low_ms > bound:
+            return Judgement("fail", f"{name} is above {found.low_ms:.3g} ms (95 %), only {bound:g} ms are allowed")
+        return Judgement("undecided", f"{name} is {found.value_ms:.3g} ms, {few}")
+    measured = f"{name} is {found.value_ms:.3g} ms (95 %: {found.low_ms:.3g} to {found.high_ms:.3g})"
+    if found.high_ms <= bound:
         return Judgement("pass", f"{measured}, {bound:g} ms are allowed")
-    if latency.low_ms > bound:
+    if found.low_ms > bound:
         return Judgement("fail", f"{measured}, only {bound:g} ms are allowed")
     return Judgement("undecided", f"{measured}, too close to the {bound:g} ms allowed to tell")
 

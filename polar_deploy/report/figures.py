@@ -121,7 +121,7 @@ def _distribution(measured: Mapping[str, Any]) -> Markup:
     both = [(name, name, measured["quantiles_ms"][name]) for name in ("full", "compressed")]
     told = "; ".join(
         f"{name}: median {formats.milliseconds(measured[name]['median_ms'])}, 99th percentile "
-        f"{formats.milliseconds(measured[name]['p99_ms'])}"
+        f"{formats.milliseconds(measured[name]['tail']['p99']['value_ms'])}"
         for name, _, _ in both
     )
     return charts.distribution(f"Latency at batch {measured['batch']}", f"{told}.", both)

@@ -131,9 +131,11 @@ def _latency(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     answer = f"{speedup['median']:.2f}× as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
     if not measured["decided"]:
         answer = f"undecided: noise of {100 * abs(measured['control']['median'] - 1):.1f} %"
+    before, after = (each["tail"]["p99"] for each in (full, compressed))
+    few = "too few samples for an interval" if None in (before["high_ms"], after["high_ms"]) else ""
     return [
         (f"latency, {label}", milliseconds(full["median_ms"]), milliseconds(compressed["median_ms"]), answer),
-        (f"p99, {label}", milliseconds(full["p99_ms"]), milliseconds(compressed["p99_ms"]), ""),
+        (f"p99, {label}", milliseconds(before["value_ms"]), milliseconds(after["value_ms"]), few),
     ]
 
 

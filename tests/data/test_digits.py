@@ -15,7 +15,7 @@ def test_sizes_and_classes(digits: data.Dataset) -> None:
     assert digits.train.images.shape[1:] == digits.test.images.shape[1:] == (16, 16, 3)
     assert len(digits.train.labels) + len(digits.test.labels) == 1797
     shares = np.bincount(digits.test.labels) / (np.bincount(digits.train.labels) + np.bincount(digits.test.labels))
-    np.testing.assert_allclose(shares, 0.2, atol=0.003)
+    np.testing.assert_allclose(shares, 0.4, atol=0.003)
     assert digits.class_names[7] == "7"
 
 

@@ -236,9 +236,9 @@ def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], flo
     def compare(a: Any, b: Any, images: np.ndarray, **how: object) -> timing.Timing:
         first, second = milliseconds(a.macs), milliseconds(b.macs)
         even = timing.Interval(1.0, 1.0, 1.0)
-        took = [timing.Latency(ms, ms, ms, ms, 0.0) for ms in (first, second)]
+        took = [timing.Latency(ms, ms, ms, 0.0) for ms in (first, second)]
         speedup = timing.Interval(first / second, first / second, first / second)
-        return timing.Timing(len(images), (timing.Round(12, 1, *took, speedup, even),), 0)
+        return timing.Timing(len(images), (timing.Round(12, 1, 0, *took, speedup, even),), 0)
 
     monkeypatch.setattr(table, "build", build)
     monkeypatch.setattr(table, "load", load)

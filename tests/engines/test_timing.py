@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from polar_deploy.engines import timing
 from polar_deploy.engines.timing import compare, median_interval
@@ -36,6 +37,59 @@ def test_interval_covers_the_median_of_a_skewed_distribution() -> None:
     assert 0.95 <= covered <= 0.975  # exact, so never below; steps of ranks put it a little above
 
 
+@pytest.mark.parametrize("share", [0.9, 0.95, 0.99, 0.999])
+@pytest.mark.parametrize("n", [12, 100, 367, 368, 1000, 5000])
+def test_interval_of_a_percentile_has_the_smallest_ranks_that_keep_95_percent(share: float, n: int) -> None:
+    found = timing.percentile([float(value) for value in np.random.default_rng(n).permutation(n) + 1], share)
+    below = binom(n, share).cdf  # of a number of values
+    assert found.low_ms == 1 or below(found.low_ms - 1) <= 0.025 < below(found.low_ms)
+    if found.high_ms is None:
+        assert below(n - 1) < 0.975
+        assert n < timing.singles_needed(share)
+    else:
+        assert below(found.high_ms - 1) >= 0.975 > below(found.high_ms - 2)
+        assert n >= timing.singles_needed(share)
+
+
+def test_a_99th_percentile_needs_368_values() -> None:
+    assert [timing.singles_needed(share) for share in (0.9, 0.99)] == [36, 368]
+
+
+def test_percentiles_are_those_of_single_inferences() -> None:
+    """Every twentieth inference takes ten times as long: the mean of ten hides that from a sample's percentiles."""
+
+    class Stumbling(TimedEngine):
+        def timer(self, images: np.ndarray) -> timing.Timer:
+            calls = itertools.count(1)
+
+            def milliseconds(inferences: int) -> float:
+                return sum(1.0 if next(calls) % 20 == 0 else 0.1 for _ in range(inferences)) / inferences
+
+            return milliseconds
+
+    result = compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES, singles=600).best
+    assert result.inferences > 1
+    assert result.singles == 600
+    assert (result.b.tail["p90"].value_ms, result.b.tail["p99"].value_ms) == (0.1, 1.0)
+    assert compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES).best.b.tail == {}
+
+
+def test_as_many_samples_as_single_inferences_are_asked_for() -> None:
+    engine = TimedEngine(steady(3.0))
+    assert compare(engine, engine, IMAGES, singles=400).best.singles >= 400
+    slow = TimedEngine(steady(1000.0))  # there is no time for so many
+    best = compare(slow, slow, IMAGES, singles=400).best
+    assert best.singles == 12
+    assert best.a.tail["p99"].high_ms is None
+
+
+def test_noise_of_the_control_widens_the_interval_of_the_speedup() -> None:
+    latency = timing.Latency(1.0, 1.0, 1.0, 0.0)
+    speedup, control = timing.Interval(1.05, 1.03, 1.07), timing.Interval(1.0, 0.98, 1.01)
+    found = timing.Round(204, 1, 204, latency, latency, speedup, control).speedup_with_noise
+    assert (found.median, found.low, found.high) == pytest.approx((1.05, 1.03 * 0.98, 1.07 / 0.98))
+
+
 def test_interval_of_five_values_is_refused() -> None:
     with pytest.raises(ValueError, match="5 values are too few"):
         median_interval([1, 2, 3, 4, 5])
@@ -62,13 +116,20 @@ def test_ten_percent_slower_is_found_on_the_real_clock() -> None:
     assert result.best.speedup.median < 0.97 or not result.decided
 
 
+def everywhere(milliseconds: float) -> dict[str, timing.Percentile]:
+    """The percentiles of 204 equal times: too few for an upper end of the highest two."""
+    known = timing.Percentile(milliseconds, milliseconds, milliseconds)
+    open_ended = timing.Percentile(milliseconds, milliseconds, None)
+    return {"p90": known, "p95": known, "p99": open_ended, "p99.9": open_ended}
+
+
 def test_figures_of_known_times() -> None:
     a = TimedEngine(itertools.cycle([4.0]), steady(4.0))
     result = compare(a, TimedEngine(steady(2.0)), IMAGES, pairs=200)
     assert result.batch == 2
     assert result.best.pairs == 204  # a multiple of the six orders
-    assert result.best.a == timing.Latency(4.0, 4.0, 4.0, 4.0, 0.0)
-    assert result.best.b == timing.Latency(2.0, 2.0, 2.0, 2.0, 0.0)
+    assert result.best.a == timing.Latency(4.0, 4.0, 4.0, 0.0, everywhere(4.0))
+    assert result.best.b == timing.Latency(2.0, 2.0, 2.0, 0.0, everywhere(2.0))
     assert result.best.speedup == timing.Interval(2.0, 2.0, 2.0)
     assert result.best.control == timing.Interval(1.0, 1.0, 1.0)
     assert result.decided
@@ -149,7 +210,7 @@ def test_warm_up_waits_for_stable_times() -> None:
     falling = itertools.chain((10.0 * 0.8**step for step in range(15)), steady(2.0))
     a = TimedEngine(falling, steady(2.0))
     result = compare(a, TimedEngine(steady(2.0)), IMAGES)
-    assert result.best.a.p99_ms == 2.0  # none of the first, slow samples was counted
+    assert result.best.a.tail["p99"].value_ms == 2.0  # none of the first, slow samples was counted
 
 
 class CountingEngine(TimedEngine):

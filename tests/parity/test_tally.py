@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from polar_deploy import parity
 
@@ -15,19 +16,52 @@ def test_drop_interval_agrees_with_a_bootstrap(lost: int, gained: int, samples: 
     assert parity.drop_interval(lost, gained, samples) == pytest.approx((low, high), abs=0.06 * width)
 
 
-@pytest.mark.parametrize("shares", [(0.01, 0.01), (0.03, 0.01), (0.002, 0.0), (0.2, 0.1)])
-def test_drop_interval_covers_the_truth(shares: tuple[float, float]) -> None:
-    samples = 300
-    draws = np.random.default_rng(1).multinomial(samples, [*shares, 1 - sum(shares)], size=4000)
-    truth = 100 * (shares[0] - shares[1])
-    intervals = [parity.drop_interval(int(lost), int(gained), samples) for lost, gained, _ in draws]
-    assert np.mean([low <= truth <= high for low, high in intervals]) >= 0.94
+def wrong_passes(samples: int, lost: float, gained: float) -> float:
+    """How often the upper end is at most the true drop, exactly: over all counts that the two shares may give."""
+    truth, found = 100 * (lost - gained) + 1e-9, 0.0
+    most = int(binom.isf(1e-7, samples, lost)) + 1
+    for count, chance in enumerate(binom.pmf(np.arange(most + 1), samples, lost)):
+        others = np.arange(int(binom.isf(1e-7, samples - count, gained / (1 - lost))) + 1 if gained else 1)
+        chances = binom.pmf(others, samples - count, gained / (1 - lost))
+        passes = [parity.drop_interval(count, int(other), samples)[1] <= truth for other in others]
+        found += chance * float(chances @ passes)
+    return found
 
 
-def test_drop_interval_is_open_to_doubt_without_any_discordant_pair() -> None:
-    low, high = parity.drop_interval(0, 0, 100)
-    assert -3 < low < 0 < high < 3
-    assert low == -high
+@pytest.mark.parametrize("samples", [100, 360, 1000])
+@pytest.mark.parametrize(("lost", "gained"), [(0.01, 0.0), (0.0125, 0.0025), (0.02, 0.01), (0.02, 0.0)])
+def test_the_truth_lies_above_the_upper_end_in_a_fortieth_of_cases(samples: int, lost: float, gained: float) -> None:
+    """Also where hardly any pair differs; a Wald interval, adjusted or not, lets through up to 13 % there."""
+    assert wrong_passes(samples, lost, gained) <= 0.0265
+
+
+def test_drop_interval_where_no_pair_differs() -> None:
+    """None of n samples is lost: that leaves the drop d open with n d = z sqrt(n d (1 - d)), so d = z^2 / (n + z^2)."""
+    for samples in (100, 360, 10_000):
+        low, high = parity.drop_interval(0, 0, samples)
+        assert high == pytest.approx(100 * 3.841459 / (samples + 3.841459), rel=1e-5)
+        assert low == -high
+
+
+def test_where_no_drop_is_allowed_it_is_mcnemars_test() -> None:
+    """(lost - gained) / sqrt(lost + gained) against 1.96: 7 / 3 decides, 5 / sqrt(7) does not."""
+    assert parity.drop_interval(1, 8, 500)[1] < 0 < parity.drop_interval(1, 6, 500)[1]
+    assert parity.drop_interval(8, 1, 500)[0] > 0 > parity.drop_interval(6, 1, 500)[0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "samples", "bound"), [(0, 0, 360, 1.0), (2, 1, 719, 0.5), (30, 10, 1000, 1)]
+)
+def test_number_of_samples_that_would_decide(lost: int, gained: int, samples: int, bound: float) -> None:
+    needed = parity.Tally(samples=samples, lost=lost, gained=gained).samples_to_decide(bound)
+    assert needed is not None
+    for count, decided in ((needed, True), (needed - 1, False)):
+        low, high = parity.drop_interval(lost * count / samples, gained * count / samples, count)
+        assert (high <= bound or low > bound) == decided
+
+
+def test_no_number_of_samples_decides_a_drop_that_is_the_bound() -> None:
+    assert parity.Tally(samples=1000, lost=15, gained=5).samples_to_decide(1.0) is None
 
 
 def test_gap_is_measured_by_the_largest_logit() -> None:

@@ -58,6 +58,7 @@ def test_table_shows_the_figures(folder: Path) -> None:
     assert row(text, "file size") == ["file size", "1.1 MB", "412 kB", "37.5 % of full"]
     assert row(text, "latency, batch 1") == ["latency, batch 1", "1.23 ms", "0.863 ms", "1.43× as fast (1.38 to 1.46)"]
     assert row(text, "p99, batch 1") == ["p99, batch 1", "1.88 ms", "1.21 ms", ""]
+    assert row(text, "p99, batch 64") == ["p99, batch 64", "65.1 ms", "40.9 ms", "too few samples for an interval"]
     undecided = "undecided: noise of 3.4 %"
     assert row(text, "latency, batch 64") == ["latency, batch 64", "52.2 ms", "32.6 ms", undecided]
     assert row(text, "gated blocks") == ["gated blocks", "3", "2", "1 of 3 removed"]

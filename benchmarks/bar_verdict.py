@@ -1,0 +1,128 @@
+"""How often the verdict is wrong: accuracy by simulation over true drops and sizes of test sets, latency by A/A runs.
+
+A drop of one point is allowed. Each simulated pair of networks differs on 1 % of the images beside its true drop. Two
+engines of one network are then timed 40 times, and 40 times with 3 % added to the second one's times: neither is ever
+to be called a speed-up. Ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.common import write_result
+from polar_deploy import parity
+from polar_deploy.config import Verdict
+from polar_deploy.engines import Array, Engine, Timer, timing
+
+DROPS = (0.0, 0.5, 1.0, 1.5, 2.0)  # points
+SAMPLES = (100, 200, 360, 719, 1000, 2000, 5000, 10_000)
+DRAWS = 20_000
+RIGHT, EXTRA = 0.9, 0.01  # share that the full network is right on; that each network alone is right on, drop aside
+RUNS = 40
+ASKED = Verdict(max_drop=1.0, min_speedup=1.02)
+
+
+@cache
+def result(lost: int, gained: int, samples: int, rule: str) -> str:
+    """The verdict's own answer for the counts of a test set with ten classes."""
+    right = round(RIGHT * samples)
+    seen = Counter(dict.fromkeys(range(10), samples // 10))
+    counts = {"full_right": right, "compressed_right": right - lost + gained, "seen_of": seen}
+    tally = parity.Tally(samples=samples, lost=lost, gained=gained, **counts)
+    return parity.judge_accuracy(tally, ASKED.model_copy(update={"accuracy_rule": rule})).result
+
+
+def accuracy(drop: float, samples: int) -> dict[str, Any]:
+    """Shares of pass, fail and undecided where the true drop is `drop` points."""
+    shares = (drop / 100 + EXTRA, EXTRA)
+    draws = np.random.default_rng([round(10 * drop), samples]).multinomial(samples, [*shares, 1 - sum(shares)], DRAWS)
+    answers = Counter(result(int(lost), int(gained), samples, "interval") for lost, gained, _ in draws)
+    point = np.mean([result(int(lost), int(gained), samples, "point") == "pass" for lost, gained, _ in draws])
+    percent = {name: round(100 * answers[name] / DRAWS, 2) for name in ("pass", "undecided", "fail")}
+    return {"drop": drop, "samples": samples, **percent, "pass_by_point": round(100 * float(point), 2)}
+
+
+class Slower:
+    """An engine whose times are multiplied: what is slower by so much, on a clock with this machine's noise."""
+
+    def __init__(self, engine: Engine, factor: float) -> None:
+        self._engine, self._factor = engine, factor
+        self.batches, self.input_shape = engine.batches, engine.input_shape
+
+    def infer(self, images: Array) -> Array:
+        return self._engine.infer(images)
+
+    def timer(self, images: Array) -> Timer:
+        measured = self._engine.timer(images)
+        return lambda inferences: self._factor * measured(inferences)
+
+    def duplicate(self) -> Engine:
+        return Slower(self._engine.duplicate(), self._factor)
+
+    def conditions(self) -> dict[str, Any] | None:
+        return None
+
+
+def network(path: Path) -> Path:
+    """Four convolutions of 32 channels, [batch,3,32,32] to 10 logits."""
+    rng, nodes, constants, last, into = np.random.default_rng(0), [], [], "input", 3
+    for index in range(4):
+        weight = rng.standard_normal((32, into, 3, 3)).astype(np.float32) / np.float32(np.sqrt(9 * into))
+        constants.append(numpy_helper.from_array(weight, f"w{index}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{index}"], [f"c{index}"], pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"]))
+        last, into = f"r{index}", 32
+    constants.append(numpy_helper.from_array(rng.standard_normal((32, 10)).astype(np.float32), "head"))
+    nodes += [helper.make_node("GlobalAveragePool", [last], ["mean"]), helper.make_node("Flatten", ["mean"], ["flat"])]
+    nodes.append(helper.make_node("Gemm", ["flat", "head"], ["logits"]))
+    edges = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 32, 32]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10]),
+    ]
+    graph = helper.make_graph(nodes, "net", edges[:1], edges[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def latency(path: Path, factor: float) -> dict[str, Any]:
+    """The answers of `RUNS` comparisons of a network with itself, the second one's times multiplied."""
+    from polar_deploy.engines.ort import OrtEngine
+
+    images, answers, speedups = np.zeros((1, 3, 32, 32), np.float32), Counter[str](), []
+    for _ in range(RUNS):
+        first, second = OrtEngine(path), OrtEngine(path)
+        other: Engine = Slower(second, factor) if factor != 1 else second
+        measured = timing.compare(first, other, images, seconds=(1.0, 5.0), max_rounds=1)
+        answers[parity.judge_latency(measured, ASKED).result] += 1
+        speedups.append(measured.best.speedup.median)
+    return {"factor": factor, **answers, "speedups": [round(min(speedups), 4), round(max(speedups), 4)]}
+
+
+def main() -> int:
+    """Run the bars; 0 if all are met."""
+    table = [accuracy(drop, samples) for drop in DROPS for samples in SAMPLES]
+    with tempfile.TemporaryDirectory() as folder:
+        path = network(Path(folder) / "a.onnx")
+        even, slower = latency(path, 1.0), latency(path, 1.03)
+    at_bound = [row["pass"] for row in table if row["drop"] == ASKED.max_drop]
+    error = 100 * float(np.sqrt(0.025 * 0.975 / DRAWS))
+    bars = {
+        "wrong passes at the bound, 2.5 % within two standard errors": max(at_bound) <= 2.5 + 2 * error,
+        "wrong passes beyond the bound, 2.5 %": all(row["pass"] <= 2.5 for row in table if row["drop"] > 1),
+        "wrong fails within the bound, 2.5 %": all(row["fail"] <= 2.5 for row in table if row["drop"] < 1),
+        f"a network is never faster than itself, {RUNS} runs": even.get("pass", 0) == 0,
+        f"3 % slower is never called a speed-up, {RUNS} runs": slower.get("pass", 0) == 0,
+    }
+    return write_result("verdict", bars, {"draws": DRAWS, "accuracy": table, "latency": [even, slower]})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
