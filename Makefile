@@ -14,7 +14,7 @@ KEEP := ^(torch|torchvision|triton|tensorrt|numpy|nvidia|cuda|pytorch)
 
 .PHONY: demo test lint bars
 demo: $(INSTALLED)
-	$(BIN)/python -m polar_deploy.pipeline --recipe pipelines/digits.yaml $(ARGS)
+	$(BIN)/python -m polar_deploy.pipeline --recipe digits $(ARGS)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=polar_deploy $(ARGS)

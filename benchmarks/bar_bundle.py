@@ -21,7 +21,7 @@ def main() -> int:
     """Run the bars; 0 if all are met."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        demo = run_pipeline(folder / "run", "--recipe", "pipelines/digits.yaml")
+        demo = run_pipeline(folder / "run", "--recipe", "digits")
         python, packages = _environment(folder / "environment")
         bundle = folder / "run/bundle"
         whole = [_verify(python, bundle, "--no-timing") for _ in range(REPEATS)]

@@ -15,10 +15,7 @@ SEEDS = (0, 1, 2)
 def main() -> int:
     """Run the bars; 0 if all are met."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            run_pipeline(Path(folder) / str(seed), "--recipe", "pipelines/digits.yaml", "--seed", str(seed))
-            for seed in SEEDS
-        ]
+        runs = [run_pipeline(Path(folder) / str(seed), "--recipe", "digits", "--seed", str(seed)) for seed in SEEDS]
     reports = [run["report"] for run in runs]
     bars = {
         "exit code 0 for each seed": all(run["exit_code"] == 0 for run in runs),

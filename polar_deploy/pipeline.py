@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", help="what the engine is for, such as trt-fp16; auto: the fastest one here (default: ort-fp32)")
     add("--data", help="digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function")
     add("--data-dir", metavar="DIR", help="where the data lies (default: data)")
-    add("--recipe", metavar="FILE", type=Path, help="settings in YAML; the options here are laid over it")
+    add("--recipe", metavar="FILE", help="settings in YAML, or the name of a recipe such as cifar10-resnet56")
     add("--full-weights", metavar="FILE", help="take the full network as given (.safetensors, .npz, .pth)")
     add(
         "--budget",
@@ -179,7 +179,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     overrides |= dict(recipes.parse_set(text) for text in arguments.set)
     if arguments.recipe is None and "model" not in overrides:
         raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
-    return recipes.load(arguments.recipe, overrides, options)
+    recipe = None if arguments.recipe is None else recipes.find(arguments.recipe)
+    return recipes.load(recipe, overrides, options)
 
 
 def _require_packages(names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from polar_deploy.errors import UsageError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+SHIPPED = Path(__file__).parent / "pipelines"  # recipes that come with the package
 _BUDGET_HELP = "give a share of the full network's cost between 0 and 1, such as 0.5 or macs=0.5,params=0.6"
 
 
@@ -40,6 +41,25 @@ def load(recipe: Path | None, overrides: Mapping[str, object], options: Mapping[
     for key, value in overrides.items():
         draft.put(key, value, place=(options or {}).get(key, f"--set {key}"))
     return draft.settings()
+
+
+def find(name: str) -> Path:
+    """The recipe of that name: a YAML file, or one that comes with the package, such as cifar10-resnet56.
+
+    Raises:
+        UsageError: there is neither; the message lists those that come with the package.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path  # whoever reads it says what is wrong with it
+    shipped = {recipe.stem: recipe for recipe in SHIPPED.glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, shipped, n=1)
+    raise UsageError(
+        f"--recipe {name}: no such file, and no recipe of that name; there are {', '.join(sorted(shipped))}",
+        f"did you mean {near[0]}?" if near else "give a YAML file, or one of these names",
+    )
 
 
 def dump(settings: Settings) -> str:

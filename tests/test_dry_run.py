@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polar_deploy import models
+from polar_deploy import models, recipes
 from polar_deploy.pipeline import STAGES
-from tests.conftest import ROOT, polar
+from tests.conftest import polar
 
 # recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables.
 # A ResNet for CIFAR has 9 * (16 + 32 + 64) channels inside its blocks, and 64 in its streams: those of the first stage
@@ -51,13 +51,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_pipeline_is_tried() -> None:
-    assert sorted(PIPELINES) == sorted(path.stem for path in (ROOT / "pipelines").glob("*.yaml"))
+    assert sorted(PIPELINES) == sorted(path.stem for path in recipes.SHIPPED.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
     pixels, classes, gates = PIPELINES[name]
-    outcome = polar("--recipe", ROOT / "pipelines" / f"{name}.yaml", "--dry-run")
+    outcome = polar("--recipe", name, "--dry-run")
     assert (outcome.code, outcome.err) == (0, "")
     plan = dict(re.findall(r"^(folder|stages|gates|full|smallest|target) +(.+)$", outcome.out, re.MULTILINE))
     model = re.search(r"^model: (\w+)$", outcome.out, re.MULTILINE)

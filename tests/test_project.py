@@ -58,7 +58,7 @@ def test_make_installs_once(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "installed").touch()
     done = make(checkout, "--dry-run", "demo", "ARGS=--seed 1")
-    assert done.stdout == ".venv/bin/python -m polar_deploy.pipeline --recipe pipelines/digits.yaml --seed 1\n"
+    assert done.stdout == ".venv/bin/python -m polar_deploy.pipeline --recipe digits --seed 1\n"
 
 
 def test_make_names_a_python_that_is_too_old(checkout: Path) -> None:

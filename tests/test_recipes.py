@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar_deploy import recipes
 from polar_deploy.config import Budget, Settings, Training
 from polar_deploy.errors import UsageError
-from polar_deploy.recipes import dump, load, parse_budget, parse_set
+from polar_deploy.recipes import dump, find, load, parse_budget, parse_latency, parse_set
 from polar_deploy.targets import parse as parse_target
 
-PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
+PIPELINES = sorted(recipes.SHIPPED.glob("*.yaml"))
 
 
 def refused(folder: Path, text: str, overrides: dict[str, object] | None = None, **options: Any) -> list[str]:
@@ -27,6 +28,31 @@ def refused(folder: Path, text: str, overrides: dict[str, object] | None = None,
 
 
 # --------------------------------------------------------------------------- what is read
+
+
+def test_a_recipe_is_found_by_name_or_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(find("cifar10-resnet56"), {}).model == "resnet56"
+    with pytest.raises(UsageError, match=r"cifar10-resnet57: no such file.*there are cifar10-resnet56, ") as caught:
+        find("cifar10-resnet57")
+    assert caught.value.todo == "did you mean cifar10-resnet56?"
+    (tmp_path / "digits").write_text("model: resnet32\n")  # a file of one's own comes first
+    assert load(find("digits"), {}).model == "resnet32"
+
+
+@pytest.mark.parametrize(
+    ("text", "bound", "percentile"), [("5", 5.0, "p50"), ("p99=0.5", 0.5, "p99"), ("p99.9=7", 7.0, "p99.9")]
+)
+def test_a_bound_on_a_percentile_of_latency(text: str, bound: float, percentile: str) -> None:
+    verdict = load(None, {"model": "resnet20", **parse_latency(text)}).verdict
+    assert (verdict.max_latency_ms, verdict.latency_percentile) == (bound, percentile)
+
+
+@pytest.mark.parametrize("text", ["p98=5", "=5", "p99=", "p99=-1", "fast"])
+def test_a_bound_on_latency_that_is_none(text: str) -> None:
+    options = dict.fromkeys(("verdict.max_latency_ms", "verdict.latency_percentile"), "--max-latency-ms")
+    with pytest.raises(UsageError, match="--max-latency-ms"):
+        load(None, {"model": "resnet20", **parse_latency(text)}, options)
 
 
 @pytest.mark.parametrize("recipe", PIPELINES, ids=lambda path: path.stem)
