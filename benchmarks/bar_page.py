@@ -20,7 +20,7 @@ from benchmarks.common import run_pipeline, write_result
 from polar_deploy.bundle.__main__ import main as bundle
 from polar_deploy.report.__main__ import main as report
 
-QUICK = ("--recipe", "pipelines/digits.yaml", "--epochs", "4", "--budget", "macs=0.5", "--max-drop", "100")
+QUICK = ("--recipe", "digits", "--epochs", "4", "--budget", "macs=0.5", "--max-drop", "100")
 _VIEWS = {
     "desktop": (1200, False),
     "phone": (390, False),

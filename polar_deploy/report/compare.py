@@ -42,12 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(compared, indent=1, allow_nan=False))
         return 0
-    from rich.console import Console
+    from polar_deploy.progress import console
 
-    console = Console()
-    console.print(table(compared))
+    terminal = console()
+    terminal.print(table(compared))
     for note in compared["notes"]:
-        console.print(note, markup=False, highlight=False)
+        terminal.print(note, markup=False, highlight=False)
     if arguments.html:
         print(f"page: {arguments.html}")
     return 0

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw the gates of a run."""
-    from rich.console import Console
+    from polar_deploy.progress import console
 
-    draw(JsonFile(arguments.folder / "gated/gates.json"), Console())
+    draw(JsonFile(arguments.folder / "gated/gates.json"), console())
     return 0
 
 
