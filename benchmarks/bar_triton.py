@@ -97,11 +97,11 @@ def tritonserver(environment: Path, folder: Path) -> dict[str, Any]:
     (backends / "onnxruntime").mkdir(exist_ok=True)
     shutil.copy(BACKEND, backends / "onnxruntime" / "model.py")
     libraries = [
-        str(shipped / "external_libs"),
+        str(Path(package).parent / "nvidia_pytriton.libs"),
         sysconfig.get_config_var("LIBDIR"),
         os.environ.get("LD_LIBRARY_PATH", ""),
     ]
-    variables = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)), "PYTHONPATH": site}
+    variables = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)), "TRITON_SITE": site}
     return {"binary": shipped / "bin" / "tritonserver", "backends": backends, "variables": {**os.environ, **variables}}
 
 

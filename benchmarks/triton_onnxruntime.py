@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
+
+sys.path.insert(0, os.environ["TRITON_SITE"])  # the stub has a PYTHONPATH of its own making
 
 import numpy as np
 import onnxruntime
