@@ -17,7 +17,8 @@ from polar_deploy.errors import UsageError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-SHIPPED = Path(__file__).parent / "pipelines"  # recipes that come with the package
+_PLACES = (Path(__file__).parent / "pipelines", Path(__file__).parents[1] / "pipelines")  # installed, in a checkout
+SHIPPED = next((place for place in _PLACES if place.is_dir()), _PLACES[0])  # recipes that come with the package
 _BUDGET_HELP = "give a share of the full network's cost between 0 and 1, such as 0.5 or macs=0.5,params=0.6"
 
 
