@@ -248,7 +248,8 @@ class Facts:
     def _forward(self, node: Node) -> Step:
         from polar_deploy.surgery.ops import UNKNOWN, handler
 
-        step = Step(node, self, handler(node) if self.graph.body.opset >= OLDEST_OPSET else UNKNOWN)
+        opset = self.graph.body.opset
+        step = Step(node, self, handler(node, opset) if opset >= OLDEST_OPSET else UNKNOWN)
         try:
             step.handler.couple(step)
             step.handler.constants(step)

@@ -117,10 +117,19 @@ class Graph:
                 (user, at - (user is node and at > index)) for user, at in users if user is not node or at != index
             ]
 
+    def drop_output(self, node: Node, index: int) -> None:
+        """Takes an output that nobody reads away from an operator that has any number of them."""
+        del node.outputs[index]
+
     def set_attribute(self, node: Node, name: str, value: object) -> None:
         """Sets an attribute."""
         node.attrs[name] = value
         self._touched.add(id(node))
+
+    def drop_attribute(self, node: Node, name: str) -> None:
+        """Takes an attribute away, if it is there."""
+        if node.attrs.pop(name, None) is not None:
+            self._touched.add(id(node))
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
         """The element type of a computed tensor; float32 where nothing says otherwise."""

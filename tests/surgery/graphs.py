@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,21 @@ def run(model: onnx.ModelProto, batch: int) -> list[Array]:
         feeds[value.name] = (2 * random.standard_normal(shape)).astype(np.float32)
     results: list[Array] = session.run(None, feeds)
     return results
+
+
+@cache
+def newest_opset() -> int:
+    """The newest opset that both onnx and ONNX Runtime know here."""
+    for opset in range(onnx.defs.onnx_opset_version(), 0, -1):
+        x, y = (helper.make_tensor_value_info(name, 1, [1]) for name in "xy")
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "net", [x], [y])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        try:
+            ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        except Exception:  # noqa: BLE001 - ONNX Runtime has no common class for its errors
+            continue
+        return opset
+    raise AssertionError("ONNX Runtime takes no opset")
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:

@@ -447,6 +447,30 @@ def test_concat_of_constant_parts() -> None:
     np.testing.assert_array_equal(weight(surgery.model, "two"), weight(model, "two")[:, kept])
 
 
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_concat_whose_part_goes_beside_a_constant_that_is_cut(order: str) -> None:
+    """Part a is closed as a whole, of b two channels, of the constant c one: wherever c stands, it stays a constant."""
+    net = Net()
+    closed = {"a": [*range(6)], "b": [0, 3], "c": [2]}
+    parts = {name: net.gate(net.conv("input", 6, name), closed[name], f"gate.{name}") for name in "ab"}
+    held = net.random.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    held[:, closed["c"]] = 0
+    parts["c"] = net.constant("held", held)
+    widths = {"a": 6, "b": 6, "c": 4}
+    net.node("Concat", [parts[name] for name in order], "joined", axis=1)
+    net.width["joined"] = 16
+    model = net.model(net.conv("joined", 4, "two", kernel=1))
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    surgery = cut(model)
+    assert "a" not in names(surgery.model)
+    kept = [(name, i) for name in order for i in range(widths[name]) if i not in closed[name]]
+    first = {name: sum(widths[x] for x in order[: order.index(name)]) for name in order}
+    np.testing.assert_array_equal(
+        weight(surgery.model, "two"), weight(model, "two")[:, [first[name] + i for name, i in kept]]
+    )
+
+
 def test_concat_along_another_axis_with_a_constant() -> None:
     """The constant loses its channels like the tensors it is joined with."""
 

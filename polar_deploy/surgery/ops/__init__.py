@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.graph import Node
 
 UNKNOWN = Unknown()
+NEWEST_OPSET = 28  # whose definitions the handlers follow; what an operator means since a later one is not known
 
 
 @cache
@@ -24,6 +25,18 @@ def table() -> dict[str, Operator]:
     return handlers
 
 
-def handler(node: Node) -> Operator:
-    """The handler of a node; `UNKNOWN` for operators of other domains and for those that nobody wrote one for."""
-    return UNKNOWN if node.domain not in (None, "", "ai.onnx") else table().get(node.op, UNKNOWN)
+def handler(node: Node, opset: int) -> Operator:
+    """The handler of a node; `UNKNOWN` where there is none for its operator, or for its definition in this opset."""
+    if node.domain not in (None, "", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):
+        return UNKNOWN
+    return table().get(node.op, UNKNOWN)
+
+
+@cache
+def is_newer(operator: str, opset: int) -> bool:
+    """Whether the definition of an operator in `opset` is later than those that the handlers follow."""
+    import onnx
+
+    if opset > onnx.defs.onnx_opset_version():
+        return True
+    return bool(onnx.defs.get_schema(operator, opset).since_version > NEWEST_OPSET)

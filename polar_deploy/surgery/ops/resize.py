@@ -147,12 +147,13 @@ class SpaceToDepth(Operator):
     """SpaceToDepth: all blocksize² copies of a channel go with it."""
 
     def couple(self, step: Step) -> None:
-        source = step.require()
+        source, count = step.require(), step.node.attrs["blocksize"] ** 2
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
         target = step.create((1,))
         every = np.arange(len(target))
-        step.link(source, target, every % len(source), every)
+        depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
+        step.link(source, target, every % len(source) if depth_first else every // count, every)
 
 
 class CenterCropPad(Operator):

@@ -329,7 +329,7 @@ class Concat(Operator):
                     values = values.take(own, axis=each)
                 step.graph.set_constant(node, index, values)
         for index in reversed(gone):
-            del node.inputs[index]
+            step.graph.drop_input(node, index)
         if len(node.inputs) == 1:
             step.graph.bypass(node)
 

@@ -61,7 +61,8 @@ class Split(Operator):
         sizes = [int(source.kept[end - size : end].sum()) for size, end in zip(step.memo, ends, strict=True)]
         for index in reversed(range(len(sizes))):
             if step.memo[index] and not sizes[index]:
-                del node.outputs[index], sizes[index]
+                step.graph.drop_output(node, index)
+                del sizes[index]
         if len(sizes) == 1 and step.graph.bypass(node):
             return
         self._write(step, sizes)
@@ -75,9 +76,7 @@ class Split(Operator):
         elif graph.body.opset < 13:
             graph.set_attribute(node, "split", sizes)
         else:
-            if "num_outputs" in node.attrs:
-                graph.set_attribute(node, "axis", node.attrs.get("axis", 0))
-                del node.attrs["num_outputs"]
+            graph.drop_attribute(node, "num_outputs")
             write_numbers(step, 1, sizes)
 
 

@@ -102,6 +102,16 @@ def _concat(g: RandomGraph, x: str) -> str:
     return g.op("Concat", *parts, axis=g.pick((1, -3)), width=sum(g.width[part] for part in parts))
 
 
+def _concat_constant(g: RandomGraph, x: str) -> str:
+    """Along the channels, of means over the batch and a constant."""
+    parts = [g.axes("ReduceMean", part, [0], 18, keepdims=1) for part in (x, g.partner(x, width=4))]
+    widths = [*(g.width[part] for part in parts), 2]
+    parts.append(g.value(g.normal(1, 2, *g.space[x])))
+    order = g.pick(((0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)))
+    joined = g.op("Concat", *(parts[i] for i in order), axis=1, width=sum(widths))
+    return g.op("Add", joined, g.conv_of(x, sum(widths)))
+
+
 def _concat_rows(g: RandomGraph, x: str) -> str:
     height, across = g.space[x]
     if height > 8:
@@ -248,7 +258,8 @@ def _space_to_depth(g: RandomGraph, x: str) -> str:
         x = g.op("Slice", x, *(np.array(v) for v in ([0, 0], [height, across], [2, 3]))) if g.opset >= 10 else x
     if g.opset < 10 and (g.space[x][0] % 2 or g.space[x][1] % 2):
         return x
-    return g.op("SpaceToDepth", x, blocksize=2, width=4 * g.width[x], space=(height // 2, across // 2))
+    mode = {"mode": g.pick(("DCR", "CRD"))} if g.opset >= 28 else {}
+    return g.op("SpaceToDepth", x, blocksize=2, width=4 * g.width[x], space=(height // 2, across // 2), **mode)
 
 
 def _crop(g: RandomGraph, x: str) -> str:
@@ -299,6 +310,7 @@ ENTRIES: dict[str, Entry] = {
     "GatherElements": Entry(_gather_elements, 11, fixed=True),
     "ReverseSequence": Entry(_reverse, 10),
     "Concat": Entry(_concat),
+    "Concat constant": Entry(_concat_constant, fixed=True),
     "Concat rows": Entry(_concat_rows, fixed=True),
     "Pad": Entry(_pad, fixed=True),
     "CenterCropPad": Entry(_crop, 18, fixed=True),
