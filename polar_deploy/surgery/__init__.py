@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
     from polar_deploy.surgery.count import Cost
+    from polar_deploy.surgery.stored import Stored
 
 __all__ = ["Surgery", "compress", "compress_file", "cost"]
 
@@ -29,67 +30,89 @@ class Surgery:
     report: dict[str, Any]
 
 
-def compress(model: onnx.ModelProto, *, verify: bool = True) -> Surgery:
+def compress(model: onnx.ModelProto, *, verify: bool = True, allow_unverified: bool = False) -> Surgery:
     """Removes what is dead from `model`, which is left as it is, and proves that the function is the same.
 
+    A model that ONNX Runtime runs and surgery cannot follow comes back as it is; the report says why.
+
+    Args:
+        verify: compare both graphs in ONNX Runtime.
+        allow_unverified: return the cut model even where that cannot be done; the report says why.
+
     Raises:
-        ContentError: the model is invalid, or the proof failed.
+        ContentError: the model is invalid, the proof failed, or (unless `allow_unverified`) it cannot be made.
         MachineError: ONNX Runtime is not installed and `verify` is set.
     """
     from tempfile import TemporaryDirectory
 
-    from polar_deploy.surgery import report, rounds, stored
-    from polar_deploy.surgery.verify import verify as prove
+    from polar_deploy.surgery import stored
+    from polar_deploy.surgery.operation import Operation
 
-    before = stored.take(model)
-    done = rounds.operate(before)
-    proof = None
-    if verify:
-        with TemporaryDirectory() as folder:
-            paths = Path(folder, "before.onnx"), Path(folder, "after.onnx")
-            for path, one in zip(paths, (before, done[-1].model), strict=True):
-                stored.write(one, path, path.with_suffix(".data") if one.needs_data_file else None)
-            proof = prove(before.model, *paths)
-    return Surgery(stored.to_model(done[-1].model), report.build(done, before.model, proof))
+    with TemporaryDirectory() as folder:
+
+        def source() -> Path:
+            path = Path(folder, "before.onnx")
+            if not path.exists():
+                stored.write(before, path, path.with_suffix(".data") if before.needs_data_file else None)
+            return path
+
+        def write(after: Stored) -> Path:
+            path = Path(folder, "after.onnx")
+            if verify:
+                stored.write(after, path, path.with_suffix(".data") if after.needs_data_file else None)
+            return path
+
+        before = stored.take(model, check=False)
+        after, told = Operation(before, "the model", source, write, verify, allow_unverified).run()
+    return Surgery(model if after is None else stored.to_model(after), told)
 
 
-def compress_file(source: Path, target: Path, *, report: Path | None = None, verify: bool = True) -> dict[str, Any]:
+def compress_file(
+    source: Path, target: Path, *, report: Path | None = None, verify: bool = True, allow_unverified: bool = False
+) -> dict[str, Any]:
     """Reads `source`, writes the smaller model to `target` and, if asked, the report; all whole or not at all.
 
-    Where the weights of `source` lie in files of their own, those of `target` go to `TARGET.data` beside it.
+    Where the weights of `source` lie in files of their own, those of `target` go to `TARGET.data` beside it. Arguments
+    are as of `compress`.
 
     Returns:
         The report.
 
     Raises:
         UsageError: `source` is missing, or a place cannot be written.
-        ContentError: the model is invalid, or the proof failed.
+        ContentError: the model is invalid, the proof failed, or (unless `allow_unverified`) it cannot be made.
         MachineError: ONNX Runtime is not installed and `verify` is set; no space.
     """
     from contextlib import ExitStack
 
-    from polar_deploy.surgery import report as reports
-    from polar_deploy.surgery import rounds, stored
-    from polar_deploy.surgery.verify import verify as prove
+    from polar_deploy.surgery import stored
+    from polar_deploy.surgery.operation import Operation
     from polar_deploy.workspace import atomic_path, write_json
 
     _check_places(source, target, report)
-    before = stored.read(source)
-    done = rounds.operate(before)
-    after, proof = done[-1].model, None
+    before = stored.read(source, check=False)
     with ExitStack() as files:  # they are moved into place at the end, the last one entered first
         tmp = files.enter_context(atomic_path(target))
-        data = target.with_name(f"{target.name}.data") if after.needs_data_file else None
-        tmp_data = files.enter_context(atomic_path(data)) if data else None
-        stored.write(after, tmp, tmp_data)
-        if verify:
-            proof = prove(before.model, source, tmp)
-        if data:
-            stored.refer_to(tmp, data.name)
-        told = reports.build(done, before.model, proof)
+        places: list[Path] = []  # of the data, in the meantime
+
+        def write(after: Stored) -> Path:
+            if after.needs_data_file and not places:
+                places.append(files.enter_context(atomic_path(_data_of(target))))
+            stored.write(after, tmp, places[0] if after.needs_data_file else None)
+            return tmp
+
+        after, told = Operation(before, str(source), lambda: source, write, verify, allow_unverified).run()
+        if after is None or after is before:
+            write(before)
+        if before.needs_data_file if after is None else after.needs_data_file:
+            stored.refer_to(tmp, _data_of(target).name)
         if report is not None:
             write_json(files.enter_context(atomic_path(report)), told)
     return told
+
+
+def _data_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.data")
 
 
 def _check_places(source: Path, target: Path, report: Path | None) -> None:

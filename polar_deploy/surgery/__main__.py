@@ -27,10 +27,19 @@ def _run(arguments: list[str] | None) -> int:
     parser.add_argument("target", metavar="OUT.onnx", type=Path, help="the smaller model")
     parser.add_argument("--report", metavar="R.json", type=Path, help="write what was cut, and what was not and why")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof in ONNX Runtime")
+    parser.add_argument(
+        "--allow-unverified", action="store_true", help="write the model even where the proof cannot be made"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_debug(parser)
     args = parser.parse_args(arguments)
-    report = compress_file(args.source, args.target, report=args.report, verify=not args.no_verify)
+    report = compress_file(
+        args.source,
+        args.target,
+        report=args.report,
+        verify=not args.no_verify,
+        allow_unverified=args.allow_unverified,
+    )
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
         return 0

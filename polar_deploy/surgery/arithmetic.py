@@ -69,7 +69,7 @@ class _Arithmetic:
         import onnx
 
         self.types = types
-        self.opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         self.numbers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         self._done: dict[tuple[bytes, ...], Array | None] = {}  # exporters write the same calculation again and again
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.model import Shape, infer_at
+from polar_deploy.surgery.model import infer_at
+from polar_deploy.surgery.sizes import Shape
 
 if TYPE_CHECKING:
     import onnx
@@ -55,11 +56,13 @@ class Cost:
     params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
         Scalars are left out: exporters that write the same network differ in them.
     layers: those with weights, in the graph's order.
+    inputs: the shapes of the inputs that it is counted at.
     """
 
     macs: int
     params: int
     layers: tuple[Layer, ...]
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     def padding(self, multiple: int) -> float:
         """`Layer.padding` of all layers together, weighted with their multiply-accumulates."""
@@ -77,16 +80,17 @@ WEIGHTS = {
 FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
 
 
-def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None) -> Cost:
+def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, strict: bool = True) -> Cost:
     """Counts the cost of a model.
 
     Args:
         folding: BatchNormalizations (by position) that count as what they fold to, see `foldable_norms`.
+        strict: whether shapes that contradict each other are an error.
 
     Raises:
         ContentError: its shapes contradict each other.
     """
-    shapes = infer_at(model, batch=1)
+    inputs, shapes = infer_at(model, batch=1, strict=strict)
     sizes = parameters(model)
     folding = folding or {}
     counted: set[str] = set()
@@ -105,12 +109,12 @@ def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None) -> 
             if node.input[WEIGHTS[node.op_type]] in sizes:
                 groups = next((a.i for a in node.attribute if a.name == "group"), 1)
                 layers.append(Layer(position, node.name or node.output[0], node.op_type, done, new, width, groups))
-    return Cost(macs, params, tuple(layers))
+    return Cost(macs, params, tuple(layers), inputs)
 
 
 def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
     """Multiply-accumulates at batch 1 of every node that has any, by its position in the graph."""
-    shapes = infer_at(model, batch=1)
+    _, shapes = infer_at(model, batch=1)
     return {
         position: _multiply(node, shapes)[0]
         for position, node in enumerate(model.graph.node)

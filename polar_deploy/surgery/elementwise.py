@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
-    from polar_deploy.surgery.model import Shape
+    from polar_deploy.surgery.sizes import Shape
     from polar_deploy.surgery.stored import Array
 
 

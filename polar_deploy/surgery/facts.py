@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.errors import ContentError
 from polar_deploy.surgery.graph import Graph, Node, Tensor
+from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.stored import Array
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class Facts:
                 if tensor.name:
                     self._open_opaque(step, tensor, step.memo)
         except (ValueError, IndexError, TypeError, KeyError) as error:  # numbers that do not fit together
-            raise ContentError(
+            raise NotUnderstoodError(
                 f"node {step.label} ({node.op}) contradicts its inputs: {error}", "export the model again"
             ) from error
         return step

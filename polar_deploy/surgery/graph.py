@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.arithmetic import evaluate
-from polar_deploy.surgery.model import SMALL, Shape, infer_shapes
-from polar_deploy.surgery.stored import PACKED, Array, Stored
+from polar_deploy.surgery.model import SMALL, STANDARD, infer_shapes
+from polar_deploy.surgery.sizes import Shape
+from polar_deploy.surgery.stored import PACKED, Array, Stored, copy_field, copy_fields, names_in_bodies
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     import onnx
-    from google.protobuf.message import Message
 
 Node = Any  # onnx_graphsurgeon.Node; the library has no type annotations
 Tensor = Any  # onnx_graphsurgeon.Tensor
@@ -37,22 +35,25 @@ class Graph:
         self._gs = gs
         self._stored = stored
         self.model = model = stored.model
-        self._tensors = infer_shapes(model)
+        self._tensors = infer_shapes(model, strict=stored.strict)
         self.body = gs.import_onnx(model)
+        self.is_changed = False  # whether the model differs from the one given
         for name, tensor in self.body.tensors().items():
             if name in stored.arrays:
                 tensor.values = stored.arrays[name]
+        # Constants as given, by id; the tensors are held, too, so that no other one takes the number.
+        self._given = {id(tensor): tensor for tensor in self.body.tensors().values() if self.is_constant(tensor)}
         self.original_nodes = list(self.body.nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self.original_nodes}
         self._proto = {id(node): proto for node, proto in zip(self.body.nodes, model.graph.node, strict=True)}
         named = labels if labels is not None else _labels(self.body.nodes)
         self._labels = {id(node): label for node, label in zip(self.body.nodes, named, strict=True)}
         self._outputs = {tensor.name for tensor in self.body.outputs}
-        self._inner = set(_names_in_bodies(model.graph.node))
+        self._inner = set(names_in_bodies(model.graph.node))
         self._names = self._inner | set(self.body.tensors())
         self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
         self._originals: dict[str, Tensor] = {}
-        self._touched: set[int] = set()
+        self._touched: dict[int, set[str]] = {}
         self._origins: dict[str, str] = {}
         self._fold_constants()
 
@@ -108,10 +109,12 @@ class Graph:
             name = f"{self.label(node)}.{'bias' if index == 2 else 'constant'}"
         node.inputs[index] = self._gs.Constant(name, np.asarray(values, order="C"))
         self._edited.setdefault(name, []).append((node, index))
+        self.is_changed = True
 
     def drop_input(self, node: Node, index: int) -> None:
         """Takes an input away from an operator that has any number of them."""
         del node.inputs[index]
+        self.is_changed = True
         for name, users in self._edited.items():
             self._edited[name] = [
                 (user, at - (user is node and at > index)) for user, at in users if user is not node or at != index
@@ -120,16 +123,21 @@ class Graph:
     def drop_output(self, node: Node, index: int) -> None:
         """Takes an output that nobody reads away from an operator that has any number of them."""
         del node.outputs[index]
+        self.is_changed = True
 
     def set_attribute(self, node: Node, name: str, value: object) -> None:
         """Sets an attribute."""
         node.attrs[name] = value
-        self._touched.add(id(node))
+        self._touch(node, name)
+
+    def _touch(self, node: Node, name: str) -> None:
+        self._touched.setdefault(id(node), set()).add(name)
+        self.is_changed = True
 
     def drop_attribute(self, node: Node, name: str) -> None:
         """Takes an attribute away, if it is there."""
         if node.attrs.pop(name, None) is not None:
-            self._touched.add(id(node))
+            self._touch(node, name)
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
         """The element type of a computed tensor; float32 where nothing says otherwise."""
@@ -171,6 +179,7 @@ class Graph:
                 if tensor is target and reader is not node:
                     reader.inputs[position] = source
         node.inputs.clear()
+        self.is_changed = True
         return True
 
     def drop_unused(self) -> list[Node]:
@@ -181,86 +190,102 @@ class Graph:
             if any(tensor.name in names for tensor in node.outputs):
                 alive.add(id(node))
                 names.update(tensor.name for tensor in node.inputs if tensor.name)
-                names.update(_names_in_bodies([self._proto[id(node)]]))
+                names.update(names_in_bodies([self._proto[id(node)]]))
         dropped = [node for node in self.body.nodes if id(node) not in alive]
         self.body.nodes = [node for node in self.body.nodes if id(node) in alive]
         self._alive = alive
         for node in dropped:
             node.inputs.clear()
+            self.is_changed |= node.op != "Constant"
         return dropped
 
     def to_stored(self) -> Stored:
-        """The graph as a model: what graphsurgeon does not carry over is taken from the original.
+        """The graph as a model; the one that it came from where nothing was changed.
 
-        Names, types and shapes of inputs and outputs, attributes and metadata of nodes stay; value_info goes. The
-        graph itself has served then.
+        Names, types and shapes of inputs and outputs, attributes and metadata of nodes and constants stay; value_info
+        goes. The graph itself has served then.
         """
-        self._name_constants()
-        arrays = self._take_arrays()
-        model: onnx.ModelProto = self._gs.export_onnx(self.body, do_type_check=False)
-        source = self.model
-        for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
-            if source.HasField(field):
-                setattr(model, field, getattr(source, field))
-            else:
-                model.ClearField(field)
-        for field in ("metadata_props", "functions", "opset_import", "training_info", "configuration"):
-            _copy_repeated(source, model, field)
-        graph = model.graph
-        graph.name, graph.doc_string = source.graph.name, source.graph.doc_string
-        for field in ("metadata_props", "output"):
-            _copy_repeated(source.graph, graph, field)
-        present = {tensor.name for tensor in graph.initializer}
-        graph.initializer.extend(
-            tensor for tensor in source.graph.initializer if tensor.name in self._inner - present
-        )  # graphsurgeon leaves out what only the bodies of If, Loop and Scan read
-        self._restore_inputs(graph)
-        del graph.value_info[:]
-        for node, proto in zip(self.body.nodes, graph.node, strict=True):
-            self._restore_node(node, proto)
-        arrays.update((name, self._stored.arrays[name]) for name in self._inner & self._stored.arrays.keys())
-        return Stored(model, arrays, self._stored.external)
-
-    def _take_arrays(self) -> dict[str, Array]:
-        """Takes large constants out of the graph: graphsurgeon would write their data into the message."""
         import onnx
 
+        if not self.is_changed:
+            return self._stored
+        self._name_constants()
+        source, model = self.model, onnx.ModelProto()
+        copy_fields(source, model, ("graph",))
+        graph = model.graph
+        copy_fields(
+            source.graph, graph, ("node", "initializer", "sparse_initializer", "input", "value_info", ANNOTATIONS)
+        )
+        for node in self.body.nodes:
+            self._write_node(node, graph.node.add())
+        arrays = self._write_constants(graph)
+        self._write_inputs(graph)
+        _copy_annotations(source.graph, graph)
+        return Stored(model, arrays, self._stored.external, self._stored.strict)
+
+    def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
+        import onnx
+
+        proto.CopyFrom(self._proto[id(node)])
+        proto.input[:] = [tensor.name for tensor in node.inputs]
+        proto.output[:] = [tensor.name for tensor in node.outputs]
+        changed = self._touched.get(id(node), set())
+        if changed:
+            left = [attribute for attribute in proto.attribute if attribute.name not in changed]
+            new = [onnx.helper.make_attribute(name, node.attrs[name]) for name in changed if name in node.attrs]
+            del proto.attribute[:]
+            proto.attribute.extend(sorted([*left, *new], key=lambda attribute: str(attribute.name)))
+
+    def _write_constants(self, graph: onnx.GraphProto) -> dict[str, Array]:
+        """Writes the constants that are read, in the order that they had. Returns the values of large ones."""
+        source = self.model.graph
+        used = {tensor.name: tensor for node in self.body.nodes for tensor in node.inputs if tensor.name}
+        named = self._inner | self._outputs | _annotated(source)  # not by nodes of the main graph
         arrays: dict[str, Array] = {}
-        for name, tensor in self.body.tensors().items():
-            if not self.is_constant(tensor) or isinstance(tensor._values, self._gs.ir.tensor.LazyValues):
-                continue  # the latter are small, and nobody has looked at them
-            kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
-            if onnx.TensorProto.DataType.Name(kind) in PACKED:  # it would write a byte a number
-                tensor.values = self._gs.ir.tensor.LazyValues(onnx.numpy_helper.from_array(tensor.values, name))
-            elif math.prod(tensor.shape) > SMALL:
-                values = tensor.values
-                header = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
-                arrays[name], tensor.values = values, self._gs.ir.tensor.LazyValues(header)
+        left = dict.fromkeys(used)
+        for given in source.initializer:
+            left.pop(given.name, None)
+            tensor = used.get(given.name)
+            if tensor is not None and id(tensor) not in self._given:
+                self._write_constant(graph.initializer.add(), tensor, arrays)
+                for field in ("doc_string", "metadata_props"):
+                    copy_field(given, graph.initializer[-1], field)
+            elif tensor is not None or given.name in named:
+                graph.initializer.add().CopyFrom(given)
+                if given.name in self._stored.arrays:
+                    arrays[given.name] = self._stored.arrays[given.name]
+        graph.sparse_initializer.extend(
+            sparse for sparse in source.sparse_initializer if sparse.values.name in used.keys() | named
+        )
+        for name in left:
+            if self.is_constant(used[name]):
+                self._write_constant(graph.initializer.add(), used[name], arrays)
         return arrays
 
-    def _restore_inputs(self, graph: onnx.GraphProto) -> None:
+    def _write_constant(self, proto: onnx.TensorProto, tensor: Tensor, arrays: dict[str, Array]) -> None:
+        import onnx
+
+        values = tensor.values
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        if values.size <= SMALL or onnx.TensorProto.DataType.Name(kind) in PACKED:
+            proto.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        else:
+            proto.name, proto.data_type = tensor.name, kind
+            proto.dims.extend(values.shape)
+            arrays[tensor.name] = values
+
+    def _write_inputs(self, graph: onnx.GraphProto) -> None:
         """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
         import onnx
 
         constants = {tensor.name for tensor in self.model.graph.initializer}
         listed = {value.name for value in self.model.graph.input}
-        del graph.input[:]
         graph.input.extend(value for value in self.model.graph.input if value.name not in constants)
         graph.input.extend(
             onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             for tensor in graph.initializer
             if tensor.name in listed or self.model.ir_version < 4
         )
-
-    def _restore_node(self, node: Node, proto: onnx.NodeProto) -> None:
-        source = self._proto[id(node)]
-        changed = list(proto.attribute) if id(node) in self._touched else None
-        inputs, outputs = list(proto.input), list(proto.output)
-        proto.CopyFrom(source)
-        proto.input[:], proto.output[:] = inputs, outputs
-        if changed is not None:
-            del proto.attribute[:]
-            proto.attribute.extend(changed)
 
     def _name_constants(self) -> None:
         """One initializer a value: equal cuts of a shared constant stay shared, differing ones get their own names."""
@@ -297,7 +322,7 @@ class Graph:
             self._origins[node.outputs[0].name] = self.origin(node.inputs[0].name)
 
     def _is_foldable(self, node: Node) -> bool:
-        if node.domain not in (None, "", "ai.onnx") or node.op in UNFOLDED:
+        if node.domain not in (None, *STANDARD) or node.op in UNFOLDED:
             return False
         if node.op in FLATTENING and self.body.opset < 13:
             return False
@@ -316,6 +341,7 @@ class Graph:
         return evaluate(self._proto[id(node)], inputs, self.body.opset)
 
 
+ANNOTATIONS = "quantization_annotation"
 REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
 
 # Weights stay quantised, and what is drawn at random is no constant.
@@ -333,17 +359,6 @@ def _labels(nodes: list[Node]) -> list[str]:
     ]
 
 
-def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """Names of the tensors that the bodies of If, Loop and Scan among `nodes` read."""
-    for node in nodes:
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
-                for inner in graph.node:
-                    yield from inner.input
-                    yield from _names_in_bodies([inner])
-                yield from (value.name for value in graph.output)
-
-
 def _is_same(one: Array, other: Array) -> bool:
     """Whether two arrays hold the same bits."""
     same = one.shape == other.shape and one.dtype == other.dtype
@@ -358,7 +373,16 @@ def _free_name(name: str, taken: set[str]) -> str:
     return f"{name}.{number}"
 
 
-def _copy_repeated(source: Message, target: Message, field: str) -> None:
-    if field in source.DESCRIPTOR.fields_by_name:  # newer onnx versions know more fields
-        target.ClearField(field)
-        getattr(target, field).extend(getattr(source, field))
+def _annotated(graph: onnx.GraphProto) -> set[str]:
+    """Names of the constants that `quantization_annotation` refers to."""
+    return {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
+
+
+def _copy_annotations(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
+    """Copies the `quantization_annotation` of tensors that are left, but for scales with an entry a channel."""
+    names = {name for node in target.node for name in (*node.input, *node.output)}
+    scalars = {tensor.name for tensor in target.initializer if math.prod(tensor.dims) == 1}
+    for note in source.quantization_annotation:
+        whole = all(entry.value in scalars for entry in note.quant_parameter_tensor_names)
+        if note.tensor_name in names and whole:
+            target.quantization_annotation.add().CopyFrom(note)

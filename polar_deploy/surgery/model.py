@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery.arithmetic import complete
+from polar_deploy.surgery.sizes import (
+    USUAL,
+    Dim,
+    Shape,
+    Sizes,
+    assign,
+    candidates,
+    fill,
+    first_that,
+    input_shapes,
+    two_probes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import onnx
     from google.protobuf.message import Message
-
-# A dimension: its size; its sizes at both probes where it depends on the input; its symbol; or unknown.
-Dim = int | tuple[int, int] | str | None
-Shape = tuple[Dim, ...]
 
 
 class Tensors(NamedTuple):
@@ -27,16 +35,15 @@ class Tensors(NamedTuple):
     types: dict[str, int]
 
 
-BATCH_PROBES = (2, 3)
-# Sizes that other dynamic dimensions (height, width) are tried at, and how far apart two of them are: five halvings
-# make none of them equal, and the odd one tells floor from ceil. Networks that demand multiples of 32 get the second
-# pair, those that demand squares the third.
-SIZE_PROBES = ((224, 379, 32), (224, 384, 32), (224, 384, 0))
-DEFAULT_SIZE = 224
 SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
+STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 SAME_SHAPE = ("GroupNormalization", "MeanVarianceNormalization")  # as the first input; onnx infers none, or fails
 
 EXPORT_AGAIN = "export the model again and check it with onnx.checker"
+
+
+class NotUnderstoodError(ContentError):
+    """What onnx's own checks find wrong with a graph; ONNX Runtime may run it all the same."""
 
 
 def check_text(model: onnx.ModelProto, name: str) -> None:
@@ -49,27 +56,28 @@ def check_text(model: onnx.ModelProto, name: str) -> None:
 
 
 def check_graph(model: onnx.ModelProto, name: str) -> None:
-    """Raises ContentError where `model` is no valid graph (cyclic, duplicate names, wrong attributes or shapes)."""
+    """Raises ContentError where `model` is no valid graph (cyclic, duplicate names, wrong attributes).
+
+    What it declares of shapes, be it missing, negative or wrong, is not looked at.
+    """
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
     for opset in model.opset_import:
-        if opset.domain in ("", "ai.onnx") and opset.version > newest:
-            raise ContentError(
+        if opset.domain in STANDARD and opset.version > newest:
+            raise NotUnderstoodError(
                 f"{name} wants opset {opset.version}, the installed onnx knows {newest}", "install a newer onnx"
             )
-    for value in model.graph.input:
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.HasField("dim_value") and dim.dim_value < 0:
-                raise ContentError(f"dimension {axis} of input {value.name} of {name} is {dim.dim_value}", EXPORT_AGAIN)
     skeleton = _skeleton(model)
-    skeleton.graph.value_info.extend(model.graph.value_info)
+    for value in (*skeleton.graph.input, *skeleton.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()  # the checker insists on one
     try:
         for tensor in model.graph.sparse_initializer:
             onnx.checker.check_sparse_tensor(tensor)
-        onnx.checker.check_model(skeleton, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise ContentError(f"{name} is not valid ONNX: {first_line(error)}", EXPORT_AGAIN) from error
+        onnx.checker.check_model(skeleton)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise NotUnderstoodError(f"{name} is not valid ONNX: {first_line(error)}", EXPORT_AGAIN) from error
 
 
 def _texts(message: Message) -> Iterator[str | bytes]:
@@ -107,11 +115,20 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
+    known = {opset.domain for opset in model.opset_import if opset.domain not in STANDARD}
+    custom = {name for node in model.graph.node if node.domain in known for name in node.output}  # not inferred
     graph = onnx.GraphProto(name=model.graph.name or "graph")
     graph.node.extend(model.graph.node)
     graph.output.extend(model.graph.output)
+    for value in graph.output:  # what is declared may be wrong
+        if value.type.HasField("tensor_type") and value.name not in custom:
+            value.type.tensor_type.ClearField("shape")
     listed = {value.name for value in model.graph.input}
     graph.input.extend(model.graph.input)
+    for value in graph.input:
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
     for sparse in model.graph.sparse_initializer:
         name, kind = sparse.values.name, sparse.values.data_type
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, sparse.dims))
@@ -120,82 +137,55 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
             graph.initializer.add().CopyFrom(tensor)
         elif tensor.name not in listed:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    known = {opset.domain for opset in model.opset_import if opset.domain not in ("", "ai.onnx")}
-    custom = {name for node in model.graph.node if node.domain in known for name in node.output}  # not inferred
     graph.value_info.extend(value for value in model.graph.value_info if value.name in custom)
-    version = (
-        max(model.ir_version, 4) if model.ir_version > 0 else model.ir_version
-    )  # from 4 on, initializers need not be inputs
+    version = model.ir_version  # from 4 on, initializers need not be inputs
+    version = max(version, 4) if version > 0 else version
     skeleton = onnx.ModelProto(ir_version=version, graph=graph)
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
     return skeleton
 
 
-def infer_shapes(model: onnx.ModelProto) -> Tensors:
+def infer_shapes(model: onnx.ModelProto, *, strict: bool = True) -> Tensors:
     """The shape and type of every tensor that has one.
 
     Dynamic dimensions are found out by inference at two input sizes: two tensors share a dimension where both sizes
     agree, which symbols alone do not tell behind a strided convolution.
 
+    Args:
+        strict: whether shapes that contradict each other are an error; else they are not known.
+
     Raises:
-        ContentError: the graph's shapes contradict each other.
+        NotUnderstoodError: the graph's shapes contradict each other.
     """
     skeleton = _skeleton(model)
-    if not any(isinstance(dim, str) for shape in input_shapes(model).values() for dim in shape):
-        return _infer(skeleton)
-    for *sizes, apart in SIZE_PROBES:
-        try:
-            first, second = (
-                _infer(_with_inputs(skeleton, concrete_inputs(model, batch, size, apart)))
-                for batch, size in zip(BATCH_PROBES, sizes, strict=True)
-            )
-        except ContentError:
-            continue  # the graph demands other sizes
-        shapes = ((name, _merge(shape, second.shapes.get(name, ()))) for name, shape in first.shapes.items())
-        return Tensors({name: shape for name, shape in shapes if shape is not None}, first.types)
-    return _infer(skeleton)
+    if any(isinstance(dim, str) for shape in input_shapes(model).values() for dim in shape):
+        found = two_probes(model, lambda sizes: _infer_with(skeleton, sizes, strict))
+        if found is not None:
+            first, second = found
+            shapes = ((name, _merge(shape, second.shapes.get(name, ()))) for name, shape in first.shapes.items())
+            return Tensors({name: shape for name, shape in shapes if shape is not None}, first.types)
+    return _infer(skeleton, strict)
 
 
-def infer_at(model: onnx.ModelProto, batch: int) -> dict[str, Shape]:
-    """The shape of every tensor at one batch size; other dynamic dimensions of an input are taken as 224.
+def infer_at(
+    model: onnx.ModelProto, batch: int, *, strict: bool = True
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Shape]]:
+    """The input shapes at one batch size, and the shape of every tensor; sizes are 224 where the graph takes that.
 
     Raises:
-        ContentError: the graph cannot run at this size.
+        ContentError: no size was found that the graph takes.
     """
-    return _infer(_with_inputs(_skeleton(model), concrete_inputs(model, batch))).shapes
-
-
-def input_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
-    """Declared shapes of the tensors that a user feeds; a dynamic dimension is a symbol, unnamed ones `input:axis`."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    shapes: dict[str, Shape] = {}
-    for value in model.graph.input:
-        if value.name not in constants and value.type.HasField("tensor_type"):
-            shapes[value.name] = tuple(
-                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}:{axis}"
-                for axis, dim in enumerate(value.type.tensor_type.shape.dim)
-            )
-    return shapes
-
-
-def concrete_inputs(
-    model: onnx.ModelProto, batch: int, size: int = DEFAULT_SIZE, apart: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Input shapes with the dynamic dimensions filled in: `batch` for a first one, `size` for others.
-
-    apart: how much larger each further one is.
-    """
+    skeleton = _skeleton(model)
     shapes = input_shapes(model)
-    sizes: dict[str, int] = {shape[0]: batch for shape in shapes.values() if shape and isinstance(shape[0], str)}
-    others = dict.fromkeys(
-        dim for shape in shapes.values() for dim in shape if isinstance(dim, str) and dim not in sizes
-    )
-    sizes.update((dim, size + apart * number) for number, dim in enumerate(others))
-    return {
-        name: tuple(dim if isinstance(dim, int) else sizes[dim] if isinstance(dim, str) else size for dim in shape)
-        for name, shape in shapes.items()
-    }
+    usual = assign(shapes, batch, USUAL)
+    try:
+        return fill(shapes, usual), _infer_with(skeleton, usual, strict).shapes
+    except ContentError:
+        found = first_that(lambda sizes: _infer_with(skeleton, sizes, strict), candidates(model, (batch,)))
+        if found is None:
+            raise
+        return fill(shapes, found[0]), found[1].shapes
 
 
 def _merge(first: Shape, second: Shape) -> Shape | None:
@@ -211,33 +201,47 @@ def _merge(first: Shape, second: Shape) -> Shape | None:
     return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _with_inputs(skeleton: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+def _infer_with(skeleton: onnx.ModelProto, sizes: Sizes, strict: bool) -> Tensors:
+    """Inference with numbers in place of the symbols of the inputs."""
     import onnx
 
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
+    shapes = fill(input_shapes(model), sizes)
     for value in model.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = size
-    for value in model.graph.output:  # a declared output may be wrong about a size that it calls dynamic
-        value.type.tensor_type.ClearField("shape")
-    return model
+    return _infer(model, strict)
 
 
-def _infer(skeleton: onnx.ModelProto) -> Tensors:
+def _infer(skeleton: onnx.ModelProto, strict: bool) -> Tensors:
     import onnx
 
     for node in skeleton.graph.node:
-        if node.op_type in SAME_SHAPE and node.domain in ("", "ai.onnx"):
+        if node.op_type in SAME_SHAPE and node.domain in STANDARD:
             node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
     try:
-        graph = onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(skeleton, check_type=strict, strict_mode=strict, data_prop=True).graph
         types = {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
         types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in graph.initializer)
         complete(skeleton, types)
+        _check_reshapes(skeleton, types)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
-        raise ContentError(f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN) from error
+        raise NotUnderstoodError(
+            f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN
+        ) from error
     return Tensors(dict(_shapes(types)), {name: kind.tensor_type.elem_type for name, kind in types.items()})
+
+
+def _check_reshapes(skeleton: onnx.ModelProto, types: dict[str, onnx.TypeProto]) -> None:
+    """Raises ValueError where a Reshape gets another number of elements than it makes, which inference lets pass."""
+    shapes = dict(_shapes(types))
+    for node in skeleton.graph.node:
+        if node.op_type == "Reshape" and node.domain in STANDARD:
+            sizes = [shapes.get(name, (None,)) for name in (node.input[0], node.output[0])]
+            counts = [math.prod(dim for dim in shape if isinstance(dim, int)) for shape in sizes]
+            if all(isinstance(dim, int) for shape in sizes for dim in shape) and counts[0] != counts[1]:
+                raise ValueError(f"Reshape {node.name} makes {list(sizes[1])} of {list(sizes[0])}")
 
 
 def _shapes(types: dict[str, onnx.TypeProto]) -> Iterator[tuple[str, Shape]]:

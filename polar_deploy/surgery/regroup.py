@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from polar_deploy.surgery.facts import Ints
     from polar_deploy.surgery.graph import Graph, Node, Tensor
-    from polar_deploy.surgery.model import Dim, Shape
+    from polar_deploy.surgery.sizes import Dim, Shape
     from polar_deploy.surgery.stored import Array
 
 Group = tuple[range, range]  # dimensions before, dimensions after

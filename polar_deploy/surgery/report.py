@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.count import count
+from polar_deploy.surgery.count import count, parameters
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
-from polar_deploy.surgery.model import concrete_inputs
 from polar_deploy.surgery.operator import Unknown
+from polar_deploy.surgery.verify import Proof
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
-    from polar_deploy.surgery.verify import Proof
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
@@ -31,21 +30,19 @@ LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
-def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | None) -> dict[str, Any]:
+def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | str | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
-    `model`: the graph before the first round, with or without its weights. Pairs are [before, after]; widths and
-    counts are channels, MACs at batch 1 at the shapes under `inputs`.
+    `model`: the graph before the first round, with or without its weights. `proof`: or why there is none, or None where
+    it was not asked for. Pairs are [before, after]; widths and counts are channels, MACs at batch 1 at the shapes under
+    `inputs`.
     """
     last = rounds[-1]
-    before, after = count(model), count(last.model.model)
+    before, after = (count(one, strict=last.model.strict) for one in (model, last.model.model))
     return {
-        "schema": SCHEMA,
-        "verified": proof is not None,
-        "difference": proof.difference if proof else None,
-        "tolerance": proof.tolerance if proof else None,
-        "runtime": proof.runtime if proof else None,
-        "inputs": {name: list(shape) for name, shape in concrete_inputs(model, 1).items()},
+        **_verdict(proof),
+        "as_it_is": None,
+        "inputs": {name: list(shape) for name, shape in before.inputs.items()},
         "macs": [before.macs, after.macs],
         "params": [before.params, after.params],
         "padding": _padding(after),
@@ -55,6 +52,32 @@ def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | None) -> d
         "gates": _gates(rounds),
         "cuts_not_made": _cuts_not_made(last.facts, last.sets),
         "walls": [_entry(step.memo) for step in last.facts.alive if _is_wall(step)],
+    }
+
+
+def as_it_is(model: onnx.ModelProto, reason: str) -> dict[str, Any]:
+    """The report on a model that comes back as it is. `reason`: why."""
+    return {
+        **_verdict(Proof(0.0, None, "onnxruntime")),
+        "as_it_is": reason,
+        "inputs": {},
+        "macs": None,
+        "params": [sum(parameters(model).values())] * 2,
+        "padding": None,
+        "operators": _operators(model, model),
+        **{key: [] for key in ("layers", "blocks_removed", "gates", "cuts_not_made", "walls")},
+    }
+
+
+def _verdict(proof: Proof | str | None) -> dict[str, Any]:
+    made = proof if isinstance(proof, Proof) else None
+    return {
+        "schema": SCHEMA,
+        "verified": made is not None,
+        "unverified": "it was not asked for" if proof is None else proof if isinstance(proof, str) else None,
+        "difference": made.difference if made else None,
+        "tolerance": made.tolerance if made else None,
+        "runtime": made.runtime if made else None,
     }
 
 
@@ -224,9 +247,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     def tell(line: str) -> None:
         console.print(_plain(line))
 
-    for key in ("macs", "params"):
+    for key in ("macs", "params") if report["macs"] else ():
         was, now = report[key]
         tell(f"{key}: {was:,} → {now:,} ({now / was if was else 1:.1%})")
+    if report["as_it_is"]:
+        tell(f"the model is as it was: {report['as_it_is']}")
+        return
     tell(f"work lost where a device rounds widths up to 8/16/32: {_shares(report['padding'])} %")
     outcomes = Counter(gate["outcome"] for gate in report["gates"])
     tell(f"blocks removed: {len(report['blocks_removed'])}; gates: {dict(outcomes)}")
@@ -240,7 +266,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     if report["verified"]:
         tell(f"verified: outputs differ by {report['difference']:.2g} of their scale")
     else:
-        tell("NOT verified")
+        tell(f"NOT verified: {report['unverified']}")
 
 
 def _plain(text: str) -> Text:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.model import check_graph
+from polar_deploy.surgery.model import NotUnderstoodError, check_graph, infer_shapes
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
@@ -65,5 +66,11 @@ def operate(model: Stored) -> list[Round]:
         graph = Graph(rounds[-1].model, rounds[-1].labels) if rounds else Graph(model)
         facts, plan = sets.plan(graph)
         rounds.append(Round(facts, plan, cut.apply(facts), graph.to_stored()))
-    check_graph(rounds[-1].model.model, "the cut graph")
+    result = rounds[-1].model
+    if result is not model:
+        try:
+            check_graph(result.model, "the cut graph")
+            infer_shapes(result.model, strict=result.strict)
+        except NotUnderstoodError as error:
+            raise ContentError(error.what, "please report this graph as a bug of polar_deploy.surgery") from error
     return rounds

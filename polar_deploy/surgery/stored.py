@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_graph, check_text, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import onnx
     from google.protobuf.message import Message
@@ -37,11 +38,13 @@ class Stored:
 
     arrays: their values, by name.
     external: whether the values lay in a file of their own, and so belong into one again.
+    strict: whether what onnx's inference finds wrong with its shapes is an error.
     """
 
     model: onnx.ModelProto
     arrays: dict[str, Array] = field(default_factory=dict)
     external: bool = False
+    strict: bool = True
 
     @property
     def needs_data_file(self) -> bool:
@@ -49,17 +52,17 @@ class Stored:
         return self.external or sum(array.nbytes for array in self.arrays.values()) > MAX_MESSAGE
 
 
-def take(model: onnx.ModelProto) -> Stored:
-    """Checks `model`, which is left as it is, and takes its weights out.
+def take(model: onnx.ModelProto, *, check: bool = True) -> Stored:
+    """Takes the weights out of `model`, which is left as it is. `check`: whether it is valid ONNX.
 
     Raises:
         ContentError: the model is invalid.
     """
-    return _take(model, "the model", None)
+    return _take(model, "the model", None, check)
 
 
-def read(path: Path) -> Stored:
-    """Reads and checks the model in `path`; external data is mapped, not read.
+def read(path: Path, *, check: bool = True) -> Stored:
+    """Reads the model in `path`; external data is mapped, not read. `check`: whether it is valid ONNX.
 
     Raises:
         UsageError: the path is missing or a folder.
@@ -74,7 +77,7 @@ def read(path: Path) -> Stored:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise ContentError(f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file") from error
-    return _take(model, str(path), path.parent)
+    return _take(model, str(path), path.parent, check)
 
 
 def to_model(stored: Stored) -> onnx.ModelProto:
@@ -130,13 +133,14 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _take(model: onnx.ModelProto, name: str, folder: Path | None) -> Stored:
+def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool) -> Stored:
     import onnx
 
     check_text(model, name)
     shell = onnx.ModelProto()
-    _copy_fields(model, shell, without="graph")
-    _copy_fields(model.graph, shell.graph, without="initializer")
+    copy_fields(model, shell, ("graph",))
+    copy_fields(model.graph, shell.graph, ("initializer",))
+    sort_nodes(shell.graph)
     stored = Stored(shell)
     files: dict[str, Array] = {}
     for tensor in model.graph.initializer:
@@ -148,13 +152,14 @@ def _take(model: onnx.ModelProto, name: str, folder: Path | None) -> Stored:
             shell.graph.initializer.append(tensor if values is None else _inline(tensor, values))
         else:
             header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            if tensor.HasField("doc_string"):
-                header.doc_string = tensor.doc_string
+            for part in ("doc_string", "metadata_props"):
+                copy_field(tensor, header, part)
             stored.arrays[tensor.name] = values
     for tensor in _other_tensors(shell.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
-    check_graph(shell, name)
+    if check:
+        check_graph(shell, name)
     return stored
 
 
@@ -260,13 +265,51 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _other_tensors(body)
 
 
-def _copy_fields(source: Message, target: Message, without: str) -> None:
-    for descriptor, value in source.ListFields():
-        if descriptor.name == without:
-            continue
-        if isinstance(value, (str, bytes, int, float)):
-            setattr(target, descriptor.name, value)
-        elif hasattr(value, "extend"):
-            getattr(target, descriptor.name).extend(value)
-        else:
-            getattr(target, descriptor.name).CopyFrom(value)
+def copy_fields(source: Message, target: Message, without: Collection[str]) -> None:
+    """Copies all fields of a message but for some."""
+    for descriptor, _ in source.ListFields():
+        if descriptor.name not in without:
+            copy_field(source, target, descriptor.name)
+
+
+def copy_field(source: Message, target: Message, name: str) -> None:
+    """Copies one field of a message, where there is such a one."""
+    if name not in source.DESCRIPTOR.fields_by_name:
+        return  # newer onnx versions know more fields
+    value = getattr(source, name)
+    if isinstance(value, (str, bytes, int, float)):
+        if source.HasField(name):
+            setattr(target, name, value)
+    elif hasattr(value, "extend"):
+        getattr(target, name).extend(value)
+    else:
+        getattr(target, name).CopyFrom(value)
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Puts nodes behind those that they read from; where that is so already, or cannot be, nothing changes."""
+    makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
+    reads = [
+        {makers[name] for name in (*node.input, *names_in_bodies([node])) if name in makers} for node in graph.node
+    ]
+    if all(max(before, default=-1) < position for position, before in enumerate(reads)):
+        return
+    try:
+        order = list(TopologicalSorter(dict(enumerate(reads))).static_order())
+    except CycleError:
+        return  # the checker says so
+    nodes = [graph.node[position] for position in order]
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Names of the tensors that the bodies of If, Loop and Scan among `nodes` read."""
+    for node in nodes:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
+                for inner in body.node:
+                    yield from inner.input
+                    yield from names_in_bodies([inner])
+                yield from (value.name for value in body.output)

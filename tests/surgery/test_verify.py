@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.surgery import compress, verify
+from polar_deploy.surgery import compress, inputs, verify
 from polar_deploy.surgery.__main__ import main
 from tests.surgery.graphs import Net, weight
 
@@ -86,12 +86,26 @@ def test_half_precision_stays_half_precision() -> None:
 
 
 def test_an_operator_that_no_runtime_has_cannot_be_proven() -> None:
+    """It is an error to write such a cut, unless that is asked for."""
     net = Net()
-    model = net.model(net.node("Strange", ["input"], "out", domain="com.example"))
+    x = net.gate(net.conv("input", 6, "one"), [1], "gate")
+    model = net.model(net.node("Strange", [net.conv(x, 4, "two")], "out", domain="com.example"))
     with pytest.raises(ContentError, match="no runtime") as error:
         compress(model)
     assert "--no-verify" in error.value.todo
-    assert compress(model, verify=False).report["verified"] is False
+    for surgery in (compress(model, verify=False), compress(model, allow_unverified=True)):
+        assert weight(surgery.model, "one").shape[0] == 5
+        assert surgery.report["verified"] is False
+    assert "no runtime" in surgery.report["unverified"]
+
+
+def test_what_cannot_be_proven_and_was_not_changed_comes_back() -> None:
+    net = Net()
+    model = net.model(net.node("Strange", ["input"], "out", domain="com.example"))
+    surgery = compress(model)
+    assert surgery.model == model
+    assert surgery.report["verified"] is False
+    assert "no runtime" in surgery.report["unverified"]
 
 
 def test_not_finite_before_is_not_compared() -> None:
@@ -120,11 +134,13 @@ def test_inputs_of_other_kinds() -> None:
         helper.make_tensor_value_info("s", 1, []),
         helper.make_tensor_value_info("i", 7, ["n", 2]),
         helper.make_tensor_value_info("b", 9, ["n", 2]),
+        helper.make_tensor_value_info("r", 7, []),
     ]
-    graph = helper.make_graph([], "g", values, [])
-    inputs = verify.random_inputs(helper.make_model(graph), 3)
-    assert (inputs["s"].dtype, inputs["s"].shape) == (np.float32, ())
-    assert inputs["i"].dtype == np.int64
-    assert set(np.unique(inputs["i"])) <= {0, 1}
-    assert inputs["b"].dtype == np.bool_
-    assert inputs["b"].shape == (3, 2)
+    model = helper.make_model(helper.make_graph([], "g", values, []))
+    made = inputs.make(model, next(inputs.attempts(model, 3)))
+    assert (made["s"].dtype, made["s"].shape) == (np.float32, ())
+    assert made["i"].dtype == np.int64
+    assert set(np.unique(made["i"])) <= {0, 1}
+    assert made["b"].dtype == np.bool_
+    assert made["b"].shape == (3, 2)
+    assert isinstance(made["r"], np.ndarray)

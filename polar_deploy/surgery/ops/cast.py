@@ -19,7 +19,8 @@ class Identity(Unary):
     """Identity and, in inference, Dropout."""
 
     def couple(self, step: Step) -> None:
-        if len(step.node.outputs) > 1 and step.node.outputs[1].outputs:
+        mask = step.made[1] if len(step.made) > 1 and step.made[1].name else None
+        if mask is not None and (mask.outputs or not step.graph.is_private(mask.name)):
             raise Wall("its mask is used")
         if step.has(2) and np.any(step.parameter(2, "training mode")):
             raise Wall("it is in training mode")

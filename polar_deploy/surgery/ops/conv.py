@@ -14,7 +14,7 @@ from polar_deploy.surgery.quantization import Weight, weight
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Step
-    from polar_deploy.surgery.model import Dim
+    from polar_deploy.surgery.sizes import Dim
     from polar_deploy.surgery.stored import Array
 
 

@@ -14,7 +14,7 @@ from polar_deploy.surgery.trace import Size, is_fixed, trace, whole_numbers, wri
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Channels, Step
-    from polar_deploy.surgery.model import Shape
+    from polar_deploy.surgery.sizes import Shape
     from polar_deploy.surgery.stored import Array
 
 

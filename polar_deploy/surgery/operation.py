@@ -1,0 +1,89 @@
+"""One operation on one model: cut it, prove it; or hand it back as it is, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery import report, rounds
+from polar_deploy.surgery.model import NotUnderstoodError, check_graph
+from polar_deploy.surgery.runtime import onnx_runtime
+from polar_deploy.surgery.verify import NotVerifiedError, inputs_taken, verify
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.stored import Stored
+    from polar_deploy.surgery.verify import Proof
+
+MOST_ATTEMPTS = 200  # at inputs for a model that surgery cannot follow
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is given, and what is asked for.
+
+    before: the model as it was read, not checked yet.
+    name: what errors call it.
+    source: gives the path of a file that holds it.
+    write: writes the cut model to where it belongs, and gives the path of a file that holds it.
+    """
+
+    before: Stored
+    name: str
+    source: Callable[[], Path]
+    write: Callable[[Stored], Path]
+    verify: bool
+    allow_unverified: bool
+
+    def run(self) -> tuple[Stored | None, dict[str, Any]]:
+        """The cut model, or None where the model stays as it is; and the report.
+
+        Raises:
+            ContentError: the model is invalid, the proof failed, or (unless allowed) no runtime takes the model.
+            MachineError: ONNX Runtime is not installed, and `verify` is set.
+        """
+        try:
+            check_graph(self.before.model, self.name)
+        except NotUnderstoodError as refusal:
+            return self._as_it_is(refusal)
+        try:
+            return self._cut()
+        except NotUnderstoodError as refusal:
+            return self._without_strictness(refusal)
+
+    def _cut(self) -> tuple[Stored, dict[str, Any]]:
+        done = rounds.operate(self.before)
+        after = done[-1].model
+        path = self.write(after)
+        proof = self._prove(after, path) if self.verify else None
+        return after, report.build(done, self.before.model, proof)
+
+    def _prove(self, after: Stored, path: Path) -> Proof | str:
+        """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""
+        try:
+            return verify(self.before.model, self.source(), path)
+        except NotVerifiedError as error:
+            if not self.allow_unverified and after is not self.before:
+                raise
+            return error.what
+
+    def _without_strictness(self, refusal: NotUnderstoodError) -> tuple[Stored | None, dict[str, Any]]:
+        """Where onnx finds the shapes wrong and ONNX Runtime takes the model: a cut with what is known of them."""
+        try:
+            onnx_runtime(self.source())
+        except (ContentError, MachineError):
+            raise refusal from None
+        try:
+            return replace(self, before=replace(self.before, strict=False))._cut()
+        except ContentError:
+            return self._as_it_is(refusal)
+
+    def _as_it_is(self, refusal: NotUnderstoodError) -> tuple[None, dict[str, Any]]:
+        """The report on a model that stays as it is. Raises `refusal` where ONNX Runtime does not run it."""
+        try:
+            inputs_taken(self.before.model, onnx_runtime(self.source()), MOST_ATTEMPTS)
+        except (ContentError, MachineError):
+            raise refusal from None
+        return None, report.as_it_is(self.before.model, refusal.what)

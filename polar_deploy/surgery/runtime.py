@@ -1,0 +1,138 @@
+"""Running a graph as it stands: in ONNX Runtime, or in onnx's reference where ONNX Runtime has no such operator."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery.inputs import Value, Values
+from polar_deploy.surgery.model import first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+Run = Callable[[Values], Values]
+NOT_RUN = "pass --no-verify to write the cut graph without the proof"
+# What ONNX Runtime says of valid graphs that it cannot run: no kernel for a type, custom operators, a newer opset,
+# names that it wants to be unique.
+BEYOND = (
+    *("NOT_IMPLEMENTED", "No Op registered", "not a registered", "guarantees* support", "IR version"),
+    *("same node name", "are not supported", "Failed to construct locale"),
+)
+BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}  # of types with several numbers a byte
+NATIVE = "biufOSU"  # kinds of numpy's own types; ONNX Runtime takes others as bytes only
+
+
+class BeyondRuntimeError(ContentError):
+    """A valid graph that the runtime cannot run."""
+
+
+def onnx_runtime(path: Path) -> Run:
+    """Runs the model in `path` in ONNX Runtime, as it stands.
+
+    Raises:
+        MachineError: it is not installed.
+        BeyondRuntimeError: it cannot run this graph.
+        ContentError: it finds the graph invalid; when run, that these inputs do not fit.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MachineError(
+            "onnxruntime is not installed, so the cut cannot be verified",
+            "install polar-deploy[ort], or pass --no-verify",
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has no common class for its errors
+        kind = BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
+        raise kind(f"ONNX Runtime refuses the graph: {first_line(error)}", NOT_RUN) from error
+    names = [value.name for value in session.get_outputs()]
+    taken = {value.name for value in session.get_inputs()}
+    is_native = not any(name in value.type for value in session.get_outputs() for name in ("bfloat16", "float8", *BITS))
+
+    def run(inputs: Values) -> Values:
+        given = {name: value for name, value in inputs.items() if name in taken}
+        try:
+            if is_native and all(_is_native(value) for value in given.values()):
+                return dict(zip(names, session.run(names, given), strict=True))
+            values = session.run_with_ort_values(names, {name: _to_ort(value) for name, value in given.items()})
+            return dict(zip(names, map(_from_ort, values), strict=True))
+        except Exception as error:
+            kind = BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
+            raise kind(f"ONNX Runtime cannot run the graph: {first_line(error)}", NOT_RUN) from error
+
+    return run
+
+
+def reference(model: onnx.ModelProto, reason: str) -> Run:
+    """Runs `model` in onnx's reference implementation. `reason`: why not in another runtime.
+
+    Raises:
+        ContentError: it cannot run this graph; when run, that these inputs do not fit.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    names = [value.name for value in model.graph.output]
+    try:
+        evaluator = ReferenceEvaluator(model)
+    except Exception as error:  # the reference has no common class for its errors
+        raise ContentError(f"no runtime takes the graph: {reason}", NOT_RUN) from error
+
+    def run(inputs: Values) -> Values:
+        try:
+            results = evaluator.run(names, inputs)
+        except Exception as error:
+            raise ContentError(f"no runtime takes the graph: {reason}", NOT_RUN) from error
+        return {
+            name: np.asarray(result) if np.isscalar(result) else result
+            for name, result in zip(names, results, strict=True)
+        }
+
+    return run
+
+
+def _is_native(value: Value) -> bool:
+    return not isinstance(value, np.ndarray) or (value.dtype.kind in NATIVE and not _is_foreign(value.dtype))
+
+
+def _is_foreign(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is one of ml_dtypes', some of which say that they are of a kind of numpy's."""
+    return dtype.isbuiltin != 1 and dtype.kind not in "SU"
+
+
+def _to_ort(value: Value) -> Any:
+    """An OrtValue; numbers of foreign types go as bytes."""
+    import onnx
+    import onnxruntime as ort
+
+    if _is_native(value):
+        return ort.OrtValue.ortvalue_from_numpy(value)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    raw = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, kind)
+
+
+def _from_ort(value: Any) -> Value:
+    """What an OrtValue holds; numbers of foreign types are copied out of its memory."""
+    import onnx
+
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.element_type()) if value.is_tensor() else np.dtype(np.float32)
+    if not value.is_tensor() or not _is_foreign(dtype):
+        return value.numpy()
+    shape = tuple(value.shape())
+    count = int(np.prod(shape))
+    size = -(-count * BITS.get(dtype.name, 8 * dtype.itemsize) // 8)
+    kind = value.element_type()
+    raw = onnx.TensorProto(dims=shape, data_type=kind, raw_data=ctypes.string_at(value.data_ptr(), size))
+    return onnx.numpy_helper.to_array(raw)

@@ -1,0 +1,168 @@
+"""Which sizes of its inputs a model takes, where it calls dimensions dynamic.
+
+Exporters call dimensions dynamic that in truth take few sizes: a head that fits one picture, a table of 50 positions,
+a U-Net that wants multiples of 64. The usual sizes are tried first, then those that its constants hint at, then others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice, product
+from typing import TYPE_CHECKING, TypeVar
+
+from polar_deploy.errors import ContentError
+
+if TYPE_CHECKING:
+    import onnx
+
+# A dimension: its size; its sizes at both probes where it depends on the input; its symbol; or unknown.
+Dim = int | tuple[int, int] | str | None
+Shape = tuple[Dim, ...]
+Sizes = dict[str, int]  # of symbols
+T = TypeVar("T")
+
+BATCHES = (2, 3)
+# Sizes that other dynamic dimensions (height, width) are tried at, and how far apart two of them are: five halvings
+# make none of them equal, and the odd one tells floor from ceil. Networks that demand multiples of 32 get the second
+# pair, those that demand squares the third.
+PAIRS = ((224, 379, 32), (224, 384, 32), (224, 384, 0))
+USUAL = 224
+# What networks are made for, and small ones.
+COMMON = (32, 64, 128, 16, 256, 8, 512, 96, 160, 192, 320, 384, 448, 640, 48, 28, 80, 112, 24, 40, 56, 72, 299, 4, 2, 1)
+LARGEST = 640  # of the sizes that are tried one by one when all else fails
+LARGEST_HINT = 4096  # a constant's dimension above is no size of an input
+MOST_NODES = 1 << 19  # looked at in a search: larger graphs get fewer tries
+MOST_TRIES = 700
+
+
+def input_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+    """Declared shapes of the tensors that a user feeds; a dynamic dimension is a symbol, unnamed ones `input:axis`.
+
+    Negative sizes are unnamed dimensions, as Paddle writes them. Inputs without a shape are not listed.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    shapes: dict[str, Shape] = {}
+    for value in model.graph.input:
+        if value.name not in constants and value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = tuple(
+                dim.dim_value
+                if dim.HasField("dim_value") and dim.dim_value >= 0
+                else dim.dim_param or f"{value.name}:{axis}"
+                for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+            )
+    return shapes
+
+
+def fill(shapes: dict[str, Shape], sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Shapes with numbers in place of symbols."""
+    return {
+        name: tuple(dim if isinstance(dim, int) else sizes[str(dim)] for dim in shape) for name, shape in shapes.items()
+    }
+
+
+def symbols(shapes: dict[str, Shape]) -> tuple[list[str], list[str]]:
+    """Those that lead a shape (the batch), and the others."""
+    first = [shape[0] for shape in shapes.values() if shape and isinstance(shape[0], str)]
+    others = [dim for shape in shapes.values() for dim in shape if isinstance(dim, str) and dim not in first]
+    return list(dict.fromkeys(first)), list(dict.fromkeys(others))
+
+
+def assign(shapes: dict[str, Shape], batch: int, size: int = USUAL, apart: int = 0) -> Sizes:
+    """`batch` for leading symbols, `size` for others, each of which is larger than the one before by `apart`."""
+    first, others = symbols(shapes)
+    return dict.fromkeys(first, batch) | {name: size + apart * number for number, name in enumerate(others)}
+
+
+def candidates(model: onnx.ModelProto, batches: tuple[int, ...]) -> Iterator[Sizes]:
+    """Sizes to try, the likeliest first; not too many for a large graph."""
+    shapes = input_shapes(model)
+    others = symbols(shapes)[1]
+    hints = _hints(model)
+    one_by_one = range(1, LARGEST + 1) if others else ()
+    sizes = dict.fromkeys((USUAL, *hints, *COMMON, *one_by_one) if others else (USUAL,))
+    alike = (assign(shapes, batch, size) for size in sizes for batch in batches)
+    several = product((*hints[:6], USUAL, 32), repeat=len(others)) if 1 < len(others) < 4 else ()
+    unlike = (
+        assign(shapes, batch) | dict(zip(others, each, strict=True))
+        for each in several
+        if len(set(each)) > 1
+        for batch in batches
+    )
+    tries = min(MOST_TRIES, max(MOST_NODES // max(len(model.graph.node), 1) // 8, 40))
+    yield from islice(alike, len(batches) * (1 + len(hints) + len(COMMON)))
+    yield from islice(unlike, tries)
+    yield from islice(alike, tries)
+
+
+def _hints(model: onnx.ModelProto) -> list[int]:
+    """Dimensions of constants: a table of positions tells how many there are. The rarest first: widths are many."""
+    counts: dict[int, int] = {}
+    for tensor in model.graph.initializer:
+        for dim in tensor.dims[:-1] if len(tensor.dims) > 1 else ():
+            if 1 < dim <= LARGEST_HINT:
+                counts[dim] = counts.get(dim, 0) + 1
+    return sorted(counts, key=counts.__getitem__)[:16]
+
+
+def first_that(accepts: Callable[[Sizes], T], sizes: Iterator[Sizes]) -> tuple[Sizes, T] | None:
+    """The first sizes at which `accepts` raises no ContentError, and what it gives."""
+    for each in sizes:
+        try:
+            return each, accepts(each)
+        except ContentError:
+            continue
+    return None
+
+
+def two_probes(model: onnx.ModelProto, infer: Callable[[Sizes], T]) -> tuple[T, T] | None:
+    """What `infer` says at two choices of sizes that differ in every dimension that is free to; None: at no choice.
+
+    A dimension that takes one size only of those tried is the same in both.
+    """
+    shapes = input_shapes(model)
+    for *pair, apart in PAIRS:
+        try:
+            first, second = (
+                infer(assign(shapes, batch, size, apart)) for batch, size in zip(BATCHES, pair, strict=True)
+            )
+        except ContentError:
+            continue  # the graph demands other sizes
+        return first, second
+    found = first_that(infer, candidates(model, (*BATCHES[:1], 1)))
+    if found is None:
+        return None
+    base, one = found
+    other = _vary(shapes, base, infer)
+    return one, infer(other) if other != base else one
+
+
+def _vary(shapes: dict[str, Shape], base: Sizes, infer: Callable[[Sizes], T]) -> Sizes:
+    """`base` with other sizes of all symbols that take any, each by itself, and together if they take that too."""
+    first, others = symbols(shapes)
+
+    def takes(sizes: Sizes) -> bool:
+        return min(sizes.values()) > 0 and first_that(infer, iter([sizes])) is not None
+
+    sizes = dict(base)
+    batch = base | dict.fromkeys(first, BATCHES[1])
+    if first and takes(batch):
+        sizes = batch
+    together = [sizes | {name: step(base[name]) for name in others} for step in STEPS]
+    chosen = next((each for each in together if takes(each)), None)
+    sizes = chosen or sizes
+    for number, name in enumerate(others):  # apart from one another, if that is taken
+        steps = (each for step in STEPS if takes(each := sizes | {name: step(base[name])}) and each != sizes)
+        if number or chosen is None:
+            sizes = next(steps, sizes)
+    return sizes
+
+
+# From a size that is taken to another one that may be, see `_vary`.
+STEPS: tuple[Callable[[int], int], ...] = (
+    lambda size: size + 1,
+    lambda size: 3 * size,
+    lambda size: 2 * size,
+    lambda size: size - 1,
+    lambda size: size // 2,
+    lambda size: 1,
+)
