@@ -1,4 +1,4 @@
-"""onnx's own node tests, as they are and between two layers with a gate: cut, left as they are, or refused for a reason.
+"""onnx's own node tests, as they are and between two layers with a gate: cut, left alone, or refused for a reason.
 
 The models and their inputs are those of the installed onnx. Between layers, the first input of floats comes from a
 layer of which a gate closes every second channel, and a layer reads the first output; other inputs are inputs still,
@@ -102,6 +102,7 @@ def between(case: Case) -> Iterator[Case]:
         model = onnx.ModelProto()
         model.CopyFrom(case.model)
         values = dict(case.values)
+        del model.graph.value_info[:]
         front = _in_front(model, values)
         if front is None:
             return
@@ -112,7 +113,8 @@ def between(case: Case) -> Iterator[Case]:
         for value in others if held else ():
             model.graph.initializer.append(numpy_helper.from_array(values.pop(value.name), value.name))
             model.graph.input.remove(value)
-        del model.graph.value_info[:]
+        if all(entry.domain not in ("", "ai.onnx") for entry in model.opset_import):
+            model.opset_import.append(helper.make_opsetid("", 17))
         yield Case(f"{case.name}, {'the rest constant' if held else 'between layers'}", model, values)
 
 
@@ -140,7 +142,7 @@ def _in_front(model: onnx.ModelProto, values: dict[str, Any]) -> str | None:
     mask[::2] = 0
     graph.initializer.append(numpy_helper.from_array(mask.reshape(1, -1, *[1] * (data.ndim - 2)), "gated.mask"))
     nodes.append(helper.make_node("Mul", ["gated.layer", "gated.mask"], [name], name="gated.gate"))
-    rest = [node for node in graph.node]
+    rest = list(graph.node)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*nodes, *rest)]
     del graph.node[:]
     graph.node.extend(copies)
@@ -158,6 +160,7 @@ def _behind(model: onnx.ModelProto) -> None:
         if kind.elem_type == TensorProto.FLOAT and len(dims) in (2, 3, 4, 5) and dims[1] > 0:
             graph.node.extend(_layer(graph, value.name, "read.output", "second", dims[1], 3, len(dims)))
             shape = [None] * len(dims)
+            graph.value_info.add().CopyFrom(value)  # as exporters leave it
             graph.output[position].CopyFrom(helper.make_tensor_value_info("read.output", TensorProto.FLOAT, shape))
             return
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from polar_deploy.surgery.model import infer_at
 from polar_deploy.surgery.sizes import Shape
+from polar_deploy.surgery.standins import MICROSOFT, STANDARD
 
 if TYPE_CHECKING:
     import onnx
@@ -74,9 +75,11 @@ class Cost:
 WEIGHTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
     **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
+    **dict.fromkeys(("FusedConv", "FusedGemm", "FusedMatMul"), 1),  # of com.microsoft
 }
 
 
+DOMAINS = (*STANDARD, MICROSOFT)
 FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
 
 
@@ -103,7 +106,7 @@ def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, 
         new = sum(sizes[name] for name in own if name not in counted)
         counted.update(own)
         params += new
-        if node.op_type in WEIGHTS and node.domain in ("", "ai.onnx"):
+        if node.op_type in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, shapes)
             macs += done
             if node.input[WEIGHTS[node.op_type]] in sizes:
@@ -118,7 +121,7 @@ def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
     return {
         position: _multiply(node, shapes)[0]
         for position, node in enumerate(model.graph.node)
-        if node.op_type in WEIGHTS and node.domain in ("", "ai.onnx")
+        if node.op_type in WEIGHTS and node.domain in DOMAINS
     }
 
 

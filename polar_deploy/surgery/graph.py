@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.arithmetic import evaluate
-from polar_deploy.surgery.model import SMALL, STANDARD, infer_shapes
+from polar_deploy.surgery.model import SMALL, infer_shapes, not_inferred
 from polar_deploy.surgery.sizes import Shape
+from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.stored import PACKED, Array, Stored, copy_field, copy_fields, names_in_bodies
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Graph:
         """The graph as a model; the one that it came from where nothing was changed.
 
         Names, types and shapes of inputs and outputs, attributes and metadata of nodes and constants stay; value_info
-        goes. The graph itself has served then.
+        goes, but for what onnx cannot infer. The graph itself has served then.
         """
         import onnx
 
@@ -220,6 +221,7 @@ class Graph:
             self._write_node(node, graph.node.add())
         arrays = self._write_constants(graph)
         self._write_inputs(graph)
+        graph.value_info.extend(value for value in source.graph.value_info if value.name in not_inferred(model))
         _copy_annotations(source.graph, graph)
         return Stored(model, arrays, self._stored.external, self._stored.strict)
 

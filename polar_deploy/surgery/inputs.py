@@ -161,8 +161,9 @@ class _Maker:
             return np.array(kind)
         if kind == "role":
             found = self.roles.get(name)
-            if isinstance(found, tuple) and shape == (len(found),):
-                return np.array([dim if isinstance(dim, int) else self.attempt.sizes.get(str(dim), 1) for dim in found])
+            if isinstance(found, tuple) and len(shape) == 1 and shape[0] <= len(found):  # less: but for the first ones
+                dims = found[len(found) - shape[0] :]
+                return np.array([dim if isinstance(dim, int) else self.attempt.sizes.get(str(dim), 1) for dim in dims])
             if isinstance(found, str):
                 count = math.prod(shape)
                 role = {"count": np.arange(count), "far": np.full(count, FAR), "ones": np.ones(count)}
@@ -198,7 +199,7 @@ ROLES = {
     "k": "ones",
     "delta": "ones",
     "limit": "far",
-    "depth": "far",
+    "depth": "ones",
     "dft_length": "far",
     "B": "ones",
     "max_output_boxes_per_class": "ones",

@@ -11,7 +11,7 @@ from polar_deploy.surgery.numbers import fits
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
+    from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Link, Step
     from polar_deploy.surgery.quantization import Weight
     from polar_deploy.surgery.stored import Array
 
@@ -117,6 +117,7 @@ class Plan:
     value: Floats  # [groups, inputs] what they count as
     filters: int
     fixed: str | None = None  # why no constant moves into the bias, in words
+    addend: Link | None = None  # what the layer adds to its result, channel by channel
 
     def reached(self, inputs: Bools) -> Bools:
         """[groups, filters] that read any of `inputs`."""
@@ -229,10 +230,13 @@ class Mixing(Operator):
     def need(self, step: Step) -> None:
         plan, source, target = step.memo, self.source(step), step.output
         for index, channels in enumerate(step.inputs):
-            if channels is not None and channels is not source:
+            added = plan.addend is not None and channels is plan.addend.source
+            if channels is not None and channels is not source and not added:
                 mixed = index == self.data(step)
                 reason = "it mixes another axis than that of the channels" if mixed else "it is read as a whole"
                 channels.pin(step.note(reason))
+        if (link := plan.addend) is not None:
+            link.source.needed[link.out_of[target.needed[link.into]]] = True
         if source is None:
             return
         wanted = target.needed.reshape(len(plan.absorbed), plan.filters)

@@ -20,6 +20,7 @@ from polar_deploy.surgery.sizes import (
     input_shapes,
     two_probes,
 )
+from polar_deploy.surgery.standins import STANDARD, stand_ins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +37,6 @@ class Tensors(NamedTuple):
 
 
 SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
-STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
-SAME_SHAPE = ("GroupNormalization", "MeanVarianceNormalization")  # as the first input; onnx infers none, or fails
-
 EXPORT_AGAIN = "export the model again and check it with onnx.checker"
 
 
@@ -115,8 +113,7 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
-    known = {opset.domain for opset in model.opset_import if opset.domain not in STANDARD}
-    custom = {name for node in model.graph.node if node.domain in known for name in node.output}  # not inferred
+    custom = set(not_inferred(model))
     graph = onnx.GraphProto(name=model.graph.name or "graph")
     graph.node.extend(model.graph.node)
     graph.output.extend(model.graph.output)
@@ -144,6 +141,17 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
     return skeleton
+
+
+def not_inferred(model: onnx.ModelProto) -> list[str]:
+    """Names of what is made by operators that onnx infers no shapes for: those of other domains."""
+    functions = {(function.domain, function.name) for function in model.functions}
+    nodes = [
+        node
+        for node in model.graph.node
+        if node.domain not in STANDARD and (node.domain, node.op_type) not in functions and stand_ins(node) is None
+    ]
+    return [name for node in nodes for name in node.output if name]
 
 
 def infer_shapes(model: onnx.ModelProto, *, strict: bool = True) -> Tensors:
@@ -211,15 +219,17 @@ def _infer_with(skeleton: onnx.ModelProto, sizes: Sizes, strict: bool) -> Tensor
     for value in model.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = size
+    for value in model.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
     return _infer(model, strict)
 
 
 def _infer(skeleton: onnx.ModelProto, strict: bool) -> Tensors:
     import onnx
 
-    for node in skeleton.graph.node:
-        if node.op_type in SAME_SHAPE and node.domain in STANDARD:
-            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
+    _replace_nodes(skeleton.graph)
     try:
         graph = onnx.shape_inference.infer_shapes(skeleton, check_type=strict, strict_mode=strict, data_prop=True).graph
         types = {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
@@ -231,6 +241,17 @@ def _infer(skeleton: onnx.ModelProto, strict: bool) -> Tensors:
             f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN
         ) from error
     return Tensors(dict(_shapes(types)), {name: kind.tensor_type.elem_type for name, kind in types.items()})
+
+
+def _replace_nodes(graph: onnx.GraphProto) -> None:
+    """Puts stand-ins where there are any."""
+    found = [stand_ins(node) for node in graph.node]
+    if all(nodes is None for nodes in found):
+        return
+    new = [copy for node, nodes in zip(graph.node, found, strict=True) for copy in (nodes or [node])]
+    copies = [type(node).FromString(node.SerializeToString()) for node in new]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _check_reshapes(skeleton: onnx.ModelProto, types: dict[str, onnx.TypeProto]) -> None:

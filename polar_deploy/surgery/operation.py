@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import report, rounds
 from polar_deploy.surgery.model import NotUnderstoodError, check_graph
+from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
 from polar_deploy.surgery.verify import NotVerifiedError, inputs_taken, verify
 
@@ -54,8 +55,9 @@ class Operation:
             return self._without_strictness(refusal)
 
     def _cut(self) -> tuple[Stored, dict[str, Any]]:
-        done = rounds.operate(self.before)
-        after = done[-1].model
+        seen = with_observed(self.before)
+        done = rounds.operate(seen)
+        after = self.before if done[-1].model is seen else done[-1].model
         path = self.write(after)
         proof = self._prove(after, path) if self.verify else None
         return after, report.build(done, self.before.model, proof)

@@ -132,11 +132,11 @@ def two_probes(model: onnx.ModelProto, infer: Callable[[Sizes], T]) -> tuple[T, 
     if found is None:
         return None
     base, one = found
-    other = _vary(shapes, base, infer)
+    other = vary(shapes, base, infer)
     return one, infer(other) if other != base else one
 
 
-def _vary(shapes: dict[str, Shape], base: Sizes, infer: Callable[[Sizes], T]) -> Sizes:
+def vary(shapes: dict[str, Shape], base: Sizes, infer: Callable[[Sizes], T]) -> Sizes:
     """`base` with other sizes of all symbols that take any, each by itself, and together if they take that too."""
     first, others = symbols(shapes)
 
@@ -157,7 +157,7 @@ def _vary(shapes: dict[str, Shape], base: Sizes, infer: Callable[[Sizes], T]) ->
     return sizes
 
 
-# From a size that is taken to another one that may be, see `_vary`.
+# From a size that is taken to another one that may be, see `vary`.
 STEPS: tuple[Callable[[int], int], ...] = (
     lambda size: size + 1,
     lambda size: 3 * size,

@@ -160,7 +160,7 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
     """
     first, *others = BATCHES
     reasons: list[ContentError] = []
-    tried = (_try(model, run, attempt, reasons) for attempt in islice(inputs.attempts(model, first), most))
+    tried = (try_inputs(model, run, attempt, reasons) for attempt in islice(inputs.attempts(model, first), most))
     found = next((trial for trial in tried if trial is not None), None)
     if found is None:
         raise NotVerifiedError(
@@ -168,10 +168,11 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
         )
     leading = symbols(input_shapes(model))[0]
     more = [found.attempt._replace(sizes=found.attempt.sizes | dict.fromkeys(leading, batch)) for batch in others]
-    return [found, *(trial for attempt in more if (trial := _try(model, run, attempt, reasons)) is not None)]
+    return [found, *(trial for attempt in more if (trial := try_inputs(model, run, attempt, reasons)) is not None)]
 
 
-def _try(model: onnx.ModelProto, run: Run, attempt: Attempt, reasons: list[ContentError]) -> Trial | None:
+def try_inputs(model: onnx.ModelProto, run: Run, attempt: Attempt, reasons: list[ContentError]) -> Trial | None:
+    """One run; None where the model does not take these inputs, the reason is added to `reasons` then."""
     try:
         values = inputs.make(model, attempt)
         return Trial(attempt, values, run(values))

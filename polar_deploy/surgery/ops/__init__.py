@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.graph import Node
 
 UNKNOWN = Unknown()
+MICROSOFT = "com.microsoft"
 NEWEST_OPSET = 28  # whose definitions the handlers follow; what an operator means since a later one is not known
 
 
@@ -25,8 +26,16 @@ def table() -> dict[str, Operator]:
     return handlers
 
 
+@cache
+def contributed() -> dict[str, Operator]:
+    """All handlers, by operator type of the domain com.microsoft."""
+    return importlib.import_module(f"{__name__}.microsoft").MICROSOFT  # type: ignore[no-any-return]
+
+
 def handler(node: Node, opset: int) -> Operator:
     """The handler of a node; `UNKNOWN` where there is none for its operator, or for its definition in this opset."""
+    if node.domain == MICROSOFT:
+        return contributed().get(node.op, UNKNOWN)
     if node.domain not in (None, "", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):
         return UNKNOWN
     return table().get(node.op, UNKNOWN)

@@ -125,7 +125,8 @@ def erf(x: Floats) -> Floats:
     return np.array([math.erf(value) for value in x.tolist()])
 
 
-def _gelu(x: Floats, attrs: Attributes) -> Floats:
+def gelu(x: Floats, attrs: Attributes) -> Floats:
+    """On a vector; `approximate` may be "tanh"."""
     if attrs.get("approximate", "none") == "tanh":
         inner: Floats = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     else:
@@ -183,7 +184,7 @@ HANDLERS: dict[str, Operator] = {
     "Elu": Unary(_elu, None),
     "Selu": Unary(_selu),
     "Celu": Unary(_celu, None),
-    "Gelu": Unary(_gelu, None),
+    "Gelu": Unary(gelu, None),
     "Sigmoid": Unary(lambda x, _: sigmoid(x), True),
     "HardSigmoid": Unary(_hard_sigmoid, True),
     "HardSwish": Unary(lambda x, _: x * np.clip(x / 6 + 0.5, 0, 1), None),

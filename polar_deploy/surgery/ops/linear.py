@@ -78,6 +78,18 @@ class MatMul(Mixing):
     sides: tuple[int, ...] = (RIGHT, LEFT)  # where weights may be
     across = True  # whether channels on an axis that is not multiplied are followed
 
+    def is_transposed(self, step: Step) -> bool:
+        """Whether the weight on the right is stored as [outputs, inputs]."""
+        return False
+
+    def alpha(self, step: Step) -> float:
+        """A factor on the product."""
+        return 1.0
+
+    def _is_by_column(self, step: Step) -> bool:
+        """Whether the outputs are the last axis of the weight."""
+        return self.side(step) == RIGHT and not self.is_transposed(step)
+
     def side(self, step: Step) -> int:
         """Where the weight is."""
         for side in self.sides:
@@ -87,8 +99,7 @@ class MatMul(Mixing):
 
     def matrix(self, step: Step) -> Weight:
         """The weight as stored."""
-        side = self.side(step)
-        return weight(step, self.factors[side], "weight", axis=-1 if side == RIGHT else -2)
+        return weight(step, self.factors[self.side(step)], "weight", axis=-1 if self._is_by_column(step) else -2)
 
     def data(self, step: Step) -> int:
         return self.factors[1 - self.side(step)]
@@ -117,10 +128,10 @@ class MatMul(Mixing):
         steady = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
         zero, scale = per_filter(matrix, 1)
         return Mix(
-            weight=stack.transpose((2, 1, 0) if self.side(step) == RIGHT else (1, 2, 0))[None],
+            weight=stack.transpose((2, 1, 0) if self._is_by_column(step) else (1, 2, 0))[None],
             bias=None,
             zero=zero,
-            scale=scale,
+            scale=self.alpha(step) * scale,
             steady=steady,
             loose=~steady,
             why=matrix.unsure or "several matrices",
@@ -131,7 +142,7 @@ class MatMul(Mixing):
     def write(self, step: Step, trim: Trim) -> None:
         matrix, values = self.matrix(step), None
         if trim.weight is not None:
-            stack = trim.weight[0].transpose((2, 1, 0) if self.side(step) == RIGHT else (2, 0, 1))
+            stack = trim.weight[0].transpose((2, 1, 0) if self._is_by_column(step) else (2, 0, 1))
             values = stack.reshape(*matrix.values.shape[:-2], *stack.shape[1:])
         matrix.write(step.graph, values, trim.kept)
         found = self.adder(step)
