@@ -108,22 +108,24 @@ class _Arithmetic:
         parts = [b"" if x is None else repr((x.dtype, x.shape)).encode() + x.tobytes() for x in given]
         key = (node.op_type.encode(), *(entry.SerializeToString() for entry in node.attribute), *parts)
         if key not in self._done:
-            self._done[key] = evaluate(node, {name: self.numbers[name] for name in node.input if name}, self.opset)
+            found = evaluate(node, {name: self.numbers[name] for name in node.input if name}, self.opset)
+            self._done[key] = None if found is None else found[0]
         return self._done[key]
 
 
-def evaluate(node: onnx.NodeProto, inputs: dict[str, Array], opset: int) -> Array | None:
-    """The one result of a node of the standard domain; None where onnx's reference cannot compute it.
+def evaluate(node: onnx.NodeProto, inputs: dict[str, Array], opset: int) -> list[Array] | None:
+    """The results of a node of the standard domain; None where onnx's reference cannot compute all that have a name.
 
     The node goes into a graph: by itself it would be taken for one of the newest opset.
     """
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    given, made = ([onnx.ValueInfoProto(name=name) for name in names] for names in (inputs, node.output))
+    named = [name for name in node.output if name]
+    given, made = ([onnx.ValueInfoProto(name=name) for name in names] for names in (inputs, named))
     graph = onnx.helper.make_graph([node], "node", given, made)
     try:
-        (result,) = ReferenceEvaluator(graph, opsets={"": opset}).run(None, inputs)
+        results = ReferenceEvaluator(graph, opsets={"": opset}).run(None, inputs)
     except Exception:  # noqa: BLE001 - the reference has no common class for its errors
         return None
-    return None if result is None else np.asarray(result)
+    return None if any(result is None for result in results) else [np.asarray(result) for result in results]

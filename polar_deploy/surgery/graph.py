@@ -312,12 +312,15 @@ class Graph:
     def _fold_constants(self) -> None:
         """Turns what is computed from constants alone into constants: gates come as Cast, Not, Greater, Where …"""
         for node in self.body.nodes:
-            if len(node.outputs) == 1 and self.is_private(node.outputs[0].name) and self._is_foldable(node):
-                values = self._evaluate(node)
-                if values is not None and values.size <= MAX_FOLDED and values.dtype.kind not in "OSU":
-                    self._note_origin(node)
-                    node.outputs[0].to_constant(values)
-                    node.outputs.clear()
+            results = [tensor for tensor in node.outputs if tensor.name]
+            if results and all(self.is_private(tensor.name) for tensor in results) and self._is_foldable(node):
+                found = self._evaluate(node)
+                if found is None or any(x.size > MAX_FOLDED or x.dtype.kind in "OSU" for x in found):
+                    continue
+                self._note_origin(node)
+                for tensor, values in zip(results, found, strict=True):
+                    tensor.to_constant(values)
+                node.outputs.clear()
 
     def _note_origin(self, node: Node) -> None:
         if node.op in REARRANGING:
@@ -333,12 +336,14 @@ class Graph:
         if any(isinstance(value, self._gs.Graph) for value in node.attrs.values()):
             return False
         given: int = sum(math.prod(tensor.shape) for tensor in node.inputs if tensor.name)
-        shape = self._tensors.shapes.get(node.outputs[0].name, (None,))
-        result: int = math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in shape)
+        shapes = [self._tensors.shapes.get(tensor.name, (None,)) for tensor in node.outputs if tensor.name]
+        result: int = sum(
+            math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in shape) for shape in shapes
+        )
         return given <= MAX_FOLDED and result <= max(given, FOLDED_ANYWAY)
 
-    def _evaluate(self, node: Node) -> Array | None:
-        """The value of a node of constants; None where onnx's reference cannot compute it, and it stays a node."""
+    def _evaluate(self, node: Node) -> list[Array] | None:
+        """The results of a node of constants; None where onnx's reference cannot compute them, and it stays a node."""
         inputs = {tensor.name: np.asarray(tensor.values) for tensor in node.inputs if tensor.name}
         return evaluate(self._proto[id(node)], inputs, self.body.opset)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import report, rounds
+from polar_deploy.surgery.inline import inlined
 from polar_deploy.surgery.model import NotUnderstoodError, check_graph
 from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
@@ -55,7 +56,7 @@ class Operation:
             return self._without_strictness(refusal)
 
     def _cut(self) -> tuple[Stored, dict[str, Any]]:
-        seen = with_observed(self.before)
+        seen = with_observed(inlined(self.before))
         done = rounds.operate(seen)
         after = self.before if done[-1].model is seen else done[-1].model
         path = self.write(after)

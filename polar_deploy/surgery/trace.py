@@ -239,6 +239,36 @@ def _arithmetic(compute: Callable[[Any, Any], int | float | None]) -> Callable[[
     return _elementwise(on_sizes)
 
 
+def _on_one(compute: Callable[[Any], int | float]) -> Callable[[_Tracer, Node], Array | None]:
+    def on_size(a: Size) -> Size:
+        return Size(None if a.value is None else compute(a.value))
+
+    def rule(tracer: _Tracer, node: Node) -> Array | None:
+        data = tracer.read(node.inputs[0])
+        return None if data is None else np.asarray(np.frompyfunc(on_size, 1, 1)(data), object)
+
+    return rule
+
+
+def _extreme(compute: Callable[[Iterable[Any]], int | float]) -> Callable[[_Tracer, Node], Array | None]:
+    def on_sizes(*sizes: Size) -> Size:
+        values = [size.value for size in sizes]
+        return Size() if None in values else Size(compute(values))
+
+    def rule(tracer: _Tracer, node: Node) -> Array | None:
+        parts = [part for tensor in node.inputs if (part := tracer.read(tensor)) is not None]
+        if len(parts) < len(node.inputs):
+            return None
+        return np.asarray(np.frompyfunc(on_sizes, len(parts), 1)(*parts), object)
+
+    return rule
+
+
+def _rounded(to: Callable[[float], int]) -> Callable[[Any], int | float]:
+    """Of a number of floats another one; whole numbers stay."""
+    return lambda a: a if isinstance(a, int) else float(to(a))
+
+
 def _divide(a: int | float, b: int | float) -> int | float | None:
     """Integers are cut off towards zero."""
     if b == 0:
@@ -263,5 +293,11 @@ RULES: dict[str, Callable[[_Tracer, Node], Array | None]] = {
     "Sub": _arithmetic(operator.sub),
     "Mul": _arithmetic(operator.mul),
     "Div": _arithmetic(_divide),
+    "Max": _extreme(max),
+    "Min": _extreme(min),
+    "Neg": _on_one(operator.neg),
+    "Abs": _on_one(abs),
+    "Floor": _on_one(_rounded(math.floor)),
+    "Ceil": _on_one(_rounded(math.ceil)),
     "Mod": _arithmetic(lambda a, b: a % b if a >= 0 and b > 0 else None),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -166,7 +166,15 @@ def newest_opset() -> int:
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph.node)
+    """How many nodes of each type there are, those in bodies and local functions included."""
+    return Counter(node.op_type for nodes in (model.graph, *model.functions) for node in _all_nodes(nodes.node))
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _all_nodes(attribute.g.node)
 
 
 def names(model: onnx.ModelProto) -> set[str]:

@@ -425,3 +425,54 @@ def test_names_of_what_is_left() -> None:
     found: Array = constant(cut(model).model, "u")
     assert found.shape == (8, 4)
     assert names(cut(model).model) == {"up", "up.add", "down", "down.add"}
+
+
+# ---- Einsum
+
+
+@pytest.mark.parametrize(
+    ("equation", "turned"),
+    [("nchw,co->nohw", False), ("nchw,oc->nohw", True), ("n c h w , c o -> n o h w", False), ("oc,nchw->nohw", True)],
+)
+def test_einsum_that_is_a_product_with_a_matrix(equation: str, turned: bool) -> None:
+    net = Net()
+    x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
+    matrix = net.random.standard_normal((6, 5)).astype(np.float32)
+    held = net.constant("matrix", matrix.T.copy() if turned else matrix)
+    first = equation.startswith("oc")
+    y = net.node("Einsum", [held, x] if first else [x, held], "tested", equation=equation)
+    net.width[y] = 5
+    model = net.model(net.conv(net.gate(y, [0], "gate2"), 4, "two"))
+    surgery = cut(model)
+    assert weight(surgery.model, "one").shape[0] == 4
+    kept = matrix[[0, 2, 3, 5]][:, 1:]
+    np.testing.assert_array_equal(weight(surgery.model, "tested", 0 if first else 1), kept.T if turned else kept)
+
+
+def test_einsum_with_dots() -> None:
+    net = Net()
+    x = net.node("Transpose", [net.gate(net.conv("input", 6, "one"), CLOSED, "gate")], "last", perm=[0, 2, 3, 1])
+    held = net.constant("matrix", net.random.standard_normal((6, 5)).astype(np.float32))
+    y = net.node(
+        "Transpose", [net.node("Einsum", [x, held], "tested", equation="...c,co->...o")], "first", perm=[0, 3, 1, 2]
+    )
+    net.width[y] = 5
+    surgery = cut(net.model(net.conv(net.gate(y, [0], "gate2"), 4, "two")))
+    assert weight(surgery.model, "tested").shape == (4, 4)
+
+
+@pytest.mark.parametrize("equation", ["nchw,co->no", "nchw,cn->nhw", "nchw,ch->nw"])
+def test_einsum_that_is_something_else(equation: str) -> None:
+    net = Net()
+    x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
+    last = {"co": 5, "cn": 2, "ch": 8}[equation[5:7]]
+    held = net.constant("matrix", net.random.standard_normal((6, last)).astype(np.float32))
+    if "cn" in equation:
+        net.inputs[0].type.tensor_type.shape.dim[0].dim_value = 2
+    y = net.node("Einsum", [x, held], "tested", equation=equation)
+    model = net.model(y, ranks=[len(equation.partition("->")[2])])
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    surgery = compress(model)
+    assert weight(surgery.model, "one").shape[0] == 6
+    assert surgery.report["walls"][0]["operator"] == "Einsum"

@@ -50,7 +50,8 @@ def test_an_operator_of_another_domain_is_a_wall_whatever_its_name() -> None:
 def test_tensors_that_a_body_reads_stay() -> None:
     net = Net()
     x = net.gate(net.relu(net.conv("input", 4, "one"), "act"), [1], "gate")
-    net.constant("yes", np.array(True))
+    net.node("ReduceMax", ["input"], "largest", keepdims=0)
+    net.node("Greater", ["largest", net.constant("zero", np.array(0, np.float32))], "yes")
     result = helper.make_tensor_value_info("same", 1, None)
     body = helper.make_graph([helper.make_node("Neg", [x], ["same"], name="inner")], "body", [], [result])
     x = net.node("If", ["yes"], "if", then_branch=body, else_branch=body)

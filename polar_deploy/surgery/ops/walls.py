@@ -23,11 +23,9 @@ class Stated(Unknown):
 
 
 REASONS = {
-    "its gates mix all channels at every step": ("GRU", "LSTM", "RNN"),
     "attention heads are not followed": ("Attention", "LinearAttention"),
     "it turns channels by their position": ("RotaryEmbedding",),
     "its state is carried from call to call": ("CausalConvWithState", "TensorScatter"),
-    "its equation is not followed": ("Einsum",),
     "its body is not followed": ("If", "Loop", "Scan", "SequenceMap"),
     "it mixes all numbers along an axis": ("DFT", "Det", "STFT"),
     "what comes out has a shape that depends on numbers": ("Compress", "NonMaxSuppression", "NonZero", "Unique"),
