@@ -228,7 +228,7 @@ def insert(stored: Stored, masks: Sequence[Mask]) -> Stored:
     del model.graph.node[:]
     for position, node in enumerate(nodes):
         model.graph.node.extend([*before.get(position, ()), node])
-    return replace(stored, model=model)
+    return replace(stored, model=model, heads=False)  # gates have no heads
 
 
 def constant_name(mask: Mask) -> str:
@@ -261,4 +261,4 @@ def with_values(stored: Stored, values: Mapping[str, Array]) -> Stored:
                 arrays[tensor.name] = array
             else:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    return replace(stored, model=model, arrays=arrays)
+    return replace(stored, model=model, arrays=arrays, heads=False)

@@ -85,6 +85,15 @@ class Channels:
         others = tuple(i for i in range(len(self.dims)) if i != position)
         return np.flatnonzero(self.kept.reshape(self.dims).any(axis=others))
 
+    def block(self) -> Bools:
+        """[channels] the smallest block, the same indices along every axis, that all kept channels are in."""
+        inside = np.ones(self.dims, bool)
+        for position, axis in enumerate(self.axes):
+            along = np.zeros(self.dims[position], bool)
+            along[self.keep(axis)] = True
+            inside &= along.reshape([-1 if at == position else 1 for at in range(len(self.dims))])
+        return np.asarray(inside.ravel())
+
     def pin(self, note: Note) -> None:
         """All channels stay and are needed."""
         self.pinned[:] = self.needed[:] = True

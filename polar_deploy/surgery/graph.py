@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,13 @@ class Graph:
         self._touched: dict[int, set[str]] = {}
         self._origins: dict[str, str] = {}
         self._fold_constants()
+        if self.follows_heads:
+            self._join_transposes()
+
+    @property
+    def follows_heads(self) -> bool:
+        """Whether channels are followed through attention heads."""
+        return self._stored.heads
 
     @property
     def nodes(self) -> list[Node]:
@@ -223,7 +231,7 @@ class Graph:
         self._write_inputs(graph)
         graph.value_info.extend(value for value in source.graph.value_info if value.name in not_inferred(model))
         _copy_annotations(source.graph, graph)
-        return Stored(model, arrays, self._stored.external, self._stored.strict)
+        return replace(self._stored, model=model, arrays=arrays)
 
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
         import onnx
@@ -321,6 +329,39 @@ class Graph:
                 for tensor, values in zip(results, found, strict=True):
                     tensor.to_constant(values)
                 node.outputs.clear()
+
+    def _join_transposes(self) -> None:
+        """Makes one Transpose of the last two axes of Reshape, Transpose, Reshape, as PyTorch exports attention.
+
+        The heads are joined with the batch in between, where channels cannot be followed.
+        """
+        for node in self.body.nodes:
+            around = self._reshapes_around(node)
+            if around is not None:
+                before, after = around
+                rank = len(self.shape(before.inputs[0]) or ())
+                node.inputs[0] = before.inputs[0]
+                result = after.outputs[0]
+                after.outputs.clear()
+                node.outputs[0] = result
+                node.attrs["perm"] = [*range(rank - 2), rank - 1, rank - 2]
+                self._touch(node, "perm")
+
+    def _reshapes_around(self, node: Node) -> tuple[Node, Node] | None:
+        """The Reshapes before and behind a Transpose that do no more than to join and split the leading axes."""
+        if node.op != "Transpose" or node.attrs.get("perm") != [0, 2, 1] or not node.inputs[0].inputs:
+            return None
+        before, readers = node.inputs[0].inputs[0], node.outputs[0].outputs
+        if before.op != "Reshape" or len(readers) != 1 or readers[0].op != "Reshape":
+            return None
+        between, after = (node.inputs[0], node.outputs[0]), readers[0]
+        if any(len(tensor.outputs) != 1 or not self.is_private(tensor.name) for tensor in between):
+            return None
+        given, joined, split = (self.shape(t) for t in (before.inputs[0], between[0], after.outputs[0]))
+        if given is None or joined is None or split is None or None in given or len(given) < 4 or len(joined) != 3:
+            return None
+        same = joined[1:] == given[-2:] and split == (*given[:-2], given[-1], given[-2])
+        return (before, after) if same else None
 
     def _note_origin(self, node: Node) -> None:
         if node.op in REARRANGING:

@@ -30,6 +30,8 @@ AXIS = {  # where operators want the channels
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "LRN"), 1),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization"), 1),
 }
+PASSING = ("Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout")
+MOST_STEPS = 30  # tensors that are looked at behind a reshape
 ALONG_ONE = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")  # parameters lie along axis 1
 
 
@@ -73,6 +75,16 @@ def follow(before: Shape, after: Shape, axes: tuple[int, ...], choose: Callable[
         return Places((chosen,), *_slabs(spread, outside.index(chosen), count))
     corner = spread[tuple(slice(None) if i in varying else 0 for i in range(spread.ndim))].ravel()
     return Places(tuple(outside[i] for i in varying), corner, np.arange(len(corner)), split=not stays)
+
+
+def apart(before: Shape, after: Shape, axes: tuple[int, ...]) -> Places | None:
+    """Where one axis of channels becomes several, all of them, one by one; None where it does not, or not alone."""
+    inside, outside = _around(groups(before, after), before, axes)
+    dims = [dim for axis in outside if isinstance(dim := after[axis], int)]
+    if tuple(inside) != axes or len(axes) > 1 or len(dims) < 2 or len(dims) < len(outside):
+        return None
+    every = np.arange(math.prod(dims))
+    return Places(tuple(outside), every, every, split=True) if len(every) == before[axes[0]] else None
 
 
 def varies(spread: Array) -> list[int]:
@@ -195,6 +207,22 @@ def cut_axis(graph: Graph, tensor: Tensor, spread: Array, among: range) -> int |
         marks, tensor = moved[0], tensor.outputs[0].outputs[0]
     wanted = [marks[at] for reader in tensor.outputs if (at := AXIS.get(reader.op)) is not None]
     return wanted[0] if wanted and wanted[0] in among else best
+
+
+def feeds_heads(graph: Graph, tensor: Tensor) -> bool:
+    """Whether a tensor goes into a product of two computed tensors, past what only moves or scales it."""
+    if not graph.follows_heads:
+        return False
+    pending, seen = [tensor], 0
+    while pending and seen < MOST_STEPS:
+        seen += 1
+        for reader in (tensor := pending.pop()).outputs:
+            if reader.op == "MatMul":
+                if not any(graph.is_constant(factor) for factor in reader.inputs):
+                    return True
+            elif reader.op in PASSING and reader.outputs:
+                pending += reader.outputs
+    return False
 
 
 def _moved(graph: Graph, reader: Node, marks: list[int]) -> tuple[list[int], list[set[int]]] | None:

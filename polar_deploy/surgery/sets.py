@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Facts
+from polar_deploy.surgery.facts import Facts, Note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_deploy.surgery.facts import Bools, Channels, Ints, Note
+    from polar_deploy.surgery.facts import Bools, Channels, Ints
     from polar_deploy.surgery.graph import Graph
 
 
@@ -71,15 +71,24 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
     """Takes back what operators cannot do without; going backwards, a whole chain is settled in one pass."""
     order = np.argsort(sets.labels, kind="stable")
     starts = np.searchsorted(sets.labels[order], np.arange(facts.total + 1))
+    blocks = [channels for channels in facts.everything() if len(channels.axes) > 1]
     changed = True
+
+    def keep(channels: Channels, indices: Ints, note: Note) -> None:
+        nonlocal changed
+        for label in sets.of(channels)[indices].tolist():
+            kept[order[starts[label] : starts[label + 1]]] = True
+            sets.retained.setdefault(label, note)
+            changed = True
+
     while changed:
         changed = False
         for step in reversed(facts.alive):
             for retained in step.handler.retain(step):
-                for label in sets.of(retained.channels)[retained.indices].tolist():
-                    kept[order[starts[label] : starts[label + 1]]] = True
-                    sets.retained.setdefault(label, step.note(retained.reason))
-                    changed = True
+                keep(retained.channels, retained.indices, step.note(retained.reason))
+        for channels in blocks:
+            if len(missing := np.flatnonzero(channels.block() & ~channels.kept)):
+                keep(channels, missing, Note(channels.producer, "block", "its rows and columns are cut as a whole"))
 
 
 def components(facts: Facts, more: Sequence[tuple[Ints, Ints]] = ()) -> Ints:

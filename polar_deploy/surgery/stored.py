@@ -39,12 +39,14 @@ class Stored:
     arrays: their values, by name.
     external: whether the values lay in a file of their own, and so belong into one again.
     strict: whether what onnx's inference finds wrong with its shapes is an error.
+    heads: whether channels are followed through attention heads.
     """
 
     model: onnx.ModelProto
     arrays: dict[str, Array] = field(default_factory=dict)
     external: bool = False
     strict: bool = True
+    heads: bool = True
 
     @property
     def needs_data_file(self) -> bool:

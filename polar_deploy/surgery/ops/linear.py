@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery import heads
 from polar_deploy.surgery.facts import Wall
 from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
 from polar_deploy.surgery.operator import Operator
@@ -95,7 +96,7 @@ class MatMul(Mixing):
         for side in self.sides:
             if is_stored(step, self.factors[side]):
                 return side
-        raise Wall("both of its factors are computed: attention heads are not followed")
+        raise Wall(heads.NOT_FOLLOWED)
 
     def matrix(self, step: Step) -> Weight:
         """The weight as stored."""
@@ -112,6 +113,10 @@ class MatMul(Mixing):
         return len(shape or ()) - (1 if self.side(step) == RIGHT else 2)
 
     def couple(self, step: Step) -> None:
+        if self.across and not any(is_stored(step, factor) for factor in self.factors):
+            step.handler = heads.handler(step)
+            step.handler.couple(step)
+            return
         source = step.inputs[self.data(step)]
         elsewhere = source is not None and self.input_axis(step) not in source.axes
         if self.across and source is not None and elsewhere and not _stuck(step.facts, source).all():

@@ -40,17 +40,35 @@ class Regroup(Moving):
         if before is None or after is None:
             raise Wall("its shape is not known")
         source, result = step.require(), step.node.outputs[0]
+        if len(source.axes) > 1 and (axes := _ones_moved(step, source)) is not None:
+            step.carry(axes)
+            return
+        heads = regroup.feeds_heads(step.graph, result)
 
         def choose(spread: Array, among: range) -> int | None:
             return regroup.cut_axis(step.graph, result, _origins(step.facts, source)[spread], among)
 
-        places = regroup.follow(before, after, source.axes, choose)
+        places = regroup.apart(before, after, source.axes) if heads else None
+        if places is None:
+            places, heads = regroup.follow(before, after, source.axes, choose), False
         target = step.create(places.axes)
         step.link(source, target, places.out_of, places.into)
-        if places.split:  # position by position along the last axis, so that what is left is a block
+        if places.split and not heads:  # position by position along the last axis, so that what is left is a block
             rows = np.arange(len(target)).reshape(-1, target.dims[-1])
             for row in rows[1:]:
                 step.tie(target, rows[0], row)
+
+
+def _ones_moved(step: Step, source: Channels) -> tuple[int, ...] | None:
+    """Where several axes of channels lie once axes of size 1 have come or gone; None where it does something else."""
+    if step.node.op != "Squeeze":
+        return None
+    before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
+    left = [axis for axis, dim in enumerate(before) if dim != 1]
+    if tuple(before[axis] for axis in left) != after:
+        return None
+    axes = tuple(left.index(axis) for axis in source.axes if axis in left)
+    return axes or None
 
 
 def _origins(facts: Facts, channels: Channels) -> Ints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.trace import Size, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Bools, Channels, Step
+    from polar_deploy.surgery.facts import Bools, Channels, Ints, Step
     from polar_deploy.surgery.stored import Array
 
 
@@ -21,6 +21,19 @@ def only_axis(channels: Channels) -> int:
     if len(channels.axes) > 1:
         raise Wall("its channels lie on several axes")
     return channels.axes[0]
+
+
+def along(channels: Channels, axis: int, indices: Ints) -> Ints:
+    """Numbers of the channels at some indices along one of their axes."""
+    numbers = np.arange(len(channels)).reshape(channels.dims)
+    return np.asarray(numbers.take(indices, axis=channels.axes.index(axis)).ravel())
+
+
+def renumbered(channels: Channels, axis: int) -> Ints:
+    """What each index along an axis becomes in the cut; those that go have no meaning."""
+    kept = np.zeros(channels.dims[channels.axes.index(axis)], bool)
+    kept[channels.keep(axis)] = True
+    return np.asarray(np.cumsum(kept) - 1)
 
 
 def rank_of(step: Step, index: int = 0) -> int:
@@ -37,11 +50,14 @@ class Cutting:
 
     bounds: starts, ends, axes and steps as far as they are given; at: which of them are the channels'.
     computed: inputs that hold shape arithmetic and become constants.
+    axis: that of the channels; taken: the indices along it that are left.
     """
 
     bounds: dict[str, list[int]]
     at: int
     computed: list[int]
+    axis: int = 0
+    taken: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def stride(self) -> int:
@@ -59,12 +75,15 @@ class Slice(Operator):
         if not set(axes) & set(source.axes):
             step.carry()
             return
-        axis = only_axis(source)
+        (axis,) = shared if len(shared := set(axes) & set(source.axes)) == 1 else (only_axis(source),)
         step.memo = memo = self._cutting(step, axes.index(axis))
         start, end = (memo.bounds[name][memo.at] for name in ("starts", "ends"))
-        taken = np.arange(len(source))[slice(start, end, memo.stride)]
+        memo.axis, memo.taken = axis, np.arange(source.dims[source.axes.index(axis)])[slice(start, end, memo.stride)]
         target = step.create(source.axes)
-        step.link(source, target, taken, np.arange(len(target)))
+        step.link(source, target, along(source, axis, memo.taken), np.arange(len(target)))
+        if len(source.axes) > 1 and memo.stride != 1:
+            raise Wall("it steps over channels that lie on several axes")
+        taken = memo.taken
         if (width := abs(memo.stride)) > 1:
             between = np.arange(taken.min(), taken.max() + 1)
             step.tie(source, between, between - between % width + taken[0] % width)
@@ -104,8 +123,9 @@ class Slice(Operator):
         source, target, memo = step.require(), step.output, step.memo
         if memo is None or (source.kept.all() and not memo.computed):
             return
-        left = (np.cumsum(source.kept) - 1)[step.links[0].out_of[target.kept]]
-        total = int(source.kept.sum())
+        new = renumbered(source, memo.axis)
+        left = new[memo.taken[target.keep(memo.axis)]] if memo.axis in target.axes else new[memo.taken]
+        total = len(source.keep(memo.axis))
         everything = len(left) == total and (memo.stride == 1 or total == 1)
         if everything and _is_whole_elsewhere(step) and step.graph.bypass(step.node):
             return

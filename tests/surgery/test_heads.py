@@ -1,0 +1,187 @@
+"""Attention heads: closed heads and dead dimensions inside of heads go, in the forms that exporters write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from polar_deploy.surgery import compress
+from tests.surgery.graphs import Array, Net, assert_same, constant, names
+
+LENGTH, WIDTH, HEADS, DIMS = 6, 12, 4, 5
+INNER = HEADS * DIMS
+CLOSED = np.array([False, True, False, True])  # heads
+OPEN = np.flatnonzero(~np.repeat(CLOSED, DIMS))  # their channels
+
+
+class Attention(Net):
+    """[batch, tokens, channels] through one attention layer, which is built in steps that tests change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = [onnx.helper.make_tensor_value_info("input", 1, ["batch", LENGTH, WIDTH])]
+        self.stream = self.linear("input", WIDTH, WIDTH, "stem")
+
+    def linear(self, x: str, inputs: int, outputs: int, name: str, zeros: Array | None = None) -> str:
+        """zeros: outputs that are zero throughout."""
+        weight, bias = self.random.standard_normal((inputs, outputs)) / 3, self.random.standard_normal(outputs)
+        if zeros is not None:
+            weight[:, zeros], bias[zeros] = 0, 0
+        product = self.node("MatMul", [x, self.constant(f"{name}.w", weight.astype(np.float32))], name)
+        return self.node("Add", [product, self.constant(f"{name}.b", bias.astype(np.float32))], f"{name}.sum")
+
+    def shape(self, *dims: int) -> str:
+        return self.constant(f"shape{len(self.constants)}", np.array(dims))
+
+    def split(self, x: str, name: str) -> str:
+        """To [batch, heads, tokens, dimensions]."""
+        x = self.node("Reshape", [x, self.shape(0, LENGTH, HEADS, DIMS)], f"{name}.split")
+        return self.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
+
+    def queries(self, zeros: dict[str, Array] | None = None) -> tuple[str, str, str]:
+        found = [
+            self.split(self.linear(self.stream, WIDTH, INNER, name, (zeros or {}).get(name)), name)
+            for name in ("q", "k", "v")
+        ]
+        return found[0], found[1], found[2]
+
+    def attend(self, q: str, k: str, v: str, *, turn: str = "direct") -> str:
+        if turn == "joined":  # as PyTorch exports scaled_dot_product_attention
+            k = self.node("Reshape", [k, self.shape(-1, LENGTH, DIMS)], "k.joined")
+            k = self.node("Transpose", [k], "k.turned", perm=[0, 2, 1])
+            k = self.node("Reshape", [k, self.shape(-1, HEADS, DIMS, LENGTH)], "k.split again")
+        else:
+            k = self.node("Transpose", [k], "k.turned", perm=[0, 1, 3, 2])
+        scores = self.node(
+            "Mul", [self.node("MatMul", [q, k], "scores"), self.constant("scale", np.float32(0.4))], "scaled"
+        )
+        mask = self.random.standard_normal((1, 1, LENGTH, LENGTH)).astype(np.float32)
+        scores = self.node("Add", [scores, self.constant("bias", mask)], "biased")
+        return self.node("MatMul", [self.node("Softmax", [scores], "softmax", axis=-1), v], "weighed")
+
+    def done(self, y: str, *, mask: Array | None = None, rows: Array | None = None) -> onnx.ModelProto:
+        """mask: heads, multiplied before they are joined; rows: of the projection that are not zero."""
+        if mask is not None:
+            y = self.node("Mul", [y, self.constant("mask", mask.astype(np.float32).reshape(1, -1, 1, 1))], "gate")
+        y = self.node("Transpose", [y], "tokens", perm=[0, 2, 1, 3])
+        y = self.node("Reshape", [y, self.shape(0, LENGTH, INNER)], "joined")
+        weight = self.random.standard_normal((INNER, WIDTH)).astype(np.float32)
+        if rows is not None:
+            weight[~rows] = 0
+        y = self.node("MatMul", [y, self.constant("out.w", weight)], "out")
+        return self.model(self.node("Add", [y, self.stream], "end"), ranks=[3])
+
+    def model(self, *outputs: str, ranks: Any = ()) -> onnx.ModelProto:
+        self.width["end"] = WIDTH
+        model = super().model(*outputs, ranks=ranks)
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+        return model
+
+
+def _cut(model: onnx.ModelProto) -> onnx.ModelProto:
+    smaller = compress(model).model
+    assert_same(model, smaller)
+    return smaller
+
+
+@pytest.mark.parametrize("turn", ["direct", "joined"])
+@pytest.mark.parametrize("how", ["mask", "rows"])
+def test_closed_heads_go(how: str, turn: str) -> None:
+    net = Attention()
+    y = net.attend(*net.queries(), turn=turn)
+    rows = np.repeat(~CLOSED, DIMS)
+    model = net.done(y, mask=~CLOSED) if how == "mask" else net.done(y, rows=rows)
+    smaller = _cut(model)
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+        np.testing.assert_array_equal(constant(smaller, f"{name}.b"), constant(model, f"{name}.b")[OPEN])
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[OPEN])
+    assert "gate" not in names(smaller)
+
+
+def test_a_closed_dimension_of_one_head_stays_and_one_of_all_heads_goes() -> None:
+    """Of values: dimension 2 is not read in any head, dimension 4 not in one."""
+    net = Attention()
+    rows = np.ones((HEADS, DIMS), bool)
+    rows[:, 2] = rows[1, 4] = False
+    model = net.done(net.attend(*net.queries()), rows=rows.ravel())
+    smaller = _cut(model)
+    left = np.delete(np.arange(INNER).reshape(HEADS, DIMS), 2, axis=1).ravel()
+    assert constant(smaller, "v.w").shape == (WIDTH, len(left))
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[left])
+    assert constant(smaller, "q.w").shape == (WIDTH, INNER), "the scores of every head are in use"
+
+
+@pytest.mark.parametrize("which", [("q",), ("k",), ("q", "k")])
+def test_dimensions_of_queries_or_keys_that_are_zero_go_from_both(which: tuple[str, ...]) -> None:
+    zeros = np.zeros((HEADS, DIMS), bool)
+    zeros[:, [0, 3]] = True
+    net = Attention()
+    model = net.done(net.attend(*net.queries(dict.fromkeys(which, zeros.ravel()))))
+    smaller = _cut(model)
+    left = np.flatnonzero(~zeros.ravel())
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, left])
+    assert constant(smaller, "v.w").shape == (WIDTH, INNER)
+
+
+def test_a_dimension_that_is_zero_in_queries_here_and_in_keys_there() -> None:
+    zeros = {name: np.zeros((HEADS, DIMS), bool) for name in ("q", "k")}
+    zeros["q"][:2, 1] = zeros["k"][2:, 1] = True
+    net = Attention()
+    model = net.done(net.attend(*net.queries({name: mask.ravel() for name, mask in zeros.items()})))
+    assert constant(_cut(model), "q.w").shape == (WIDTH, HEADS * (DIMS - 1))
+
+
+def test_zeros_that_do_not_fill_a_dimension_stay_zero() -> None:
+    """Dimension 1 of one head is zero in the queries: its place stays, and so must the zero."""
+    zeros = np.zeros((HEADS, DIMS), bool)
+    zeros[0, 1] = True
+    net = Attention()
+    model = net.done(net.attend(*net.queries({"q": zeros.ravel()})))
+    assert constant(_cut(model), "q.w").shape == (WIDTH, INNER)
+
+
+def test_a_head_whose_queries_are_zero_stays_where_its_values_are_read() -> None:
+    """It takes the mean over all tokens."""
+    zeros = np.zeros((HEADS, DIMS), bool)
+    zeros[1] = True
+    net = Attention()
+    model = net.done(net.attend(*net.queries({"q": zeros.ravel()})))
+    smaller = _cut(model)
+    assert constant(smaller, "v.w").shape == (WIDTH, INNER)
+
+
+def test_all_heads_closed() -> None:
+    net = Attention()
+    model = net.done(net.attend(*net.queries()), mask=np.zeros(HEADS, bool))
+    smaller = _cut(model)
+    assert not names(smaller) & {"scores", "softmax", "weighed"}
+
+
+def test_one_layer_for_queries_keys_and_values() -> None:
+    """As timm writes it: one layer, split into three by a Slice each along a leading axis."""
+    net = Attention()
+    x = net.node(
+        "Reshape", [net.linear(net.stream, WIDTH, 3 * INNER, "qkv"), net.shape(0, LENGTH, 3, HEADS, DIMS)], "view"
+    )
+    x = net.node("Transpose", [x], "permuted", perm=[2, 0, 3, 1, 4])
+    parts = []
+    for i in range(3):
+        part = net.node("Slice", [x, net.shape(i), net.shape(i + 1), net.shape(0)], f"part{i}")
+        parts.append(net.node("Squeeze", [part, net.shape(0)], f"squeezed{i}"))
+    model = net.done(net.attend(*parts), rows=np.repeat(~CLOSED, DIMS))
+    smaller = _cut(model)
+    columns = (np.arange(3)[:, None] * INNER + OPEN).ravel()
+    np.testing.assert_array_equal(constant(smaller, "qkv.w"), constant(model, "qkv.w")[:, columns])
+
+
+def test_heads_that_are_an_output_stay() -> None:
+    net = Attention()
+    y = net.attend(*net.queries())
+    model = net.done(y, mask=~CLOSED)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("weighed", 1, None))
+    assert constant(_cut(model), "v.w").shape == (WIDTH, INNER)
