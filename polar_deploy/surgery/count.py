@@ -50,7 +50,7 @@ def _up(width: float, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a graph at batch 1 and the model's input size (224 a side where that is dynamic).
+    """The cost of a graph at batch 1 and the model's input size (224 a side where that is dynamic and taken).
 
     macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too), quantised
         ones included.

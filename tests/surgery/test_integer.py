@@ -216,7 +216,7 @@ def test_integer_layers_take_no_constant(product: bool) -> None:
     [
         ("rows", "it is quantised row by row"),
         ("stack", "it is quantised in blocks"),
-        ("computed", "both of its factors are computed: attention heads are not followed"),
+        ("computed", "both of its factors are computed, and their channels are not those of attention heads"),
         ("zero point", "its zero point is computed"),
     ],
 )

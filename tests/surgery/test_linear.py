@@ -328,7 +328,7 @@ def test_products_of_two_computed_tensors_are_walls() -> None:
     net.width[scores] = 7
     surgery = cut(finished(net, scores))
     assert constant(surgery.model, "q").shape == constant(surgery.model, "k").shape == (8, 6)
-    reason = "both of its factors are computed: attention heads are not followed"
+    reason = "both of its factors are computed, and their channels are not those of attention heads"
     assert surgery.report["walls"] == [{"node": "scores", "operator": "MatMul", "reason": reason}]
     assert {entry["reason"] for entry in surgery.report["cuts_not_made"]} == {reason}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.heads import NOT_FOLLOWED
 from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter
 from polar_deploy.surgery.ops.slicing import rank_of
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
@@ -47,7 +48,7 @@ class Einsum(Mixing):
             raise Wall("its equation is no product of two tensors")
         matrix = next((index for index in (1, 0) if is_stored(step, index)), None)
         if matrix is None:
-            raise Wall("both of its factors are computed: attention heads are not followed")
+            raise Wall(NOT_FOLLOWED)
         held, given = terms[matrix], terms[1 - matrix]
         summed, made = ([letter for letter in held if (letter in given) is inside] for inside in (True, False))
         own = given.replace(REST, "")
