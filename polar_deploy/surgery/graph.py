@@ -13,7 +13,18 @@ from polar_deploy.surgery.arithmetic import evaluate
 from polar_deploy.surgery.model import SMALL, infer_shapes, not_inferred
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import STANDARD
-from polar_deploy.surgery.stored import PACKED, Array, Stored, copy_field, copy_fields, names_in_bodies
+from polar_deploy.surgery.stored import (
+    ANNOTATIONS,
+    PACKED,
+    Array,
+    Stored,
+    annotated,
+    copy_annotations,
+    copy_field,
+    copy_fields,
+    names_in_bodies,
+)
+from polar_deploy.surgery.transposes import join_transposes
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +70,7 @@ class Graph:
         self._origins: dict[str, str] = {}
         self._fold_constants()
         if self.follows_heads:
-            self._join_transposes()
+            join_transposes(self)
 
     @property
     def follows_heads(self) -> bool:
@@ -230,7 +241,7 @@ class Graph:
         arrays = self._write_constants(graph)
         self._write_inputs(graph)
         graph.value_info.extend(value for value in source.graph.value_info if value.name in not_inferred(model))
-        _copy_annotations(source.graph, graph)
+        copy_annotations(source.graph, graph)
         return replace(self._stored, model=model, arrays=arrays)
 
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
@@ -250,7 +261,7 @@ class Graph:
         """Writes the constants that are read, in the order that they had. Returns the values of large ones."""
         source = self.model.graph
         used = {tensor.name: tensor for node in self.body.nodes for tensor in node.inputs if tensor.name}
-        named = self._inner | self._outputs | _annotated(source)  # not by nodes of the main graph
+        named = self._inner | self._outputs | annotated(source)  # not by nodes of the main graph
         arrays: dict[str, Array] = {}
         left = dict.fromkeys(used)
         for given in source.initializer:
@@ -330,38 +341,13 @@ class Graph:
                     tensor.to_constant(values)
                 node.outputs.clear()
 
-    def _join_transposes(self) -> None:
-        """Makes one Transpose of the last two axes of Reshape, Transpose, Reshape, as PyTorch exports attention.
-
-        The heads are joined with the batch in between, where channels cannot be followed.
-        """
-        for node in self.body.nodes:
-            around = self._reshapes_around(node)
-            if around is not None:
-                before, after = around
-                rank = len(self.shape(before.inputs[0]) or ())
-                node.inputs[0] = before.inputs[0]
-                result = after.outputs[0]
-                after.outputs.clear()
-                node.outputs[0] = result
-                node.attrs["perm"] = [*range(rank - 2), rank - 1, rank - 2]
-                self._touch(node, "perm")
-
-    def _reshapes_around(self, node: Node) -> tuple[Node, Node] | None:
-        """The Reshapes before and behind a Transpose that do no more than to join and split the leading axes."""
-        if node.op != "Transpose" or node.attrs.get("perm") != [0, 2, 1] or not node.inputs[0].inputs:
-            return None
-        before, readers = node.inputs[0].inputs[0], node.outputs[0].outputs
-        if before.op != "Reshape" or len(readers) != 1 or readers[0].op != "Reshape":
-            return None
-        between, after = (node.inputs[0], node.outputs[0]), readers[0]
-        if any(len(tensor.outputs) != 1 or not self.is_private(tensor.name) for tensor in between):
-            return None
-        given, joined, split = (self.shape(t) for t in (before.inputs[0], between[0], after.outputs[0]))
-        if given is None or joined is None or split is None or None in given or len(given) < 4 or len(joined) != 3:
-            return None
-        same = joined[1:] == given[-2:] and split == (*given[:-2], given[-1], given[-2])
-        return (before, after) if same else None
+    def stand_for(self, node: Node, before: Node, after: Node, name: str, value: object) -> None:
+        """Makes `node`, with another attribute, do what `before`, it and `after` did one behind the other."""
+        node.inputs[0] = before.inputs[0]
+        result = after.outputs[0]
+        after.outputs.clear()
+        node.outputs[0] = result
+        self.set_attribute(node, name, value)
 
     def _note_origin(self, node: Node) -> None:
         if node.op in REARRANGING:
@@ -389,7 +375,6 @@ class Graph:
         return evaluate(self._proto[id(node)], inputs, self.body.opset)
 
 
-ANNOTATIONS = "quantization_annotation"
 REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
 
 # Weights stay quantised, and what is drawn at random is no constant.
@@ -419,18 +404,3 @@ def _free_name(name: str, taken: set[str]) -> str:
         number += 1
     taken.add(f"{name}.{number}")
     return f"{name}.{number}"
-
-
-def _annotated(graph: onnx.GraphProto) -> set[str]:
-    """Names of the constants that `quantization_annotation` refers to."""
-    return {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
-
-
-def _copy_annotations(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
-    """Copies the `quantization_annotation` of tensors that are left, but for scales with an entry a channel."""
-    names = {name for node in target.node for name in (*node.input, *node.output)}
-    scalars = {tensor.name for tensor in target.initializer if math.prod(tensor.dims) == 1}
-    for note in source.quantization_annotation:
-        whole = all(entry.value in scalars for entry in note.quant_parameter_tensor_names)
-        if note.tensor_name in names and whole:
-            target.quantization_annotation.add().CopyFrom(note)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 Array = npt.NDArray[Any]
+ANNOTATIONS = "quantization_annotation"
 PACKED = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")  # several elements a byte
 FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
 MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
@@ -315,3 +316,18 @@ def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
                     yield from inner.input
                     yield from names_in_bodies([inner])
                 yield from (value.name for value in body.output)
+
+
+def annotated(graph: onnx.GraphProto) -> set[str]:
+    """Names of the constants that `quantization_annotation` refers to."""
+    return {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
+
+
+def copy_annotations(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
+    """Copies the `quantization_annotation` of tensors that are left, but for scales with an entry a channel."""
+    names = {name for node in target.node for name in (*node.input, *node.output)}
+    scalars = {tensor.name for tensor in target.initializer if math.prod(tensor.dims) == 1}
+    for note in source.quantization_annotation:
+        whole = all(entry.value in scalars for entry in note.quant_parameter_tensor_names)
+        if note.tensor_name in names and whole:
+            target.quantization_annotation.add().CopyFrom(note)
