@@ -235,12 +235,13 @@ def _infer(skeleton: onnx.ModelProto, strict: bool) -> Tensors:
         types = {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
         types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in graph.initializer)
         complete(skeleton, types)
-        _check_reshapes(skeleton, types)
+        shapes = dict(_shapes(types))
+        _check_reshapes(skeleton, shapes)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
         raise NotUnderstoodError(
             f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN
         ) from error
-    return Tensors(dict(_shapes(types)), {name: kind.tensor_type.elem_type for name, kind in types.items()})
+    return Tensors(shapes, {name: kind.tensor_type.elem_type for name, kind in types.items()})
 
 
 def _replace_nodes(graph: onnx.GraphProto) -> None:
@@ -254,9 +255,8 @@ def _replace_nodes(graph: onnx.GraphProto) -> None:
     graph.node.extend(copies)
 
 
-def _check_reshapes(skeleton: onnx.ModelProto, types: dict[str, onnx.TypeProto]) -> None:
+def _check_reshapes(skeleton: onnx.ModelProto, shapes: dict[str, Shape]) -> None:
     """Raises ValueError where a Reshape gets another number of elements than it makes, which inference lets pass."""
-    shapes = dict(_shapes(types))
     for node in skeleton.graph.node:
         if node.op_type == "Reshape" and node.domain in STANDARD:
             sizes = [shapes.get(name, (None,)) for name in (node.input[0], node.output[0])]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.model import NotUnderstoodError, check_graph, infer_shapes
+from polar_deploy.surgery.model import NotUnderstoodError, check_graph, infer_at
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
@@ -70,7 +70,7 @@ def operate(model: Stored) -> list[Round]:
     if result is not model:
         try:
             check_graph(result.model, "the cut graph")
-            infer_shapes(result.model, strict=result.strict)
+            infer_at(result.model, 1, strict=result.strict)
         except NotUnderstoodError as error:
             raise ContentError(error.what, "please report this graph as a bug of polar_deploy.surgery") from error
     return rounds
