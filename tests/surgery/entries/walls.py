@@ -32,6 +32,24 @@ def _attention(g: RandomGraph, x: str) -> str:
     return g.untokens(g.op("Attention", query, key, value, q_num_heads=2, kv_num_heads=2), 4, space)
 
 
+def heads(g: RandomGraph, x: str) -> str:
+    """Two attention heads of two dimensions each, written out; now and then one is closed, or parts are zero."""
+    width, space = g.width[x], g.space[x]
+    length, tokens = space[0] * space[1], g.tokens(x)
+
+    def split() -> str:
+        y = g.op("Reshape", g.op("MatMul", tokens, g.matrix(width, 4)), np.array([0, length, 2, 2]))
+        return g.op("Transpose", y, perm=[0, 2, 1, 3])
+
+    query, key, value = split(), split(), split()
+    scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))
+    y = g.op("MatMul", g.op("Softmax", scores, axis=-1), value)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array(g.pick(([0, 1], [1, 0])), np.float32).reshape(1, 2, 1, 1))
+    y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, length, 4]))
+    return g.untokens(y, 4, space)
+
+
 def _rotary(g: RandomGraph, x: str) -> str:
     """The channels are its heads."""
     height, across = g.space[x]
@@ -208,6 +226,7 @@ ENTRIES: dict[str, Entry] = {
     **{name: Entry(recurrent(name, gates), fixed=True) for name, gates in (("RNN", 1), ("GRU", 3), ("LSTM", 4))},
     "Attention": Entry(_attention, 23, fixed=True),
     "RotaryEmbedding": Entry(_rotary, 23, fixed=True),
+    "MatMul heads": Entry(heads, 13, fixed=True),
     "Einsum": Entry(_einsum, 12),
     "If": Entry(_if),
     "Loop": Entry(_loop),
@@ -228,7 +247,8 @@ ENTRIES: dict[str, Entry] = {
     "SequenceAt": Entry(_split_to_sequence, 11),
     **{name: Entry(_sequence(name), 11) for name in ("SequenceInsert", "SequenceErase", "ConcatFromSequence")},
     "SplitToSequence": Entry(_split_to_sequence, 11),
-    "OptionalGetElement": Entry(_optional, 18),
-    "Optional": Entry(_has_element, 18),
-    "OptionalHasElement": Entry(_has_element, 18),
+    # ONNX Runtime has none of opset 28 yet
+    "OptionalGetElement": Entry(_optional, 18, 27),
+    "Optional": Entry(_has_element, 18, 27),
+    "OptionalHasElement": Entry(_has_element, 18, 27),
 }
