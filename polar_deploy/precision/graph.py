@@ -16,7 +16,7 @@ import onnx.version_converter
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from polar_deploy.errors import ContentError, one_line
-from polar_deploy.surgery.model import SAME_SHAPE
+from polar_deploy.surgery.standins import stand_ins
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
 NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -49,13 +49,16 @@ def load(path: Path) -> onnx.ModelProto:
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the types and shapes of all tensors worked out anew. The model given is used up."""
     del model.graph.value_info[:]
-    unknown = {index: node for index, node in enumerate(model.graph.node) if node.op_type in SAME_SHAPE}
-    originals = {index: onnx.NodeProto.FromString(node.SerializeToString()) for index, node in unknown.items()}
-    for node in unknown.values():
-        node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+    originals = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    instead = [stand_ins(node) for node in originals]
+    del model.graph.node[:]
+    model.graph.node.extend(each for node, others in zip(originals, instead, strict=True) for each in others or [node])
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    for index, node in originals.items():
-        model.graph.node[index].CopyFrom(node)
+    looked_at = iter([onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node])
+    del model.graph.node[:]
+    for node, others in zip(originals, instead, strict=True):
+        seen = [next(looked_at) for _ in others or [node]]
+        model.graph.node.append(node if others else seen[0])  # a node's own graphs have their types in it
     return model
 
 
