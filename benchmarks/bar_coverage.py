@@ -116,7 +116,7 @@ def row(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     network, size = build(name)
     start = time.monotonic()
-    gates = Gates(shaken(network), torch.zeros(1, 3, size, size), budget=0.9, min_width=0.0)
+    gates = Gates(shaken(network), torch.zeros(1, 3, size, size), budget=0.9, align=1, min_width=0.0)
     attached = time.monotonic() - start
     least = gates.smallest()
     states = []

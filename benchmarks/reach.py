@@ -51,7 +51,7 @@ def row(name: str, before: str) -> dict[str, Any]:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         torch.save(shaken(network), folder / "network.pt")
-        gates = Gates(network, torch.zeros(1, 3, size, size), budget=0.9, min_width=0.0)
+        gates = Gates(network, torch.zeros(1, 3, size, size), budget=0.9, align=1, min_width=0.0)
         command = [before, "-c", BEFORE, str(folder), str(size)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         said = (done.stderr.strip().splitlines() or [""])[-1]
