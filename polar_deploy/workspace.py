@@ -115,9 +115,14 @@ def _swap(new: Path, path: Path, old: Path) -> None:
         raise
 
 
+def json_text(value: object) -> str:
+    """`value` as JSON: one space of indent, keys in the given order, NaN and Inf refused."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path | str, value: object) -> None:
-    """Write `value` as JSON, atomically: one space of indent, keys in the given order, NaN and Inf refused."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """Write `value` as `json_text`, atomically."""
+    text = json_text(value)
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 

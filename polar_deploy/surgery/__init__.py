@@ -87,7 +87,7 @@ def compress_file(
 
     from polar_deploy.surgery import stored
     from polar_deploy.surgery.operation import Operation
-    from polar_deploy.workspace import atomic_path, write_json
+    from polar_deploy.workspace import atomic_path, json_text
 
     _check_places(source, target, report)
     before = stored.read(source, check=False)
@@ -107,7 +107,7 @@ def compress_file(
         if before.needs_data_file if after is None else after.needs_data_file:
             stored.refer_to(tmp, _data_of(target).name)
         if report is not None:
-            write_json(files.enter_context(atomic_path(report)), told)
+            files.enter_context(atomic_path(report)).write_text(json_text(told), encoding="utf-8")
     return told
 
 

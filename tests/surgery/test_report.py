@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
 from rich.console import Console
 
-from polar_deploy.errors import ContentError
-from polar_deploy.surgery import compress, cost
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery import compress, compress_file, cost
 from polar_deploy.surgery.report import alignment, show
 from tests.schemas import valid
 from tests.surgery.graphs import Net, cut, names
@@ -145,3 +148,20 @@ def test_import_is_light() -> None:
         for _ in range(5)
     ]
     assert statistics.median(times) <= 0.3
+
+
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(_model().SerializeToString())
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **how: str) -> int:
+        if "json" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_text(path, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MachineError, match="no space left") as caught:
+        compress_file(tmp_path / "a.onnx", tmp_path / "b.onnx", report=tmp_path / "r.json", verify=False)
+    assert f"{tmp_path}/r.json" in str(caught.value)
+    assert ".tmp" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.onnx"], "neither half of a result is left"
