@@ -23,12 +23,16 @@ import torch
 
 from benchmarks import floors
 from benchmarks.common import write_result
-from polar_deploy import engines, export, models, pipeline, recipes, targets
-from polar_deploy.config import Settings
+from polar_deploy import engines, export, models, recipes
+from polar_deploy.config import ResolvedSettings
 from polar_deploy.engines import timing
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
-from polar_deploy.stages import LATENCY_TABLE, Run
+from polar_deploy.stages import gates as gates_stage
+from polar_deploy.stages.artefacts import LATENCY_TABLE
+from polar_deploy.stages.context import RunContext
+from polar_deploy.stages.resolve import resolve
+from polar_deploy.stages.training import fit_of
 from polar_deploy.surgery import compress_file
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.gated import OnePass
@@ -49,7 +53,7 @@ class Floor(OnePass):
         self._estimate_norms()
 
 
-def settings_of(arguments: argparse.Namespace, changes: dict[str, object], seed: int) -> Settings:
+def settings_of(arguments: argparse.Namespace, changes: dict[str, object], seed: int) -> ResolvedSettings:
     """The resolved settings of one row."""
     overrides: dict[str, object] = {
         "data_dir": arguments.data_dir,
@@ -60,25 +64,25 @@ def settings_of(arguments: argparse.Namespace, changes: dict[str, object], seed:
         **dict(map(recipes.parse_set, arguments.set)),
         **changes,
     }
-    settings = recipes.load(arguments.recipe, overrides)
-    return pipeline.resolve(settings, targets.parse(settings.target), arguments.work)
+    return resolve(recipes.load(arguments.recipe, overrides), arguments.work)
 
 
 def row(
-    arguments: argparse.Namespace, name: str, changes: dict[str, object], seed: int, analysed: Run
+    arguments: argparse.Namespace, name: str, changes: dict[str, object], seed: int, analysed: RunContext
 ) -> dict[str, Any]:
     """Train one network, and see how accurate and how fast it is."""
-    run = Run(settings_of(arguments, changes, seed), arguments.work / f"{name}-{seed}", Progress())
+    run = RunContext(settings_of(arguments, changes, seed), arguments.work / f"{name}-{seed}", Progress())
     run.__dict__["analysis"] = analysed.analysis  # of the same network
     settings = run.settings
     network, teacher = run.network(), run.network()
     for each in (network, teacher):
         models.load_weights(each, settings.full_weights)
-    job = run.fit("gates", "gated", network, settings.training.epochs or 1)
-    gates = run.gates(job.network, job.epochs * job.train.steps)
+    fingerprint = gates_stage.STAGE.fingerprint(run)
+    job = fit_of(run, "gates", "gated", network, settings.training.epochs, fingerprint)
+    gates = gates_stage.gates_on(run, job.network, job.epochs * job.train.steps)
     teaches = prepare(teacher, settings, CPU) if settings.training.distill else None
     if name == "uniform width":
-        method: OnePass = Floor(job, gates, teaches, floors.uniform_width(gates, network, settings.align or 1))
+        method: OnePass = Floor(job, gates, teaches, floors.uniform_width(gates, network, settings.align))
     elif name == "uniform depth":
         method = Floor(job, gates, teaches, floors.uniform_depth(gates))
     else:
@@ -104,7 +108,7 @@ def row(
     }
 
 
-def _correct(run: Run, network: torch.nn.Module) -> list[int]:
+def _correct(run: RunContext, network: torch.nn.Module) -> list[int]:
     """Which images of the test set a network gets right, as 0 and 1."""
     test = run.dataset.test
     batches = Batches(test.images, test.labels, np.arange(len(test.labels)), run.settings, CPU)
@@ -113,7 +117,7 @@ def _correct(run: Run, network: torch.nn.Module) -> list[int]:
         return [int(right) for x, y in batches.plain() for right in (network(x).argmax(1) == y).tolist()]
 
 
-def _speedup(run: Run, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
+def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
     """Batch 1 on the run's target, against the full network, in pairs."""
     folder = run.path("engines")
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +127,21 @@ def _speedup(run: Run, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
     write_json(folder / "build.json", built)
     a, b = (engines.load(folder, name, run.target) for name in ("full", "compressed"))
-    size = run.input_size
+    size = run.settings.input_size
     images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
     done = timing.compare(a, b, images).best
     return {"median": round(done.speedup.median, 3), "low": round(done.speedup.low, 3), "noise": round(done.noise, 4)}
 
 
-def make_table(arguments: argparse.Namespace) -> Run:
+def make_table(arguments: argparse.Namespace) -> RunContext:
     """The latency table that all variants share, and the run that has analysed their network."""
     arguments.work.mkdir(parents=True, exist_ok=True)
     settings = settings_of(arguments, {}, 0).model_copy(update={"latency_table": None})
-    run = Run(settings, arguments.work, Progress())
-    run.require_reachable(measured="latency" in run.budget)
+    run = RunContext(settings, arguments.work, Progress())
+    if "latency" in run.budget:
+        gates_stage.require_measured_reachable(run)
+    else:
+        gates_stage.require_reachable(run)
     return run
 
 

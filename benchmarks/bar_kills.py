@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_result
-from polar_deploy.pipeline import STAGES
+from polar_deploy.stages import NAMES
 from tests.conftest import MINIATURE
 from tests.kills import DECIDED, Ended, Moment, Runner, differences, leftovers, not_yet, verdict
 
@@ -41,7 +41,7 @@ def main() -> int:
     clean, stages = sum(kill["clean"] for kill in kills), _by_stage(kills)
     bars = {
         f"{len(kills)} kills, {len(kills)} clean resumes with the same final figures": clean == len(kills),
-        "in every stage, at a time and in a write": all(all(stages[name][k] for k in KINDS) for name in STAGES),
+        "in every stage, at a time and in a write": all(all(stages[name][k] for k in KINDS) for name in NAMES),
     }
     figures = {
         "command": "python -m polar_deploy.pipeline " + " ".join(MINIATURE),
@@ -66,8 +66,8 @@ def _unbroken(runner: Runner, place: Path) -> tuple[Path, Ended]:
 
 def _kill(runner: Runner, unbroken: Path, measured: Ended, number: int, rng: random.Random) -> dict[str, Any]:
     """Kill one run, let it go on, and tell all about it."""
-    turn, index = divmod(number, len(STAGES))
-    stage, kind = STAGES[index], KINDS[(turn + index) % len(KINDS)]
+    turn, index = divmod(number, len(NAMES))
+    stage, kind = NAMES[index], KINDS[(turn + index) % len(KINDS)]
     places = (unbroken.with_name(f"run{number}.{attempt}") for attempt in range(TRIES))
     moments = [_moment(measured, stage, kind, rng) for _ in range(TRIES)]
     folder, moment, died = runner.killed(lambda: not_yet(unbroken, next(places), stage), moments)
@@ -97,7 +97,7 @@ def _resume(runner: Runner, unbroken: Path, folder: Path, stage: str) -> list[st
     outcome = runner.run(folder).outcome
     if outcome.code not in DECIDED.values():
         return [f"exit code {outcome.code}: {outcome.err}"]
-    before = STAGES[: STAGES.index(stage)]
+    before = NAMES[: NAMES.index(stage)]
     wrong = [f"{name} ran again" for name in before if name not in outcome.up_to_date]
     wrong += [f"exit code {outcome.code}"] if outcome.code != DECIDED[verdict(folder)] else []
     wrong += [f"{name} is half-written" for name in leftovers(folder)]
@@ -106,7 +106,7 @@ def _resume(runner: Runner, unbroken: Path, folder: Path, stage: str) -> list[st
 
 def _by_stage(kills: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Kills of each kind, and clean resumes, in each stage."""
-    counted = {name: dict.fromkeys((*KINDS, "clean"), 0) for name in STAGES}
+    counted = {name: dict.fromkeys((*KINDS, "clean"), 0) for name in NAMES}
     for kill in kills:
         counted[kill["stage"]][kill["kind"]] += 1
         counted[kill["stage"]]["clean"] += kill["clean"]

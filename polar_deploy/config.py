@@ -1,4 +1,8 @@
-"""What a run is: one frozen, validated tree of settings. `polar_deploy.recipes` reads and writes it."""
+"""What a run is: one frozen, validated tree of settings. `polar_deploy.recipes` reads and writes it.
+
+`Settings` are what somebody asked for, where None leaves a choice to the data set, the target or the machine.
+`ResolvedSettings` are the same with these choices made (`polar_deploy.stages.resolve`): what a run works with.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all
 Triple = tuple[float, float, float]
 
 
-PLACES = {"data_dir", "full_weights", "latency_table"}  # settings that say where something lies, not what it is
+LOCAL_PATHS = {"data_dir", "full_weights", "latency_table"}  # where files lie; what they hold counts for itself
 
 
 class _Frozen(BaseModel):
@@ -93,7 +97,7 @@ class Build(_Frozen):
 
 
 class Training(_Frozen):
-    """How both networks are trained. Epochs default to what the data set needs (`EPOCHS`)."""
+    """How both networks are trained. Epochs default to what the data set needs."""
 
     epochs: Annotated[int, Field(ge=1)] | None = None
     full_epochs: Annotated[int, Field(ge=1)] | None = None
@@ -169,3 +173,34 @@ class Settings(_Frozen):
                 f"verdict.batch is {self.verdict.batch}, the engines are built for batches of {least} to {largest}"
             )
         return self
+
+
+# --------------------------------------------------------------------------- with all that was left open decided
+
+
+class ResolvedTraining(Training):
+    """Training with every default filled in."""
+
+    epochs: Count
+    full_epochs: Count
+    gated_lr: Positive
+    flip: bool
+    crop_padding: Annotated[int, Field(ge=0)]
+
+
+class ResolvedGates(Gates):
+    """Gates with both ends of their closing known."""
+
+    start: Share
+    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class ResolvedSettings(Settings):
+    """Settings of which nothing is left to be decided; what is still None is off, or not given."""
+
+    input_size: Annotated[int, Field(ge=8, le=1024)]
+    normalize: Normalize
+    budget: Budget
+    align: Annotated[int, Field(ge=1, le=64)]
+    training: ResolvedTraining
+    gates: ResolvedGates

@@ -10,21 +10,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy import __version__, targets
+from polar_deploy import __version__
 from polar_deploy.commands import add_debug, guarded
-from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import UsageError
+from polar_deploy.stages import NAMES, between
 
 if TYPE_CHECKING:
-    from polar_deploy.config import Budget, Settings
-    from polar_deploy.stages import Run
-
-# The names of `stages.STAGES`, which takes half a second to import: `--help` shall answer at once.
-STAGES = ("full", "gates", "export", "surgery", "build", "parity", "bundle", "report")
-_TRAINING = {"full", "gates", "export"}
+    from polar_deploy.config import Settings
+    from polar_deploy.stages.context import RunContext
 
 # option -> the setting it stands for
 _SETTINGS = {
@@ -107,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--golden", choices=("data", "random"), help="the bundle's golden inputs (default: data, of the data set)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="any setting, such as training.lr=0.05")
     add("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/MODEL-DATA-TARGET-BUDGET-sSEED)")
-    add("--from", metavar="STAGE", dest="first", choices=STAGES, default=STAGES[0], help=f"one of {', '.join(STAGES)}")
-    add("--until", metavar="STAGE", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    add("--from", metavar="STAGE", dest="first", choices=NAMES, default=NAMES[0], help=f"one of {', '.join(NAMES)}")
+    add("--until", metavar="STAGE", dest="last", choices=NAMES, default=NAMES[-1], help="stop after this stage")
     add("--dry-run", action="store_true", help="print the plan: stages, gates, costs, what the target needs")
     add("--json", action="store_true", help="print the result as JSON on stdout")
     add("--quiet", action="store_true", help="show no progress, only the result and errors")
@@ -118,46 +114,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    names = STAGES[STAGES.index(arguments.first) : STAGES.index(arguments.last) + 1]
-    if not names:
+    stages = between(arguments.first, arguments.last)
+    if not stages:
         raise UsageError(
             f"--from {arguments.first} lies behind --until {arguments.last}", "swap them, or leave one out"
         )
-    settings = _settings(arguments)
-    if settings.target == "auto":
-        settings = settings.model_copy(update={"target": targets.choose().name})
-    target = targets.parse(settings.target)
-    if settings.device is not None:
-        from polar_deploy import devices
+    from polar_deploy.progress import Progress
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.stages.plan import plan
+    from polar_deploy.stages.resolve import choose_target, default_folder, resolve
+    from polar_deploy.stages.runner import require_machine, run_stages
 
-        devices.load(settings.device)  # before anything that takes long
-    if "build" in names and not arguments.dry_run:
-        targets.check(target)
-    asked = settings.budget
-    if "gates" in names and asked is not None and asked.latency is not None and settings.latency_table is None:
-        _require_measurable(target)
-    _require_packages(names)
+    settings = choose_target(_settings(arguments))
+    require_machine(settings, stages, builds=not arguments.dry_run)
     folder = arguments.out or default_folder(settings)
-    settings = resolve(settings, target, folder)
+    quiet = arguments.quiet or arguments.dry_run
+    run = RunContext(resolve(settings, folder), folder, Progress(quiet=quiet))
     if arguments.dry_run:
-        from polar_deploy.progress import Progress
-        from polar_deploy.stages import Run
-
-        run = Run(settings, folder, Progress(quiet=True))
-        _print_plan(dry_run(run, names), as_json=arguments.json)
+        _print_plan(plan(run, stages), as_json=arguments.json)
         return 0
-    return _execute(settings, folder, names, arguments)
-
-
-def _require_measurable(target: targets.Target) -> None:
-    """A latency budget without a table: the target has to be here, so that one can be made."""
-    if lacks := targets.lacks_to_build(target) + targets.lacks_to_run(target):
-        raise UsageError(
-            f"budget latency= needs a latency table, and {target.name} cannot be measured here: "
-            f"{'; '.join(dict.fromkeys(lacks))}",
-            "make one where it runs, with `python -m polar_deploy.engines table GATED.onnx` on the gated/model.onnx of "
-            "any run of this model, and give it with --latency-table",
-        )
+    run_stages(run, stages)
+    return _print_result(run, {stage.name for stage in stages}, arguments)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -181,134 +158,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
     recipe = None if arguments.recipe is None else recipes.find(arguments.recipe)
     return recipes.load(recipe, overrides, options)
-
-
-def _require_packages(names: Sequence[str]) -> None:
-    """Ask for what the stages import before anything is written."""
-    needs = [("torch", "train"), ("torchvision", "train"), ("safetensors", "train")] if _TRAINING & {*names} else []
-    needs += [("onnxscript", "train")] if "export" in names else []
-    needs += [("onnxruntime", "ort")] if {*STAGES[2:-1]} & {*names} else []
-    for module, extra in needs:
-        if find_spec(module) is None:
-            raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
-
-
-def resolve(settings: Settings, target: targets.Target, folder: Path) -> Settings:
-    """Settings with every default that depends on the data set, the target, or an earlier part of the run filled in.
-
-    Args:
-        settings: as given.
-        folder: the run's, which need not be there.
-    """
-    from polar_deploy import data
-    from polar_deploy.config import Normalize
-
-    spec, training = data.spec(settings.data, settings.data_dir), settings.training
-    epochs = training.epochs or spec.epochs
-    filled = {
-        "epochs": epochs,
-        "full_epochs": training.full_epochs or epochs,
-        "gated_lr": training.gated_lr or (training.lr / 2 if training.start == "full" else training.lr),
-        "flip": spec.flip if training.flip is None else training.flip,
-        "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,
-    }
-    return settings.model_copy(
-        update={
-            "input_size": settings.input_size or spec.input_size,
-            "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
-            "budget": settings.budget or _default_budget(settings, target, folder),
-            "align": _alignment(settings, target),
-            "training": training.model_copy(update=filled),
-            "gates": settings.gates.model_copy(update=_closing(settings)),
-        }
-    )
-
-
-def _closing(settings: Settings) -> dict[str, float]:
-    """When gates begin to close, and when they are fixed, as shares of the gated run."""
-    start, freeze = settings.gates.start, settings.gates.freeze
-    if start is None:
-        start = 0.05 if settings.training.start == "full" else 0.3
-        start = start if freeze is None else min(start, freeze / 2)
-    return {"start": start, "freeze": min(1.0, start + 0.25) if freeze is None else freeze}
-
-
-def _alignment(settings: Settings, target: targets.Target) -> int:
-    """What widths are multiples of: of anything, where a device says which they are."""
-    if settings.device is None:
-        return settings.align or target.align
-    if settings.align not in (None, 1):
-        raise UsageError(
-            f"both a device ({settings.device}) and an alignment ({settings.align}) say which widths to take",
-            "leave --align out, or --device",
-        )
-    return 1
-
-
-def _default_budget(settings: Settings, target: targets.Target, folder: Path) -> Budget:
-    """Latency, which is what users feel, where it can be measured; else MACs.
-
-    Of a run that has gates already, theirs: it may have been trained on another machine.
-    """
-    from pydantic import ValidationError
-
-    from polar_deploy.config import Budget
-    from polar_deploy.workspace import read_json
-
-    gates = folder / "gated" / "gates.json"
-    try:
-        return Budget.model_validate(read_json(gates)["budget"])
-    except (UsageError, ContentError, ValidationError, KeyError, TypeError):  # none, or none that could be used
-        measurable = not targets.lacks_to_build(target) + targets.lacks_to_run(target)
-        return Budget(latency=0.6) if measurable or settings.latency_table is not None else Budget(macs=0.5)
-
-
-def default_folder(settings: Settings) -> Path:
-    """runs/MODEL-DATA-TARGET-BUDGET-sSEED: no time stamp, so that the same command resumes."""
-    budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items()) if settings.budget else ""
-    model, data = (name.replace(":", ".") for name in (settings.model, settings.data))
-    parts = (model, data, settings.target, budget, f"s{settings.seed}")
-    return Path("runs") / "-".join(filter(None, parts))
-
-
-def dry_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    """The resolved plan: stages, gates found, cost of the full network, smallest reachable cost, the target's needs.
-
-    Raises:
-        UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
-        ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
-    """
-    from polar_deploy.gating.choice import smallest
-
-    settings, choices = run.settings, run.analysis.choices
-    limits = run.require_reachable()
-    least = smallest(choices, limits, choices.costs)
-    return {
-        "settings": settings.model_dump(mode="json"),
-        "folder": str(run.folder),
-        "stages": list(names),
-        "gates": {
-            "channel_sites": len(choices.sites),
-            "channels": sum(site.width * site.size for site in choices.sites),
-            "streams": sum(site.kind == "stream" for site in choices.sites),
-            "blocks": len(choices.blocks),
-            "ungated": {**choices.reasons, **run.analysis.unmasked},
-        },
-        "full": {name: round(cost.full) for name, cost in choices.costs.items()},
-        "smallest": {name: cost.share(least) for name, cost in choices.costs.items()},
-        "target": {"name": settings.target, "align": settings.align, **_missing(settings.target)},
-        "device": run.device.described() if run.device else None,
-    }
-
-
-def _missing(name: str) -> dict[str, str | None]:
-    """What this machine lacks to build for the target, and to run what it built; None: nothing."""
-    target = targets.parse(name)
-    try:
-        targets.check(target)
-    except MachineError as error:
-        return {"missing": str(error), "not_run": None}
-    return {"missing": None, "not_run": "; ".join(targets.lacks_to_run(target)) or None}
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -335,80 +184,21 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     print(f"target    {missing or can}")
 
 
-def _execute(settings: Settings, folder: Path, names: Sequence[str], arguments: argparse.Namespace) -> int:
-    from polar_deploy import parity, recipes
-    from polar_deploy.progress import Progress
-    from polar_deploy.stages import Run, stage_named
-    from polar_deploy.workspace import atomic_path, read_json
+def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespace) -> int:
+    """Tell what came out; returns the exit code, which is the verdict's where there is one."""
+    from polar_deploy import parity
+    from polar_deploy.stages.artefacts import BUNDLE, PAGE, PARITY, REPORT
+    from polar_deploy.workspace import read_json
 
-    progress = Progress(quiet=arguments.quiet)
-    training = settings.training
-    epochs = {"full": training.full_epochs if settings.full_weights is None else None, "gates": training.epochs}
-    progress.plan({name: count for name, count in epochs.items() if name in names and count})
-    run = Run(settings, folder, progress)
-    _preflight(run, names)
-    with run.workspace.locked(), progress:
-        with atomic_path(run.path("run.yaml")) as temporary:
-            temporary.write_text(recipes.dump(settings), encoding="utf-8")
-        if "gates" in names and "latency" in run.budget and not run.is_current("gates"):
-            run.require_reachable(measured=True)  # before an epoch is trained
-        for name in names:
-            _run_stage(run, stage_named(name))
     if "report" in names:
-        _print_report(read_json(run.path("report.json")), as_json=arguments.json)
+        _print_report(read_json(run.path(REPORT)), as_json=arguments.json)
         if not arguments.json:
-            print(f"page: {run.path('report.html')}")
+            print(f"page: {run.path(PAGE)}")
         if "bundle" in names and not arguments.json:
-            _print_bundle(run.path("bundle"))
+            _print_bundle(run.path(BUNDLE))
     elif arguments.json:
-        print(json.dumps({"folder": str(run.folder), "stages": list(names)}, indent=1))
-    return parity.exit_code(read_json(run.path("parity.json"))) if {"parity", "bundle"} & {*names} else 0
-
-
-def _preflight(run: Run, names: Sequence[str]) -> None:
-    """Look at model, budget, weights and data before a folder is made or an epoch trained."""
-    from polar_deploy.stages import stage_named
-
-    stage_named(names[0]).inputs(run)
-    if _TRAINING & {*names}:
-        run.network()  # before data is downloaded for a model that there is not
-    if {*_TRAINING, "parity", "bundle"} & {*names}:
-        _ = run.dataset
-    if "full" in names and run.settings.full_weights is not None:
-        from polar_deploy import models
-
-        models.load_weights(run.network(), run.settings.full_weights)
-    if "gates" in names and not run.is_current("gates"):
-        run.require_reachable()  # last: it takes an export
-
-
-def _run_stage(run: Run, stage: Any) -> None:
-    _make(run, stage)
-    for name in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
-        run.path(name).unlink(missing_ok=True)
-
-
-def _make(run: Run, stage: Any) -> None:
-    """Run a stage unless all that it wrote is up to date."""
-    state = stage.name, stage.key(run), stage.inputs(run), stage.outputs(run)
-    if run.workspace.is_current(*state):
-        run.progress.up_to_date(stage.name)
-        return
-    run.progress.stage(stage.name)
-    run.workspace.forget(stage.name)
-    try:
-        stage.run(run)
-    except (PolarDeployError, MemoryError):
-        raise
-    except Exception as error:  # the user's own network and data run in here
-        if "out of memory" in str(error):
-            raise MachineError(f"stage {stage.name}: {error}", "use a smaller training.batch_size") from error
-        raise ContentError(
-            f"stage {stage.name} failed: {type(error).__name__}: {error}",
-            "see where with --debug; the same command goes on from here",
-        ) from error
-    if stage.settled(run):
-        run.workspace.stamp(*state[:-1], stage.outputs(run))
+        print(json.dumps({"folder": str(run.folder), "stages": [name for name in NAMES if name in names]}, indent=1))
+    return parity.exit_code(read_json(run.path(PARITY))) if {"parity", "bundle"} & names else 0
 
 
 def _print_report(report: dict[str, Any], *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,23 @@ def _disk_full(path: Path) -> MachineError:
 # --------------------------------------------------------------------------- the folder of a run
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a result follows from besides the files that were read.
+
+    Attributes:
+        settings: a hash of the settings, the data and the machine that it depends on.
+        program: who makes it: a version of this package, or what stands for several of them.
+    """
+
+    settings: str
+    program: str
+
+    def __str__(self) -> str:
+        """One text for both, for whatever is kept beside a file."""
+        return f"{self.settings} {self.program}"
+
+
 class Workspace:
     """The folder of one run. Making one makes the folder.
 
@@ -278,32 +296,44 @@ class Workspace:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def is_current(self, stage: str, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
+    def is_current(self, stage: str, fingerprint: Fingerprint, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
         """Tell whether `stage` was finished with these settings and inputs, and all that it wrote is still whole.
 
         Args:
             stage: name of the stage.
-            key: the settings that concern the stage, anything that JSON can hold.
+            fingerprint: of settings, data, machine and program that concern the stage.
             inputs: files the stage reads, inside or outside of the folder.
             outputs: files the stage writes.
         """
         stamp = self._stamp_path(stage)
         try:
-            return bool(read_json(stamp) == self._state(key, inputs, outputs))
+            return bool(read_json(stamp) == self._state(fingerprint, inputs, outputs))
         except (UsageError, ContentError):
             return False  # no stamp, a damaged one, or a file is missing: the stage has to run
 
-    def was_other(self, stage: str, key: object) -> bool:
-        """Tell whether `stage` was finished with other settings. Without a stamp nobody knows: False."""
+    def was_other(self, stage: str, fingerprint: Fingerprint) -> bool:
+        """Tell whether `stage` was finished with other settings, by any program; False: without a stamp, too."""
+        made = self._made(stage)
+        return made is not None and made.settings != fingerprint.settings
+
+    def other_program(self, stage: str, fingerprint: Fingerprint) -> str | None:
+        """The program by which `stage` was finished with these settings, if it was another one than now."""
+        made = self._made(stage)
+        same = made is None or made.settings != fingerprint.settings or made.program == fingerprint.program
+        return None if same or made is None else made.program
+
+    def _made(self, stage: str) -> Fingerprint | None:
+        """The fingerprint in a stage's stamp; None: there is no stamp. A damaged one is nobody's."""
         try:
             stamp = read_json(self._stamp_path(stage))
         except (UsageError, ContentError):
-            return False
-        return not isinstance(stamp, dict) or stamp.get("settings") != digest(key)
+            return None
+        stamp = stamp if isinstance(stamp, dict) else {}
+        return Fingerprint(str(stamp.get("settings")), str(stamp.get("program")))
 
-    def stamp(self, stage: str, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    def stamp(self, stage: str, fingerprint: Fingerprint, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         """Write down that `stage` is finished. Arguments as for `is_current`; all files must be there."""
-        write_json(self._stamp_path(stage), self._state(key, inputs, outputs))
+        write_json(self._stamp_path(stage), self._state(fingerprint, inputs, outputs))
 
     def forget(self, stage: str) -> None:
         """Remove the stamp of `stage`: to be called before the stage starts to write."""
@@ -314,10 +344,11 @@ class Workspace:
     def _stamp_path(self, stage: str) -> Path:
         return self.path(f"stamps/{stage}.json")
 
-    def _state(self, key: object, inputs: Iterable[Path], outputs: Iterable[Path]) -> dict[str, object]:
+    def _state(self, fingerprint: Fingerprint, inputs: Iterable[Path], outputs: Iterable[Path]) -> dict[str, object]:
         return {
-            "schema": 1,
-            "settings": digest(key),
+            "schema": 2,
+            "settings": fingerprint.settings,
+            "program": fingerprint.program,
             "inputs": self._hashes(inputs),
             "outputs": self._hashes(outputs),
         }

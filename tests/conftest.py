@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from polar_deploy.pipeline import STAGES, main
+from polar_deploy.pipeline import main
+from polar_deploy.stages import NAMES, STAGES
 
 ROOT = Path(__file__).parents[1]
 # Three epochs are few, and the networks so small that neither is faster: what is asked leaves room for a bundle.
@@ -37,12 +38,12 @@ class Outcome:
     @property
     def ran(self) -> list[str]:
         """The stages that it ran, in order."""
-        return [line for line in self.err.splitlines() if line in STAGES]
+        return [line for line in self.err.splitlines() if line in NAMES]
 
     @property
     def up_to_date(self) -> list[str]:
         """The stages that it left as they were, in order."""
-        return [name for name in STAGES if f"{name}: up to date\n" in self.err]
+        return [name for name in NAMES if f"{name}: up to date\n" in self.err]
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,10 @@ class Miniature:
         shutil.copytree(self.folder, target)
         for name in without:
             (target / "stamps" / f"{name}.json").unlink()
-            for written in _WRITES[name]:
+            for written in STAGES[NAMES.index(name)].writes:
                 path = target / written
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return target
-
-
-_WRITES = {
-    "full": ("full/weights.safetensors", "full/training.jsonl"),
-    "gates": ("gated/weights.safetensors", "gated/gates.json", "gated/training.jsonl"),
-    "export": ("full/model.onnx", "gated/model.onnx", "gated/reference.npz"),
-    "surgery": ("compressed",),
-    "build": ("engines",),
-    "parity": ("parity.json", "worst-samples.npz"),
-    "bundle": ("bundle",),
-    "report": ("report.json", "report.html"),
-}
 
 
 def polar(*arguments: object) -> Outcome:

@@ -29,7 +29,7 @@ from tests.conftest import MINIATURE, ROOT, Outcome, child_environment, contents
 
 # What the stages import, so that a fork has it: seconds in which no stage does anything.
 _IMPORTS = ("onnx_graphsurgeon", "onnxruntime", "onnxscript", "rich.console", "sklearn.datasets", "torchvision")
-_IMPORTS += ("torch.onnx._internal.exporter._core", "polar_deploy.stages", "polar_deploy.bundle.make")
+_IMPORTS += ("torch.onnx._internal.exporter._core", "polar_deploy.stages.resolve", "polar_deploy.bundle.make")
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]*)?")
 DECIDED = {"pass": 0, "undecided": 5}  # exit codes; a tiny network that fails has no bundle to look at
 
@@ -143,9 +143,10 @@ def not_yet(unbroken: Path, folder: Path, stage: str) -> Path:
         return folder
     shutil.copytree(unbroken, folder)
     for later in STAGES[NAMES.index(stage) :]:
-        for name in (f"stamps/{later.name}.json", *later.writes):
-            path = folder / name
-            shutil.rmtree(path, ignore_errors=True) if name.endswith("/") else path.unlink(missing_ok=True)
+        (folder / f"stamps/{later.name}.json").unlink(missing_ok=True)
+        for written in later.writes:
+            path = folder / written
+            shutil.rmtree(path, ignore_errors=True) if written.is_folder else path.unlink(missing_ok=True)
     return folder
 
 
@@ -262,9 +263,10 @@ def _told(text: bytes) -> dict[str, Any]:
 def _command(folder: Path, moment: Moment | None, pipe: int) -> int:
     """The command, with an eye on its stages and on its writes. It must not return into the runner's own loop."""
     from polar_deploy import pipeline, workspace
+    from polar_deploy.stages import runner
 
-    spy = _Spy(folder, moment, pipe, pipeline._run_stage, workspace._fsync)
-    pipeline._run_stage, workspace._fsync = spy.run_stage, spy.fsync
+    spy = _Spy(folder, moment, pipe, runner.run_stage, workspace._fsync)
+    runner.run_stage, workspace._fsync = spy.run_stage, spy.fsync
     try:
         return pipeline.main([*MINIATURE, "--out", str(folder)])
     except BaseException:  # noqa: BLE001  (whatever it is)

@@ -15,7 +15,7 @@ import pytest
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
-from polar_deploy.pipeline import STAGES
+from polar_deploy.stages import NAMES
 from tests.conftest import ROOT, child_environment
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnx_graphsurgeon", "sklearn")
@@ -48,7 +48,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     options = {"--model", "--target", "--data", "--budget", "--from", "--until", "--dry-run", "--set", "--json"}
     assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
-    assert all(stage in done.stdout for stage in STAGES)
+    assert all(stage in done.stdout for stage in NAMES)
 
 
 def test_surgery_is_imported_at_once_and_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import models, recipes
-from polar_deploy.pipeline import STAGES
+from polar_deploy.stages import NAMES
 from tests.conftest import polar
 
 # recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables.
@@ -63,7 +63,7 @@ def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
     model = re.search(r"^model: (\w+)$", outcome.out, re.MULTILINE)
     assert model
     macs = count_macs(models.build(model[1], classes, pixels), pixels)
-    assert plan["stages"] == " → ".join(STAGES)
+    assert plan["stages"] == " → ".join(NAMES)
     assert plan["gates"] == gates
     assert plan["full"].startswith(f"{macs / 1e6:.2f} M MACs, ")
     least = re.fullmatch(r"macs=([\d.]+), params=([\d.]+) of the full network", plan["smallest"])

@@ -15,7 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from polar_deploy import recipes
-from polar_deploy.pipeline import STAGES
+from polar_deploy.stages import NAMES
 from tests.conftest import MINIATURE, Miniature, contents, polar
 from tests.schemas import valid
 from tests.tiny import BLOCKS, SITES, STREAMS, costs, reachable
@@ -32,7 +32,7 @@ FILES = {
     *(f"bundle/{name}/model.onnx" for name in ("full", "compressed")),
     *(f"bundle/engines/{name}.layers.json" for name in ("full", "compressed")),
     *(f"bundle/golden/{name}.npy" for name in ("inputs", "full", "compressed")),
-    *(f"stamps/{stage}.json" for stage in STAGES),
+    *(f"stamps/{stage}.json" for stage in NAMES),
 }
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 5}
 
@@ -82,7 +82,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 def test_all_files_are_there_and_nothing_else(miniature: Miniature) -> None:
     assert set(contents(miniature.folder)) == FILES
-    assert miniature.outcome.ran == list(STAGES)
+    assert miniature.outcome.ran == list(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_second_call_finds_all_up_to_date_and_touches_nothing(miniature: Minia
     started = time.monotonic()
     outcome = polar(*MINIATURE, "--out", folder, "--json")
     assert time.monotonic() - started < 5
-    assert (outcome.ran, outcome.up_to_date) == ([], list(STAGES))
+    assert (outcome.ran, outcome.up_to_date) == ([], list(NAMES))
     assert (outcome.code, outcome.out) == (miniature.outcome.code, miniature.outcome.out)
     assert contents(folder) == before
     assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
@@ -220,7 +220,7 @@ def test_run_yaml_is_the_recipe_of_the_run(miniature: Miniature, tmp_path: Path)
     assert recipes.dump(settings) == text
     assert (settings.input_size, settings.align, settings.training.full_epochs) == (16, 8, 3)
     outcome = polar("--recipe", folder / "run.yaml", "--out", folder)
-    assert outcome.up_to_date == list(STAGES)
+    assert outcome.up_to_date == list(NAMES)
     assert (folder / "run.yaml").read_text() == text
 
 
@@ -284,7 +284,7 @@ def test_from_and_until_limit_the_stages(miniature: Miniature, tmp_path: Path) -
     folder = miniature.copy(tmp_path / "run")
     for first, last in (("full", "export"), ("build", "build"), ("surgery", "build")):
         outcome = polar(*MINIATURE, "--out", folder, "--from", first, "--until", last)
-        assert outcome.up_to_date == list(STAGES[STAGES.index(first) : STAGES.index(last) + 1])
+        assert outcome.up_to_date == list(NAMES[NAMES.index(first) : NAMES.index(last) + 1])
         assert (outcome.code, outcome.out, outcome.ran) == (0, "", [])
 
 

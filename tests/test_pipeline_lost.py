@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_deploy import stages
-from polar_deploy.pipeline import STAGES
+from polar_deploy.stages import NAMES, STAGES
 from tests.conftest import MINIATURE, Miniature, child_environment, contents, polar
 from tests.kills import DECIDED, differences, leftovers, not_yet, verdict
 
@@ -27,7 +26,7 @@ FUTURE = 4_000_000_000  # seconds since 1970: the year 2096
 def test_every_file_of_a_run_is_watched(miniature: Miniature) -> None:
     """Each one, the stamps and run.yaml aside, is an output of one stage by its content, so that damage is found."""
     watched: dict[str, str] = {}
-    for name in STAGES:
+    for name in NAMES:
         outputs = json.loads((miniature.folder / f"stamps/{name}.json").read_text())["outputs"]
         assert not watched.keys() & outputs.keys()
         watched |= outputs
@@ -47,13 +46,13 @@ def cut(path: Path, rng: random.Random) -> None:
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_output_is_made_again_and_what_follows_from_it(
     name: str, miniature: Miniature, tmp_path: Path
 ) -> None:
     folder, rng = miniature.copy(tmp_path / "run"), random.Random(name)
     outputs = json.loads((folder / f"stamps/{name}.json").read_text())["outputs"]
-    damage = (flip, cut)[STAGES.index(name) % 2]
+    damage = (flip, cut)[NAMES.index(name) % 2]
     before = contents(folder)
     damage(folder / rng.choice(sorted(outputs)), rng)
     assert contents(folder) != before
@@ -62,21 +61,21 @@ def test_a_damaged_output_is_made_again_and_what_follows_from_it(
     after = contents(folder)
     follow = [
         stage.name
-        for stage in stages.STAGES[STAGES.index(name) + 1 :]
-        if any(before.get(read) != after.get(read) for read in (*stage.reads, *stage.looks_at))
+        for stage in STAGES[NAMES.index(name) + 1 :]
+        if any(before.get(read.name) != after.get(read.name) for read in (*stage.reads, *stage.looks_at))
     ]
     assert outcome.ran == [name, *follow]
-    assert outcome.up_to_date == [stage for stage in STAGES if stage not in outcome.ran]
+    assert outcome.up_to_date == [stage for stage in NAMES if stage not in outcome.ran]
     assert outcome.code == DECIDED[verdict(folder)]
     assert differences(miniature.folder, folder) == []
 
 
 def test_scratch_files_of_a_stage_that_is_up_to_date_are_removed(miniature: Miniature, tmp_path: Path) -> None:
     folder = miniature.copy(tmp_path / "run")
-    for stage in stages.STAGES:
+    for stage in STAGES:
         for name in stage.scratch:
             (folder / name).write_bytes(b"")
-    assert polar(*MINIATURE, "--out", folder).up_to_date == list(STAGES)
+    assert polar(*MINIATURE, "--out", folder).up_to_date == list(NAMES)
     assert contents(folder) == contents(miniature.folder)
 
 
@@ -100,7 +99,7 @@ def test_a_clock_that_jumps(miniature: Miniature, tmp_path: Path, monkeypatch: p
         os.utime(path, (rng.choice((0, FUTURE)),) * 2)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     outcome = polar(*MINIATURE, "--out", folder)
-    assert outcome.up_to_date == list(STAGES)
+    assert outcome.up_to_date == list(NAMES)
     assert contents(folder) == made
 
 

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from polar_deploy.errors import ContentError, MachineError, UsageError
-from polar_deploy.workspace import Workspace, atomic_folder, atomic_path, read_json, remove_folder, sha256, write_json
+from polar_deploy.workspace import (
+    Fingerprint,
+    Workspace,
+    atomic_folder,
+    atomic_path,
+    digest,
+    read_json,
+    remove_folder,
+    sha256,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -293,7 +303,8 @@ def test_an_error_inside_releases_the_lock(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- stamps
 
-KEY = {"lr": 0.1, "epochs": 3}
+SETTINGS = {"lr": 0.1, "epochs": 3}
+KEY = Fingerprint(digest(SETTINGS), "polar_deploy 1.2.3")
 
 
 @pytest.fixture
@@ -314,7 +325,8 @@ Finished = tuple[Workspace, list[Path], list[Path]]
 def test_a_finished_stage_is_current(finished: Finished) -> None:
     workspace, inputs, outputs = finished
     assert workspace.is_current("gates", KEY, inputs, outputs)
-    assert workspace.is_current("gates", dict(reversed(KEY.items())), inputs, outputs)  # order means nothing
+    in_another_order = Fingerprint(digest(dict(reversed(SETTINGS.items()))), KEY.program)
+    assert workspace.is_current("gates", in_another_order, inputs, outputs)
 
 
 def test_clocks_and_a_moved_folder_mean_nothing(finished: Finished, tmp_path: Path) -> None:
@@ -329,7 +341,10 @@ def test_clocks_and_a_moved_folder_mean_nothing(finished: Finished, tmp_path: Pa
 def test_whatever_changed_makes_the_stage_run_again(finished: Finished) -> None:
     workspace, inputs, outputs = finished
     assert not workspace.is_current("export", KEY, inputs, outputs)
-    assert not workspace.is_current("gates", KEY | {"lr": 0.2}, inputs, outputs)
+    other_settings = Fingerprint(digest(SETTINGS | {"lr": 0.2}), KEY.program)
+    assert not workspace.is_current("gates", other_settings, inputs, outputs)
+    other_program = Fingerprint(KEY.settings, "polar_deploy 1.2.4")
+    assert not workspace.is_current("gates", other_program, inputs, outputs)
     assert not workspace.is_current("gates", KEY, inputs[:1], outputs)
     assert not workspace.is_current("gates", KEY, inputs, outputs[:1])
     for path in (*inputs, *outputs):
@@ -351,6 +366,21 @@ def test_a_forgotten_or_damaged_stamp_makes_the_stage_run_again(finished: Finish
     workspace.forget("gates")
     assert not stamp.exists()
     assert not workspace.is_current("gates", KEY, inputs, outputs)
+
+
+def test_it_is_known_whether_settings_or_program_were_others(finished: Finished) -> None:
+    workspace, _, _ = finished
+    newer = Fingerprint(KEY.settings, "polar_deploy 1.2.4")
+    other = Fingerprint(digest({}), "polar_deploy 1.2.4")
+    assert [workspace.was_other("gates", each) for each in (KEY, newer, other)] == [False, False, True]
+    programs = [workspace.other_program("gates", each) for each in (KEY, newer, other)]
+    assert programs == [None, "polar_deploy 1.2.3", None]
+    assert not workspace.was_other("export", KEY)  # nobody knows
+    assert workspace.other_program("export", KEY) is None
+    for damaged in ("[]", "{}", '{"settings": 1}'):
+        workspace.path("stamps/gates.json").write_text(damaged)
+        assert workspace.was_other("gates", KEY)
+        assert workspace.other_program("gates", newer) is None
 
 
 def test_stamps_tell_nothing_about_the_user(finished: Finished, tmp_path: Path) -> None:

@@ -13,24 +13,24 @@ import numpy as np
 from polar_deploy.bundle import golden, graphs
 from polar_deploy.bundle.manifest import MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
-from polar_deploy.config import PLACES
+from polar_deploy.config import LOCAL_PATHS
 from polar_deploy.data import LazyImages, normalise
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
-    from polar_deploy.config import Settings
+    from polar_deploy.config import ResolvedSettings
     from polar_deploy.data import Dataset
 
 
-def make(run: Path, folder: Path, settings: Settings, dataset: Dataset, unsaid: Collection[str] = ()) -> None:
+def make(run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, unsaid: Collection[str] = ()) -> None:
     """Write the bundle of a run whose parity stage did not fail, and check it.
 
     Args:
         run: the run's folder.
         folder: the bundle's; what was there before is replaced once the new one is whole.
-        settings: the run's, resolved.
+        settings: the run's.
         dataset: what the networks were trained on.
         unsaid: settings that may not be those of the run, and are left out of its provenance.
 
@@ -69,7 +69,7 @@ def make(run: Path, folder: Path, settings: Settings, dataset: Dataset, unsaid: 
         _prove(read(draft))
 
 
-def _require_judged(run: Path, parity: dict[str, Any], settings: Settings) -> None:
+def _require_judged(run: Path, parity: dict[str, Any], settings: ResolvedSettings) -> None:
     """The verdict has to be about these very files, and on what is asked."""
     again = "measure it: run again with --from parity"
     if "files" not in parity:
@@ -82,7 +82,7 @@ def _require_judged(run: Path, parity: dict[str, Any], settings: Settings) -> No
         raise ContentError(f"{run / 'parity.json'} judges by other bounds than {asked}", again)
 
 
-def _head(settings: Settings) -> dict[str, Any]:
+def _head(settings: ResolvedSettings) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "kind": "polar_deploy.bundle",
@@ -109,7 +109,7 @@ def _copy(run: Path, draft: Path, name: str) -> str:
     return name
 
 
-def _page(run: Path, draft: Path, settings: Settings, unsaid: Collection[str]) -> str:
+def _page(run: Path, draft: Path, settings: ResolvedSettings, unsaid: Collection[str]) -> str:
     """The page of the run for whoever gets the bundle: without pictures of its data, and without other settings."""
     from polar_deploy import report
 
@@ -160,10 +160,9 @@ def _edges(typed: Path) -> dict[str, Any]:
     }
 
 
-def _preprocessing(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+def _preprocessing(settings: ResolvedSettings, dataset: Dataset) -> dict[str, Any]:
     """As the test set's pictures were made. Those that are read lazily may be resized to more than is cut out."""
     images = dataset.test.images
-    assert settings.normalize is not None
     return {
         "channels": "RGB",
         "filter": "bilinear",
@@ -174,10 +173,9 @@ def _preprocessing(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _golden_inputs(run: Path, settings: Settings, dataset: Dataset) -> golden.Array:
+def _golden_inputs(run: Path, settings: ResolvedSettings, dataset: Dataset) -> golden.Array:
     """Images that the networks were validated on, or noise: float32 [N,3,H,W], N at least `MIN_GOLDEN`."""
     normal = settings.normalize
-    assert normal is not None
     inputs = read_npz(run / "gated/reference.npz", "inputs")["inputs"].astype("<f4")
     if settings.bundle.golden == "random":
         return golden.random_inputs(MIN_GOLDEN, inputs.shape[1:], normal.mean, normal.std)
@@ -229,7 +227,9 @@ def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
     return {"asked": {key: value for key, value in verdict.items() if key not in answers}, **answers}
 
 
-def _provenance(settings: Settings, dataset: Dataset, entry: dict[str, Any], unsaid: Collection[str]) -> dict[str, Any]:
+def _provenance(
+    settings: ResolvedSettings, dataset: Dataset, entry: dict[str, Any], unsaid: Collection[str]
+) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
     return {
         "polar_deploy": entry["versions"]["polar_deploy"],
@@ -237,7 +237,7 @@ def _provenance(settings: Settings, dataset: Dataset, entry: dict[str, Any], uns
         "model": settings.model,
         "full": "given" if settings.full_weights else "trained",
         "data": {"name": settings.data, "sha256": dataset.fingerprint()},
-        "settings": settings.model_dump(mode="json", exclude={*PLACES, *unsaid}),
+        "settings": settings.model_dump(mode="json", exclude={*LOCAL_PATHS, *unsaid}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,36 @@ from polar_deploy.errors import ContentError
 from polar_deploy.surgery.choices import Choices
 from polar_deploy.surgery.facts import Bools
 from polar_deploy.workspace import read_json
+
+if TYPE_CHECKING:
+    from polar_deploy.devices import Chosen
+    from polar_deploy.gating.gates import Gates
+
+
+def document(
+    model: str, shape: tuple[int, int, int], align: int, device: Chosen | None, gates: Gates, share: list[float]
+) -> dict[str, Any]:
+    """The content of gates.json.
+
+    Args:
+        model: name of the network.
+        shape: of its input, [channels, height, width].
+        align: what its widths are multiples of.
+        device: whose widths they are.
+        gates: as they were fixed.
+        share: of training samples that opened each gate, [gates].
+    """
+    return {
+        "schema": 1,
+        "model": model,
+        "input": list(shape),
+        "align": align,
+        "device": device and {"name": device.device.name, "precision": device.precision},
+        "budget": dict(gates.budget),
+        "achieved": {name: gates.cost()[name] for name in gates.budget},
+        "sites": sites(gates.analysis.choices, gates.opened, share),
+        "ungated": gates.ungated,
+    }
 
 
 def sites(choices: Choices, opened: Bools, share: list[float]) -> list[dict[str, Any]]:

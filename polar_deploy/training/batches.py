@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polar_deploy.config import Settings
+from polar_deploy.config import ResolvedSettings
 
 EVALUATION_BATCH = 500
 
@@ -21,14 +21,13 @@ class Batches:
         images: uint8 [N, H, W, 3]; an array (then held on `device`) or anything that answers `images[indices]`.
         labels: int64 [N].
         indices: which of the N belong to this part.
-        settings: resolved settings (normalisation, augmentation, batch size, seed).
+        settings: (normalisation, augmentation, batch size, seed).
         device: where batches are wanted.
     """
 
     def __init__(
-        self, images: Any, labels: np.ndarray, indices: np.ndarray, settings: Settings, device: torch.device
+        self, images: Any, labels: np.ndarray, indices: np.ndarray, settings: ResolvedSettings, device: torch.device
     ) -> None:
-        assert settings.normalize is not None
         self.settings, self.device = settings, device
         self._lazy = None if isinstance(images, np.ndarray) else (images, indices)
         self._images = torch.from_numpy(images[indices]).to(device) if self._lazy is None else None

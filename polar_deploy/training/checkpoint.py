@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from polar_deploy.workspace import atomic_path
 
+FORMAT = 1  # raised when what ways of training keep has another form: a checkpoint of before is none then
 _TENSOR = "tensor of the name"
 
 
@@ -32,14 +33,14 @@ class State:
 
 
 def save(path: Path, key: str, state: State, network: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Write a checkpoint atomically. `key` names the settings; a checkpoint of other settings is not resumed."""
+    """Write a checkpoint atomically. `key` names what it depends on; one with another key is not gone on from."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
     method = _detach(state.method, tensors, "method")
     held = json.dumps({"epoch": state.epoch, "records": state.records, "notes": state.notes, "method": method})
     with atomic_path(path) as temporary:
-        save_file(_separate(tensors), temporary, metadata={"key": key, "state": held})
+        save_file(_separate(tensors), temporary, metadata={"key": _stored_key(key), "state": held})
 
 
 def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
@@ -50,13 +51,26 @@ def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("key") != key:
+            if metadata.get("key") != _stored_key(key):
                 return State(), {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (FileNotFoundError, SafetensorError):
         return State(), {}
     held = json.loads(metadata["state"])
     return State(**(held | {"method": _attach(held["method"], tensors)})), tensors
+
+
+def fits(path: Path, key: str) -> bool:
+    """Whether a checkpoint is there from which training with this key would go on."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("key") == _stored_key(key))
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
+def _stored_key(key: str) -> str:
+    return f"{key} checkpoint {FORMAT}"
 
 
 def restore(tensors: dict[str, Tensor], network: nn.Module, optimizers: list[Optimizer]) -> None:

@@ -64,7 +64,7 @@ class OnePass:
     def before_step(self, done: float) -> None:
         """Set the learning rate."""
         training = self.run.settings.training
-        set_rate(self.weights, training.gated_lr or training.lr, training.warmup, done)
+        set_rate(self.weights, training.gated_lr, training.warmup, done)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, classes]."""

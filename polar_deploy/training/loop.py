@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polar_deploy.config import Settings
+from polar_deploy.config import ResolvedSettings
 from polar_deploy.errors import ContentError
 from polar_deploy.progress import Progress
 from polar_deploy.training import checkpoint
@@ -59,7 +59,7 @@ class Fit:
     network: nn.Module
     train: Batches
     validation: Batches | None
-    settings: Settings
+    settings: ResolvedSettings
     epochs: int
     folder: Path
     key: str
@@ -67,7 +67,7 @@ class Fit:
 
 
 def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
-    """Train to the end, from the folder's checkpoint if there is one for `run.key`.
+    """Train to the end, from the folder's checkpoint if there is one for `run.key`; of another it says so.
 
     Writes `checkpoint.safetensors` and `training.jsonl` after every epoch, so that a killed run goes on from the
     last whole epoch and, on CPU with the same number of threads, ends with the same weights as an unbroken one.
@@ -75,7 +75,10 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     Raises:
         ContentError: the loss is not finite.
     """
-    state, tensors = checkpoint.load(run.folder / "checkpoint.safetensors", run.key)
+    path = run.folder / "checkpoint.safetensors"
+    state, tensors = checkpoint.load(path, run.key)
+    if path.is_file() and not state.epoch:
+        progress.note(f"{run.stage}: begins again: its checkpoint is damaged, or of other settings, data or training")
     if state.epoch:
         method.load_state_dict(state.method)
         checkpoint.restore(tensors, method.network, method.optimizers())
@@ -94,7 +97,7 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
         record |= {"joules": round(joules, 1)} if joules is not None else {}
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()
-        checkpoint.save(run.folder / "checkpoint.safetensors", run.key, state, method.network, method.optimizers())
+        checkpoint.save(path, run.key, state, method.network, method.optimizers())
         write_log(run.folder / "training.jsonl", state.records)
         progress.epoch(
             epoch=state.epoch,
@@ -133,7 +136,7 @@ def _epoch(run: Fit, method: Method, epoch: int, progress: Progress) -> tuple[fl
     return mean_loss, 100 * accuracy
 
 
-def sgd(network: nn.Module, settings: Settings) -> torch.optim.SGD:
+def sgd(network: nn.Module, settings: ResolvedSettings) -> torch.optim.SGD:
     """SGD with Nesterov momentum and the settings' weight decay; the rate is set before each step."""
     training = settings.training
     return torch.optim.SGD(
@@ -155,13 +158,13 @@ def set_rate(optimizer: Optimizer, peak: float, warmup: float, done: float) -> N
         group["lr"] = rate
 
 
-def cross_entropy(settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
+def cross_entropy(settings: ResolvedSettings) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross-entropy of logits [B, classes] against labels [B] with the settings' label smoothing."""
     smoothing = settings.training.label_smoothing
     return lambda logits, labels: F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+def autocast(settings: ResolvedSettings, device: torch.device) -> torch.autocast:
     """Mixed precision as the settings ask: bf16 where the device multiplies matrices in it, else FP32."""
     amp = settings.training.amp
     wanted = amp == "bf16" or (amp == "auto" and _multiplies_bf16(device))
@@ -197,7 +200,7 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def prepare(network: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
+def prepare(network: nn.Module, settings: ResolvedSettings, device: torch.device) -> nn.Module:
     """Move a network to the device, in channels_last memory where asked."""
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polar_deploy import config
-from polar_deploy.config import Budget, Normalize, Settings, Training
+from polar_deploy.config import Budget, Normalize, ResolvedSettings
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.gates import Gates
@@ -47,18 +47,19 @@ class BreakIn(Progress):
             raise Broken
 
 
-def settings(*, training: dict[str, Any] | None = None, gates: dict[str, Any] | None = None, **other: Any) -> Settings:
+def settings(
+    *, training: dict[str, Any] | None = None, gates: dict[str, Any] | None = None, **other: Any
+) -> ResolvedSettings:
     """Settings of a miniature run."""
-    trained = {"batch_size": 32, "flip": True, "crop_padding": 1, "cutout": 3, "lr": 0.05, "amp": "off"} | (
-        training or {}
-    )
-    held = {"budget": Budget(macs=0.5), "seed": 7} | other
-    return Settings(
+    trained = {"epochs": 1, "full_epochs": 1, "batch_size": 32, "lr": 0.05, "gated_lr": 0.05, "amp": "off"}
+    augmented = {"flip": True, "crop_padding": 1, "cutout": 3}
+    held = {"budget": Budget(macs=0.5), "align": 1, "seed": 7, "input_size": SIZE} | other
+    return ResolvedSettings(
         model="tiny",
         data="made up",
         normalize=NORMALIZE,
-        training=Training(**trained),
-        gates=config.Gates(**{"start": 0.05, "freeze": 0.5} | (gates or {})),
+        training=config.ResolvedTraining(**{**trained, **augmented, **(training or {})}),
+        gates=config.ResolvedGates(**{"start": 0.05, "freeze": 0.5} | (gates or {})),
         **held,
     )
 
@@ -102,7 +103,7 @@ def gates(run: Fit) -> Gates:
         torch.zeros(2, 3, SIZE, SIZE),
         run.settings.budget.asked(),
         run.epochs * run.train.steps,
-        align=run.settings.align or 1,
+        align=run.settings.align,
         min_width=wanted.min_width,
         mode=wanted.mode,
         start=wanted.start,
@@ -112,7 +113,7 @@ def gates(run: Fit) -> Gates:
     )
 
 
-def fit(run_settings: Settings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> Fit:
+def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> Fit:
     """What a run needs; with `final` all images are for training."""
     images, labels = data()
     final = run_settings.training.final

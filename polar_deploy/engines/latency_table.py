@@ -1,0 +1,44 @@
+"""Making a latency table that whole networks bear out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy import latency
+from polar_deploy.engines import table
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Build
+    from polar_deploy.latency import LatencyTable
+    from polar_deploy.targets import Target
+
+ATTEMPTS = 2
+
+
+def make(
+    gated: Path,
+    target: Target,
+    batch: int,
+    options: Build,
+    likely: Callable[[LatencyTable], list[dict[str, int]]],
+    on_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure a table (see `table.measure`), and once more where whole networks do not bear it out.
+
+    Args:
+        gated: the network with all gates open, as ONNX.
+        target: where it shall run; it has to be here.
+        batch: images in one inference.
+        options: how engines are built.
+        likely: sub-networks that a table would make the solver choose; they are measured whole.
+        on_progress: is told how far it is.
+    """
+    for _ in range(ATTEMPTS):
+        measured = table.measure(gated, target, batch=batch, options=options, likely=likely, tell=on_progress)
+        off = latency.correction(measured)
+        if off <= latency.MOST_CORRECTION:
+            break
+        on_progress(f"whole networks are {100 * off:.0f} % off what single layers say: a busy machine?")
+    return measured

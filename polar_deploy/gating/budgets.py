@@ -1,0 +1,47 @@
+"""What budgets mean for a network before its gates learn: whether they can be reached, and what would be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.costs import Cost
+from polar_deploy.gating import choice
+from polar_deploy.gating.latency import latency_cost
+
+if TYPE_CHECKING:
+    from polar_deploy.gating.choice import Limits
+    from polar_deploy.latency import LatencyTable
+    from polar_deploy.surgery.choices import Choices
+
+LIKELY = 4  # sub-networks that a latency table is held against
+
+
+def require_reachable(
+    choices: Choices, limits: Limits, budget: Mapping[str, float], table: LatencyTable | None
+) -> None:
+    """Raise UsageError where no sub-network is within the budgets; without a table, latency is left out."""
+    costs = _costs(choices, table)
+    asked = {name: share for name, share in budget.items() if name in costs}
+    if asked:
+        choice.require_reachable(choices, limits, costs, asked)
+
+
+def likely(choices: Choices, limits: Limits, budget: Mapping[str, float], table: LatencyTable) -> list[dict[str, int]]:
+    """Sub-networks as they will be chosen by a latency table: open gates by site. What gates are worth is drawn.
+
+    Raises:
+        UsageError: no sub-network is within the budgets.
+    """
+    costs = _costs(choices, table)
+    choice.require_reachable(choices, limits, costs, budget)
+    draws = np.random.default_rng(0).gamma(0.5, size=(LIKELY, choices.gates))
+    states = [choice.choose(choices, limits, costs, budget, worth) for worth in draws]
+    return [{name: int(state[own.start : own.stop].sum()) for own, name, _ in choices.owners()} for state in states]
+
+
+def _costs(choices: Choices, table: LatencyTable | None) -> dict[str, Cost]:
+    latency = {} if table is None else {"latency": latency_cost(table, choices.sites, choices.blocks)}
+    return {**choices.costs, **latency}

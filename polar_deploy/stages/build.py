@@ -1,0 +1,52 @@
+"""build: the target's types in both graphs, and an engine of each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import BUILD, COMPRESSED_GRAPH, ENGINE_FOLDER, ENGINES, FULL_GRAPH
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.engines import Array
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import engines
+    from polar_deploy.workspace import write_json
+
+    sources = run.path(FULL_GRAPH), run.path(COMPRESSED_GRAPH)
+    calibration = _calibration(run) if run.target.precision == "int8" else None
+    built = engines.build_all(*sources, run.path(ENGINE_FOLDER), run.target, run.settings.build, calibration)
+    write_json(run.path(BUILD), built)
+
+
+def _calibration(run: RunContext) -> Array:
+    """Training images, un-augmented, none of those that choices were validated on."""
+    from polar_deploy.data.samples import draw
+
+    count = run.settings.build.calibration.images
+    return draw(run.dataset.train, run.split[0], count, run.settings.seed, run.settings.normalize)
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    from polar_deploy import targets
+
+    settings = run.settings.model_dump(mode="json", include={"target", "build"})
+    depends_on = settings | {"here": targets.identity(run.target)}
+    if run.target.precision == "int8":
+        depends_on |= run.basis | {"final": run.settings.training.final}
+    return fingerprint.of(depends_on)
+
+
+STAGE = Stage(
+    "build",
+    _run,
+    _fingerprint,
+    reads=(FULL_GRAPH, COMPRESSED_GRAPH),
+    writes=(*ENGINES, BUILD),
+    packages=ONNXRUNTIME,
+)

@@ -1,0 +1,140 @@
+"""What the stages of one run share: settings, folder, data, the network and what can go from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy import targets
+from polar_deploy.progress import Progress
+from polar_deploy.stages.artefacts import FULL_WEIGHTS
+from polar_deploy.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from polar_deploy.config import ResolvedSettings
+    from polar_deploy.data import Dataset
+    from polar_deploy.data.dataset import Indices
+    from polar_deploy.devices import Chosen
+    from polar_deploy.export import Example
+    from polar_deploy.gating.analysis import Analysis
+    from polar_deploy.gating.choice import Limits
+
+
+@dataclass
+class RunContext:
+    """One run: its settings, its folder (made when first needed), and what is read or found only once."""
+
+    settings: ResolvedSettings
+    folder: Path
+    progress: Progress
+
+    def path(self, name: str | PathLike[str]) -> Path:
+        """Where a file of the run's folder lies."""
+        return self.folder / name
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """The run's folder."""
+        return Workspace(self.folder)
+
+    @property
+    def target(self) -> targets.Target:
+        """What the engines are built for."""
+        return targets.parse(self.settings.target)
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The costs that are limited, each as a share of the full network's."""
+        return self.settings.budget.asked()
+
+    @cached_property
+    def device(self) -> Chosen | None:
+        """The device whose widths are taken."""
+        from polar_deploy import devices
+
+        name = self.settings.device
+        return None if name is None else devices.choose(name, self.target.precision)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, read once."""
+        from polar_deploy import data
+
+        s = self.settings
+        return data.load(s.data, s.data_dir, input_size=s.input_size)
+
+    @cached_property
+    def split(self) -> tuple[Indices, Indices]:
+        """Indices (training, validation) into the training set; validation is empty for a final run."""
+        import numpy as np
+
+        from polar_deploy import data
+
+        if self.settings.training.final:
+            return np.arange(len(self.dataset.train.labels)), np.arange(0)
+        return data.split_validation(self.dataset, self.settings.seed)
+
+    @cached_property
+    def basis(self) -> dict[str, Any]:
+        """What everything that is trained depends on, as plain JSON."""
+        settings = self.settings.model_dump(mode="json", include={"model", "input_size", "normalize", "seed"})
+        return settings | {"data": self.dataset.fingerprint()}
+
+    # ----------------------------------------------------------------- the network: these need torch
+
+    def network(self) -> nn.Module:
+        """The untrained network, its start values drawn from the run's seed."""
+        import torch
+
+        from polar_deploy import data, models
+
+        torch.manual_seed(self.settings.seed)
+        spec = data.spec(self.settings.data, self.settings.data_dir)
+        return models.build(self.settings.model, spec.classes, self.settings.input_size)
+
+    def full_network(self) -> nn.Module:
+        """The full network with the weights of the full stage."""
+        from polar_deploy import models
+
+        network = self.network()
+        models.load_weights(network, self.path(FULL_WEIGHTS))
+        return network
+
+    def example(self) -> Example:
+        """Arguments of the network's forward, two black images."""
+        import torch
+
+        from polar_deploy.export import Example
+
+        return Example.of(torch.zeros(2, 3, self.settings.input_size, self.settings.input_size))
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """What can go from the network, whatever its weights; rehearsed, so that promises hold.
+
+        Raises:
+            UsageError: there is no place for a gate.
+            ContentError: the network cannot be exported, or promise and result differ.
+        """
+        from polar_deploy.gating.analysis import analyse
+        from polar_deploy.gating.deploy import masked
+        from polar_deploy.gating.rehearsal import rehearse
+
+        network = self.network()
+        found = analyse(network, self.example(), blocks=self.settings.gates.blocks)
+        with masked(network, found):
+            rehearse(network, found)
+        return found
+
+    @property
+    def limits(self) -> Limits:
+        """The widths that layers may take."""
+        from polar_deploy.gating.choice import Limits
+
+        offers = self.device.offers if self.device else None
+        return Limits.of(self.analysis.choices.sites, self.settings.align, self.settings.gates.min_width, offers)

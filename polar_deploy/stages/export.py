@@ -1,0 +1,60 @@
+"""export: both networks as ONNX graphs, all layers at full size; in the gated one each gate is a Mul by 0 or 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import (
+    FULL_GRAPH,
+    FULL_WEIGHTS,
+    GATED_GRAPH,
+    GATED_WEIGHTS,
+    GATES,
+    REFERENCE,
+)
+from polar_deploy.stages.stage import ONNXRUNTIME, TORCH, Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+REFERENCE_SAMPLES = 32
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import export, models
+    from polar_deploy.data.samples import draw
+    from polar_deploy.gating import deploy
+    from polar_deploy.gating.document import read_open
+
+    full, network = run.full_network(), run.network()
+    models.load_weights(network, run.path(GATED_WEIGHTS))
+    opened = read_open(run.analysis.choices, run.path(GATES))
+    unseen = run.split[1] if len(run.split[1]) else run.split[0]  # that no network was trained on, if there are any
+    inputs = draw(run.dataset.train, unseen, REFERENCE_SAMPLES, run.settings.seed, run.settings.normalize)
+    names = {"inputs": ("input",), "outputs": ("logits",)}
+    export.write(full, run.example(), run.path(FULL_GRAPH), **names)
+    outputs = {"full": export.outputs(full, inputs)}
+    with deploy.masked(network, run.analysis, opened):
+        deploy.export(network, run.analysis, run.path(GATED_GRAPH), **names)
+        outputs["gated"] = export.outputs(network, inputs)
+    for graph, expected in zip((FULL_GRAPH, GATED_GRAPH), outputs.values(), strict=True):
+        export.check(run.path(graph), inputs, expected)
+    export.write_reference(run.path(REFERENCE), {"inputs": inputs, **outputs})
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    return fingerprint.of(run.basis)
+
+
+STAGE = Stage(
+    "export",
+    _run,
+    _fingerprint,
+    reads=(FULL_WEIGHTS, GATED_WEIGHTS, GATES),
+    writes=(FULL_GRAPH, GATED_GRAPH, REFERENCE),
+    packages=(*TORCH, ("onnxscript", "train"), *ONNXRUNTIME),
+    builds_network=True,
+    reads_data=True,
+)

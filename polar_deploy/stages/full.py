@@ -1,0 +1,60 @@
+"""full: train the full network, or take the weights that were given. It is the baseline of every comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import FULL_CHECKPOINT, FULL_LOG, FULL_WEIGHTS
+from polar_deploy.stages.stage import TORCH, Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+_GATED_ALONE = {"epochs", "gated_lr", "start", "distill", "distill_temperature"}
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import models
+    from polar_deploy.stages.training import fit_of
+    from polar_deploy.training.full import train_full
+    from polar_deploy.training.loop import evaluate, write_log
+
+    given, network = run.settings.full_weights, run.network()
+    if given is not None:
+        models.load_weights(network, given)
+    fit = fit_of(run, "full", "full", network, run.settings.training.full_epochs, _fingerprint(run))
+    if given is None:
+        train_full(fit, run.progress)
+    else:
+        accuracy = evaluate(fit.network, fit.validation) if fit.validation else None
+        write_log(run.path(FULL_LOG), [{"epoch": 0, "given": True, "val_accuracy": accuracy}])
+    models.save_weights(network, run.path(FULL_WEIGHTS))
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    training = run.settings.training
+    if run.settings.full_weights is not None:
+        return fingerprint.of(run.basis | {"given": True, "final": training.final}, trained=True)
+    return fingerprint.of(run.basis | training.model_dump(mode="json", exclude=_GATED_ALONE), trained=True)
+
+
+def _given(run: RunContext) -> list[Path]:
+    weights = run.settings.full_weights
+    return [] if weights is None else [weights]
+
+
+STAGE = Stage(
+    "full",
+    _run,
+    _fingerprint,
+    reads=(),
+    given=_given,
+    writes=(FULL_WEIGHTS, FULL_LOG),
+    scratch=(FULL_CHECKPOINT,),
+    packages=TORCH,
+    builds_network=True,
+    reads_data=True,
+)

@@ -1,0 +1,164 @@
+"""gates: one training run in which gates learn which channels and blocks stay, under the budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import (
+    FULL_WEIGHTS,
+    GATED_CHECKPOINT,
+    GATED_LOG,
+    GATED_WEIGHTS,
+    GATES,
+    LATENCY_TABLE,
+)
+from polar_deploy.stages.stage import TORCH, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from polar_deploy.gating.gates import Gates
+    from polar_deploy.latency import LatencyTable
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import models
+    from polar_deploy.gating.document import document
+    from polar_deploy.stages.training import fit_of
+    from polar_deploy.training.gated import train_gated
+    from polar_deploy.training.loop import prepare
+    from polar_deploy.workspace import write_json
+
+    settings = run.settings
+    network = run.full_network() if settings.training.start == "full" else run.network()
+    fit = fit_of(run, "gates", "gated", network, settings.training.epochs, _fingerprint(run))
+    gates = gates_on(run, fit.network, fit.epochs * fit.train.steps)
+    teacher = prepare(run.full_network(), settings, fit.device) if settings.training.distill else None
+    state = train_gated(fit, gates, teacher, run.progress)
+    models.save_weights(network, run.path(GATED_WEIGHTS))
+    shape = (3, settings.input_size, settings.input_size)
+    share = state.notes["freeze"]["share"]
+    write_json(run.path(GATES), document(settings.model, shape, settings.align, run.device, gates, share))
+
+
+def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
+    """Gates on `network`, for a run of so many steps."""
+    from polar_deploy.gating.gates import Gates
+
+    settings = run.settings
+    return Gates(
+        network,
+        run.example(),
+        run.budget,
+        steps,
+        align=settings.align,
+        device=run.device,
+        min_width=settings.gates.min_width,
+        mode=settings.gates.mode,
+        start=settings.gates.start,
+        freeze=settings.gates.freeze,
+        latency_table=latency_table(run) if "latency" in run.budget else None,
+        rehearse=0,
+        analysis=run.analysis,
+    )
+
+
+def require_reachable(run: RunContext) -> None:
+    """Raise UsageError where no sub-network is within the budgets. Latency counts where a table is given."""
+    from polar_deploy import latency
+    from polar_deploy.gating import budgets
+
+    given, table = run.settings.latency_table, None
+    if given is not None:
+        table = latency.read(given, run.target.name, run.settings.verdict.batch)
+    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, table)
+
+
+def require_measured_reachable(run: RunContext) -> None:
+    """The same with latency, whose table is measured if need be; the run's folder has to be locked."""
+    from polar_deploy.gating import budgets
+
+    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, latency_table(run))
+
+
+def latency_table(run: RunContext) -> LatencyTable:
+    """The table of a latency budget, which then lies in the run's folder: the one given, or else made here.
+
+    One that was made here before, of the same network and settings, on the same machine and by the same program, is
+    used again. So is any by which a half-trained network was chosen: it shall go on under the budget it began with.
+    """
+    from polar_deploy import latency
+    from polar_deploy.training import checkpoint
+    from polar_deploy.workspace import read_json, write_json
+
+    path, target, batch = run.path(LATENCY_TABLE), run.target.name, run.settings.verdict.batch
+    if run.settings.latency_table is not None:
+        write_json(path, read_json(run.settings.latency_table))
+        return latency.read(path, target, batch)
+    key = str(_table_fingerprint(run))
+    known = latency.key(path) if path.is_file() else None
+    begun = known is not None and checkpoint.fits(run.path(GATED_CHECKPOINT), str(_fingerprint(run)))
+    if known != key and not begun:
+        write_json(path, _measured_table(run) | {"key": key})
+    return latency.read(path, target, batch)
+
+
+def _measured_table(run: RunContext) -> dict[str, object]:
+    """The content of a latency table of the network with all gates open; untrained: weights do not matter."""
+    from polar_deploy.engines import latency_table
+    from polar_deploy.gating import budgets
+    from polar_deploy.gating.deploy import write_open
+
+    def likely(table: LatencyTable) -> list[dict[str, int]]:
+        return budgets.likely(run.analysis.choices, run.limits, run.budget, table)
+
+    run.progress.note(f"measuring the latency table on {run.target.name}")
+    with TemporaryDirectory(prefix="polar_deploy-") as folder:
+        gated = Path(folder, "gated.onnx")
+        write_open(run.network(), run.analysis, gated)
+        batch, options = run.settings.verdict.batch, run.settings.build
+        return latency_table.make(gated, run.target, batch, options, likely, run.progress.note)
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    depends_on = run.settings.model_dump(mode="json", include={"budget", "align", "gates", "training"})
+    del depends_on["training"]["full_epochs"]
+    if run.device:
+        depends_on["widths"] = run.device.device.model_dump(mode="json")
+    if "latency" in run.budget:
+        build = run.settings.build.model_dump(mode="json")
+        depends_on |= {"target": run.target.name, "batch": run.settings.verdict.batch, "build": build}
+    return fingerprint.of(run.basis | depends_on, trained=True)
+
+
+def _table_fingerprint(run: RunContext) -> Fingerprint:
+    from polar_deploy import targets
+    from polar_deploy.engines import machine
+
+    settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build", "gates"})
+    here = {"machine": machine.describe(), "target": targets.identity(run.target)}
+    return fingerprint.of({**settings, "batch": run.settings.verdict.batch, "here": here})
+
+
+def _given(run: RunContext) -> list[Path]:
+    table = run.settings.latency_table
+    return [table] if table is not None and "latency" in run.budget else []
+
+
+STAGE = Stage(
+    "gates",
+    _run,
+    _fingerprint,
+    reads=(FULL_WEIGHTS,),
+    given=_given,
+    writes=(GATED_WEIGHTS, GATES, GATED_LOG, LATENCY_TABLE),
+    scratch=(GATED_CHECKPOINT,),
+    packages=TORCH,
+    builds_network=True,
+    reads_data=True,
+)

@@ -1,0 +1,92 @@
+"""parity: both engines on the same test set and on the same clock, and the verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import (
+    BUNDLE,
+    COMPRESSED_GRAPH,
+    ENGINE_FOLDER,
+    ENGINES,
+    FULL_GRAPH,
+    GATED_GRAPH,
+    PARITY,
+    REFERENCE,
+    WORST_SAMPLES,
+)
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+_GRAPHS = (FULL_GRAPH, COMPRESSED_GRAPH, GATED_GRAPH)
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import parity
+    from polar_deploy.parity.samples import write_worst
+    from polar_deploy.workspace import remove_folder, write_json
+
+    result = _compared(run)
+    write_worst(run.path(WORST_SAMPLES), result["worst_samples"] or [], run.dataset.test)
+    about = {"files": _judged(run), "class_names": list(run.dataset.class_names)}
+    write_json(run.path(PARITY), result | about)
+    if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
+        remove_folder(run.path(BUNDLE))  # of an earlier verdict
+
+
+def _compared(run: RunContext) -> dict[str, Any]:
+    from polar_deploy import engines, parity, targets
+
+    settings = run.settings
+    test = parity.TestSet(run.dataset.test, settings.normalize.mean, settings.normalize.std)
+    full, compressed, gated = (engines.graph(run.path(graph)) for graph in _GRAPHS)
+    graphs = parity.Graphs(full, compressed, gated, run.path(REFERENCE))
+    if lacks := targets.lacks_to_run(run.target):
+        return parity.not_run("; ".join(lacks), test, settings.verdict, graphs)
+    folder, batches = run.path(ENGINE_FOLDER), settings.build.batches
+    built = {name: engines.load(folder, name, run.target) for name in ("full", "compressed")}
+    return parity.compare(built["full"], built["compressed"], test, settings.verdict, graphs=graphs, batches=batches)
+
+
+def _judged(run: RunContext) -> dict[str, str]:
+    """Hashes of the graphs and engines that the verdict is about, so that whoever hands them on can tell them again."""
+    from polar_deploy.workspace import sha256
+
+    judged = [each for each in (*_GRAPHS, *ENGINES) if each.expected(run) and not each.name.endswith(".json")]
+    return {each.name: sha256(run.path(each)) for each in judged}
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    from polar_deploy import targets
+    from polar_deploy.engines import machine
+
+    settings = run.settings.model_dump(mode="json", include={"target", "build", "verdict", "normalize"})
+    # What was measured on one machine, or could not run on it, says nothing about another.
+    here = {"machine": machine.describe(), **targets.identity(run.target), "lacks": targets.lacks_to_run(run.target)}
+    return fingerprint.of(settings | {"data": run.dataset.fingerprint(), "here": here})
+
+
+def _decided(run: RunContext) -> bool:
+    """Whether the same would come out again: a noisy machine may be quieter the next time, a test set stays."""
+    from polar_deploy.workspace import read_json
+
+    parity = read_json(run.path(PARITY))
+    overall, latency = (parity["verdict"][part]["result"] for part in ("overall", "latency"))
+    return parity["not_run"] is not None or overall != "undecided" or latency != "undecided"
+
+
+STAGE = Stage(
+    "parity",
+    _run,
+    _fingerprint,
+    # Not build.json: it tells how long the build took, too, and a verdict follows from the engines alone.
+    reads=(*ENGINES, *_GRAPHS, REFERENCE),
+    writes=(PARITY, WORST_SAMPLES),
+    packages=ONNXRUNTIME,
+    reads_data=True,
+    cacheable=_decided,
+)

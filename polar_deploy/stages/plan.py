@@ -1,0 +1,53 @@
+"""The plan of a run, found out without training: gates, costs, what can be reached, what the target needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from polar_deploy import targets
+from polar_deploy.errors import MachineError
+from polar_deploy.stages.gates import require_reachable
+
+if TYPE_CHECKING:
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.stages.stage import Stage
+
+
+def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The resolved settings, stages, gates, cost of the full network, smallest reachable cost, the target's needs.
+
+    Raises:
+        UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
+        ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
+    """
+    from polar_deploy.gating.choice import smallest
+
+    settings, choices = run.settings, run.analysis.choices
+    require_reachable(run)
+    least = smallest(choices, run.limits, choices.costs)
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "folder": str(run.folder),
+        "stages": [stage.name for stage in stages],
+        "gates": {
+            "channel_sites": len(choices.sites),
+            "channels": sum(site.width * site.size for site in choices.sites),
+            "streams": sum(site.kind == "stream" for site in choices.sites),
+            "blocks": len(choices.blocks),
+            "ungated": {**choices.reasons, **run.analysis.unmasked},
+        },
+        "full": {name: round(cost.full) for name, cost in choices.costs.items()},
+        "smallest": {name: cost.share(least) for name, cost in choices.costs.items()},
+        "target": {"name": settings.target, "align": settings.align, **_missing(run.target)},
+        "device": run.device.described() if run.device else None,
+    }
+
+
+def _missing(target: targets.Target) -> dict[str, str | None]:
+    """What this machine lacks to build for the target, and to run what it built; None: nothing."""
+    try:
+        targets.check(target)
+    except MachineError as error:
+        return {"missing": str(error), "not_run": None}
+    return {"missing": None, "not_run": "; ".join(targets.lacks_to_run(target)) or None}

@@ -1,0 +1,53 @@
+"""report: the figures of the run in one file, and a page for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polar_deploy.stages import fingerprint
+from polar_deploy.stages.artefacts import (
+    BUILD,
+    FULL_LOG,
+    GATED_GRAPH,
+    GATED_LOG,
+    GATES,
+    LATENCY_TABLE,
+    MANIFEST,
+    PAGE,
+    PARITY,
+    REPORT,
+    SURGERY,
+    WORST_SAMPLES,
+)
+from polar_deploy.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+
+def _run(run: RunContext) -> None:
+    from polar_deploy import report
+    from polar_deploy.workspace import atomic_path, write_json
+
+    document = report.build(run.folder, run.settings)
+    write_json(run.path(REPORT), document)
+    page = report.page(document, report.read_samples(run.path(WORST_SAMPLES)))
+    with atomic_path(run.path(PAGE)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _fingerprint(run: RunContext) -> Fingerprint:
+    from polar_deploy.config import LOCAL_PATHS
+
+    return fingerprint.of(run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
+
+
+STAGE = Stage(
+    "report",
+    _run,
+    _fingerprint,
+    reads=(GATES, GATED_GRAPH, SURGERY, BUILD, PARITY, WORST_SAMPLES, LATENCY_TABLE),
+    looks_at=(MANIFEST, FULL_LOG, GATED_LOG),
+    writes=(REPORT, PAGE),
+)

@@ -1,0 +1,139 @@
+"""Running stages: each one unless what it wrote is up to date, in a folder that is this run's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from polar_deploy import targets
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.stages import full, gates
+from polar_deploy.stages.artefacts import SETTINGS
+from polar_deploy.stages.context import RunContext
+from polar_deploy.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Settings
+
+
+def require_machine(settings: Settings, stages: Sequence[Stage], *, builds: bool = True) -> None:
+    """Ask in milliseconds for what the stages need of this machine, before data is read or anything written.
+
+    Args:
+        settings: as given; the target has a name.
+        stages: what is to run.
+        builds: whether engines are really to be built, and not only planned.
+
+    Raises:
+        UsageError: no such target or device; or a latency budget without a table, where none can be measured.
+        MachineError: a package is missing, or what the target needs to be built.
+    """
+    target = targets.parse(settings.target)
+    if settings.device is not None:
+        from polar_deploy import devices
+
+        devices.load(settings.device)
+    names = {stage.name for stage in stages}
+    if builds and "build" in names:
+        targets.check(target)
+    limits_latency = settings.budget is not None and settings.budget.latency is not None
+    if "gates" in names and limits_latency and settings.latency_table is None:
+        _require_measurable(target)
+    for module, extra in dict.fromkeys(package for stage in stages for package in stage.packages):
+        if find_spec(module) is None:
+            raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
+
+
+def _require_measurable(target: targets.Target) -> None:
+    """A latency budget without a table: the target has to be here, so that one can be made."""
+    if lacks := targets.lacks_to_build(target) + targets.lacks_to_run(target):
+        raise UsageError(
+            f"budget latency= needs a latency table, and {target.name} cannot be measured here: "
+            f"{'; '.join(dict.fromkeys(lacks))}",
+            "make one where it runs, with `python -m polar_deploy.engines table GATED.onnx` on the gated/model.onnx of "
+            "any run of this model, and give it with --latency-table",
+        )
+
+
+def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
+    """Run stages in order; those that are up to date are left as they are.
+
+    Raises:
+        UsageError: a file is missing, the budget is out of reach, or another run works in the folder.
+        MachineError: memory or disk space ran out.
+        ContentError: a file is not what it should be, or a stage failed on it.
+    """
+    from polar_deploy import recipes
+    from polar_deploy.workspace import atomic_path
+
+    _preflight(run, stages)
+    training = run.settings.training
+    epochs = {"gates": training.epochs}
+    if run.settings.full_weights is None:
+        epochs["full"] = training.full_epochs
+    run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
+    with run.workspace.locked(), run.progress:
+        with atomic_path(run.path(SETTINGS)) as temporary:
+            temporary.write_text(recipes.dump(run.settings), encoding="utf-8")
+        if gates.STAGE in stages and "latency" in run.budget and not is_current(run, gates.STAGE):
+            gates.require_measured_reachable(run)  # before an epoch is trained
+        for stage in stages:
+            run_stage(run, stage)
+
+
+def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
+    """Look at model, budget, weights and data before a folder is made or an epoch trained."""
+    stages[0].inputs(run)
+    if any(stage.builds_network for stage in stages):
+        run.network()  # before data is downloaded for a model that there is not
+    if any(stage.reads_data for stage in stages):
+        _ = run.dataset
+    if full.STAGE in stages and run.settings.full_weights is not None:
+        from polar_deploy import models
+
+        models.load_weights(run.network(), run.settings.full_weights)
+    if gates.STAGE in stages and not is_current(run, gates.STAGE):
+        gates.require_reachable(run)  # last: it takes an export
+
+
+def is_current(run: RunContext, stage: Stage) -> bool:
+    """Whether what a stage wrote is up to date; False too where a file that it reads is missing."""
+    if not run.folder.is_dir():
+        return False
+    try:
+        return run.workspace.is_current(stage.name, stage.fingerprint(run), stage.inputs(run), stage.outputs(run))
+    except UsageError:
+        return False
+
+
+def run_stage(run: RunContext, stage: Stage) -> None:
+    """Run a stage unless all that it wrote is up to date, and clear its scratch files away."""
+    state = stage.name, stage.fingerprint(run), stage.inputs(run)
+    if run.workspace.is_current(*state, stage.outputs(run)):
+        run.progress.up_to_date(stage.name)
+    else:
+        run.progress.stage(stage.name)
+        if before := run.workspace.other_program(stage.name, state[1]):
+            run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {state[1].program}")
+        run.workspace.forget(stage.name)
+        _translated(run, stage)
+        if stage.cacheable(run):
+            run.workspace.stamp(*state, stage.outputs(run))
+    for artefact in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
+        run.path(artefact).unlink(missing_ok=True)
+
+
+def _translated(run: RunContext, stage: Stage) -> None:
+    """Do what the stage does. The user's own network and data run in here: whatever they raise gets an exit code."""
+    try:
+        stage.run(run)
+    except (PolarDeployError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise MachineError(f"stage {stage.name}: {error}", "use a smaller training.batch_size") from error
+        raise ContentError(
+            f"stage {stage.name} failed: {type(error).__name__}: {error}",
+            "see where with --debug; the same command goes on from here",
+        ) from error

@@ -1,0 +1,43 @@
+"""The training run of a stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polar_deploy.training.batches import Batches
+from polar_deploy.training.loop import Fit, choose_device, prepare
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from polar_deploy.data.dataset import Indices
+    from polar_deploy.stages.context import RunContext
+    from polar_deploy.workspace import Fingerprint
+
+
+def fit_of(run: RunContext, stage: str, folder: str, network: nn.Module, epochs: int, fingerprint: Fingerprint) -> Fit:
+    """What the training run of a stage needs besides its method.
+
+    Args:
+        stage: its name, for whoever watches.
+        folder: of the run's, for checkpoint and log.
+        network: moved to the device that trains.
+        fingerprint: a checkpoint of another one is not gone on from.
+    """
+    device = choose_device()
+    training, validation = run.split
+
+    def batches(indices: Indices) -> Batches:
+        return Batches(run.dataset.train.images, run.dataset.train.labels, indices, run.settings, device)
+
+    return Fit(
+        stage=stage,
+        network=prepare(network, run.settings, device),
+        train=batches(training),
+        validation=batches(validation) if len(validation) else None,
+        settings=run.settings,
+        epochs=epochs,
+        folder=run.path(folder),
+        key=str(fingerprint),
+        device=device,
+    )
