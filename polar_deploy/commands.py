@@ -1,4 +1,4 @@
-"""The end of every command: one exit code and one sentence, whatever is raised. And commands with sub-commands."""
+"""The end of every command: one exit code and one sentence, whatever is raised."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 
 from polar_deploy.errors import INTERNAL, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.workspace import DISK_FULL
 
+INTERRUPTED = "interrupted"  # what is said after Ctrl-C
 
-def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupted: str = "interrupted") -> int:
+
+def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupted: str = INTERRUPTED) -> int:
     """Run a command and return its exit code (see the README), whatever it raises; SystemExit passes through.
 
     Args:
@@ -63,43 +64,3 @@ def _told(error: Exception) -> tuple[int, str]:
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the option that `guarded` looks for."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def dispatch(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code (see the README). Only its own module is imported.
-
-    Args:
-        package: what the modules belong to, such as "polar_deploy.engines"; each is a module with a docstring,
-            `add_arguments` and `run`.
-        modules: sub-command -> (module of the package, one line of help).
-        argv: the command line; None: this process's own.
-    """
-
-    def command() -> int:
-        given = sys.argv[1:] if argv is None else list(argv)
-        arguments = _parser(package, modules, given).parse_args(given)
-        code: int = arguments.run(arguments)
-        return code
-
-    return guarded(command, argv)
-
-
-def _parser(package: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module_name, help_text) in modules.items():
-        asked_for = bool(argv) and argv[0] == name
-        module = import_module(f"{package}.{module_name}") if asked_for else None
-        description = module.__doc__ if module else None
-        command = commands.add_parser(
-            name,
-            help=help_text,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if module:
-            module.add_arguments(command)
-            add_debug(command)
-            command.set_defaults(run=module.run)
-    return parser

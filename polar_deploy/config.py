@@ -2,10 +2,14 @@
 
 `Settings` are what somebody asked for, where None leaves a choice to the data set, the target or the machine.
 `ResolvedSettings` are the same with these choices made (`polar_deploy.stages.resolve`): what a run works with.
+
+Each setting is declared once, here: type, range, default, and in `About` what people are told of it. The options of
+the command line, `polar-deploy settings` and the messages about wrong values are made of that.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,15 +19,37 @@ from polar_deploy.errors import CONTROL
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]  # none at all, too
 Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
 Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all of which may be shown on a terminal
+Pixels = Annotated[int, Field(ge=8, le=1024)]
+Channels = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
 
 
 LOCAL_PATHS = {"data_dir", "full_weights", "latency_table"}  # where files lie; what they hold counts for itself
+
+
+@dataclass(frozen=True)
+class About:
+    """What people are told of a setting.
+
+    Attributes:
+        meaning: what it says, one line.
+        unit: of its value; "" where it has none.
+        unset: what None stands for; "" where it cannot be None.
+        option: the option of the command line that sets it, with what stands for its value in --help where values are
+            not listed, such as "--align N"; "" where only --set and recipes do.
+    """
+
+    meaning: str
+    unit: str = ""
+    unset: str = ""
+    option: str = ""
 
 
 class _Frozen(BaseModel):
@@ -33,16 +59,20 @@ class _Frozen(BaseModel):
 class Normalize(_Frozen):
     """Input normalisation, `(rgb / 255 - mean) / std` a channel."""
 
-    mean: Triple
-    std: tuple[Positive, Positive, Positive]
+    mean: Annotated[Triple, About("of red, green and blue, each from 0 to 1")]
+    std: Annotated[tuple[Positive, Positive, Positive], About("standard deviations of red, green and blue")]
 
 
 class Budget(_Frozen):
-    """Upper bounds on the compressed network's cost, each as a share of the full network's (0 < share < 1)."""
+    """Upper bounds on the compressed network's cost, each as a share of the full network's."""
 
-    macs: OpenShare | None = None
-    params: OpenShare | None = None
-    latency: OpenShare | None = None
+    macs: Annotated[
+        OpenShare | None, About("multiply-accumulates of one inference", "share of the full network's", "any number")
+    ] = None
+    params: Annotated[OpenShare | None, About("parameters", "share of the full network's", "any number")] = None
+    latency: Annotated[
+        OpenShare | None, About("time of one inference on the target", "share of the full network's", "any")
+    ] = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> Budget:
@@ -56,36 +86,75 @@ class Budget(_Frozen):
 
 
 class Verdict(_Frozen):
-    """When the compressed engine counts as good: accuracy in points, latency as a speed-up over the full engine."""
+    """When the compressed engine counts as good: accuracy, and a speed-up over the full engine."""
 
-    max_drop: NonNegative = 1.0
-    accuracy_rule: Literal["interval", "point"] = "interval"  # what has to be within: the drop's 95 % interval, or it
-    min_speedup: Positive = 1.02
-    max_latency_ms: Positive | None = None  # of the compressed engine, beside the speed-up; None: any
-    latency_percentile: Literal["p50", "p90", "p95", "p99", "p99.9"] = "p50"  # what is held against max_latency_ms
-    batch: Count = 1
+    max_drop: Annotated[
+        NonNegative, About("accuracy that the compressed network may lose", "points", "", "--max-drop POINTS")
+    ] = 1.0
+    accuracy_rule: Annotated[
+        Literal["interval", "point"],
+        About(
+            "what has to be within --max-drop: the drop's whole 95 % interval, or the drop as counted",
+            option="--accuracy-rule",
+        ),
+    ] = "interval"
+    min_speedup: Annotated[
+        Positive, About("how much faster it must be at least", "times as fast", "", "--min-speedup X")
+    ] = 1.02
+    max_latency_ms: Annotated[
+        Positive | None,
+        About(
+            "what an inference of the compressed network may take: 5 (the median), or p99=5",
+            "ms",
+            "any",
+            "--max-latency-ms [P=]MS",
+        ),
+    ] = None
+    latency_percentile: Annotated[
+        Literal["p50", "p90", "p95", "p99", "p99.9"], About("which latency is held against max_latency_ms")
+    ] = "p50"
+    batch: Annotated[Count, About("batch size at which the speed-up is judged", "images", "", "--verdict-batch N")] = 1
 
 
 class Calibration(_Frozen):
-    """What fixes the ranges of INT8: so many training images, and how a range is read off the values they give."""
+    """What fixes the ranges of INT8."""
 
-    images: Count = 512
-    method: Literal["minmax", "entropy", "percentile"] = "percentile"
-    percentile: Annotated[float, Field(gt=50, le=100, allow_inf_nan=False)] = 99.99
+    images: Annotated[Count, About("training images whose values are looked at", "images")] = 512
+    method: Annotated[Literal["minmax", "entropy", "percentile"], About("how a range is read off the values")] = (
+        "percentile"
+    )
+    percentile: Annotated[
+        float, Field(gt=50, le=100, allow_inf_nan=False), About("values within the range, with that method", "%")
+    ] = 99.99
 
 
 class Build(_Frozen):
     """How engines are built."""
 
-    batches: tuple[Count, Count, Count] = (1, 8, 64)  # smallest, usual and largest: the optimisation profile
-    edges: Literal["fp32", "native"] = "fp32"  # types of the graph's input and output; native: the engine's own
-    tf32: bool = False  # whether FP32 may be computed with the precision of TF32, in both engines
-    workspace: Count | None = None  # MiB of scratch memory; None: the library's choice
-    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None  # None: the library's choice
-    version_compatible: bool = False  # the plan runs with later TensorRT versions of the same major one
-    hardware_compatible: bool = False  # the plan runs on later GPU architectures
-    capabilities: tuple[Capability, ...] = ()  # TensorRT for RTX; (): the GPU's here, or all that can
-    max_layer_error: Positive = 0.1  # INT8: a layer that alone moves the logits by more of their RMS stays wider
+    batches: Annotated[
+        tuple[Count, Count, Count],
+        About("smallest, usual and largest batch of the engines", "images", "", "--batch N[,N,N]"),
+    ] = (1, 8, 64)
+    edges: Annotated[
+        Literal["fp32", "native"], About("types of the graph's input and output; native: the engine's own")
+    ] = "fp32"
+    tf32: Annotated[bool, About("whether FP32 may be computed with the precision of TF32, in both engines")] = False
+    workspace: Annotated[Count | None, About("scratch memory of TensorRT", "MiB", "the library's choice")] = None
+    optimization_level: Annotated[
+        Annotated[int, Field(ge=0, le=5)] | None,
+        About("how long TensorRT looks for fast kernels, 0 to 5", unset="the library's choice"),
+    ] = None
+    version_compatible: Annotated[
+        bool, About("whether the plan runs with later TensorRT versions of the same major one")
+    ] = False
+    hardware_compatible: Annotated[bool, About("whether the plan runs on later GPU architectures")] = False
+    capabilities: Annotated[
+        tuple[Capability, ...],
+        About("GPUs that TensorRT for RTX builds for, as compute capabilities; none: the GPU's here, or all that can"),
+    ] = ()
+    max_layer_error: Annotated[
+        Positive, About("INT8: a layer that alone moves the logits by more stays wider", "share of the logits' RMS")
+    ] = 0.1
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")
@@ -97,37 +166,53 @@ class Build(_Frozen):
 
 
 class Training(_Frozen):
-    """How both networks are trained. Epochs default to what the data set needs."""
+    """How both networks are trained."""
 
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    full_epochs: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    lr: Positive = 0.1
-    gated_lr: Positive | None = None  # None: `lr`, or half of it where the gated run starts from the full weights
-    momentum: Share = 0.9
-    weight_decay: NonNegative = 5e-4
-    warmup: Share = 0.05  # share of the run
-    label_smoothing: Share = 0.0
-    flip: bool | None = None  # None: what suits the data set
-    crop_padding: Annotated[int, Field(ge=0)] | None = None  # pixels; None: what suits the data set
-    cutout: Annotated[int, Field(ge=0)] = 0  # pixels a side; 0: off
-    start: Literal["full", "scratch"] = "full"  # weights that the gated run starts from
-    distill: Share = 0.5  # share of the loss that the full network teaches in the gated run
-    distill_temperature: Positive = 2.0
-    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else off
-    channels_last: bool = True
-    final: bool = False  # True: train on 100 % of the training set, no validation split
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: torch's own choice
+    epochs: Annotated[Count | None, About("length of the gated run", "epochs", "the data set's", "--epochs N")] = None
+    full_epochs: Annotated[
+        Count | None, About("length of the full network's training", "epochs", "as training.epochs", "--full-epochs N")
+    ] = None
+    batch_size: Annotated[int, Field(ge=2), About("images in one step", "images")] = 128
+    lr: Annotated[Positive, About("largest learning rate")] = 0.1
+    gated_lr: Annotated[
+        Positive | None,
+        About("that of the gated run", unset="training.lr, or half of it where the run starts from the full weights"),
+    ] = None
+    momentum: Annotated[Share, About("of SGD, Nesterov's")] = 0.9
+    weight_decay: Annotated[NonNegative, About("of SGD")] = 5e-4
+    warmup: Annotated[Share, About("over which the learning rate rises", "share of the run")] = 0.05
+    label_smoothing: Annotated[Share, About("share of a label that is spread over all classes")] = 0.0
+    flip: Annotated[bool | None, About("whether images are mirrored at random", unset="what suits the data set")] = None
+    crop_padding: Annotated[
+        CountOrNone | None, About("by how much images are shifted at random", "pixels", "what suits the data set")
+    ] = None
+    cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
+    start: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
+    distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.5
+    distill_temperature: Annotated[Positive, About("of the teacher's and the student's logits")] = 2.0
+    amp: Annotated[
+        Literal["auto", "off", "bf16"], About("mixed precision; auto: bf16 where the device multiplies in it")
+    ] = "auto"
+    channels_last: Annotated[bool, About("whether tensors lie in memory with their channels last")] = True
+    final: Annotated[bool, About("whether all of the training set is trained on, without a validation split")] = False
+    threads: Annotated[CountOrNone, About("CPU threads of PyTorch; 0: its own choice")] = 0
 
 
 class Gates(_Frozen):
-    """How gates learn. `start` and `freeze` are shares of the gated run: where they begin to close, and are fixed."""
+    """How gates learn. `start` and `freeze` say where they begin to close, and are fixed."""
 
-    mode: Literal["batch", "sample"] = "batch"  # who decides: one for all samples, or a light network a sample
-    blocks: bool = True
-    start: Share | None = None  # None: 0.05, or 0.3 in a run from scratch, whose weights have to say something first
-    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None  # None: 0.25 later
-    min_width: Share = 0.25  # a layer that stays keeps at least this share of its channels
+    mode: Annotated[
+        Literal["batch", "sample"], About("who decides: one for all samples, or a light network for each")
+    ] = "batch"
+    blocks: Annotated[bool, About("whether whole residual blocks have gates, too")] = True
+    start: Annotated[
+        Share | None,
+        About("where gates begin to close", "share of the gated run", "0.05, or 0.3 in a run from scratch"),
+    ] = None
+    freeze: Annotated[
+        PositiveShare | None, About("where gates are fixed", "share of the gated run", "0.25 after gates.start")
+    ] = None
+    min_width: Annotated[Share, About("what a layer that stays keeps at least", "share of its channels")] = 0.25
 
     @model_validator(mode="after")
     def _ordered(self) -> Gates:
@@ -139,29 +224,75 @@ class Gates(_Frozen):
 class Bundle(_Frozen):
     """What the edge team gets."""
 
-    full: bool = True  # whether the full network goes along, so that the device can measure the speed-up itself
-    golden: Literal["data", "random"] = "data"  # golden inputs; random where the data is confidential
-    licence: Text | None = None  # of the networks, such as "Apache-2.0"
+    full: Annotated[
+        bool, About("whether the full network goes along, for timing on the device", option="--with-full")
+    ] = True
+    golden: Annotated[
+        Literal["data", "random"],
+        About("golden inputs: of the data set, or random where that is confidential", option="--golden"),
+    ] = "data"
+    licence: Annotated[Text | None, About('of the networks, such as "Apache-2.0"', unset="not said")] = None
 
 
 class Settings(_Frozen):
     """All that decides a run's result. Defaults are those of the command line."""
 
-    model: str
-    target: str = "ort-fp32"
-    data: str = "cifar10"
-    data_dir: Path | None = None
-    input_size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side; None: the data set's own
-    normalize: Normalize | None = None  # None: the data set's own
-    full_weights: Path | None = None
-    budget: Budget | None = None  # None: latency=0.6 where the target can be measured here, macs=0.5 elsewhere
-    align: Annotated[int, Field(ge=1, le=64)] | None = None  # None: the target's; 1 where a device says the widths
-    device: Text | None = None  # whose widths are taken, a name or a file; None: multiples of `align`
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: Annotated[
+        str,
+        About("resnet20/32/44/56/110, a torchvision classifier, or package.module:function", option="--model MODEL"),
+    ]
+    target: Annotated[
+        str, About("what the engine is for, such as trt-fp16; auto: the fastest one here", option="--target TARGET")
+    ] = "ort-fp32"
+    data: Annotated[
+        str,
+        About("digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function", option="--data DATA"),
+    ] = "cifar10"
+    data_dir: Annotated[Path | None, About("where the data lies", "", "data", "--data-dir DIR")] = None
+    input_size: Annotated[Pixels | None, About("side of the images", "pixels", "the data set's own")] = None
+    normalize: Annotated[Normalize | None, About("input normalisation", "", "the data set's own")] = None
+    full_weights: Annotated[
+        Path | None,
+        About("take the full network as given (.safetensors, .npz, .pth)", "", "it is trained", "--full-weights FILE"),
+    ] = None
+    budget: Annotated[
+        Budget | None,
+        About(
+            "share of the full cost to keep: 0.5, or macs=0.5,params=0.6",
+            "",
+            "latency=0.6 where the target can be measured here, else macs=0.5",
+            "--budget B",
+        ),
+    ] = None
+    align: Annotated[
+        Channels | None, About("widths become multiples of this", "channels", "the target's", "--align N")
+    ] = None
+    device: Annotated[
+        Text | None,
+        About(
+            "widths become such as this device likes (`polar-deploy devices list`)",
+            "",
+            "multiples of --align",
+            "--device NAME",
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**32),
+        About("of split, start values, order and gates", option="--seed N"),
+    ] = 0
     build: Build = Build()
     verdict: Verdict = Verdict()
     bundle: Bundle = Bundle()
-    latency_table: Path | None = None  # for a latency budget; None: the pipeline makes it, if the target is here
+    latency_table: Annotated[
+        Path | None,
+        About(
+            "for a latency budget; `polar-deploy engines table` makes one",
+            "",
+            "it is measured here",
+            "--latency-table FILE",
+        ),
+    ] = None
     training: Training = Training()
     gates: Gates = Gates()
 
@@ -185,22 +316,22 @@ class ResolvedTraining(Training):
     full_epochs: Count
     gated_lr: Positive
     flip: bool
-    crop_padding: Annotated[int, Field(ge=0)]
+    crop_padding: CountOrNone
 
 
 class ResolvedGates(Gates):
     """Gates with both ends of their closing known."""
 
     start: Share
-    freeze: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    freeze: PositiveShare
 
 
 class ResolvedSettings(Settings):
     """Settings of which nothing is left to be decided; what is still None is off, or not given."""
 
-    input_size: Annotated[int, Field(ge=8, le=1024)]
+    input_size: Pixels
     normalize: Normalize
     budget: Budget
-    align: Annotated[int, Field(ge=1, le=64)]
+    align: Channels
     training: ResolvedTraining
     gates: ResolvedGates

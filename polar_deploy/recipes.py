@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import UsageError
+from polar_deploy.settings import GROUPS, kinds
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -148,31 +149,16 @@ def _entries(
         if key in lines:
             raise UsageError(f"{recipe}:{line}: {key} is given twice, first in line {lines[key]}", "remove one of them")
         lines[key] = line
-        if key in _GROUPS and isinstance(value_node, yaml.MappingNode):
+        if key in GROUPS and isinstance(value_node, yaml.MappingNode):
             yield from _entries(loader, value_node, f"{key}.", recipe)
-        elif key not in _GROUPS or not value_node.tag.endswith(":null"):  # a group left empty has its defaults
+        elif key not in GROUPS or not value_node.tag.endswith(":null"):  # a group left empty has its defaults
             yield key, loader.construct_object(value_node, deep=True), f"{recipe}:{line}"
 
 
 # --------------------------------------------------------------------------- from values to settings
 
 
-def _groups(model: type[BaseModel], name: str = "") -> dict[str, type[BaseModel]]:
-    """Find the groups of settings by dotted name; the outermost is ""."""
-    found = {name: model}
-    for key, info in model.model_fields.items():
-        for kind in (info.annotation, *get_args(info.annotation)):  # `Normalize | None` is a group too
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _groups(kind, f"{name}.{key}".lstrip("."))
-    return found
-
-
-_GROUPS = _groups(Settings)
-_KEYS = {
-    f"{group}.{key}".lstrip("."): info.annotation
-    for group, model in _GROUPS.items()
-    for key, info in model.model_fields.items()
-}
+_KEYS = {key: kind for key, kind in kinds().items() if key}
 
 
 @dataclass
@@ -225,8 +211,8 @@ class _Draft:
 def _hint(key: str) -> str:
     """Name the known key that was probably meant, or all keys of the group."""
     above, _, name = key.rpartition(".")
-    if above in _GROUPS:
-        siblings = {sibling: f"{above}.{sibling}".lstrip(".") for sibling in _GROUPS[above].model_fields}
+    if above in GROUPS:
+        siblings = {sibling: f"{above}.{sibling}".lstrip(".") for sibling in GROUPS[above].model_fields}
         anywhere = {known.rpartition(".")[2]: known for known in reversed(_KEYS)}
         near = _nearest(name, siblings) or _nearest(name, anywhere)
     else:
@@ -248,7 +234,7 @@ def _sentence(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {_hint(key)}"
     if detail["type"] == "model_type":
-        return f"{key} is a group of settings ({', '.join(_GROUPS[key].model_fields)}), not {detail['input']!r}"
+        return f"{key} is a group of settings ({', '.join(GROUPS[key].model_fields)}), not {detail['input']!r}"
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, ")
     return f"{key} is {detail['input']!r} but {detail['msg'].removeprefix('Input ')}"

@@ -1,4 +1,4 @@
-"""The dispatcher of sub-commands: only the one that is asked for is imported, and every error has its exit code."""
+"""The end of every command: each error has its exit code and its sentence, whatever command it was."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from polar_deploy import commands, pipeline
+from polar_deploy import cli, pipeline
+from polar_deploy.cli import Command, Group
 from polar_deploy.errors import ContentError
-from polar_deploy.surgery import __main__ as surgery_command
+from polar_deploy.surgery import __main__ as surgery_shim
+from polar_deploy.surgery import command as surgery_command
 from tests.conftest import ROOT, Outcome, called
 
-_MODULES = {"do": ("a_command_of_a_test", "does it")}
+_TREE = Group("for tests", {"do": Command("package.a_command_of_a_test", "does it", "interrupted; go on")})
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> Outcome:
@@ -31,7 +33,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> Out
     module.__dict__.update(add_arguments=lambda parser: None, run=run)
     monkeypatch.setitem(sys.modules, "package", types.ModuleType("package"))
     monkeypatch.setitem(sys.modules, "package.a_command_of_a_test", module)
-    return called(lambda argv: commands.dispatch("package", _MODULES, argv), "do")
+    return called(lambda argv: cli.run(_TREE, "package", argv), "do")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> Out
         (MemoryError("12 GB"), 3, "error: out of memory: 12 GB"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 3, "error: No space left on device"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; go on\n"),
         (OSError("no errno"), 70, "error: unexpected OSError: no errno"),
     ],
 )
@@ -61,6 +63,8 @@ def test_every_end_has_its_exit_code(
         ["polar_deploy.engines", "doctor"],  # printed by rich, which has a mind of its own about it: exit code 1
         ["polar_deploy.pipeline", "--help"],
         ["polar_deploy.surgery", "--help"],
+        ["polar_deploy", "settings"],
+        ["polar_deploy", "--help"],
     ],
 )
 def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
@@ -85,12 +89,12 @@ def failing(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence
         return pipeline.main
     if command == "surgery":
         monkeypatch.setattr(surgery_command, "compress_file", divide)
-        return lambda argv: surgery_command.main([*argv, "in.onnx", "out.onnx"])
+        return lambda argv: surgery_shim.main([*argv, "in.onnx", "out.onnx"])
     module = types.ModuleType("package.a_command_of_a_test", "What it does.")
     module.__dict__.update(add_arguments=lambda parser: None, run=divide)
     monkeypatch.setitem(sys.modules, "package", types.ModuleType("package"))
     monkeypatch.setitem(sys.modules, "package.a_command_of_a_test", module)
-    return lambda argv: commands.dispatch("package", _MODULES, ["do", *argv])
+    return lambda argv: cli.run(_TREE, "package", ["do", *argv])
 
 
 @pytest.mark.parametrize("command", ["pipeline", "surgery", "do"])
@@ -107,16 +111,3 @@ def test_what_nobody_foresaw_is_one_sentence_and_a_code_of_its_own(
     assert "Traceback" in detailed.err
     assert "in divide" in detailed.err
     assert detailed.err.endswith(ended.err)
-
-
-@pytest.mark.parametrize("package", ["polar_deploy.bundle", "polar_deploy.engines"])
-def test_help_imports_nothing_heavy(package: str) -> None:
-    code = (
-        f"import sys; from {package}.__main__ import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'numpy', 'onnx', 'pydantic', 'torch'} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.startswith(f"usage: python -m {package}")
-    assert package == "polar_deploy.engines" or done.stderr == "[]\n"

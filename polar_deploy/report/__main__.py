@@ -5,18 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from polar_deploy.commands import dispatch
-
-_COMMANDS = {
-    "view": ("view", "open the page of a run"),
-    "gates": ("gates", "draw which gates of a run stayed open"),
-    "compare": ("compare", "several runs side by side, as a table and as Pareto plots"),
-}
+from polar_deploy import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code (see the README)."""
-    return dispatch("polar_deploy.report", _COMMANDS, argv)
+    """Run a command, as `polar-deploy report` does; return its exit code."""
+    return cli.alone("report", module="polar_deploy.report", argv=argv)
 
 
 if __name__ == "__main__":

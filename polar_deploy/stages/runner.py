@@ -109,17 +109,17 @@ def is_current(run: RunContext, stage: Stage) -> bool:
 
 def run_stage(run: RunContext, stage: Stage) -> None:
     """Run a stage unless all that it wrote is up to date, and clear its scratch files away."""
-    state = stage.name, stage.fingerprint(run), stage.inputs(run)
-    if run.workspace.is_current(*state, stage.outputs(run)):
+    fingerprint, inputs = stage.fingerprint(run), stage.inputs(run)
+    if run.workspace.is_current(stage.name, fingerprint, inputs, stage.outputs(run)):
         run.progress.up_to_date(stage.name)
     else:
         run.progress.stage(stage.name)
-        if before := run.workspace.other_program(stage.name, state[1]):
-            run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {state[1].program}")
+        if before := run.workspace.other_program(stage.name, fingerprint):
+            run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {fingerprint.program}")
         run.workspace.forget(stage.name)
         _translated(run, stage)
         if stage.cacheable(run):
-            run.workspace.stamp(*state, stage.outputs(run))
+            run.workspace.stamp(stage.name, fingerprint, inputs, stage.outputs(run))
     for artefact in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
         run.path(artefact).unlink(missing_ok=True)
 

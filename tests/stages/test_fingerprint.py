@@ -9,6 +9,7 @@ import pytest
 
 from polar_deploy import recipes
 from polar_deploy.progress import Progress
+from polar_deploy.settings import GROUPS, every
 from polar_deploy.stages import NAMES, STAGES, fingerprint, gates
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.resolve import resolve
@@ -109,7 +110,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def test_every_setting_is_tried() -> None:
-    settings = {key for key, kind in recipes._KEYS.items() if key not in recipes._GROUPS}
+    settings = {each.key for each in every() if each.key not in GROUPS}
     parts = {key for key in settings if key.startswith("normalize.")}  # which only make sense together
     assert {*SETTINGS, *parts, "data_dir", "full_weights", "latency_table"} == {*settings, "normalize"}
 
