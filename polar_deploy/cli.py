@@ -108,13 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(COMMANDS, "python -m polar_deploy" if module else "polar-deploy", argv)
 
 
-def alone(*names: str, module: str, argv: Sequence[str] | None = None) -> int:
-    """Run a part of the tree as `python -m MODULE`: the command, or group, of these names."""
-    node: Node = COMMANDS
-    for name in names:
-        assert isinstance(node, Group)
-        node = node.commands[name]
-    return run(node, f"python -m {module}", argv)
+def alone(name: str, module: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command, or group, as `python -m MODULE`."""
+    return run(COMMANDS.commands[name], f"python -m {module}", argv)
 
 
 def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:
@@ -134,19 +130,24 @@ def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         return code
 
-    return guarded(command, given, interrupted=_interrupted(node, given))
+    return guarded(command, given, interrupted=_interrupted(node, _words(given)))
 
 
 def parser(node: Node, prog: str, argv: Sequence[str] | None) -> argparse.ArgumentParser:
     """The parser of a part of the tree: all of it, or only what `argv` asks for."""
     made = argparse.ArgumentParser(prog=prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _fill(made, node, argv)
+    _fill(made, node, None if argv is None else _words(argv))
     if node is COMMANDS:
         made.add_argument("-V", "--version", action="version", version=f"polar_deploy {__version__}")
     return made
 
 
-def _fill(made: argparse.ArgumentParser, node: Node, argv: Sequence[str] | None) -> None:
+def _words(argv: Sequence[str]) -> list[str]:
+    """What is no option: names of commands come first, since options before them have no values."""
+    return [word for word in argv if not word.startswith("-")]
+
+
+def _fill(made: argparse.ArgumentParser, node: Node, words: Sequence[str] | None) -> None:
     if isinstance(node, Command):
         module = import_module(node.module)
         made.description = module.__doc__
@@ -157,23 +158,24 @@ def _fill(made: argparse.ArgumentParser, node: Node, argv: Sequence[str] | None)
     made.description = node.help
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, child in node.commands.items():
-        asked_for = argv is None or argv[:1] == [name]
+        asked_for = words is None or words[:1] == [name]
         inner = commands.add_parser(
             name, help=child.help, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if asked_for:
-            _fill(inner, child, None if argv is None else argv[1:])
+            _fill(inner, child, None if words is None else words[1:])
 
 
 def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
     """End with what the command does not know, and its own usage; argparse would show that of the outermost one."""
     options = (each for each in unknown if each.startswith("-"))
     near = [match for each in options for match in get_close_matches(each, command._option_string_actions, n=1)]
-    command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+    meant = f"; did you mean {near[0]}?" if near and near[0] not in unknown else ""
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
 
 
-def _interrupted(node: Node, argv: Sequence[str]) -> str:
-    for word in argv:
+def _interrupted(node: Node, words: Sequence[str]) -> str:
+    for word in words:
         if isinstance(node, Command):
             break
         if word not in node.commands:

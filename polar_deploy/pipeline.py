@@ -33,7 +33,7 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, as `polar-deploy run` does; return its exit code (see the README)."""
-    return cli.alone("run", module="polar_deploy.pipeline", argv=argv)
+    return cli.alone("run", "polar_deploy.pipeline", argv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

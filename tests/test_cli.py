@@ -193,6 +193,9 @@ def test_an_option_that_there_is_not_is_told_by_its_command() -> None:
     assert "--full-weights" in outcome.err
     assert outcome.err.endswith(" run: error: unrecognized arguments: --modle resnet20; did you mean --model?\n")
     assert command_line("settings", "--whatever").err.endswith("unrecognized arguments: --whatever\n")
+    early = command_line("--quiet", "run", "--model", "resnet20")  # options stand behind their command
+    assert early.code == 2
+    assert early.err.endswith(" run: error: unrecognized arguments: --quiet\n")
 
 
 @pytest.mark.parametrize("arguments", [(), ("nothing",), ("bundle",), ("bundle", "nothing"), ("--model", "resnet20")])

@@ -10,7 +10,7 @@ from polar_deploy import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, as `polar-deploy bundle` does; return its exit code."""
-    return cli.alone("bundle", module="polar_deploy.bundle", argv=argv)
+    return cli.alone("bundle", "polar_deploy.bundle", argv)
 
 
 if __name__ == "__main__":

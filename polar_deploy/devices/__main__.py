@@ -10,7 +10,7 @@ from polar_deploy import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, as `polar-deploy devices` does; return its exit code."""
-    return cli.alone("devices", module="polar_deploy.devices", argv=argv)
+    return cli.alone("devices", "polar_deploy.devices", argv)
 
 
 if __name__ == "__main__":

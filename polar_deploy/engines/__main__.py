@@ -10,7 +10,7 @@ from polar_deploy import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, as `polar-deploy engines` does; return its exit code."""
-    return cli.alone("engines", module="polar_deploy.engines", argv=argv)
+    return cli.alone("engines", "polar_deploy.engines", argv)
 
 
 if __name__ == "__main__":

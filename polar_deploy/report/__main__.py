@@ -10,7 +10,7 @@ from polar_deploy import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, as `polar-deploy report` does; return its exit code."""
-    return cli.alone("report", module="polar_deploy.report", argv=argv)
+    return cli.alone("report", "polar_deploy.report", argv)
 
 
 if __name__ == "__main__":

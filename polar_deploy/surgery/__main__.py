@@ -10,7 +10,7 @@ from polar_deploy import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, as `polar-deploy surgery` does; return its exit code."""
-    return cli.alone("surgery", module="polar_deploy.surgery", argv=argv)
+    return cli.alone("surgery", "polar_deploy.surgery", argv)
 
 
 if __name__ == "__main__":
