@@ -58,6 +58,25 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A layer that multiplies and accumulates.
+
+    Attributes:
+        macs: its multiply-accumulates: a product of the channels that it writes and, where each of them is made of
+            all that it reads, of those.
+        kernel: elements of the kernel, 9 for 3 x 3; 1 for matrix products.
+    """
+
+    macs: Term
+    kernel: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel is made of one."""
+        return len(self.macs.factors) < 2
+
+
+@dataclass(frozen=True)
 class Cost:
     """A cost in its own unit (MACs, parameters, milliseconds). full: of the whole network."""
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_deploy.config import Text
+from polar_deploy.costs import Floats
 
 PERIOD = 64  # channels; above the widest that was asked, what is offered repeats: all packs divide it
 _LISTED = re.compile(r"\[([\d\s.,e-]+)\]")  # numbers
 _WHOLE = re.compile(r"\.0\b")  # the end of a whole number
 WORTH = 0.5  # of what a narrower layer promises by its channels, what it has to save at least
 
+FINE = PERIOD + 2  # every width up to here was asked of 3 x 3 convolutions
+REFERENCE = 64  # channels around the width that varies in every sweep
+LEAST_DEPTHWISE = 0.1  # of what was measured of a depthwise layer between two others, that counts as its own
+
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Kind = Literal["conv3x3", "conv1x1", "depthwise3x3"]
+Side = Literal["output", "input"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Width = Annotated[int, Field(ge=1)]
@@ -48,7 +57,7 @@ class Sweep(_Frozen):
     """
 
     precision: Precision
-    layer: Literal["conv3x3", "conv1x1", "depthwise3x3"]
+    layer: Kind
     varies: Literal["output", "input", "both", "between"]
     widths: tuple[Width, ...] = Field(min_length=2)
     cost: tuple[Positive, ...] = Field(min_length=2)
@@ -99,17 +108,63 @@ class Device(_Frozen):
         """The precision whose costs stand for `precision`: itself where it was asked, else the file's first."""
         return next((each for each in self.precisions if each == precision), self.precisions[0])
 
-    def staircase(self, precision: Precision, layer: str = "conv3x3") -> dict[int, float]:
+    def staircase(self, precision: Precision, layer: Kind = "conv3x3") -> dict[int, float]:
         """Cost of a width: of the layer that writes it and the layer that reads it. {} where one was not asked."""
-        found = {
-            sweep.varies: dict(zip(sweep.widths, sweep.cost, strict=True))
-            for sweep in self.sweeps
-            if (sweep.precision, sweep.layer) == (precision, layer)
-        }
+        found = self._swept(precision, layer)
         if "between" in found or "both" in found:
             return found.get("between") or found["both"]
         writing, reading = found.get("output", {}), found.get("input", {})
         return {width: cost + reading[width] for width, cost in writing.items() if width in reading}
+
+    def packed(self, widths: Floats, precision: Precision, layer: Kind, side: Side) -> Floats:
+        """Float [...], the channels that cost as much as `widths` do: `REFERENCE` are `REFERENCE`, and 0 are 0.
+
+        Where the file knows writing and reading apart, they are in proportion to the costs that were asked, on straight
+        lines between them and, above the widest one, on the line of the last period. Where it knows both together, what
+        is offered counts as it is, and what is not counts as the share more that it costs than the line between what is
+        offered, which repeats with the period: it is the reading that is slow, of two layers.
+
+        Args:
+            widths: [...] >= 0, channels that a layer writes or reads.
+            precision: one of the file's.
+            layer: a kind that was not asked costs as a 3 x 3 convolution.
+            side: whether the layer writes or reads them.
+        """
+        known = self._swept(precision, layer) or self._swept(precision, "conv3x3")
+        costs = next(known[each] for each in (side, "between", "both", *known) if each in known)
+        asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
+        if "between" in known:
+            steps = _worth_choosing(costs)
+            more = np.maximum(0.0, cost / np.interp(asked, steps, [costs[step] for step in steps]) - 1)
+            like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
+            return widths * (1 + (2 * np.interp(like, asked, more) if side == "input" else 0.0))
+        beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
+        growth = cost[-1] - np.interp(asked[-1] - PERIOD, asked, cost)
+        found = np.interp(widths - beyond * PERIOD, asked, cost) + beyond * growth
+        return np.where(widths > 0, REFERENCE * found / np.interp(REFERENCE, asked, cost), 0.0)
+
+    def each(self, precision: Precision, layer: Kind) -> float:
+        """What a multiply-accumulate costs in a layer of `REFERENCE` channels, in the device's unit for the pixels of
+        its sweeps: comparable between layers, and nothing else. A kind that was not asked costs as a 3 x 3 one."""
+        steps = self.staircase(precision, layer)
+        if not steps:
+            return self.each(precision, "conv3x3")
+        cost = float(np.interp(REFERENCE, list(steps), list(steps.values())))
+        if layer != "depthwise3x3":  # two layers
+            return cost / 2 / (REFERENCE**2 * (9 if layer == "conv3x3" else 1))
+        if "both" not in self._swept(precision, layer):  # between two others
+            around = self.staircase(precision, "conv1x1")
+            beside = float(np.interp(REFERENCE, list(around), list(around.values()))) if around else 0.0
+            cost = max(cost - beside, LEAST_DEPTHWISE * cost)
+        return cost / (REFERENCE * 9)
+
+    def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
+        """What was asked of a kind of layer: costs by width, by what varies."""
+        return {
+            sweep.varies: dict(zip(sweep.widths, sweep.cost, strict=True))
+            for sweep in self.sweeps
+            if (sweep.precision, sweep.layer) == (precision, layer)
+        }
 
     def offered(self, precision: Precision) -> tuple[int, ...]:
         """The widths worth choosing, ascending, as far as they were asked.
@@ -117,16 +172,20 @@ class Device(_Frozen):
         The widest one is. A narrower one is where it saves, against the next one offered, at least half of the share of
         channels that it gives up: 31 channels that cost as much as 32 are no choice, and neither are 24 that cost more.
         """
-        costs = self.staircase(precision)
-        widths = sorted(costs, reverse=True)
-        result = widths[:1]
-        for width in widths[1:]:
-            if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
-                result.append(width)
-        return tuple(reversed(result))
+        return _worth_choosing(self.staircase(precision))
 
     def offers(self, width: int, precision: Precision) -> bool:
         """Whether a width is worth choosing; above the widest one that was asked, its like within the last period."""
         offered = self.offered(precision)
         beyond = max(0, -(-(width - offered[-1]) // PERIOD))
         return width - beyond * PERIOD in offered
+
+
+def _worth_choosing(costs: Mapping[int, float]) -> tuple[int, ...]:
+    """See `Device.offered`."""
+    widths = sorted(costs, reverse=True)
+    result = widths[:1]
+    for width in widths[1:]:
+        if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
+            result.append(width)
+    return tuple(reversed(result))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import devices
-from polar_deploy.costs import Floats, State
+from polar_deploy.costs import Cost, Floats, State
 from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
@@ -30,6 +30,7 @@ from polar_deploy.gating import masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
+from polar_deploy.gating.on_device import device_cost
 from polar_deploy.gating.sampling import SampleGates
 from polar_deploy.gating.schedule import Schedule, closing
 from polar_deploy.gating.utility import Observer
@@ -59,15 +60,17 @@ class Gates:
         ignore: patterns of the paths of modules that get no mask, such as "head*".
         align: widths become multiples of this, since most runtimes compute so many channels at a time; layers narrower
             than twice of it use the largest of 16, 8, 1 that is at most half of their width.
-        device: whose widths are taken, and not the multiples of `align`: a name of `polar_deploy.devices`, the path of
-            such a file, or what `polar_deploy.devices.choose` gives for a precision.
+        device: whose widths are taken, and not the multiples of `align`, and whose costs stand for latency where there
+            is no `latency_table`: a name of `polar_deploy.devices`, the path of such a file, or what
+            `polar_deploy.devices.choose` gives for a precision.
         min_width: share of its channels that a layer keeps at least.
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
         start, freeze: shares of the run at which gates begin to close, and at which they are fixed. What stays is
             chosen at `start`: a network that is trained from nothing should have learned something by then.
-        latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file.
+        latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
+            without one, what `device` says.
         rehearse: random states that are closed, cut and counted before anything is trained.
         analysis: what `polar_deploy.gating.analysis.analyse` found for a network of the same structure: saves the
             export. `example_inputs`, `ignore` and `blocks` are not looked at then.
@@ -110,7 +113,7 @@ class Gates:
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
-            self._costs["latency"] = latency_cost(_table(latency_table), self.sites, self.blocks)
+            self._costs["latency"] = self._latency(latency_table, chosen)
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
@@ -316,6 +319,19 @@ class Gates:
         self._write()
         self._watch()
 
+    def _latency(self, table: LatencyTable | Path | str | None, device: Chosen | None) -> Cost:
+        """As it was measured, or as a device's file has it."""
+        if table is not None:
+            table = table if isinstance(table, LatencyTable) else read(Path(table))
+            return latency_cost(table, self.sites, self.blocks)
+        if device is not None:
+            return device_cost(device, self.analysis.choices.layers, self.sites, self.blocks)
+        raise UsageError(
+            "budget latency= needs a latency table, or a device",
+            "measure a table with `python -m polar_deploy.engines table`, or name a device "
+            f"({', '.join(devices.names())})",
+        )
+
     def _signature(self) -> list[list[Any]]:
         return [[name, kind, len(gates)] for gates, name, kind in self.analysis.choices.owners()]
 
@@ -411,11 +427,3 @@ def _budget(budget: float | str | Mapping[str, float]) -> dict[str, float]:
     if not asked:
         raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
     return asked
-
-
-def _table(table: LatencyTable | Path | str | None) -> LatencyTable:
-    if table is None:
-        raise UsageError(
-            "budget latency= needs a latency table", "measure one with `python -m polar_deploy.engines table` first"
-        )
-    return table if isinstance(table, LatencyTable) else read(Path(table))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from polar_deploy.costs import Cost, State
+from polar_deploy.costs import Cost, Layer, State
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.count import count
 from polar_deploy.surgery.stored import Array, Stored
@@ -112,6 +112,7 @@ class Choices:
         sites, blocks: in the order of execution; gates are numbered through sites, then blocks.
         alive: sets of blocks (indices) of which at least one has to stay.
         costs: "macs" and "params".
+        layers: what the MACs are made of.
         reasons: why channels that a mask could close have no gate, by the layer that writes them.
         folding: BatchNormalizations that will be folded into the layer before them, by their label, and whether that
             layer gets a bias from it: they count as that bias.
@@ -124,6 +125,7 @@ class Choices:
     blocks: tuple[Block, ...]
     alive: tuple[frozenset[int], ...]
     costs: dict[str, Cost]
+    layers: tuple[Layer, ...]
     reasons: dict[str, str]
     folding: dict[str, bool]
 
@@ -201,6 +203,7 @@ def find(
         blocks=pricing.blocks,
         alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
+        layers=pricing.layers(),
         reasons=survey.reasons,
         folding=pricing.folding,
     )

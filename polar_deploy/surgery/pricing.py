@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.costs import Cost, Factor, Term
+from polar_deploy.costs import Cost, Factor, Layer, Term
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.choices import NEVER, Block, Site
 from polar_deploy.surgery.count import WEIGHTS, count, foldable_norms, layer_macs, parameters
@@ -30,12 +30,14 @@ class Part:
     """Something that costs: so much for each combination of channels along `axes`, while its blocks are open.
 
     axes: for each factor, int [its length], the number of the channel that each index stands for.
+    kernel: see `Layer`.
     """
 
     cost: str
     each: float
     axes: tuple[Ints, ...]
     blocks: frozenset[int]
+    kernel: int = 1
 
 
 class Pricing:
@@ -82,12 +84,17 @@ class Pricing:
 
     def cost(self, name: str) -> Cost:
         """The cost "macs" or "params"."""
-        terms = tuple(
-            Term(part.each, tuple(map(self._factor, part.axes)), part.blocks)
-            for part in self._parts
-            if part.cost == name
-        )
-        return Cost(float(getattr(self._full, name)), terms)
+        return Cost(float(getattr(self._full, name)), tuple(self._term(part) for part in self._parts_of(name)))
+
+    def layers(self) -> tuple[Layer, ...]:
+        """What the MACs are made of."""
+        return tuple(Layer(self._term(part), part.kernel) for part in self._parts_of("macs"))
+
+    def _parts_of(self, cost: str) -> Iterator[Part]:
+        return (part for part in self._parts if part.cost == cost)
+
+    def _term(self, part: Part) -> Term:
+        return Term(part.each, tuple(map(self._factor, part.axes)), part.blocks)
 
     def _factor(self, axis: Ints) -> Factor:
         unit = self._units[axis]
@@ -112,7 +119,8 @@ class Pricing:
             step = self._survey.steps.get(id(node))
             if step is not None and macs.get(position):
                 axes = self._widths(step)
-                yield Part("macs", macs[position] / math.prod(map(len, axes)), axes, self._survey.blocks_of(node))
+                each, blocks = macs[position] / math.prod(map(len, axes)), self._survey.blocks_of(node)
+                yield Part("macs", each, axes, blocks, _kernel(step))
 
     def _params(self) -> Iterator[Part]:
         """The parameters that are left where nothing is closed: surgery folds factors and what is constant."""
@@ -247,6 +255,12 @@ class Pricing:
                     units = self._units[numbers(channels)]
                     found.update(self._site_of[units[units != NEVER]].tolist())
         return found
+
+
+def _kernel(step: Step) -> int:
+    """Elements of a layer's kernel; 1 where it has none."""
+    shape = step.graph.shape(step.original[1]) if step.node.op in ("Conv", "ConvTranspose") else None
+    return math.prod(dim for dim in shape[2:] if isinstance(dim, int)) if shape is not None else 1
 
 
 def _any_open(readers: Sequence[frozenset[int]]) -> Iterator[tuple[int, frozenset[int]]]:

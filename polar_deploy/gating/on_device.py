@@ -1,0 +1,45 @@
+"""What a network costs by a device's file: its MACs, with every width counted as the device packs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from polar_deploy.costs import Cost, Factor, Layer, State, Term
+from polar_deploy.devices import Chosen
+from polar_deploy.devices.device import Kind, Side
+from polar_deploy.surgery.choices import Block, Site
+
+SIDES: tuple[Side, ...] = ("output", "input")  # of a layer's factors
+
+
+def device_cost(chosen: Chosen, layers: Sequence[Layer], sites: Sequence[Site], blocks: Sequence[Block]) -> Cost:
+    """The cost of a network on a device as a function of what is kept, in a unit of its own: only shares mean anything.
+
+    A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
+    place of those that are there (`Device.packed`). Channels of several sites that are read as one count as they are,
+    and what does not multiply costs nothing. The formula is ours.
+    """
+    terms = tuple(_term(chosen, layer) for layer in layers)
+    whole = State(tuple(site.width for site in sites), (True,) * len(blocks))
+    return Cost(Cost(1.0, terms).absolute(whole), terms)
+
+
+def _term(chosen: Chosen, layer: Layer) -> Term:
+    kind: Kind = "conv1x1" if layer.kernel == 1 else "depthwise3x3" if layer.depthwise else "conv3x3"
+    factors = (_packed(chosen, factor, kind, side) for factor, side in zip(layer.macs.factors, SIDES, strict=False))
+    each = chosen.device.each(chosen.precision, kind)
+    return Term(layer.macs.coefficient * each, tuple(factors), layer.macs.blocks)
+
+
+def _packed(chosen: Chosen, factor: Factor, kind: Kind, side: Side) -> Factor:
+    """The factor in packed channels."""
+    if len(factor.tables) > 1:
+        return factor
+    packed = partial(chosen.device.packed, precision=chosen.precision, layer=kind, side=side)
+    if not factor.tables:
+        return Factor(float(packed(np.array(factor.constant))))
+    ((site, table),) = factor.tables.items()
+    return Factor(0.0, {site: packed(factor.constant + table)})
