@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from polar_deploy.export import Example, evaluating, module_of
 from polar_deploy.surgery.choices import Mask
 from polar_deploy.surgery.facts import Facts, Step
-from polar_deploy.surgery.graph import Graph, Node
+from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.ir import Node
 from polar_deploy.surgery.stored import Stored
 from polar_deploy.surgery.survey import depending, is_writer
 

@@ -13,7 +13,8 @@ from polar_deploy.surgery.ops.gates import Multiply
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Facts, Floats, Step
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.stored import Array
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.surgery.graph import Graph, Node, Tensor
+from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.stored import Array
 
@@ -243,7 +244,7 @@ class Facts:
         return channels
 
     def _open_inputs(self) -> None:
-        for tensor in self.graph.body.inputs:
+        for tensor in self.graph.inputs:
             self._open_opaque(None, tensor, Note(tensor.name, "input", "it is a graph input"), needed=False)
 
     def _open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
@@ -257,7 +258,7 @@ class Facts:
     def _forward(self, node: Node) -> Step:
         from polar_deploy.surgery.ops import UNKNOWN, handler
 
-        opset = self.graph.body.opset
+        opset = self.graph.opset
         step = Step(node, self, handler(node, opset) if opset >= OLDEST_OPSET else UNKNOWN)
         try:
             step.handler.couple(step)
@@ -285,7 +286,7 @@ class Facts:
 
     def _backward(self) -> None:
         """Asks what is needed, from the outputs on. Steps that nothing reads have no say."""
-        read = {tensor.name for tensor in self.graph.body.outputs}
+        read = {tensor.name for tensor in self.graph.outputs}
         for step in reversed(self.steps):
             if any(tensor.name in read or self.graph.is_used_inside(tensor.name) for tensor in step.made):
                 step.handler.need(step)

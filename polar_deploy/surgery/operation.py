@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import report, rounds
 from polar_deploy.surgery.inline import inlined
-from polar_deploy.surgery.model import NotUnderstoodError, check_graph
+from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
 from polar_deploy.surgery.verify import NotVerifiedError, inputs_taken, verify
@@ -47,7 +47,7 @@ class Operation:
             MachineError: ONNX Runtime is not installed, and `verify` is set.
         """
         try:
-            check_graph(self.before.model, self.name)
+            self.before.skeleton.check(self.name)
         except NotUnderstoodError as refusal:
             return self._as_it_is(refusal)
         try:
@@ -61,7 +61,7 @@ class Operation:
         after = self.before if done[-1].model is seen else done[-1].model
         path = self.write(after)
         proof = self._prove(after, path) if self.verify else None
-        return after, report.build(done, self.before.model, proof)
+        return after, report.build(done, self.before, proof)
 
     def _prove(self, after: Stored, path: Path) -> Proof | str:
         """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""

@@ -15,7 +15,8 @@ from polar_deploy.surgery.numbers import is_whole
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.stored import Array
 
 INPUT, SCALE, ZERO = 0, 1, 2  # inputs of QuantizeLinear and DequantizeLinear
@@ -179,5 +180,5 @@ def is_stored(step: Step, index: int) -> bool:
 def _dequantize(tensor: Tensor) -> Node | None:
     """The DequantizeLinear that makes a tensor."""
     maker = tensor.inputs[0] if tensor.inputs else None
-    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in (None, "", "ai.onnx")
+    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in ("", "ai.onnx")
     return maker if known else None

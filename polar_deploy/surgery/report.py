@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
+    from polar_deploy.surgery.stored import Stored
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
@@ -30,15 +31,15 @@ LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
-def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | str | None) -> dict[str, Any]:
+def build(rounds: list[Round], given: Stored, proof: Proof | str | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
-    `model`: the graph before the first round, with or without its weights. `proof`: or why there is none, or None where
+    `given`: the model before the first round. `proof`: or why there is none, or None where
     it was not asked for. Pairs are [before, after]; widths and counts are channels, MACs at batch 1 at the shapes under
     `inputs`.
     """
     last = rounds[-1]
-    before, after = (count(one, strict=last.model.strict) for one in (model, last.model.model))
+    before, after = (count(one.model, skeleton=one.skeleton) for one in (given, last.model))
     return {
         **_verdict(proof),
         "as_it_is": None,
@@ -46,7 +47,7 @@ def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | str | None
         "macs": [before.macs, after.macs],
         "params": [before.params, after.params],
         "padding": _padding(after),
-        "operators": _operators(model, last.model.model),
+        "operators": _operators(given.model, last.model.model),
         "layers": _layers(rounds, before, after),
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),

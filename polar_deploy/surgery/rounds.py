@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.model import NotUnderstoodError, check_graph, infer_at
+from polar_deploy.surgery.model import NotUnderstoodError
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
@@ -69,8 +69,8 @@ def operate(model: Stored) -> list[Round]:
     result = rounds[-1].model
     if result is not model:
         try:
-            check_graph(result.model, "the cut graph")
-            infer_at(result.model, 1, strict=result.strict)
+            result.skeleton.check("the cut graph")
+            result.skeleton.at_batch_1()
         except NotUnderstoodError as error:
             raise ContentError(error.what, "please report this graph as a bug of polar_deploy.surgery") from error
     return rounds

@@ -8,16 +8,21 @@ external data and read where they are touched.
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError, UsageError
-from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_graph, check_text, first_line
+from polar_deploy.surgery import wire
+from polar_deploy.surgery.inference import Skeleton
+from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_text, dtype_of, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -49,6 +54,11 @@ class Stored:
     strict: bool = True
     heads: bool = True
 
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """What onnx says about it. The graph must not change any more."""
+        return Skeleton(self.model, strict=self.strict)
+
     @property
     def needs_data_file(self) -> bool:
         """Whether the weights go into a file beside the model: they came from one, or a message cannot hold them."""
@@ -61,7 +71,7 @@ def take(model: onnx.ModelProto, *, check: bool = True) -> Stored:
     Raises:
         ContentError: the model is invalid.
     """
-    return _take(model, "the model", None, check)
+    return _take(model, "the model", None, check, {})
 
 
 def read(path: Path, *, check: bool = True) -> Stored:
@@ -76,11 +86,29 @@ def read(path: Path, *, check: bool = True) -> Stored:
 
     if not path.is_file():
         raise UsageError(f"{path} is not a file", "give the path of an ONNX file")
-    try:
-        model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise ContentError(f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file") from error
-    return _take(model, str(path), path.parent, check)
+    with open(path, "rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+        found = wire.split(data)
+        weights = {} if found is None else {index: _loaded(file, *place) for index, place in found.weights.items()}
+        try:
+            model = onnx.ModelProto.FromString(data.tobytes() if found is None else found.model)
+        except (DecodeError, ValueError) as error:
+            raise ContentError(
+                f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file"
+            ) from error
+    return _take(model, str(path), path.parent, check, weights)
+
+
+def _loaded(file: BinaryIO, offset: int, length: int) -> Array:
+    """Bytes of a file, at an address that suits any type."""
+    data = np.empty(length, np.uint8)
+    read = 0
+    while read < length:
+        count = os.preadv(file.fileno(), [data[read:].data], offset + read)
+        if not count:
+            raise ContentError(f"{file.name} has become shorter while it was read", "give a complete ONNX file")
+        read += count
+    return data
 
 
 def to_model(stored: Stored) -> onnx.ModelProto:
@@ -98,7 +126,13 @@ def to_model(stored: Stored) -> onnx.ModelProto:
 def write(stored: Stored, path: Path, data: Path | None = None, name: str | None = None) -> None:
     """Writes a model to `path`: in one file, or with the weights in the file `data` (referred to as `name`)."""
     if data is None:
-        path.write_bytes(to_model(stored).SerializeToString(deterministic=True))
+        weights = {
+            index: np.ascontiguousarray(stored.arrays[tensor.name]).reshape(-1).view(np.uint8).data
+            for index, tensor in enumerate(stored.model.graph.initializer)
+            if tensor.name in stored.arrays
+        }
+        with open(path, "wb") as file:
+            file.writelines(wire.join(stored.model.SerializeToString(deterministic=True), weights))
         return
     import onnx
 
@@ -136,7 +170,8 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool) -> Stored:
+def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array]) -> Stored:
+    """`weights`: bytes that belong to initializers, by their positions, and were left out of the message."""
     import onnx
 
     check_text(model, name)
@@ -146,11 +181,13 @@ def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool) -
     sort_nodes(shell.graph)
     stored = Stored(shell)
     files: dict[str, Array] = {}
-    for tensor in model.graph.initializer:
+    for index, tensor in enumerate(model.graph.initializer):
         where = f"initializer {tensor.name} of {name}"
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         stored.external |= external
-        values = _mapped(tensor, where, folder, files) if external else _values(tensor, where)
+        if index in weights and (external or _is_packed(tensor) or math.prod(tensor.dims) <= SMALL):
+            tensor.raw_data = weights.pop(index).tobytes()
+        values = _mapped(tensor, where, folder, files) if external else _values(tensor, where, weights.get(index))
         if values is None or values.size <= SMALL:
             shell.graph.initializer.append(tensor if values is None else _inline(tensor, values))
         else:
@@ -162,7 +199,7 @@ def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool) -
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
     if check:
-        check_graph(shell, name)
+        stored.skeleton.check(name)
     return stored
 
 
@@ -175,8 +212,10 @@ def _inline(tensor: onnx.TensorProto, values: Array) -> onnx.TensorProto:
     return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
 
 
-def _values(tensor: onnx.TensorProto, where: str) -> Array | None:
-    """The values of a tensor with its data inside; None where they are best left there (small, packed, text).
+def _values(tensor: onnx.TensorProto, where: str, weights: Array | None) -> Array | None:
+    """The values of a tensor with its data inside; None where they are best left there (packed, text).
+
+    weights: its data, where that was left out.
 
     Raises:
         ContentError: its data is not as long as its shape says; onnx.checker does not look.
@@ -185,15 +224,16 @@ def _values(tensor: onnx.TensorProto, where: str) -> Array | None:
 
     if any(dim < 0 for dim in tensor.dims):
         raise ContentError(f"{where} has the shape {list(tensor.dims)}", EXPORT_AGAIN)
-    filled = [name for name in FIELDS if len(getattr(tensor, name))]
-    if tensor.HasField("raw_data") and filled:
+    is_raw = weights is not None or tensor.HasField("raw_data")
+    filled = [name for name in FIELDS if len(getattr(tensor, name))] if is_raw else []
+    if filled:
         raise ContentError(f"{where} has its values twice, as raw_data and as {filled[0]}", EXPORT_AGAIN)
     try:
-        if not tensor.HasField("raw_data") or _kind(tensor) in PACKED:
+        if not is_raw or _is_packed(tensor):
             values: Array = onnx.numpy_helper.to_array(tensor)
-            return None if _kind(tensor) in PACKED or values.dtype == object else values
-        data = tensor.raw_data
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            return None if _is_packed(tensor) or values.dtype == object else values
+        data = tensor.raw_data if weights is None else weights
+        dtype = dtype_of(tensor.data_type)
         wanted = math.prod(tensor.dims) * dtype.itemsize
         if len(data) != wanted:
             raise ValueError(f"{len(data)} bytes of data, the shape {list(tensor.dims)} wants {wanted}")
@@ -208,18 +248,17 @@ def _mapped(tensor: onnx.TensorProto, where: str, folder: Path | None, files: di
     Raises:
         ContentError: the file is missing, lies outside the model's folder, or is too short.
     """
-    import onnx
 
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if folder is None:
         raise ContentError(f"{where} lies in another file, {location!r}", "load the model with its external data")
-    if _kind(tensor) in PACKED:
+    if _is_packed(tensor):
         raise ContentError(f"{where}: external data of type {_kind(tensor)} is not supported", "store it inside")
     if location not in files:
         files[location] = _map(folder, location, where)
     try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        dtype = dtype_of(tensor.data_type)
         wanted = math.prod(tensor.dims) * dtype.itemsize
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", wanted))
         if offset < 0 or length != wanted or any(dim < 0 for dim in tensor.dims):
@@ -254,6 +293,19 @@ def _kind(tensor: onnx.TensorProto) -> str:
 
     name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
     return name
+
+
+def _is_packed(tensor: onnx.TensorProto) -> bool:
+    """Whether several elements are in a byte."""
+    return tensor.data_type in _packed_types()
+
+
+@cache
+def _packed_types() -> frozenset[int]:
+    import onnx
+
+    known = onnx.TensorProto.DataType
+    return frozenset(known.Value(name) for name in PACKED if name in known.keys())  # noqa: SIM118
 
 
 def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

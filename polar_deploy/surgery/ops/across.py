@@ -168,7 +168,7 @@ class Softmax(Across):
     """Softmax, LogSoftmax and Hardmax."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
-        if step.graph.body.opset < SINGLE_AXIS_SOFTMAX:
+        if step.graph.opset < SINGLE_AXIS_SOFTMAX:
             return range(step.node.attrs.get("axis", 1) % rank, rank)
         return super().axes(step, rank)
 

@@ -134,7 +134,7 @@ class ConstantOfShape(Expand):
 
     def held(self, step: Step) -> Array | None:
         value = step.node.attrs.get("value")
-        return np.zeros((), np.float32) if value is None else np.asarray(value.values).reshape(())
+        return np.zeros((), np.float32) if value is None else np.asarray(value).reshape(())
 
     def _cut(self, step: Step, target: Channels) -> None:
         """Its one number stays."""

@@ -17,7 +17,7 @@ from polar_deploy.surgery.trace import taken, trace
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
-    from polar_deploy.surgery.graph import Node, Tensor
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.trace import Size
 
 
@@ -110,7 +110,7 @@ def _read(facts: Facts, reader: Node, index: int, position: int) -> list[int] | 
         return []
     if isinstance(step.handler, Sized):
         return [] if index == step.handler.told_by(step) and position in step.memo.followed else None
-    return _moved(facts, reader, index, position) if reader.domain in (None, "", "ai.onnx") else None
+    return _moved(facts, reader, index, position) if reader.domain in ("", "ai.onnx") else None
 
 
 def _moved(facts: Facts, reader: Node, index: int, position: int) -> list[int] | None:

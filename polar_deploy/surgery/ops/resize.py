@@ -51,7 +51,7 @@ class Resize(Sized):
     def _scale(self, step: Step, at: int, count: int) -> float | None:
         if "scales" in step.node.attrs:
             return float(step.node.attrs["scales"][at])
-        before = step.node.op == "Upsample" or step.graph.body.opset < 11
+        before = step.node.op == "Upsample" or step.graph.opset < 11
         return _numbers(step, ROI if before else SCALES, count)[at].value
 
     def _obey(self, step: Step, axis: int, at: int, axes: list[int]) -> None:
@@ -79,7 +79,7 @@ class Resize(Sized):
             dim for axis in changed if isinstance(dim := after[axis], int) and (fixed or sizes[axis].value == dim)
         ]
         crops = _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize"
-        if step.graph.body.opset < 18 or crops or not changed or len(wanted) < len(changed):
+        if step.graph.opset < 18 or crops or not changed or len(wanted) < len(changed):
             raise Wall("its sizes are computed")
         step.memo.written, step.memo.axes = np.array(wanted, np.int64), tuple(changed)
 

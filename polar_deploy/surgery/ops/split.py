@@ -73,7 +73,7 @@ class Split(Operator):
         if not told and sizes == _equal(sum(sizes), len(sizes)):
             if "num_outputs" in node.attrs:
                 graph.set_attribute(node, "num_outputs", len(sizes))
-        elif graph.body.opset < 13:
+        elif graph.opset < 13:
             graph.set_attribute(node, "split", sizes)
         else:
             graph.drop_attribute(node, "num_outputs")
