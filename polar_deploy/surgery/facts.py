@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.stored import Array
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from polar_deploy.surgery.operator import Operator
 
 MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
+WIDTHS = 1 << 10  # different numbers of channels that are kept in mind
 OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
 
 Bools = npt.NDArray[np.bool_]
@@ -45,7 +47,7 @@ class Note:
     channels: Bools | None = None  # None: all of the tensor's
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Channels:
     """What is known about the channels of one tensor.
 
@@ -70,7 +72,7 @@ class Channels:
     def __post_init__(self) -> None:
         size = math.prod(self.dims)
         self.value, self.kept = np.zeros(size), np.ones(size, bool)
-        self.constant, self.nonnegative, self.needed, self.pinned = (np.zeros(size, bool) for _ in range(4))
+        self.constant, self.nonnegative, self.needed, self.pinned = np.zeros((4, size), bool)
 
     def __len__(self) -> int:
         return len(self.constant)
@@ -101,7 +103,7 @@ class Channels:
         self.notes.append(note)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Link:
     """Channel `into[i]` of `target` comes from channel `out_of[i]` of `source`.
 
@@ -113,6 +115,23 @@ class Link:
     out_of: Ints
     into: Ints
     coupled: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the channels of both tensors correspond one by one, see `every`."""
+        return self.out_of is self.into and len(self.source) == len(self.out_of) == len(self.target)
+
+
+@lru_cache(WIDTHS)
+def every(width: int) -> Ints:
+    """The numbers of all channels of a tensor: the same array for the same width, which nobody may write to."""
+    return frozen(np.arange(width))
+
+
+def frozen(array: Array) -> Array:
+    """An array that several may share, because nobody can write to it."""
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(eq=False)
@@ -140,14 +159,14 @@ class Step:
     def label(self) -> str:
         return self.graph.label(self.node)
 
-    @property
+    @cached_property
     def output(self) -> Channels:
         """Channels of the first output."""
         channels = self.facts.of(self.made[0])
         assert channels is not None
         return channels
 
-    @property
+    @cached_property
     def outputs(self) -> list[Channels]:
         """Channels of the outputs that have any."""
         return [channels for tensor in self.made if (channels := self.facts.of(tensor)) is not None]
@@ -192,8 +211,8 @@ class Step:
         target = self.create(source.axes if axes is None else axes)
         if len(source) != len(target):
             raise Wall(f"{len(source)} channels come in and {len(target)} go out")
-        every = np.arange(len(source))
-        self.link(source, target, every, every)
+        numbers = every(len(source))
+        self.link(source, target, numbers, numbers)
         return target
 
     def note(self, reason: str, channels: Bools | None = None) -> Note:
@@ -205,7 +224,13 @@ class Facts:
 
     def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:
         """`demands`: channels of tensors, by name, that are needed whoever reads them."""
+        from polar_deploy.surgery import ops
+
         self.graph = graph
+        self._unknown: Operator = ops.UNKNOWN
+        self._handler: Callable[[Node], Operator] = (
+            partial(ops.handler, opset=graph.opset) if graph.opset >= OLDEST_OPSET else lambda _: ops.UNKNOWN
+        )
         self.steps: list[Step] = []  # one a node, in topological order
         self.alive: list[Step] = []  # those whose result is read once constants have replaced whole branches
         self.settled = False
@@ -256,17 +281,14 @@ class Facts:
             channels.needed[:] = needed
 
     def _forward(self, node: Node) -> Step:
-        from polar_deploy.surgery.ops import UNKNOWN, handler
-
-        opset = self.graph.opset
-        step = Step(node, self, handler(node, opset) if opset >= OLDEST_OPSET else UNKNOWN)
+        step = Step(node, self, self._handler(node))
         try:
             step.handler.couple(step)
             step.handler.constants(step)
         except Wall as wall:
             for tensor in node.outputs:
                 self._channels.pop(tensor.name, None)
-            step = Step(node, self, UNKNOWN)
+            step = Step(node, self, self._unknown)
             step.memo = step.note(str(wall))
             for tensor in node.outputs:
                 if tensor.name:
@@ -291,7 +313,7 @@ class Facts:
             if any(tensor.name in read or self.graph.is_used_inside(tensor.name) for tensor in step.made):
                 step.handler.need(step)
                 self.alive.append(step)
-                read.update(tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced)
+                read.update([tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced])
         self.alive.reverse()
 
     def _settle(self) -> None:
@@ -303,10 +325,12 @@ class Facts:
         for channels in self.everything():
             channels.was_constant = bool(channels.constant.all())
         for step in self.alive:
+            if all(channels.needed.all() for channels in step.outputs):
+                continue
             before = [(y, y.constant.copy(), y.value.copy(), y.nonnegative.copy()) for y in step.outputs]
             step.handler.constants(step)
-            for channels, *known in before:
-                now = (channels.constant, channels.value, channels.nonnegative)
-                channels.constant, channels.value, channels.nonnegative = (
-                    np.where(channels.needed, old, new) for old, new in zip(known, now, strict=True)
-                )
+            for channels, constant, value, nonnegative in before:
+                needed = channels.needed
+                channels.constant = np.where(needed, constant, channels.constant)
+                channels.value = np.where(needed, value, channels.value)
+                channels.nonnegative = np.where(needed, nonnegative, channels.nonnegative)

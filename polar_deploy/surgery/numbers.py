@@ -31,7 +31,10 @@ def fits(values: Floats, dtype: np.dtype[Any]) -> Bools:
         limits = np.iinfo(dtype)
         inside = (values >= max(limits.min, -EXACT)) & (values <= min(limits.max, EXACT))
         return np.asarray(inside & (values == np.rint(values)))
-    if dtype.kind in "bf" or dtype.name == "bfloat16":
+    if dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            return np.asarray(np.isfinite(values.astype(dtype)))
+    if dtype.kind == "b" or dtype.name == "bfloat16":
         with np.errstate(all="ignore"):
             return np.isfinite(values.astype(dtype).astype(np.float64))
     return np.asarray(values == 0)

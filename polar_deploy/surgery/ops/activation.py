@@ -13,7 +13,7 @@ from polar_deploy.surgery.operator import Operator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_deploy.surgery.facts import Bools, Floats, Step
+    from polar_deploy.surgery.facts import Floats, Step
 
 Attributes = dict[str, Any]
 
@@ -48,14 +48,23 @@ class Unary(Operator):
         step.carry()
 
     def constants(self, step: Step) -> None:
-        super().constants(step)
         source, target = step.require(), step.output
+        known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
+        if not source.constant.any():
+            target.constant, target.value, target.nonnegative = (
+                source.constant.copy(),
+                np.zeros(len(target)),
+                known.copy(),
+            )
+            return
         with np.errstate(all="ignore"):
             value = np.asarray(self.apply(step, source.value), np.float64)
-            trusted = fits(value, step.graph.dtype(step.made[0])) & self._is_steady(step, source.value)
-        target.constant = source.constant & trusted
+        target.constant = source.constant & fits(value, step.graph.dtype(step.made[0]))
+        change = self.change(step)
+        if change is not None and not is_whole(step.graph.dtype(step.original[0])):
+            with np.errstate(all="ignore"):
+                target.constant &= is_steady(lambda x: self.apply(step, x), [source.value], change)
         target.value = np.where(target.constant, value, 0.0)
-        known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
 
     def apply(self, step: Step, values: Floats) -> Floats:
@@ -65,12 +74,6 @@ class Unary(Operator):
     def change(self, step: Step) -> float | None:
         """The relative change that is no jump; None where the function has no jumps."""
         return self.steady
-
-    def _is_steady(self, step: Step, values: Floats) -> Bools:
-        change = self.change(step)
-        if change is None or is_whole(step.graph.dtype(step.original[0])):
-            return np.ones(len(values), bool)
-        return is_steady(lambda x: self.apply(step, x), [values], change)
 
 
 class Relu(Unary):

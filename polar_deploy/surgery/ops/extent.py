@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Wall
+from polar_deploy.surgery.facts import Link, Wall, every
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.trace import taken, trace
 
@@ -52,8 +52,8 @@ class Sized(Operator):
             raise Wall("its shape is computed")
         if target.axes != (axis,):
             raise Wall("its shape is computed, and its channels lie on several axes")
-        every = np.arange(len(target))
-        step.ties.append(Link(other, target, every, every))
+        numbers = every(len(target))
+        step.ties.append(Link(other, target, numbers, numbers))
 
 
 class Shape(Operator):

@@ -26,8 +26,8 @@ class Multiply(Absorbing):
 
     def operands(self, step: Step) -> list[Operand]:
         operands = super().operands(step)
-        index = self._factor(step, operands)
-        if index is not None and step.facts.settled:
+        index = self._factor(step) if step.facts.settled else None
+        if index is not None:
             value, other = operands[index].value, operands[1 - index]
             free = ~step.output.needed | other.zero
             if step.parameter(index, "factor").size == 1:  # one for all
@@ -37,18 +37,19 @@ class Multiply(Absorbing):
         return operands
 
     def gate(self, step: Step) -> Floats | None:
-        operands = super().operands(step)
-        index = self._factor(step, operands)
-        return None if index is None else operands[index].value
+        index = self._factor(step)
+        return None if index is None else self._operand(step, index).value
 
-    def _factor(self, step: Step, operands: list[Operand]) -> int | None:
+    def _factor(self, step: Step) -> int | None:
         """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
-        factors = [index for index in (0, 1) if step.constant(index) is not None]
-        if len(factors) != 1 or step.inputs[1 - factors[0]] is None:
+        left, right = step.constant(0), step.constant(1)
+        index, values = (0, left) if right is None else (1, right)
+        one_only = (left is None) is not (right is None)
+        if values is None or not one_only or step.inputs[1 - index] is None or values.size not in (1, len(step.output)):
             return None
-        factor, size = operands[factors[0]], step.parameter(factors[0], "factor").size
-        switch = size == 1 and factor.value[0] in (0, 1)
-        return factors[0] if factor.constant.all() and (size == len(step.output) or switch) else None
+        factor = self._operand(step, index)
+        switch = values.size == 1 and factor.value[0] in (0, 1)
+        return index if factor.constant.all() and (values.size == len(step.output) or switch) else None
 
     def risky(self, step: Step) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
@@ -60,7 +61,7 @@ class Multiply(Absorbing):
         return np.asarray(~known & half | ~np.all([operand.finite for operand in operands], axis=0))
 
     def slice(self, step: Step) -> None:
-        if (index := self._factor(step, super().operands(step))) is not None:
+        if (index := self._factor(step)) is not None:
             values, opened = step.parameter(index, "factor"), self.operands(step)[index].value
             opened = opened[: values.size]
             if not np.array_equal(opened, values.ravel()):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import Sized, Told
 from polar_deploy.surgery.ops.shape import Moving
@@ -138,9 +138,9 @@ class DepthToSpace(Moving):
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
         target = step.create((1,))
-        every = np.arange(len(source))
+        numbers = every(len(source))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, every, every % len(target) if depth_first else every // count)
+        step.link(source, target, numbers, numbers % len(target) if depth_first else numbers // count)
 
 
 class SpaceToDepth(Operator):
@@ -151,9 +151,9 @@ class SpaceToDepth(Operator):
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
         target = step.create((1,))
-        every = np.arange(len(target))
+        numbers = every(len(target))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, every % len(source) if depth_first else every // count, every)
+        step.link(source, target, numbers % len(source) if depth_first else numbers // count, numbers)
 
 
 class CenterCropPad(Operator):
