@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.elementwise import keeps_shape
+from polar_deploy.surgery.numbers import any_of
 from polar_deploy.surgery.ops.gates import Multiply
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ def _record(step: Step, factors: Floats) -> Gate:
         site=metadata.get("polar_deploy.site"),
         kind=metadata.get("polar_deploy.kind"),
         width=factors.size,
-        closed=int((factors == 0).sum()),
-        removed_channels=int((~kept).sum()),
-        outcome="folded" if (kept & (factors == 0)).any() else "removed",
+        closed=int(np.count_nonzero(factors == 0)),
+        removed_channels=int(np.count_nonzero(~kept)),
+        outcome="folded" if any_of(kept & (factors == 0)) else "removed",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import WIDTHS, Wall, every, frozen
-from polar_deploy.surgery.numbers import fits, is_steady, is_whole
+from polar_deploy.surgery.numbers import all_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 class Operand:
     """One input as the output sees it. Arrays, which nobody writes to: [output channels].
 
-    finite: False where the model itself holds something infinite, or no number, in a constant.
+    finite: False where the model itself holds something infinite, or no number, in a constant; None: nowhere.
     """
 
     constant: Bools
     value: Floats
     nonnegative: Bools
-    finite: Bools
+    finite: Bools | None = None
 
     @property
     def zero(self) -> Bools:
         """Where it is known to be zero throughout."""
-        return np.asarray(self.constant & (self.value == 0))
+        zero: Bools = self.constant & (self.value == 0)
+        return zero
 
 
 class Elementwise(Operator):
@@ -110,16 +111,16 @@ class Elementwise(Operator):
         source, width = step.inputs[index], len(step.output)
         if index in step.replaced:
             value = step.replaced[index]
-            return Operand(yes(width), value, value >= 0, yes(width))
+            return Operand(yes(width), value, value >= 0)
         for link in step.links if source is not None else ():
             if link.source is source:
                 x, out_of = link.source, link.out_of
                 if link.is_whole:
-                    return Operand(x.constant, x.value, x.nonnegative, yes(width))
-                return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of], yes(width))
+                    return Operand(x.constant, x.value, x.nonnegative)
+                return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of])
         values = step.constant(index)
         if values is None:
-            return Operand(~yes(width), np.zeros(width), ~yes(width), yes(width))
+            return Operand(~yes(width), np.zeros(width), ~yes(width))
         if index not in step.memo:
             step.memo[index] = _spread(values, len(_shape(step)), step.output)
         spread: Operand = step.memo[index]
@@ -127,14 +128,13 @@ class Elementwise(Operator):
 
     def constants(self, step: Step) -> None:
         target, result = step.output, self.conclude(step, self.operands(step))
-        target.constant = result.constant & fits(result.value, step.graph.dtype(step.made[0]))
-        target.value = np.where(target.constant, result.value, 0.0)
+        target.constant, target.value = holding(result.constant, result.value, step.graph.dtype(step.made[0]))
         target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
 
     def conclude(self, step: Step, operands: list[Operand]) -> Operand:
         """The result's facts, from those of the operands."""
         values = [operand.value for operand in operands]
-        constant = all_of([operand.constant for operand in operands])
+        constant = reduce(np.logical_and, [operand.constant for operand in operands])
         with np.errstate(all="ignore"):
             value = np.asarray(self.combine(step, values), np.float64)
             whole = is_whole(step.graph.dtype(step.original[0]))
@@ -142,9 +142,10 @@ class Elementwise(Operator):
                 constant &= is_steady(lambda *near: self.combine(step, list(near)), values, self.steady)
         decided = self.decided(step, operands)
         if decided is not None:
-            decided = decided & all_of([operand.finite for operand in operands])
+            for operand in operands:
+                decided = decided if operand.finite is None else decided & operand.finite
             constant, value = constant | decided, np.where(decided, self.verdict, value)
-        return Operand(constant, value, self.is_nonnegative(step, operands), np.isfinite(value))
+        return Operand(constant, value, self.is_nonnegative(step, operands))
 
     def combine(self, step: Step, values: list[Floats]) -> Floats:
         """The operator on numbers."""
@@ -159,7 +160,7 @@ class Elementwise(Operator):
         """[output channels] where no result is below zero."""
         if not self.nonnegative:
             return ~yes(len(step.output))
-        return all_of([operand.nonnegative for operand in operands])
+        return reduce(np.logical_and, [operand.nonnegative for operand in operands])
 
     def need(self, step: Step) -> None:
         self._replace(step)
@@ -189,7 +190,7 @@ class Elementwise(Operator):
                 continue
             operand, dependent = self._operand(step, mine[0]), self.reads(step, source)
             read = target.needed if dependent is None else target.needed & dependent
-            if not (operand.constant | ~read).all():
+            if not all_of(operand.constant | ~read):
                 continue
             others = [
                 step.graph.shape(tensor)
@@ -223,7 +224,7 @@ class Elementwise(Operator):
             dtype = step.graph.dtype(step.original[index])
             return _cut(step.replaced[index].reshape(shape).astype(dtype), rank, target)
         values = step.constant(index)
-        if values is None or target.kept.all():
+        if values is None or all_of(target.kept):
             return None
         return _cut(values, rank, target)
 
@@ -235,7 +236,7 @@ class Elementwise(Operator):
 
     def _is_neutral(self, step: Step, index: int) -> bool:
         values = step.constant(index)
-        return values is not None and self.neutral is not None and bool(np.all(values == self.neutral))
+        return values is not None and self.neutral is not None and all_of(np.equal(values, self.neutral))
 
 
 class Absorbing(Elementwise):
@@ -254,11 +255,6 @@ class Absorbing(Elementwise):
             operand = self._operand(step, index)
             read &= ~(operand.constant & (operand.value == self.verdict))
         return read
-
-
-def all_of(arrays: list[Bools]) -> Bools:
-    """Where all of them are true; what is returned may be one of them."""
-    return reduce(np.logical_and, arrays)
 
 
 @lru_cache(WIDTHS)
@@ -313,7 +309,8 @@ def _spread(values: Array, rank: int, target: Channels) -> Operand:
     """A constant operand, channel by channel: constant where it holds one number."""
     if len(target.axes) == 1 and values.size == len(target) and _axis_of(values.shape) == target.axes[0] - rank:
         flat = values.astype(np.float64).ravel()  # one number a channel, as of gates
-        return Operand(flat == flat, flat, flat >= 0, np.isfinite(flat))
+        finite = np.isfinite(flat)
+        return Operand(flat == flat, flat, flat >= 0, None if all_of(finite) else finite)
     full = values.reshape((1,) * (rank - values.ndim) + values.shape)
     moved = np.moveaxis(full, target.axes, range(len(target.axes)))
     flat = moved.reshape(*moved.shape[: len(target.axes)], -1).astype(np.float64)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.model import NotUnderstoodError
+from polar_deploy.surgery.numbers import all_of, any_of
 from polar_deploy.surgery.stored import Array
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Channels:
     @property
     def gone(self) -> bool:
         """Whether the cut leaves nothing of the tensor."""
-        return not self.kept.any()
+        return not any_of(self.kept)
 
     def keep(self, axis: int) -> Ints:
         """Indices along `axis` (one of `axes`) that the cut leaves."""
@@ -150,10 +151,7 @@ class Step:
         self.original = list(self.node.inputs)  # the tensors read before any cut
         self.made = list(self.node.outputs)
         self.inputs = [self.facts.of(tensor) for tensor in self.node.inputs]
-
-    @property
-    def graph(self) -> Graph:
-        return self.facts.graph
+        self.graph: Graph = self.facts.graph
 
     @property
     def label(self) -> str:
@@ -323,14 +321,13 @@ class Facts:
         """
         self.settled = True
         for channels in self.everything():
-            channels.was_constant = bool(channels.constant.all())
+            channels.was_constant = all_of(channels.constant)
         for step in self.alive:
-            if all(channels.needed.all() for channels in step.outputs):
+            if all(all_of(channels.needed) for channels in step.outputs):
                 continue
             before = [(y, y.constant.copy(), y.value.copy(), y.nonnegative.copy()) for y in step.outputs]
             step.handler.constants(step)
             for channels, constant, value, nonnegative in before:
-                needed = channels.needed
-                channels.constant = np.where(needed, constant, channels.constant)
-                channels.value = np.where(needed, value, channels.value)
-                channels.nonnegative = np.where(needed, nonnegative, channels.nonnegative)
+                np.copyto(channels.constant, constant, where=channels.needed)
+                np.copyto(channels.value, value, where=channels.needed)
+                np.copyto(channels.nonnegative, nonnegative, where=channels.needed)

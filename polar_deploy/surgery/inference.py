@@ -66,6 +66,7 @@ class Skeleton:
         self.model = model
         self.strict = strict
         self.inputs = input_shapes(model)
+        self._constants: dict[str, Described] = {x.name: (x.data_type, tuple(x.dims)) for x in model.graph.initializer}
         self._found: dict[tuple[tuple[str, int], ...], Tensors] = {}
 
     def check(self, name: str) -> None:
@@ -236,11 +237,9 @@ class Skeleton:
             graph = onnx.shape_inference.infer_shapes(
                 model, check_type=strict, strict_mode=strict, data_prop=True
             ).graph
-            types = {
-                value.name: value.type.SerializeToString() for value in (*graph.value_info, *graph.input, *graph.output)
-            }
-            found = {name: _described(data) for name, data in types.items()}
-            found.update((tensor.name, (tensor.data_type, tuple(tensor.dims))) for tensor in graph.initializer)
+            values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
+            types = {value.name: value.type.SerializeToString() for value in values}
+            found = {name: _described(data) for name, data in types.items()} | self._constants
             if any(
                 name and _is_open(types.get(name))
                 for node in model.graph.node
@@ -294,6 +293,7 @@ def _is_open(data: bytes | None) -> bool:
     return not all(isinstance(dim, int) for dim in shape)
 
 
+@lru_cache(TYPES)
 def _merge(first: Shape, second: Shape) -> Shape | None:
     """What is known of a shape that was found at two input sizes; None: not even its rank."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.facts import every
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.numbers import all_of, any_of, fits, only
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Mix:
         """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
         used = inputs & (value != 0)
         moved = np.zeros(self.shape[:2])
-        if not used.any():
+        if not any_of(used):
             return moved
         for group, block in self._columns(used):
             steady = block[..., self.steady]
@@ -231,21 +231,21 @@ class Mixing(Operator):
             if source is not None:
                 plan.value = self.contribution(step, source.value).reshape(constant.shape).copy()  # settling writes
                 constant = source.constant.reshape(constant.shape)
-                if (other := constant & (plan.value != 0)).any():
+                if any_of(other := constant & (plan.value != 0)):
                     constant = constant & (~other | mix.even(other))
             sums = mix.offset + mix.moved(constant, plan.value)
             plan.fixed = mix.fixed
-            if plan.fixed is None and constant.any() and not fits(sums, self.bias_type(step)).all():
+            if plan.fixed is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():
                 plan.fixed = "a bias that cannot hold it"
             plan.absorbed = constant & ((plan.value == 0) | (plan.fixed is None))
             unknown = plan.reached(~constant)
-            if unknown.all():
+            if all_of(unknown):
                 target.constant, target.nonnegative = np.zeros((2, len(target)), bool)
                 target.value = np.zeros(len(target))
                 return
             value, certain = self.result(step, sums.ravel())
             target.constant = ~unknown.ravel() & certain
-        target.value = np.where(target.constant, value, 0.0)
+        target.value = only(value, target.constant)
         target.nonnegative = target.constant & (target.value >= 0)
 
     def need(self, step: Step) -> None:
@@ -263,7 +263,7 @@ class Mixing(Operator):
         wanted = target.needed.reshape(len(plan.absorbed), plan.filters)
         needed = (plan.read(wanted) & ~plan.absorbed).ravel()
         source.needed |= needed
-        if (constant := needed & source.constant).any():
+        if any_of(constant := needed & source.constant):
             value, why = source.value[constant][0], plan.fixed or self.mix(step).why
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
@@ -286,10 +286,10 @@ class Mixing(Operator):
         kept_in = np.ones((groups, inputs), bool) if source is None else source.kept.reshape(groups, inputs)
         kept_out, unneeded = target.kept.reshape(groups, filters), ~target.needed.reshape(groups, filters)
         alive = np.asarray(kept_in.any(axis=1) & kept_out.any(axis=1))
-        cut = not (kept_in.all() and kept_out.all())
+        cut = not (all_of(kept_in) and all_of(kept_out))
         rows, columns = unneeded & kept_out, plan.absorbed & kept_in
-        emptied = (rows.any() and (plan.read(rows) & kept_in).any()) or (
-            columns.any() and (plan.reached(columns) & kept_out).any()
+        emptied = (any_of(rows) and (plan.read(rows) & kept_in).any()) or (
+            any_of(columns) and (plan.reached(columns) & kept_out).any()
         )
         weight = _select(mix.weight, kept_in, kept_out, alive) if cut else mix.weight.copy() if emptied else None
         if weight is not None and emptied:
@@ -298,7 +298,7 @@ class Mixing(Operator):
             np.copyto(weight, zero[:, :, None, None], where=gone[..., None])
         bias = mix.offset + mix.moved(plan.absorbed, plan.value)
         bias[unneeded] = 0
-        changed = (mix.bias is not None and not kept_out.all()) or not np.array_equal(bias, mix.offset)
+        changed = (mix.bias is not None and not all_of(kept_out)) or not np.array_equal(bias, mix.offset)
         if weight is not None or changed:
             self.rewrite(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
 
@@ -328,7 +328,7 @@ class Mixing(Operator):
 def _spread(channels: Bools, width: int) -> Bools:
     """[groups, width] whether any of the `channels` [groups, …] of a group is there."""
     if len(channels) == 1:
-        return np.full((1, width), channels.any())
+        return np.full((1, width), any_of(channels))
     return np.repeat(channels.any(axis=1, keepdims=True), width, axis=1)
 
 
@@ -341,8 +341,8 @@ def _taken(values: Array, kept: Bools, alive: Bools) -> Array:
 def _select(weight: Array, kept_in: Bools, kept_out: Bools, alive: Bools) -> Array:
     """[groups, filters, inputs, taps] cut to what is kept: as many filters and inputs in every group that lives."""
     if len(weight) == 1:
-        rows = weight if kept_out.all() else weight.take(np.flatnonzero(kept_out), axis=1)
-        return rows if kept_in.all() else rows.take(np.flatnonzero(kept_in), axis=2)
+        rows = weight if all_of(kept_out) else weight.take(kept_out.nonzero()[1], axis=1)
+        return rows if all_of(kept_in) else rows.take(kept_in.nonzero()[1], axis=2)
     filters = np.nonzero(kept_out[alive])[1].reshape(int(alive.sum()), -1)
     inputs = np.nonzero(kept_in[alive])[1].reshape(int(alive.sum()), -1)
     selected: Array = weight[np.flatnonzero(alive)[:, None, None], filters[:, :, None], inputs[:, None, :]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.numbers import any_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
@@ -91,13 +92,13 @@ class Operator:
         for link in step.links:
             target, source = link.target, link.source
             free = target.kept & ~target.needed & ~target.constant
-            if not free.any():
+            if not any_of(free):
                 continue
             unsure = (free & self.risky(step))[link.into]
             which = np.zeros(len(source), bool)
             which[link.out_of[unsure]] = True
             which &= ~source.needed
-            if which.any():
+            if any_of(which):
                 found.append((source, which))
         return found
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall, frozen
-from polar_deploy.surgery.numbers import is_whole
+from polar_deploy.surgery.numbers import all_of, is_whole
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
@@ -145,7 +145,7 @@ class Weight:
         """Stores other values for the outputs that are `kept`; None: they stay."""
         if values is not None:
             graph.set_constant(self.node, self.index, values)
-        for node, index in self.vectors if not kept.all() else ():
+        for node, index in self.vectors if not all_of(kept) else ():
             old = graph.constant(node, index)
             assert old is not None
             graph.set_constant(node, index, old.compress(kept, axis=int(np.argmax(old.shape))))

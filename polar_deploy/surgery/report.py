@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.surgery.count import count, parameters
+from polar_deploy.surgery.cut import Gate
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
+from polar_deploy.surgery.numbers import any_of
 from polar_deploy.surgery.operator import Unknown
 from polar_deploy.surgery.verify import Proof
 
@@ -91,7 +93,8 @@ def _gates(rounds: list[Round]) -> list[dict[str, Any]]:
                 removed = gates[gate.node].removed_channels + gate.removed_channels
                 outcome = {name: getattr(gate, name) for name in ("outcome", "into", "reason")}
                 gates[gate.node] = replace(gates[gate.node], removed_channels=removed, **outcome)
-    return [{name: value for name, value in asdict(gate).items() if value is not None} for gate in gates.values()]
+    names = [field.name for field in fields(Gate)]
+    return [{name: value for name in names if (value := getattr(gate, name)) is not None} for gate in gates.values()]
 
 
 def _operators(before: onnx.ModelProto, after: onnx.ModelProto) -> dict[str, list[int]]:
@@ -179,7 +182,10 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
         if not (isinstance(step.handler, Mixing) or step.node.op == "Mul") or not step.outputs:
             continue
         channels = step.output
-        labels = np.unique(sets.of(channels)[channels.kept & (channels.constant | ~channels.needed)])
+        closed = channels.kept & (channels.constant | ~channels.needed)
+        if not any_of(closed):
+            continue
+        labels = np.unique(sets.of(channels)[closed])
         labels = labels[~asked[labels]]
         asked[labels] = True
         found.append((step.label, labels))

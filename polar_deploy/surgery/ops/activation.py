@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.numbers import fits, is_steady, is_whole
+from polar_deploy.surgery.numbers import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Unary(Operator):
     def constants(self, step: Step) -> None:
         source, target = step.require(), step.output
         known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
-        if not source.constant.any():
+        if not any_of(source.constant):
             target.constant, target.value, target.nonnegative = (
                 source.constant.copy(),
                 np.zeros(len(target)),
@@ -59,12 +59,12 @@ class Unary(Operator):
             return
         with np.errstate(all="ignore"):
             value = np.asarray(self.apply(step, source.value), np.float64)
-        target.constant = source.constant & fits(value, step.graph.dtype(step.made[0]))
+        target.constant, target.value = holding(source.constant, value, step.graph.dtype(step.made[0]))
         change = self.change(step)
         if change is not None and not is_whole(step.graph.dtype(step.original[0])):
             with np.errstate(all="ignore"):
                 target.constant &= is_steady(lambda x: self.apply(step, x), [source.value], change)
-        target.value = np.where(target.constant, value, 0.0)
+            target.value[~target.constant] = 0.0
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
 
     def apply(self, step: Step, values: Floats) -> Floats:
@@ -81,7 +81,7 @@ class Relu(Unary):
 
     def slice(self, step: Step) -> None:
         source = step.require()
-        if source.nonnegative[source.kept].all():
+        if all_of(source.nonnegative[source.kept]):
             step.graph.bypass(step.node)
 
 
