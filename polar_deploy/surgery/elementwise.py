@@ -314,6 +314,6 @@ def _spread(values: Array, rank: int, target: Channels) -> Operand:
     full = values.reshape((1,) * (rank - values.ndim) + values.shape)
     moved = np.moveaxis(full, target.axes, range(len(target.axes)))
     flat = moved.reshape(*moved.shape[: len(target.axes)], -1).astype(np.float64)
-    low, high, finite = flat.min(axis=-1), flat.max(axis=-1), np.isfinite(flat).all(axis=-1)
-    spread = (np.broadcast_to(facts, target.dims).reshape(-1).copy() for facts in (low == high, low, low >= 0, finite))
+    low, high, known = flat.min(axis=-1), flat.max(axis=-1), np.isfinite(flat).all(axis=-1)
+    spread = (np.broadcast_to(facts, target.dims).reshape(-1).copy() for facts in (low == high, low, low >= 0, known))
     return Operand(*spread)

@@ -251,7 +251,8 @@ class Graph:
             self._write_node(node, proto)
         arrays = self._write_constants(graph)
         self._write_inputs(graph)
-        graph.value_info.extend(value for value in source.graph.value_info if value.name in not_inferred(model))
+        opaque = set(not_inferred(model))
+        graph.value_info.extend(value for value in source.graph.value_info if value.name in opaque)
         copy_annotations(source.graph, graph)
         return replace(self._stored, model=model, arrays=arrays)
 

@@ -341,12 +341,23 @@ def _taken(values: Array, kept: Bools, alive: Bools) -> Array:
 def _select(weight: Array, kept_in: Bools, kept_out: Bools, alive: Bools) -> Array:
     """[groups, filters, inputs, taps] cut to what is kept: as many filters and inputs in every group that lives."""
     if len(weight) == 1:
-        rows = weight if all_of(kept_out) else weight.take(kept_out.nonzero()[1], axis=1)
+        rows = weight if all_of(kept_out) else _rows(weight, kept_out.nonzero()[1])
         return rows if all_of(kept_in) else rows.take(kept_in.nonzero()[1], axis=2)
     filters = np.nonzero(kept_out[alive])[1].reshape(int(alive.sum()), -1)
     inputs = np.nonzero(kept_in[alive])[1].reshape(int(alive.sum()), -1)
     selected: Array = weight[np.flatnonzero(alive)[:, None, None], filters[:, :, None], inputs[:, None, :]]
     return selected
+
+
+def _rows(weight: Array, filters: Ints) -> Array:
+    """[1, filters, inputs, taps] those filters."""
+    if weight.flags.aligned or not weight.flags.c_contiguous or not weight[0, 0].size:
+        return weight.take(filters, axis=1)
+    # Read from a file, numbers may lie anywhere: numpy would make an aligned copy of all. It takes blocks as they are.
+    _, _, inputs, taps = weight.shape
+    blocks = weight.reshape(weight.shape[1], -1).view(np.dtype((np.void, weight[0, 0].nbytes)))
+    taken: Array = blocks.take(filters).view(weight.dtype)
+    return taken.reshape(1, -1, inputs, taps)
 
 
 def _unbalanced(kept: Bools, alive: Bools) -> Ints:

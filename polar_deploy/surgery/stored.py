@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +33,7 @@ Array = npt.NDArray[Any]
 ANNOTATIONS = "quantization_annotation"
 PACKED = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")  # several elements a byte
 FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
+DATA = ("raw_data", *FIELDS, "external_data", "data_location")  # what may hold the values of a tensor
 MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
 DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, so that readers can map them
 
@@ -71,7 +71,7 @@ def take(model: onnx.ModelProto, *, check: bool = True) -> Stored:
     Raises:
         ContentError: the model is invalid.
     """
-    return _take(model, "the model", None, check, {})
+    return _take(model, "the model", None, check, None)
 
 
 def read(path: Path, *, check: bool = True) -> Stored:
@@ -89,7 +89,8 @@ def read(path: Path, *, check: bool = True) -> Stored:
     with open(path, "rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
         found = wire.split(data)
-        weights = {} if found is None else {index: _loaded(file, *place) for index, place in found.weights.items()}
+        places = {} if found is None else found.weights
+        weights = {index: np.frombuffer(data[at : at + size], np.uint8) for index, (at, size) in places.items()}
         try:
             model = onnx.ModelProto.FromString(data.tobytes() if found is None else found.model)
         except (DecodeError, ValueError) as error:
@@ -97,18 +98,6 @@ def read(path: Path, *, check: bool = True) -> Stored:
                 f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file"
             ) from error
     return _take(model, str(path), path.parent, check, weights)
-
-
-def _loaded(file: BinaryIO, offset: int, length: int) -> Array:
-    """Bytes of a file, at an address that suits any type."""
-    data = np.empty(length, np.uint8)
-    read = 0
-    while read < length:
-        count = os.preadv(file.fileno(), [data[read:].data], offset + read)
-        if not count:
-            raise ContentError(f"{file.name} has become shorter while it was read", "give a complete ONNX file")
-        read += count
-    return data
 
 
 def to_model(stored: Stored) -> onnx.ModelProto:
@@ -170,18 +159,22 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array]) -> Stored:
-    """`weights`: bytes that belong to initializers, by their positions, and were left out of the message."""
+def _take(
+    model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array] | None
+) -> Stored:
+    """`weights`: of a message that may be changed, the data of initializers that was left out, by their positions.
+
+    None: the message is somebody else's, and whole.
+    """
     import onnx
 
     check_text(model, name)
-    shell = onnx.ModelProto()
-    copy_fields(model, shell, ("graph",))
-    copy_fields(model.graph, shell.graph, ("initializer",))
+    shell = _copy_without_weights(model) if weights is None else model
+    weights = weights or {}
     sort_nodes(shell.graph)
     stored = Stored(shell)
     files: dict[str, Array] = {}
-    for index, tensor in enumerate(model.graph.initializer):
+    for index, (tensor, own) in enumerate(zip(model.graph.initializer, shell.graph.initializer, strict=True)):
         where = f"initializer {tensor.name} of {name}"
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         stored.external |= external
@@ -189,18 +182,31 @@ def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool, w
             tensor.raw_data = weights.pop(index).tobytes()
         values = _mapped(tensor, where, folder, files) if external else _values(tensor, where, weights.get(index))
         if values is None or values.size <= SMALL:
-            shell.graph.initializer.append(tensor if values is None else _inline(tensor, values))
+            if external or shell is not model:
+                own.CopyFrom(tensor if values is None else _inline(tensor, values))
         else:
-            header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            for part in ("doc_string", "metadata_props"):
-                copy_field(tensor, header, part)
             stored.arrays[tensor.name] = values
+            for part in DATA:
+                own.ClearField(part)
     for tensor in _other_tensors(shell.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
     if check:
         stored.skeleton.check(name)
     return stored
+
+
+def _copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx
+
+    shell = onnx.ModelProto()
+    copy_fields(model, shell, ("graph",))
+    copy_fields(model.graph, shell.graph, ("initializer",))
+    for tensor in model.graph.initializer:
+        header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        for part in ("doc_string", "metadata_props"):
+            copy_field(tensor, header, part)
+    return shell
 
 
 def _inline(tensor: onnx.TensorProto, values: Array) -> onnx.TensorProto:
