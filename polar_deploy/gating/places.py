@@ -105,6 +105,7 @@ class Places:
         self._calls, self._ignore = calls, ignore
         self.graph = Graph(stored)
         self._facts = Facts(self.graph)
+        self._facts.settle()
         self._depending = depending(self.graph)
         self._position = {id(node): position for position, node in enumerate(self.graph.original_nodes)}
         self._module = {

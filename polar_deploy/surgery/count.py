@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from polar_deploy.surgery.inference import Skeleton
@@ -14,6 +15,9 @@ from polar_deploy.surgery.standins import MICROSOFT, STANDARD
 
 if TYPE_CHECKING:
     import onnx
+
+
+LIKE = 1 << 12  # shapes and layers that are kept in mind
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class Layer:
 
         Depthwise convolutions work channel by channel, in others the inputs and outputs of each group are rounded up.
         """
-        inputs, outputs = (width / self.groups for width in self.width)
-        if not self.macs:
-            return 0.0
-        if self.groups > 1 and inputs == 1:
-            return 1 - self.width[1] / _up(self.width[1], multiple)
-        return 1 - inputs * outputs / (_up(inputs, multiple) * _up(outputs, multiple))
+        return _lost(self.width, self.groups, multiple) if self.macs else 0.0
+
+
+@lru_cache(LIKE)
+def _lost(width: tuple[int, int], groups: int, multiple: int) -> float:
+    inputs, outputs = (each / groups for each in width)
+    if groups > 1 and inputs == 1:
+        return 1 - width[1] / _up(width[1], multiple)
+    return 1 - inputs * outputs / (_up(inputs, multiple) * _up(outputs, multiple))
 
 
 def _up(width: float, multiple: int) -> int:
@@ -182,6 +189,7 @@ def _multiply(node: onnx.NodeProto, shape_of: Callable[[str], Shape | None]) -> 
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
 
 
+@lru_cache(LIKE)
 def _sizes(shape: Shape | None) -> tuple[int, ...] | None:
     if shape is None:
         return None

@@ -49,6 +49,7 @@ class Cut:
     dropped: list[Node]
 
 
+@np.errstate(all="ignore")
 def apply(facts: Facts) -> Cut:
     """Cuts the graph as planned by `sets.decide`."""
     found = [(step, factors) for step in facts.steps if (factors := step.handler.gate(step)) is not None]

@@ -7,12 +7,12 @@ goes with the branch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import WIDTHS, Wall, every, frozen
+from polar_deploy.surgery.facts import Wall, every, no, yes
 from polar_deploy.surgery.numbers import all_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
@@ -120,7 +120,7 @@ class Elementwise(Operator):
                 return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of])
         values = step.constant(index)
         if values is None:
-            return Operand(~yes(width), np.zeros(width), ~yes(width))
+            return Operand(no(width), np.zeros(width), no(width))
         if index not in step.memo:
             step.memo[index] = _spread(values, len(_shape(step)), step.output)
         spread: Operand = step.memo[index]
@@ -159,7 +159,7 @@ class Elementwise(Operator):
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
         """[output channels] where no result is below zero."""
         if not self.nonnegative:
-            return ~yes(len(step.output))
+            return no(len(step.output))
         return reduce(np.logical_and, [operand.nonnegative for operand in operands])
 
     def need(self, step: Step) -> None:
@@ -255,12 +255,6 @@ class Absorbing(Elementwise):
             operand = self._operand(step, index)
             read &= ~(operand.constant & (operand.value == self.verdict))
         return read
-
-
-@lru_cache(WIDTHS)
-def yes(width: int) -> Bools:
-    """True for all channels; nobody may write to it."""
-    return frozen(np.ones(width, bool))
 
 
 def _axis_of(shape: tuple[int, ...]) -> int | None:

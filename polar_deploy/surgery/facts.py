@@ -72,8 +72,10 @@ class Channels:
 
     def __post_init__(self) -> None:
         size = math.prod(self.dims)
-        self.value, self.kept = np.zeros(size), np.ones(size, bool)
-        self.constant, self.nonnegative, self.needed, self.pinned = np.zeros((4, size), bool)
+        facts = np.zeros((5, size), bool)
+        facts[4] = True
+        self.constant, self.nonnegative, self.needed, self.pinned, self.kept = facts
+        self.value = np.zeros(size)
 
     def __len__(self) -> int:
         return len(self.constant)
@@ -121,6 +123,18 @@ class Link:
     def is_whole(self) -> bool:
         """Whether the channels of both tensors correspond one by one, see `every`."""
         return self.out_of is self.into and len(self.source) == len(self.out_of) == len(self.target)
+
+
+@lru_cache(WIDTHS)
+def yes(width: int) -> Bools:
+    """True for all channels, shared as `every` is."""
+    return frozen(np.ones(width, bool))
+
+
+@lru_cache(WIDTHS)
+def no(width: int) -> Bools:
+    """False for all channels, shared as `every` is."""
+    return frozen(np.zeros(width, bool))
 
 
 @lru_cache(WIDTHS)
@@ -218,8 +232,9 @@ class Step:
 
 
 class Facts:
-    """All facts about a graph. Building it runs the forward and the backward analysis."""
+    """All facts about a graph. Building it runs the forward and the backward analysis; then comes `settle`."""
 
+    @np.errstate(all="ignore")
     def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:
         """`demands`: channels of tensors, by name, that are needed whoever reads them."""
         from polar_deploy.surgery import ops
@@ -242,7 +257,6 @@ class Facts:
         for name, needed in (demands or {}).items():
             self._channels[name].needed |= needed
         self._backward()
-        self._settle()
 
     def of(self, tensor: Tensor) -> Channels | None:
         """Facts about `tensor`; None for constants and where no channel axis is known."""
@@ -314,14 +328,18 @@ class Facts:
                 read.update([tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced])
         self.alive.reverse()
 
-    def _settle(self) -> None:
-        """Facts about the graph as it will be: unneeded filters become zero, so more constants come out.
+    @np.errstate(all="ignore")
+    def settle(self) -> None:
+        """Facts about the graph as it will be after the cut as planned: filters that nobody needs become zero, so more
+        constants come out.
 
-        What a needed channel holds does not change.
+        What a needed channel holds does not change, and what goes holds nothing: where that is all, nothing is done.
         """
         self.settled = True
         for channels in self.everything():
             channels.was_constant = all_of(channels.constant)
+        if not any(any_of(channels.kept & ~channels.needed) for channels in self.everything()):
+            return
         for step in self.alive:
             if all(all_of(channels.needed) for channels in step.outputs):
                 continue

@@ -151,8 +151,8 @@ class Skeleton:
                 return one
             if one is None or other is None or len(one) != len(other):
                 return self.at(usual).shape(name)
-            dims = [a if a == b else _per_image(a, b) for a, b in zip(one, other, strict=True)]
-            return self.at(usual).shape(name) if None in dims else tuple(dims)
+            dims = _per_image(one, other)
+            return self.at(usual).shape(name) if None in dims else dims
 
         return shape
 
@@ -219,8 +219,8 @@ class Skeleton:
 
         model = onnx.ModelProto()
         model.CopyFrom(self._standing)
-        shapes = fill(input_shapes(model), sizes)
-        for value in model.graph.input:
+        shapes = fill(self.inputs, sizes)
+        for value in model.graph.input[: len(self.model.graph.input)]:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
                 dim.dim_value = size
         for value in model.graph.value_info:
@@ -307,11 +307,18 @@ def _merge(first: Shape, second: Shape) -> Shape | None:
     return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _per_image(one: Dim, other: Dim) -> int | None:
-    """What a dimension is at batch 1 that is a multiple of the batch at both sizes of it that were probed."""
+@lru_cache(TYPES)
+def _per_image(first: Shape, second: Shape) -> Shape:
+    """The shape at batch 1 of what has these at the batch sizes that were probed; None where that is not clear."""
     low, high = BATCHES
-    known = isinstance(one, int) and isinstance(other, int) and one * high == other * low and one % low == 0
-    return one // low if known and isinstance(one, int) else None
+
+    def dim(one: Dim, other: Dim) -> Dim:
+        if one == other:
+            return one
+        known = isinstance(one, int) and isinstance(other, int) and one * high == other * low and one % low == 0
+        return one // low if known and isinstance(one, int) else None
+
+    return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _check_reshapes(nodes: Iterable[onnx.NodeProto], found: dict[str, Described]) -> None:

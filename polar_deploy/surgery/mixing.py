@@ -233,6 +233,9 @@ class Mixing(Operator):
                 constant = source.constant.reshape(constant.shape)
                 if any_of(other := constant & (plan.value != 0)):
                     constant = constant & (~other | mix.even(other))
+                elif all_of(plan.reached(~constant)):  # zeros alone, and some of the rest in every sum
+                    plan.absorbed = constant.copy()
+                    return
             sums = mix.offset + mix.moved(constant, plan.value)
             plan.fixed = mix.fixed
             if plan.fixed is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():

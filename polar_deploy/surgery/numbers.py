@@ -36,14 +36,16 @@ def is_half(dtype: np.dtype[Any]) -> bool:
 
 
 def fits(values: Floats, dtype: np.dtype[Any]) -> Bools:
-    """Where a tensor of that type can hold the values: finite, and in its range. Of 8-bit floats only zero is known."""
+    """Where a tensor of that type can hold the values: finite, and in its range. Of 8-bit floats only zero is known.
+
+    Those that it cannot hold make numpy warn, unless `np.errstate` says otherwise.
+    """
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         inside = (values >= max(limits.min, -EXACT)) & (values <= min(limits.max, EXACT))
         return np.asarray(inside & (values == np.rint(values)))
     if dtype.kind == "f":
-        with np.errstate(all="ignore"):
-            return np.asarray(np.isfinite(values.astype(dtype)))
+        return np.asarray(np.isfinite(values.astype(dtype)))
     if dtype.kind == "b" or dtype.name == "bfloat16":
         with np.errstate(all="ignore"):
             return np.isfinite(values.astype(dtype).astype(np.float64))

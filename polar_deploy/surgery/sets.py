@@ -43,6 +43,7 @@ def plan(graph: Graph) -> tuple[Facts, Sets]:
     while True:
         facts = Facts(graph, demands)
         sets = decide(facts)
+        facts.settle()
         retained.update(sets.retained)
         found = [found for step in facts.alive for found in step.handler.endangered(step)]
         if not found:

@@ -350,19 +350,23 @@ def copy_field(source: Message, target: Message, name: str) -> None:
 def sort_nodes(graph: onnx.GraphProto) -> None:
     """Puts nodes behind those that they read from; where that is so already, or cannot be, nothing changes."""
     makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
-    reads = [
-        {makers[name] for name in (*node.input, *names_in_bodies([node])) if name in makers} for node in graph.node
-    ]
-    if all(max(before, default=-1) < position for position, before in enumerate(reads)):
+    reads = [_read_by(node) for node in graph.node]
+    if all(makers.get(name, -1) < position for position, names in enumerate(reads) for name in names):
         return
     try:
-        order = list(TopologicalSorter(dict(enumerate(reads))).static_order())
+        before = [{makers[name] for name in names if name in makers} for names in reads]
+        order = list(TopologicalSorter(dict(enumerate(before))).static_order())
     except CycleError:
         return  # the checker says so
     nodes = [graph.node[position] for position in order]
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def _read_by(node: onnx.NodeProto) -> list[str]:
+    """Names of the tensors that a node reads, its bodies included."""
+    return [*node.input, *names_in_bodies([node])]
 
 
 def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

@@ -48,6 +48,7 @@ class Survey:
         self.graph = Graph(stored)
         self.facts = Facts(self.graph)
         sets.decide(self.facts)
+        self.facts.settle()
         self.steps = {id(step.node): step for step in self.facts.alive}
         held = {self.graph.metadata(node).get(MASK): node for node in self.graph.original_nodes}
         own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]

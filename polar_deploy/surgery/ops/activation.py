@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.facts import no, yes
 from polar_deploy.surgery.numbers import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
@@ -49,21 +50,16 @@ class Unary(Operator):
 
     def constants(self, step: Step) -> None:
         source, target = step.require(), step.output
-        known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
+        known = source.nonnegative if self.nonnegative is None else (yes if self.nonnegative else no)(len(target))
         if not any_of(source.constant):
-            target.constant, target.value, target.nonnegative = (
-                source.constant.copy(),
-                np.zeros(len(target)),
-                known.copy(),
-            )
+            target.constant, target.value = np.zeros(len(target), bool), np.zeros(len(target))
+            target.nonnegative = known.copy()
             return
-        with np.errstate(all="ignore"):
-            value = np.asarray(self.apply(step, source.value), np.float64)
+        value = np.asarray(self.apply(step, source.value), np.float64)
         target.constant, target.value = holding(source.constant, value, step.graph.dtype(step.made[0]))
         change = self.change(step)
         if change is not None and not is_whole(step.graph.dtype(step.original[0])):
-            with np.errstate(all="ignore"):
-                target.constant &= is_steady(lambda x: self.apply(step, x), [source.value], change)
+            target.constant &= is_steady(lambda x: self.apply(step, x), [source.value], change)
             target.value[~target.constant] = 0.0
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
 

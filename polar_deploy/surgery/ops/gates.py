@@ -41,8 +41,7 @@ class Multiply(Absorbing):
             return super().conclude(step, operands)
         one, other = operands  # the same as above, in fewer steps: there are many gates
         zero = one.zero | other.zero
-        with np.errstate(over="ignore"):
-            value = one.value * other.value
+        value = one.value * other.value
         value[zero] = 0.0
         return Operand((one.constant & other.constant) | zero, value, one.nonnegative & other.nonnegative)
 
