@@ -61,6 +61,7 @@ class Channels:
     axes: tuple[int, ...]
     dims: tuple[int, ...]
     first: int  # number of the first channel among all channels of the graph
+    size: int = field(init=False)  # how many there are
     constant: Bools = field(init=False)  # the channel holds one and the same number everywhere, for every input
     value: Floats = field(init=False)  # that number
     nonnegative: Bools = field(init=False)
@@ -71,14 +72,14 @@ class Channels:
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        size = math.prod(self.dims)
+        size = self.size = math.prod(self.dims)
         facts = np.zeros((5, size), bool)
         facts[4] = True
         self.constant, self.nonnegative, self.needed, self.pinned, self.kept = facts
         self.value = np.zeros(size)
 
     def __len__(self) -> int:
-        return len(self.constant)
+        return self.size
 
     @property
     def gone(self) -> bool:
@@ -118,11 +119,10 @@ class Link:
     out_of: Ints
     into: Ints
     coupled: bool = True
+    is_whole: bool = field(init=False)  # whether the channels of both tensors correspond one by one, see `every`
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the channels of both tensors correspond one by one, see `every`."""
-        return self.out_of is self.into and len(self.source) == len(self.out_of) == len(self.target)
+    def __post_init__(self) -> None:
+        self.is_whole = self.out_of is self.into and self.source.size == self.out_of.size == self.target.size
 
 
 @lru_cache(WIDTHS)
