@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from polar_deploy.export import Example, evaluating, module_of
 from polar_deploy.surgery.choices import Mask
 from polar_deploy.surgery.facts import Facts, Step
-from polar_deploy.surgery.graph import Graph, Node
+from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.ir import Node
 from polar_deploy.surgery.stored import Stored
 from polar_deploy.surgery.survey import depending, is_writer
 
@@ -104,6 +105,7 @@ class Places:
         self._calls, self._ignore = calls, ignore
         self.graph = Graph(stored)
         self._facts = Facts(self.graph)
+        self._facts.settle()
         self._depending = depending(self.graph)
         self._position = {id(node): position for position, node in enumerate(self.graph.original_nodes)}
         self._module = {

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.model import infer_at
+from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import MICROSOFT, STANDARD
 
 if TYPE_CHECKING:
     import onnx
+
+
+LIKE = 1 << 12  # shapes and layers that are kept in mind
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class Layer:
 
         Depthwise convolutions work channel by channel, in others the inputs and outputs of each group are rounded up.
         """
-        inputs, outputs = (width / self.groups for width in self.width)
-        if not self.macs:
-            return 0.0
-        if self.groups > 1 and inputs == 1:
-            return 1 - self.width[1] / _up(self.width[1], multiple)
-        return 1 - inputs * outputs / (_up(inputs, multiple) * _up(outputs, multiple))
+        return _lost(self.width, self.groups, multiple) if self.macs else 0.0
+
+
+@lru_cache(LIKE)
+def _lost(width: tuple[int, int], groups: int, multiple: int) -> float:
+    inputs, outputs = (each / groups for each in width)
+    if groups > 1 and inputs == 1:
+        return 1 - width[1] / _up(width[1], multiple)
+    return 1 - inputs * outputs / (_up(inputs, multiple) * _up(outputs, multiple))
 
 
 def _up(width: float, multiple: int) -> int:
@@ -83,17 +90,19 @@ DOMAINS = (*STANDARD, MICROSOFT)
 FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
 
 
-def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, strict: bool = True) -> Cost:
+def count(
+    model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, skeleton: Skeleton | None = None
+) -> Cost:
     """Counts the cost of a model.
 
     Args:
         folding: BatchNormalizations (by position) that count as what they fold to, see `foldable_norms`.
-        strict: whether shapes that contradict each other are an error.
+        skeleton: that of the model, where there is one.
 
     Raises:
         ContentError: its shapes contradict each other.
     """
-    inputs, shapes = infer_at(model, batch=1, strict=strict)
+    inputs, shape_of = (skeleton or Skeleton(model)).at_batch_1()
     sizes = parameters(model)
     folding = folding or {}
     counted: set[str] = set()
@@ -107,7 +116,7 @@ def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, 
         counted.update(own)
         params += new
         if node.op_type in WEIGHTS and node.domain in DOMAINS:
-            done, width = _multiply(node, shapes)
+            done, width = _multiply(node, shape_of)
             macs += done
             if node.input[WEIGHTS[node.op_type]] in sizes:
                 groups = next((a.i for a in node.attribute if a.name == "group"), 1)
@@ -117,9 +126,9 @@ def count(model: onnx.ModelProto, folding: Mapping[int, bool] | None = None, *, 
 
 def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
     """Multiply-accumulates at batch 1 of every node that has any, by its position in the graph."""
-    _, shapes = infer_at(model, batch=1)
+    _, shape_of = Skeleton(model).at_batch_1()
     return {
-        position: _multiply(node, shapes)[0]
+        position: _multiply(node, shape_of)[0]
         for position, node in enumerate(model.graph.node)
         if node.op_type in WEIGHTS and node.domain in DOMAINS
     }
@@ -166,10 +175,10 @@ def parameters(model: onnx.ModelProto) -> dict[str, int]:
     return sizes
 
 
-def _multiply(node: onnx.NodeProto, shapes: dict[str, Shape]) -> tuple[int, tuple[int, int]]:
+def _multiply(node: onnx.NodeProto, shape_of: Callable[[str], Shape | None]) -> tuple[int, tuple[int, int]]:
     """Multiply-accumulates of one node, and its width; zeros where a shape is not known."""
     names = (node.input[0], node.input[WEIGHTS[node.op_type]], node.output[0])
-    first, second, result = (_sizes(shapes.get(name)) for name in names)
+    first, second, result = (_sizes(shape_of(name)) for name in names)
     if first is None or second is None or result is None:
         return 0, (0, 0)
     if node.op_type == "ConvTranspose":
@@ -180,6 +189,7 @@ def _multiply(node: onnx.NodeProto, shapes: dict[str, Shape]) -> tuple[int, tupl
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
 
 
+@lru_cache(LIKE)
 def _sizes(shape: Shape | None) -> tuple[int, ...] | None:
     if shape is None:
         return None

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.elementwise import keeps_shape
+from polar_deploy.surgery.numbers import any_of
 from polar_deploy.surgery.ops.gates import Multiply
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Facts, Floats, Step
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.stored import Array
 
 
@@ -47,6 +49,7 @@ class Cut:
     dropped: list[Node]
 
 
+@np.errstate(all="ignore")
 def apply(facts: Facts) -> Cut:
     """Cuts the graph as planned by `sets.decide`."""
     found = [(step, factors) for step in facts.steps if (factors := step.handler.gate(step)) is not None]
@@ -83,9 +86,9 @@ def _record(step: Step, factors: Floats) -> Gate:
         site=metadata.get("polar_deploy.site"),
         kind=metadata.get("polar_deploy.kind"),
         width=factors.size,
-        closed=int((factors == 0).sum()),
-        removed_channels=int((~kept).sum()),
-        outcome="folded" if (kept & (factors == 0)).any() else "removed",
+        closed=int(np.count_nonzero(factors == 0)),
+        removed_channels=int(np.count_nonzero(~kept)),
+        outcome="folded" if any_of(kept & (factors == 0)) else "removed",
     )
 
 

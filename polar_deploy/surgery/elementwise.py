@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import fits, is_steady, is_whole
+from polar_deploy.surgery.facts import Wall, every, no, yes
+from polar_deploy.surgery.numbers import all_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.stored import Array
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Operand:
-    """One input as the output sees it. Arrays: [output channels].
+    """One input as the output sees it. Arrays, which nobody writes to: [output channels].
 
-    finite: False where the model itself holds something infinite, or no number, in a constant.
+    finite: False where the model itself holds something infinite, or no number, in a constant; None: nowhere.
     """
 
     constant: Bools
     value: Floats
     nonnegative: Bools
-    finite: Bools
+    finite: Bools | None = None
 
     @property
     def zero(self) -> Bools:
         """Where it is known to be zero throughout."""
-        return np.asarray(self.constant & (self.value == 0))
+        zero: Bools = self.constant & (self.value == 0)
+        return zero
 
 
 class Elementwise(Operator):
@@ -90,15 +91,15 @@ class Elementwise(Operator):
                 raise Wall(f"the channels of {step.original[index].name} are not known")
 
     def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
-        every = np.arange(len(target))
+        numbers = every(len(target))
         offset = len(_shape(step)) - len(step.graph.shape(step.original[index]) or ())
         if tuple(axis + offset for axis in source.axes) != target.axes:
             if not _is_broadcast(step, index, target):
                 raise Wall("its inputs have their channels on different axes")
         elif source.dims == target.dims:
-            step.link(source, target, every, every)
+            step.link(source, target, numbers, numbers)
         elif len(source) == 1:
-            step.link(source, target, np.zeros_like(every), every, coupled=False)
+            step.link(source, target, np.zeros_like(numbers), numbers, coupled=False)
         else:
             raise Wall("its inputs have different numbers of channels")
 
@@ -107,17 +108,19 @@ class Elementwise(Operator):
         return [self._operand(step, index) for index in range(len(step.original))]
 
     def _operand(self, step: Step, index: int) -> Operand:
-        source, every = step.inputs[index], np.ones(len(step.output), bool)
+        source, width = step.inputs[index], len(step.output)
         if index in step.replaced:
             value = step.replaced[index]
-            return Operand(every, value, value >= 0, every)
-        link = next((link for link in step.links if link.source is source), None)
-        if link is not None:
-            x, out_of = link.source, link.out_of
-            return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of], every)
+            return Operand(yes(width), value, value >= 0)
+        for link in step.links if source is not None else ():
+            if link.source is source:
+                x, out_of = link.source, link.out_of
+                if link.is_whole:
+                    return Operand(x.constant, x.value, x.nonnegative)
+                return Operand(x.constant[out_of], x.value[out_of], x.nonnegative[out_of])
         values = step.constant(index)
         if values is None:
-            return Operand(~every, np.zeros(len(every)), ~every, every)
+            return Operand(no(width), np.zeros(width), no(width))
         if index not in step.memo:
             step.memo[index] = _spread(values, len(_shape(step)), step.output)
         spread: Operand = step.memo[index]
@@ -125,35 +128,39 @@ class Elementwise(Operator):
 
     def constants(self, step: Step) -> None:
         target, result = step.output, self.conclude(step, self.operands(step))
-        target.constant = result.constant & fits(result.value, step.graph.dtype(step.made[0]))
-        target.value = np.where(target.constant, result.value, 0.0)
+        target.constant, target.value = holding(result.constant, result.value, step.graph.dtype(step.made[0]))
         target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
 
     def conclude(self, step: Step, operands: list[Operand]) -> Operand:
         """The result's facts, from those of the operands."""
         values = [operand.value for operand in operands]
-        constant = np.all([operand.constant for operand in operands], axis=0)
+        constant = reduce(np.logical_and, [operand.constant for operand in operands])
         with np.errstate(all="ignore"):
             value = np.asarray(self.combine(step, values), np.float64)
             whole = is_whole(step.graph.dtype(step.original[0]))
             if self.steady is not None and not whole:
                 constant &= is_steady(lambda *near: self.combine(step, list(near)), values, self.steady)
-        decided = self.decided(step, operands) & np.all([operand.finite for operand in operands], axis=0)
-        value = np.where(decided, self.verdict, value)
-        return Operand(constant | decided, value, self.is_nonnegative(step, operands), np.isfinite(value))
+        decided = self.decided(step, operands)
+        if decided is not None:
+            for operand in operands:
+                decided = decided if operand.finite is None else decided & operand.finite
+            constant, value = constant | decided, np.where(decided, self.verdict, value)
+        return Operand(constant, value, self.is_nonnegative(step, operands))
 
     def combine(self, step: Step, values: list[Floats]) -> Floats:
         """The operator on numbers."""
         return reduce(self.compute, values)
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools:
-        """[output channels] where one operand alone makes the result `verdict`, whatever finite the others hold."""
-        return np.zeros(len(step.output), bool)
+    def decided(self, step: Step, operands: list[Operand]) -> Bools | None:
+        """[output channels] where one operand alone makes the result `verdict`, whatever finite the others hold; None:
+        nowhere."""
+        return None
 
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
         """[output channels] where no result is below zero."""
-        every = np.all([operand.nonnegative for operand in operands], axis=0)
-        return np.asarray(every & self.nonnegative)
+        if not self.nonnegative:
+            return no(len(step.output))
+        return reduce(np.logical_and, [operand.nonnegative for operand in operands])
 
     def need(self, step: Step) -> None:
         self._replace(step)
@@ -163,12 +170,16 @@ class Elementwise(Operator):
             if source is not None and source not in [*replaced, *(link.source for link in step.links)]:
                 source.pin(step.note("it joins tensors with channels on different axes"))
         for link in step.links:
-            wanted = link.target.needed[link.into] & self.reads(step, link.source)
-            link.source.needed[link.out_of[wanted]] = True
+            read = self.reads(step, link.source)
+            wanted = link.target.needed if read is None else link.target.needed & read
+            if link.is_whole:
+                link.source.needed |= wanted
+            else:
+                link.source.needed[link.out_of[wanted[link.into]]] = True
 
-    def reads(self, step: Step, source: Channels) -> Bools:
-        """[output channels] where the result depends on what `source` holds."""
-        return np.ones(len(step.output), bool)
+    def reads(self, step: Step, source: Channels) -> Bools | None:
+        """[output channels] where the result depends on what `source` holds; None: everywhere."""
+        return None
 
     def _replace(self, step: Step) -> None:
         """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
@@ -177,19 +188,24 @@ class Elementwise(Operator):
             mine = [index for index, x in enumerate(step.inputs) if x is source]  # all of them or none
             if self.whole in mine:
                 continue
-            operand, read = self._operand(step, mine[0]), target.needed & self.reads(step, source)
+            operand, dependent = self._operand(step, mine[0]), self.reads(step, source)
+            read = target.needed if dependent is None else target.needed & dependent
+            if not all_of(operand.constant | ~read):
+                continue
             others = [
                 step.graph.shape(tensor)
                 for index, tensor in enumerate(step.original)
                 if step.inputs[index] is not None and index not in (*mine, *step.replaced)
             ]
             exact = self.steady is None or bool(np.all(operand.value[read] == 0))  # two of a kind may not part
-            if (operand.constant | ~read).all() and exact and shape in others and None not in shape:
+            if exact and shape in others and None not in shape:
                 step.replaced.update(dict.fromkeys(mine, np.where(read, operand.value, self.neutral or 0.0)))
 
     def _neutral_first(self, step: Step) -> list[Channels]:
         """The inputs that are linked; without a neutral one the operator can go, and one input has to be left."""
         sources = list({id(link.source): link.source for link in step.links}.values())
+        if len(sources) < 2:
+            return sources
         return sorted(sources, key=lambda x: not (x.constant & (x.value == self.neutral)).all())
 
     def slice(self, step: Step) -> None:
@@ -208,7 +224,7 @@ class Elementwise(Operator):
             dtype = step.graph.dtype(step.original[index])
             return _cut(step.replaced[index].reshape(shape).astype(dtype), rank, target)
         values = step.constant(index)
-        if values is None or target.kept.all():
+        if values is None or all_of(target.kept):
             return None
         return _cut(values, rank, target)
 
@@ -220,24 +236,31 @@ class Elementwise(Operator):
 
     def _is_neutral(self, step: Step, index: int) -> bool:
         values = step.constant(index)
-        return values is not None and self.neutral is not None and bool(np.all(values == self.neutral))
+        return values is not None and self.neutral is not None and all_of(np.equal(values, self.neutral))
 
 
 class Absorbing(Elementwise):
     """An operator whose result is `verdict` wherever one operand is: a factor of zero."""
 
     def decided(self, step: Step, operands: list[Operand]) -> Bools:
-        return np.asarray(np.any([operand.constant & (operand.value == self.verdict) for operand in operands], axis=0))
+        return reduce(np.logical_or, [operand.constant & (operand.value == self.verdict) for operand in operands])
 
-    def reads(self, step: Step, source: Channels) -> Bools:
+    def reads(self, step: Step, source: Channels) -> Bools | None:
         """A channel that another operand decides is not read; where several do, the first one counts."""
-        deciding = [operand.constant & (operand.value == self.verdict) for operand in self.operands(step)]
         read = np.ones(len(step.output), bool)
-        for index in sorted(range(len(deciding)), key=lambda index: step.inputs[index] is not None):  # gates first
+        gates_first = sorted(range(len(step.original)), key=lambda index: step.inputs[index] is not None)
+        for index in gates_first:
             if step.inputs[index] is source:
                 break
-            read &= ~deciding[index]
+            operand = self._operand(step, index)
+            read &= ~(operand.constant & (operand.value == self.verdict))
         return read
+
+
+def _axis_of(shape: tuple[int, ...]) -> int | None:
+    """The one axis that has an extent, counted from the end; None where several have one, or none has."""
+    wide = [axis for axis, size in enumerate(shape) if size > 1]
+    return wide[0] - len(shape) if len(wide) == 1 else None
 
 
 def keeps_shape(step: Step, index: int) -> bool:
@@ -278,10 +301,13 @@ def _shape(step: Step) -> Shape:
 
 def _spread(values: Array, rank: int, target: Channels) -> Operand:
     """A constant operand, channel by channel: constant where it holds one number."""
+    if len(target.axes) == 1 and values.size == len(target) and _axis_of(values.shape) == target.axes[0] - rank:
+        flat = values.astype(np.float64).ravel()  # one number a channel, as of gates
+        finite = np.isfinite(flat)
+        return Operand(flat == flat, flat, flat >= 0, None if all_of(finite) else finite)
     full = values.reshape((1,) * (rank - values.ndim) + values.shape)
     moved = np.moveaxis(full, target.axes, range(len(target.axes)))
     flat = moved.reshape(*moved.shape[: len(target.axes)], -1).astype(np.float64)
-
-    low, high, finite = flat.min(axis=-1), flat.max(axis=-1), np.isfinite(flat).all(axis=-1)
-    spread = (np.broadcast_to(facts, target.dims).reshape(-1).copy() for facts in (low == high, low, low >= 0, finite))
+    low, high, known = flat.min(axis=-1), flat.max(axis=-1), np.isfinite(flat).all(axis=-1)
+    spread = (np.broadcast_to(facts, target.dims).reshape(-1).copy() for facts in (low == high, low, low >= 0, known))
     return Operand(*spread)

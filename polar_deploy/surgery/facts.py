@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.surgery.graph import Graph, Node, Tensor
+from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.model import NotUnderstoodError
+from polar_deploy.surgery.numbers import all_of, any_of
 from polar_deploy.surgery.stored import Array
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from polar_deploy.surgery.operator import Operator
 
 MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
+WIDTHS = 1 << 10  # different numbers of channels that are kept in mind
 OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
 
 Bools = npt.NDArray[np.bool_]
@@ -44,7 +48,7 @@ class Note:
     channels: Bools | None = None  # None: all of the tensor's
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Channels:
     """What is known about the channels of one tensor.
 
@@ -57,6 +61,7 @@ class Channels:
     axes: tuple[int, ...]
     dims: tuple[int, ...]
     first: int  # number of the first channel among all channels of the graph
+    size: int = field(init=False)  # how many there are
     constant: Bools = field(init=False)  # the channel holds one and the same number everywhere, for every input
     value: Floats = field(init=False)  # that number
     nonnegative: Bools = field(init=False)
@@ -67,17 +72,19 @@ class Channels:
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        size = math.prod(self.dims)
-        self.value, self.kept = np.zeros(size), np.ones(size, bool)
-        self.constant, self.nonnegative, self.needed, self.pinned = (np.zeros(size, bool) for _ in range(4))
+        size = self.size = math.prod(self.dims)
+        facts = np.zeros((5, size), bool)
+        facts[4] = True
+        self.constant, self.nonnegative, self.needed, self.pinned, self.kept = facts
+        self.value = np.zeros(size)
 
     def __len__(self) -> int:
-        return len(self.constant)
+        return self.size
 
     @property
     def gone(self) -> bool:
         """Whether the cut leaves nothing of the tensor."""
-        return not self.kept.any()
+        return not any_of(self.kept)
 
     def keep(self, axis: int) -> Ints:
         """Indices along `axis` (one of `axes`) that the cut leaves."""
@@ -100,7 +107,7 @@ class Channels:
         self.notes.append(note)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Link:
     """Channel `into[i]` of `target` comes from channel `out_of[i]` of `source`.
 
@@ -112,6 +119,34 @@ class Link:
     out_of: Ints
     into: Ints
     coupled: bool = True
+    is_whole: bool = field(init=False)  # whether the channels of both tensors correspond one by one, see `every`
+
+    def __post_init__(self) -> None:
+        self.is_whole = self.out_of is self.into and self.source.size == self.out_of.size == self.target.size
+
+
+@lru_cache(WIDTHS)
+def yes(width: int) -> Bools:
+    """True for all channels, shared as `every` is."""
+    return frozen(np.ones(width, bool))
+
+
+@lru_cache(WIDTHS)
+def no(width: int) -> Bools:
+    """False for all channels, shared as `every` is."""
+    return frozen(np.zeros(width, bool))
+
+
+@lru_cache(WIDTHS)
+def every(width: int) -> Ints:
+    """The numbers of all channels of a tensor: the same array for the same width, which nobody may write to."""
+    return frozen(np.arange(width))
+
+
+def frozen(array: Array) -> Array:
+    """An array that several may share, because nobody can write to it."""
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(eq=False)
@@ -130,23 +165,20 @@ class Step:
         self.original = list(self.node.inputs)  # the tensors read before any cut
         self.made = list(self.node.outputs)
         self.inputs = [self.facts.of(tensor) for tensor in self.node.inputs]
-
-    @property
-    def graph(self) -> Graph:
-        return self.facts.graph
+        self.graph: Graph = self.facts.graph
 
     @property
     def label(self) -> str:
         return self.graph.label(self.node)
 
-    @property
+    @cached_property
     def output(self) -> Channels:
         """Channels of the first output."""
         channels = self.facts.of(self.made[0])
         assert channels is not None
         return channels
 
-    @property
+    @cached_property
     def outputs(self) -> list[Channels]:
         """Channels of the outputs that have any."""
         return [channels for tensor in self.made if (channels := self.facts.of(tensor)) is not None]
@@ -191,8 +223,8 @@ class Step:
         target = self.create(source.axes if axes is None else axes)
         if len(source) != len(target):
             raise Wall(f"{len(source)} channels come in and {len(target)} go out")
-        every = np.arange(len(source))
-        self.link(source, target, every, every)
+        numbers = every(len(source))
+        self.link(source, target, numbers, numbers)
         return target
 
     def note(self, reason: str, channels: Bools | None = None) -> Note:
@@ -200,11 +232,18 @@ class Step:
 
 
 class Facts:
-    """All facts about a graph. Building it runs the forward and the backward analysis."""
+    """All facts about a graph. Building it runs the forward and the backward analysis; then comes `settle`."""
 
+    @np.errstate(all="ignore")
     def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:
         """`demands`: channels of tensors, by name, that are needed whoever reads them."""
+        from polar_deploy.surgery import ops
+
         self.graph = graph
+        self._unknown: Operator = ops.UNKNOWN
+        self._handler: Callable[[Node], Operator] = (
+            partial(ops.handler, opset=graph.opset) if graph.opset >= OLDEST_OPSET else lambda _: ops.UNKNOWN
+        )
         self.steps: list[Step] = []  # one a node, in topological order
         self.alive: list[Step] = []  # those whose result is read once constants have replaced whole branches
         self.settled = False
@@ -218,7 +257,6 @@ class Facts:
         for name, needed in (demands or {}).items():
             self._channels[name].needed |= needed
         self._backward()
-        self._settle()
 
     def of(self, tensor: Tensor) -> Channels | None:
         """Facts about `tensor`; None for constants and where no channel axis is known."""
@@ -243,7 +281,7 @@ class Facts:
         return channels
 
     def _open_inputs(self) -> None:
-        for tensor in self.graph.body.inputs:
+        for tensor in self.graph.inputs:
             self._open_opaque(None, tensor, Note(tensor.name, "input", "it is a graph input"), needed=False)
 
     def _open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
@@ -255,17 +293,14 @@ class Facts:
             channels.needed[:] = needed
 
     def _forward(self, node: Node) -> Step:
-        from polar_deploy.surgery.ops import UNKNOWN, handler
-
-        opset = self.graph.body.opset
-        step = Step(node, self, handler(node, opset) if opset >= OLDEST_OPSET else UNKNOWN)
+        step = Step(node, self, self._handler(node))
         try:
             step.handler.couple(step)
             step.handler.constants(step)
         except Wall as wall:
             for tensor in node.outputs:
                 self._channels.pop(tensor.name, None)
-            step = Step(node, self, UNKNOWN)
+            step = Step(node, self, self._unknown)
             step.memo = step.note(str(wall))
             for tensor in node.outputs:
                 if tensor.name:
@@ -285,27 +320,32 @@ class Facts:
 
     def _backward(self) -> None:
         """Asks what is needed, from the outputs on. Steps that nothing reads have no say."""
-        read = {tensor.name for tensor in self.graph.body.outputs}
+        read = {tensor.name for tensor in self.graph.outputs}
         for step in reversed(self.steps):
             if any(tensor.name in read or self.graph.is_used_inside(tensor.name) for tensor in step.made):
                 step.handler.need(step)
                 self.alive.append(step)
-                read.update(tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced)
+                read.update([tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced])
         self.alive.reverse()
 
-    def _settle(self) -> None:
-        """Facts about the graph as it will be: unneeded filters become zero, so more constants come out.
+    @np.errstate(all="ignore")
+    def settle(self) -> None:
+        """Facts about the graph as it will be after the cut as planned: filters that nobody needs become zero, so more
+        constants come out.
 
-        What a needed channel holds does not change.
+        What a needed channel holds does not change, and what goes holds nothing: where that is all, nothing is done.
         """
         self.settled = True
         for channels in self.everything():
-            channels.was_constant = bool(channels.constant.all())
+            channels.was_constant = all_of(channels.constant)
+        if not any(any_of(channels.kept & ~channels.needed) for channels in self.everything()):
+            return
         for step in self.alive:
+            if all(all_of(channels.needed) for channels in step.outputs):
+                continue
             before = [(y, y.constant.copy(), y.value.copy(), y.nonnegative.copy()) for y in step.outputs]
             step.handler.constants(step)
-            for channels, *known in before:
-                now = (channels.constant, channels.value, channels.nonnegative)
-                channels.constant, channels.value, channels.nonnegative = (
-                    np.where(channels.needed, old, new) for old, new in zip(known, now, strict=True)
-                )
+            for channels, constant, value, nonnegative in before:
+                np.copyto(channels.constant, constant, where=channels.needed)
+                np.copyto(channels.value, value, where=channels.needed)
+                np.copyto(channels.nonnegative, nonnegative, where=channels.needed)

@@ -1,4 +1,4 @@
-"""The graph that surgery works on: onnx-graphsurgeon's, with what that library would lose on the way out."""
+"""The graph that surgery works on, from a model and back to one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.arithmetic import evaluate
-from polar_deploy.surgery.model import SMALL, infer_shapes, not_inferred
+from polar_deploy.surgery.ir import Node, Tensor, attributes
+from polar_deploy.surgery.model import SMALL, array_of, dtype_of, not_inferred
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.stored import (
@@ -27,12 +28,14 @@ from polar_deploy.surgery.stored import (
 from polar_deploy.surgery.transposes import join_transposes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
 
-Node = Any  # onnx_graphsurgeon.Node; the library has no type annotations
-Tensor = Any  # onnx_graphsurgeon.Tensor
-
 MAX_FOLDED = 1 << 24  # elements of constants that are looked at
+FLOAT = 1  # the number of an element type in ONNX
+BODIES = (5, 10)  # the numbers of attribute types that hold nodes
+UNNAMED_OPSET = 11
 FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays computed: the file would grow
 
 
@@ -41,29 +44,24 @@ class Graph:
 
     def __init__(self, stored: Stored, labels: list[str] | None = None) -> None:
         """Takes a checked model; `labels`: what reports call its nodes, where they were called something before."""
-        import onnx_graphsurgeon as gs
-        from onnx_graphsurgeon.logger import G_LOGGER
-
-        G_LOGGER.severity = G_LOGGER.ERROR
-        self._gs = gs
         self._stored = stored
         self.model = model = stored.model
-        self._tensors = infer_shapes(model, strict=stored.strict)
-        self.body = gs.import_onnx(model)
+        self._types = stored.skeleton.tensors
+        self.opset = opset_of(model)
         self.is_changed = False  # whether the model differs from the one given
-        for name, tensor in self.body.tensors().items():
-            if name in stored.arrays:
-                tensor.values = stored.arrays[name]
-        # Constants as given, by id; the tensors are held, too, so that no other one takes the number.
-        self._given = {id(tensor): tensor for tensor in self.body.tensors().values() if self.is_constant(tensor)}
-        self.original_nodes = list(self.body.nodes)  # holds on to removed nodes: they are told apart by id
-        self._alive = {id(node) for node in self.original_nodes}
-        self._proto = {id(node): proto for node, proto in zip(self.body.nodes, model.graph.node, strict=True)}
-        named = labels if labels is not None else _labels(self.body.nodes)
-        self._labels = {id(node): label for node, label in zip(self.body.nodes, named, strict=True)}
-        self._outputs = {tensor.name for tensor in self.body.outputs}
-        self._inner = set(names_in_bodies(model.graph.node))
-        self._names = self._inner | set(self.body.tensors())
+        self._tensors = {tensor.name: Tensor(tensor.name, _given(tensor, stored)) for tensor in model.graph.initializer}
+        self._given = dict(self._tensors)  # constants as they were
+        self._held = self._given.keys() | {tensor.values.name for tensor in model.graph.sparse_initializer}
+        self.inputs = [self._tensor(value.name) for value in model.graph.input if value.name not in self._held]
+        self.outputs = [self._tensor(value.name) for value in model.graph.output]
+        named = labels if labels is not None else _labels(model.graph.node)
+        self._nodes = [self._node(proto, label) for proto, label in zip(model.graph.node, named, strict=True)]
+        self.original_nodes = list(self._nodes)  # holds on to removed nodes: they are told apart by id
+        self._alive = {id(node) for node in self._nodes}
+        self._outputs = {tensor.name for tensor in self.outputs}
+        self._bodies = {id(node): set(names_in_bodies([node.proto])) for node in self._nodes if _has_body(node.proto)}
+        self._inner = set[str]().union(*self._bodies.values())
+        self._names = self._inner | self._tensors.keys()
         self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
         self._originals: dict[str, Tensor] = {}
         self._touched: dict[int, set[str]] = {}
@@ -71,6 +69,23 @@ class Graph:
         self._fold_constants()
         if self.follows_heads:
             join_transposes(self)
+
+    def _tensor(self, name: str) -> Tensor:
+        """The tensor of that name; absent ones are all different."""
+        if not name:
+            return Tensor("")
+        if name not in self._tensors:
+            self._tensors[name] = Tensor(name)
+        return self._tensors[name]
+
+    def _node(self, proto: onnx.NodeProto, label: str) -> Node:
+        inputs, outputs = ([self._tensor(name) for name in names] for names in (proto.input, proto.output))
+        node = Node(proto.op_type, proto.domain, attributes(proto), inputs, outputs, proto, label)
+        for tensor in inputs:
+            tensor.outputs.append(node)
+        for tensor in outputs:
+            tensor.inputs.append(node)
+        return node
 
     @property
     def follows_heads(self) -> bool:
@@ -80,23 +95,23 @@ class Graph:
     @property
     def nodes(self) -> list[Node]:
         """The nodes that are left, in topological order."""
-        return list(self.body.nodes)
+        return list(self._nodes)
 
     def label(self, node: Node) -> str:
         """What reports call `node`: its name where that is unique, else its first output."""
-        return self._labels[id(node)]
+        return node.label
 
     def metadata(self, node: Node) -> dict[str, str]:
         """The node's `metadata_props`."""
-        return {entry.key: entry.value for entry in self._proto[id(node)].metadata_props}
+        return {entry.key: entry.value for entry in node.proto.metadata_props}
 
     def shape(self, tensor: Tensor) -> Shape | None:
         """The shape of `tensor` before any cut; None where it is unknown."""
-        return tuple(tensor.shape) if self.is_constant(tensor) else self._tensors.shapes.get(tensor.name)
+        return self._types.shape(tensor.name) if tensor.values is None else tensor.values.shape
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether the value of `tensor` is part of the model. Those of sparse tensors are left alone."""
-        return isinstance(tensor, self._gs.Constant) and not isinstance(tensor._values, self._gs.ir.tensor.SparseValues)
+        return tensor.values is not None
 
     def origin(self, name: str) -> str:
         """The name of the constant in the model that the constant `name` is a rearrangement of, or its own."""
@@ -112,28 +127,25 @@ class Graph:
 
     def constant(self, node: Node, index: int) -> Array | None:
         """The value of an input as it stands; None where it is absent or computed."""
-        if index >= len(node.inputs) or not self.is_constant(node.inputs[index]):
-            return None
-        values: Array = node.inputs[index].values
-        return values
+        return node.inputs[index].values if index < len(node.inputs) else None
 
     def set_constant(self, node: Node, index: int, values: Array) -> None:
         """Gives `node` alone a (new) value for an input; whoever shared the old one keeps it."""
         while len(node.inputs) <= index:
-            node.inputs.append(self._gs.Variable.empty())
+            node.add_input(Tensor(""))
         old = node.inputs[index]
-        if self.is_constant(old):
+        if old.values is not None:
             name = old.name
             self._originals.setdefault(name, old)
         else:
             name = f"{self.label(node)}.{'bias' if index == 2 else 'constant'}"
-        node.inputs[index] = self._gs.Constant(name, np.asarray(values, order="C"))
+        node.set_input(index, Tensor(name, np.asarray(values, order="C")))
         self._edited.setdefault(name, []).append((node, index))
         self.is_changed = True
 
     def drop_input(self, node: Node, index: int) -> None:
         """Takes an input away from an operator that has any number of them."""
-        del node.inputs[index]
+        node.drop_input(index)
         self.is_changed = True
         for name, users in self._edited.items():
             self._edited[name] = [
@@ -142,7 +154,7 @@ class Graph:
 
     def drop_output(self, node: Node, index: int) -> None:
         """Takes an output that nobody reads away from an operator that has any number of them."""
-        del node.outputs[index]
+        node.drop_output(index)
         self.is_changed = True
 
     def set_attribute(self, node: Node, name: str, value: object) -> None:
@@ -161,9 +173,7 @@ class Graph:
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
         """The element type of a computed tensor; float32 where nothing says otherwise."""
-        import onnx
-
-        return onnx.helper.tensor_dtype_to_np_dtype(self._tensors.types.get(tensor.name) or onnx.TensorProto.FLOAT)
+        return dtype_of(self._types.kind(tensor.name) or FLOAT)
 
     def is_private(self, name: str) -> bool:
         """Whether only nodes of the main graph read the tensor of that name."""
@@ -191,14 +201,14 @@ class Graph:
         source, target = node.inputs[index], node.outputs[0]
         if self.is_output(target.name):
             producer = source.inputs[0]
-            node.outputs.clear()
-            producer.outputs[[t is source for t in producer.outputs].index(True)] = target
+            node.clear_outputs()
+            producer.set_output([t is source for t in producer.outputs].index(True), target)
             source, target = target, source
         for reader in list(target.outputs):
             for position, tensor in enumerate(reader.inputs):
                 if tensor is target and reader is not node:
-                    reader.inputs[position] = source
-        node.inputs.clear()
+                    reader.set_input(position, source)
+        node.clear_inputs()
         self.is_changed = True
         return True
 
@@ -206,16 +216,16 @@ class Graph:
         """Removes the nodes whose outputs nobody reads. Returns them."""
         alive: set[int] = set()
         names: set[str] = set(self._outputs)
-        for node in reversed(self.body.nodes):
+        for node in reversed(self._nodes):
             if any(tensor.name in names for tensor in node.outputs):
                 alive.add(id(node))
-                names.update(tensor.name for tensor in node.inputs if tensor.name)
-                names.update(names_in_bodies([self._proto[id(node)]]))
-        dropped = [node for node in self.body.nodes if id(node) not in alive]
-        self.body.nodes = [node for node in self.body.nodes if id(node) in alive]
+                names.update([tensor.name for tensor in node.inputs if tensor.name])
+                names.update(self._bodies.get(id(node), ()))
+        dropped = [node for node in self._nodes if id(node) not in alive]
+        self._nodes = [node for node in self._nodes if id(node) in alive]
         self._alive = alive
         for node in dropped:
-            node.inputs.clear()
+            node.clear_inputs()
             self.is_changed |= node.op != "Constant"
         return dropped
 
@@ -236,20 +246,22 @@ class Graph:
         copy_fields(
             source.graph, graph, ("node", "initializer", "sparse_initializer", "input", "value_info", ANNOTATIONS)
         )
-        for node in self.body.nodes:
-            self._write_node(node, graph.node.add())
+        graph.node.extend([node.proto for node in self._nodes])
+        for node, proto in zip(self._nodes, graph.node, strict=True):
+            self._write_node(node, proto)
         arrays = self._write_constants(graph)
         self._write_inputs(graph)
-        graph.value_info.extend(value for value in source.graph.value_info if value.name in not_inferred(model))
+        opaque = set(not_inferred(model))
+        graph.value_info.extend(value for value in source.graph.value_info if value.name in opaque)
         copy_annotations(source.graph, graph)
         return replace(self._stored, model=model, arrays=arrays)
 
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
         import onnx
 
-        proto.CopyFrom(self._proto[id(node)])
-        proto.input[:] = [tensor.name for tensor in node.inputs]
-        proto.output[:] = [tensor.name for tensor in node.outputs]
+        for names, tensors in ((proto.input, node.inputs), (proto.output, node.outputs)):
+            if names != (now := [tensor.name for tensor in tensors]):
+                names[:] = now
         changed = self._touched.get(id(node), set())
         if changed:
             left = [attribute for attribute in proto.attribute if attribute.name not in changed]
@@ -260,14 +272,14 @@ class Graph:
     def _write_constants(self, graph: onnx.GraphProto) -> dict[str, Array]:
         """Writes the constants that are read, in the order that they had. Returns the values of large ones."""
         source = self.model.graph
-        used = {tensor.name: tensor for node in self.body.nodes for tensor in node.inputs if tensor.name}
+        used = {tensor.name: tensor for node in self._nodes for tensor in node.inputs if tensor.name}
         named = self._inner | self._outputs | annotated(source)  # not by nodes of the main graph
         arrays: dict[str, Array] = {}
         left = dict.fromkeys(used)
         for given in source.initializer:
             left.pop(given.name, None)
             tensor = used.get(given.name)
-            if tensor is not None and id(tensor) not in self._given:
+            if tensor is not None and tensor is not self._given.get(given.name):
                 self._write_constant(graph.initializer.add(), tensor, arrays)
                 for field in ("doc_string", "metadata_props"):
                     copy_field(given, graph.initializer[-1], field)
@@ -279,14 +291,14 @@ class Graph:
             sparse for sparse in source.sparse_initializer if sparse.values.name in used.keys() | named
         )
         for name in left:
-            if self.is_constant(used[name]):
+            if used[name].values is not None:
                 self._write_constant(graph.initializer.add(), used[name], arrays)
         return arrays
 
     def _write_constant(self, proto: onnx.TensorProto, tensor: Tensor, arrays: dict[str, Array]) -> None:
         import onnx
 
-        values = tensor.values
+        values = np.asarray(tensor.values)
         kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
         if values.size <= SMALL or onnx.TensorProto.DataType.Name(kind) in PACKED:
             proto.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
@@ -299,7 +311,7 @@ class Graph:
         """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
         import onnx
 
-        constants = {tensor.name for tensor in self.model.graph.initializer}
+        constants = self._given.keys()
         listed = {value.name for value in self.model.graph.input}
         graph.input.extend(value for value in self.model.graph.input if value.name not in constants)
         graph.input.extend(
@@ -311,17 +323,17 @@ class Graph:
     def _name_constants(self) -> None:
         """One initializer a value: equal cuts of a shared constant stay shared, differing ones get their own names."""
         taken = set(self._names)
-        alive = {id(node) for node in self.body.nodes}
+        alive = {id(node) for node in self._nodes}
         for name, users in self._edited.items():
             variants: list[Tensor] = []
             for node, index in users:
                 if id(node) in alive:
                     own = node.inputs[index]
-                    variant = next((v for v in variants if v is own or _is_same(v.values, own.values)), None)
+                    variant = next((v for v in variants if v is own or _is_same(v, own)), None)
                     if variant is None:
                         variants.append(own)
                     elif variant is not own:
-                        node.inputs[index] = variant
+                        node.set_input(index, variant)
             original = self._originals.get(name)
             free = not original.outputs if original is not None else name not in taken
             for constant in variants:
@@ -330,7 +342,9 @@ class Graph:
 
     def _fold_constants(self) -> None:
         """Turns what is computed from constants alone into constants: gates come as Cast, Not, Greater, Where …"""
-        for node in self.body.nodes:
+        for node in self._nodes:
+            if any(tensor.values is None and tensor.name for tensor in node.inputs):
+                continue
             results = [tensor for tensor in node.outputs if tensor.name]
             if results and all(self.is_private(tensor.name) for tensor in results) and self._is_foldable(node):
                 found = self._evaluate(node)
@@ -338,15 +352,15 @@ class Graph:
                     continue
                 self._note_origin(node)
                 for tensor, values in zip(results, found, strict=True):
-                    tensor.to_constant(values)
-                node.outputs.clear()
+                    tensor.values = values
+                node.clear_outputs()
 
     def stand_for(self, node: Node, before: Node, after: Node, name: str, value: object) -> None:
         """Makes `node`, with another attribute, do what `before`, it and `after` did one behind the other."""
-        node.inputs[0] = before.inputs[0]
+        node.set_input(0, before.inputs[0])
         result = after.outputs[0]
-        after.outputs.clear()
-        node.outputs[0] = result
+        after.clear_outputs()
+        node.set_output(0, result)
         self.set_attribute(node, name, value)
 
     def _note_origin(self, node: Node) -> None:
@@ -354,25 +368,26 @@ class Graph:
             self._origins[node.outputs[0].name] = self.origin(node.inputs[0].name)
 
     def _is_foldable(self, node: Node) -> bool:
-        if node.domain not in (None, *STANDARD) or node.op in UNFOLDED:
+        if node.domain not in STANDARD or node.op in UNFOLDED:
             return False
-        if node.op in FLATTENING and self.body.opset < 13:
+        if node.op in FLATTENING and self.opset < 13:
             return False
-        if not all(self.is_constant(tensor) or not tensor.name for tensor in node.inputs):
+        if _has_body(node.proto):
             return False
-        if any(isinstance(value, self._gs.Graph) for value in node.attrs.values()):
-            return False
-        given: int = sum(math.prod(tensor.shape) for tensor in node.inputs if tensor.name)
-        shapes = [self._tensors.shapes.get(tensor.name, (None,)) for tensor in node.outputs if tensor.name]
+        given = sum(tensor.values.size for tensor in node.inputs if tensor.values is not None)
+        shapes = [self._types.shape(tensor.name) for tensor in node.outputs if tensor.name]
         result: int = sum(
-            math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in shape) for shape in shapes
+            math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in ((None,) if shape is None else shape))
+            for shape in shapes
         )
         return given <= MAX_FOLDED and result <= max(given, FOLDED_ANYWAY)
 
     def _evaluate(self, node: Node) -> list[Array] | None:
         """The results of a node of constants; None where onnx's reference cannot compute them, and it stays a node."""
         inputs = {tensor.name: np.asarray(tensor.values) for tensor in node.inputs if tensor.name}
-        return evaluate(self._proto[id(node)], inputs, self.body.opset)
+        if node.op == "Constant" and isinstance(held := node.attrs.get("value"), np.ndarray):
+            return [held]
+        return evaluate(node.proto, inputs, self.opset)
 
 
 REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
@@ -384,18 +399,35 @@ UNFOLDED |= {"RandomNormalLike", "RandomUniformLike", "Dropout"}
 FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
 
 
-def _labels(nodes: list[Node]) -> list[str]:
-    names = Counter(node.name for node in nodes)
+def opset_of(model: onnx.ModelProto) -> int:
+    """The opset of the standard operators; of a model that names none, the one that onnx took for granted once."""
+    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), UNNAMED_OPSET)
+
+
+def _given(tensor: onnx.TensorProto, stored: Stored) -> Array:
+    """The values of an initializer."""
+    values = stored.arrays.get(tensor.name)
+    return array_of(tensor) if values is None else values
+
+
+def _has_body(proto: onnx.NodeProto) -> bool:
+    """Whether other nodes stand in an attribute: that of an If, Loop or Scan."""
+    return any(entry.type in BODIES for entry in proto.attribute)
+
+
+def _labels(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    called = [node.name for node in nodes]
+    names = Counter(called)
     return [
-        node.name if node.name and names[node.name] == 1 else next((t.name for t in node.outputs), node.op)
-        for node in nodes
+        name if name and names[name] == 1 else next(iter(node.output), node.op_type)
+        for name, node in zip(called, nodes, strict=True)
     ]
 
 
-def _is_same(one: Array, other: Array) -> bool:
-    """Whether two arrays hold the same bits."""
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return same and one.tobytes() == other.tobytes()
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two constants hold the same bits."""
+    a, b = np.asarray(one.values), np.asarray(other.values)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Wall
+from polar_deploy.surgery.facts import Link, Wall, every
 from polar_deploy.surgery.numbers import is_half
 from polar_deploy.surgery.operator import Operator, Retained
 
@@ -92,8 +92,8 @@ class Scores(Product):
     def couple(self, step: Step) -> None:
         left, right = step.require(0), step.require(1)
         step.create(left.axes[:1])
-        every = np.arange(len(left))
-        step.ties.append(Link(left, right, every, every))
+        numbers = every(len(left))
+        step.ties.append(Link(left, right, numbers, numbers))
 
     def is_zero(self, step: Step) -> Bools:
         left, right = step.require(0), step.require(1)
@@ -136,8 +136,8 @@ class Weighed(Product):
     def couple(self, step: Step) -> None:
         right = step.require(1)
         target = step.create(right.axes)
-        every = np.arange(len(right))
-        step.link(right, target, every, every)
+        numbers = every(len(right))
+        step.link(right, target, numbers, numbers)
 
     def is_zero(self, step: Step) -> Bools:
         left, right = step.require(0), step.require(1)

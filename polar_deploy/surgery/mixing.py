@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.facts import every
+from polar_deploy.surgery.numbers import all_of, any_of, fits, only
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.stored import Array
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Mix:
     """A mixing operator in one form for all: `groups` blocks of filters over taps (kernel positions).
 
@@ -53,6 +54,8 @@ class Mix:
 
     def present(self) -> Bools | None:
         """[groups, filters, inputs] whether any tap is not zero; None: everywhere. Mostly the first tap tells."""
+        if self.plain and self.weight[..., 0].all():
+            return None
         zero = self.zero[:, :, None]
         present: Bools = np.not_equal(self.weight[..., 0], zero)
         for tap in range(1, self.weight.shape[3]):
@@ -72,6 +75,8 @@ class Mix:
         """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
         used = inputs & (value != 0)
         moved = np.zeros(self.shape[:2])
+        if not any_of(used):
+            return moved
         for group, block in self._columns(used):
             steady = block[..., self.steady]
             sums = steady.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * steady.shape[2]
@@ -90,11 +95,8 @@ class Mix:
 
 def per_filter(weight: Weight, groups: int) -> tuple[Array, Floats]:
     """Zero point and scale of a weight as `Mix` takes them."""
-    zero, scale = (
-        values.reshape(1, 1) if values.size == 1 else values.reshape(groups, -1)
-        for values in (weight.zero, weight.scale)
-    )
-    return zero, scale
+    zero, scale = weight.zero, weight.scale
+    return zero.reshape(1 if zero.size == 1 else groups, -1), scale.reshape(1 if scale.size == 1 else groups, -1)
 
 
 def write_bias(step: Step, index: int, bias: Weight | None, trim: Trim, dtype: np.dtype[Any]) -> None:
@@ -108,10 +110,11 @@ def write_bias(step: Step, index: int, bias: Weight | None, trim: Trim, dtype: n
         bias.write(step.graph, stored.compress(trim.kept, axis=-1), trim.kept)
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Plan:
     """What a handler remembers of a node: see `Mixing.constants`."""
 
+    mix: Mix | None  # the constants as they stand; None: they have changed and were not read since
     present: Array | None  # [groups, filters, inputs / 8] where weights are, see `Mix.present`; a bit an input
     absorbed: Bools  # [groups, inputs] constant inputs that the bias takes up, so that nobody needs them
     value: Floats  # [groups, inputs] what they count as
@@ -122,18 +125,18 @@ class Plan:
     def reached(self, inputs: Bools) -> Bools:
         """[groups, filters] that read any of `inputs`."""
         if self.present is None:
-            return np.repeat(inputs.any(axis=1, keepdims=True), self.filters, axis=1)
+            return _spread(inputs, self.filters)
         return np.asarray((self.present & np.packbits(inputs, axis=1)[:, None, :]).any(axis=2))
 
     def read(self, filters: Bools) -> Bools:
         """[groups, inputs] that any of `filters` reads."""
         if self.present is None:
-            return np.repeat(filters.any(axis=1, keepdims=True), self.absorbed.shape[1], axis=1)
+            return _spread(filters, self.absorbed.shape[1])
         bits = np.bitwise_or.reduce(self.present, axis=1, where=filters[:, :, None])
         return np.unpackbits(bits, axis=1, count=self.absorbed.shape[1]).astype(bool)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Trim:
     """New constants of an operator.
 
@@ -189,16 +192,28 @@ class Mixing(Operator):
         """The element type of the bias, be it there or not."""
         return step.graph.dtype(step.made[0])
 
+    def mix(self, step: Step) -> Mix:
+        """The operator's constants as they stand; `read` is asked once for as long as they do not change."""
+        plan: Plan = step.memo
+        if plan.mix is None:
+            plan.mix = self.read(step)
+        return plan.mix
+
+    def rewrite(self, step: Step, trim: Trim) -> None:
+        """Stores new constants."""
+        self.write(step, trim)
+        step.memo.mix = None
+
     def couple(self, step: Step) -> None:
         mix, source = self.read(step), self.source(step)
         target = step.create((self.output_axis(step),))
         groups, filters, inputs = mix.shape
         present = mix.present()
         bits = None if present is None else np.packbits(present, axis=2)
-        step.memo = Plan(bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
+        step.memo = Plan(mix, bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
         if source is not None and groups > 1 and filters == inputs == 1:  # depthwise
-            every = np.arange(groups)
-            step.link(source, target, every, every)
+            numbers = every(groups)
+            step.link(source, target, numbers, numbers)
 
     def source(self, step: Step) -> Channels | None:
         """The channels that are mixed; None where nothing is known about them."""
@@ -210,21 +225,30 @@ class Mixing(Operator):
         if step.facts.settled:  # the cut makes filters that nobody needs zero
             value, certain = self.result(step, np.zeros(len(target)))
             target.constant = ~target.needed & certain
-            target.value = np.where(target.constant, value, 0.0)
         else:
-            mix, source = self.read(step), self.source(step)
+            mix, source = self.mix(step), self.source(step)
             constant = np.zeros(plan.absorbed.shape, bool)
             if source is not None:
                 plan.value = self.contribution(step, source.value).reshape(constant.shape).copy()  # settling writes
                 constant = source.constant.reshape(constant.shape)
-                constant = constant & ((plan.value == 0) | mix.even(constant & (plan.value != 0)))
+                if any_of(other := constant & (plan.value != 0)):
+                    constant = constant & (~other | mix.even(other))
+                elif all_of(plan.reached(~constant)):  # zeros alone, and some of the rest in every sum
+                    plan.absorbed = constant.copy()
+                    return
             sums = mix.offset + mix.moved(constant, plan.value)
-            holds = fits(sums, self.bias_type(step)).all()
-            plan.fixed = mix.fixed or (None if holds else "a bias that cannot hold it")
+            plan.fixed = mix.fixed
+            if plan.fixed is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():
+                plan.fixed = "a bias that cannot hold it"
             plan.absorbed = constant & ((plan.value == 0) | (plan.fixed is None))
+            unknown = plan.reached(~constant)
+            if all_of(unknown):
+                target.constant, target.nonnegative = np.zeros((2, len(target)), bool)
+                target.value = np.zeros(len(target))
+                return
             value, certain = self.result(step, sums.ravel())
-            target.constant = ~plan.reached(~constant).ravel() & certain
-            target.value = np.where(target.constant, value, 0.0)
+            target.constant = ~unknown.ravel() & certain
+        target.value = only(value, target.constant)
         target.nonnegative = target.constant & (target.value >= 0)
 
     def need(self, step: Step) -> None:
@@ -242,8 +266,8 @@ class Mixing(Operator):
         wanted = target.needed.reshape(len(plan.absorbed), plan.filters)
         needed = (plan.read(wanted) & ~plan.absorbed).ravel()
         source.needed |= needed
-        if (constant := needed & source.constant).any():
-            value, why = source.value[constant][0], plan.fixed or self.read(step).why
+        if any_of(constant := needed & source.constant):
+            value, why = source.value[constant][0], plan.fixed or self.mix(step).why
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
     def retain(self, step: Step) -> list[Retained]:
@@ -260,14 +284,16 @@ class Mixing(Operator):
         return [Retained(channels, indices, reason) for channels, indices in missing if len(indices)]
 
     def slice(self, step: Step) -> None:
-        plan, source, target, mix = step.memo, self.source(step), step.output, self.read(step)
+        plan, source, target, mix = step.memo, self.source(step), step.output, self.mix(step)
         groups, filters, inputs = mix.shape
         kept_in = np.ones((groups, inputs), bool) if source is None else source.kept.reshape(groups, inputs)
         kept_out, unneeded = target.kept.reshape(groups, filters), ~target.needed.reshape(groups, filters)
         alive = np.asarray(kept_in.any(axis=1) & kept_out.any(axis=1))
-        cut = not (kept_in.all() and kept_out.all())
+        cut = not (all_of(kept_in) and all_of(kept_out))
         rows, columns = unneeded & kept_out, plan.absorbed & kept_in
-        emptied = (plan.read(rows) & kept_in).any() or (plan.reached(columns) & kept_out).any()
+        emptied = (any_of(rows) and (plan.read(rows) & kept_in).any()) or (
+            any_of(columns) and (plan.reached(columns) & kept_out).any()
+        )
         weight = _select(mix.weight, kept_in, kept_out, alive) if cut else mix.weight.copy() if emptied else None
         if weight is not None and emptied:
             zero = _taken(np.broadcast_to(mix.zero, rows.shape), kept_out, alive)
@@ -275,12 +301,12 @@ class Mixing(Operator):
             np.copyto(weight, zero[:, :, None, None], where=gone[..., None])
         bias = mix.offset + mix.moved(plan.absorbed, plan.value)
         bias[unneeded] = 0
-        changed = not np.array_equal(bias, mix.offset) or (mix.bias is not None and not kept_out.all())
+        changed = (mix.bias is not None and not all_of(kept_out)) or not np.array_equal(bias, mix.offset)
         if weight is not None or changed:
-            self.write(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
+            self.rewrite(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
 
     def scale_output(self, step: Step, factors: Floats) -> bool:
-        mix = self.read(step)
+        mix = self.mix(step)
         if not mix.plain:
             return False
         scale = factors.reshape(mix.shape[:2])
@@ -289,17 +315,24 @@ class Mixing(Operator):
             weight = mix.weight * scale[:, :, None, None].astype(mix.weight.dtype)
         if not np.isfinite(weight).all():
             return False
-        self.write(step, Trim(weight, bias, np.ones(scale.size, bool), len(scale)))
+        self.rewrite(step, Trim(weight, bias, np.ones(scale.size, bool), len(scale)))
         return True
 
     def scales_input(self, step: Step) -> bool:
-        return self.source(step) is not None and self.read(step).plain
+        return self.source(step) is not None and self.mix(step).plain
 
     def scale_input(self, step: Step, factors: Floats) -> None:
-        mix = self.read(step)
+        mix = self.mix(step)
         groups, filters, inputs = mix.shape
         weight = mix.weight * factors.reshape(groups, 1, inputs, 1).astype(mix.weight.dtype)
-        self.write(step, Trim(weight, None, np.ones(groups * filters, bool), groups))
+        self.rewrite(step, Trim(weight, None, np.ones(groups * filters, bool), groups))
+
+
+def _spread(channels: Bools, width: int) -> Bools:
+    """[groups, width] whether any of the `channels` [groups, …] of a group is there."""
+    if len(channels) == 1:
+        return np.full((1, width), any_of(channels))
+    return np.repeat(channels.any(axis=1, keepdims=True), width, axis=1)
 
 
 def _taken(values: Array, kept: Bools, alive: Bools) -> Array:
@@ -311,12 +344,23 @@ def _taken(values: Array, kept: Bools, alive: Bools) -> Array:
 def _select(weight: Array, kept_in: Bools, kept_out: Bools, alive: Bools) -> Array:
     """[groups, filters, inputs, taps] cut to what is kept: as many filters and inputs in every group that lives."""
     if len(weight) == 1:
-        rows = weight if kept_out.all() else weight.take(np.flatnonzero(kept_out), axis=1)
-        return rows if kept_in.all() else rows.take(np.flatnonzero(kept_in), axis=2)
+        rows = weight if all_of(kept_out) else _rows(weight, kept_out.nonzero()[1])
+        return rows if all_of(kept_in) else rows.take(kept_in.nonzero()[1], axis=2)
     filters = np.nonzero(kept_out[alive])[1].reshape(int(alive.sum()), -1)
     inputs = np.nonzero(kept_in[alive])[1].reshape(int(alive.sum()), -1)
     selected: Array = weight[np.flatnonzero(alive)[:, None, None], filters[:, :, None], inputs[:, None, :]]
     return selected
+
+
+def _rows(weight: Array, filters: Ints) -> Array:
+    """[1, filters, inputs, taps] those filters."""
+    if weight.flags.aligned or not weight.flags.c_contiguous or not weight[0, 0].size:
+        return weight.take(filters, axis=1)
+    # Read from a file, numbers may lie anywhere: numpy would make an aligned copy of all. It takes blocks as they are.
+    _, _, inputs, taps = weight.shape
+    blocks = weight.reshape(weight.shape[1], -1).view(np.dtype((np.void, weight[0, 0].nbytes)))
+    taken: Array = blocks.take(filters).view(weight.dtype)
+    return taken.reshape(1, -1, inputs, taps)
 
 
 def _unbalanced(kept: Bools, alive: Bools) -> Ints:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.numbers import any_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
@@ -44,6 +45,13 @@ class Operator:
         """
         for link in step.links:
             target, source = link.target, link.source
+            if link.is_whole:
+                target.constant[:], target.value[:], target.nonnegative[:] = (
+                    source.constant,
+                    source.value,
+                    source.nonnegative,
+                )
+                continue
             target.constant[link.into] = source.constant[link.out_of]
             target.value[link.into] = source.value[link.out_of]
             target.nonnegative[link.into] = source.nonnegative[link.out_of]
@@ -51,7 +59,10 @@ class Operator:
     def need(self, step: Step) -> None:
         """Backward: marks the input channels that the needed output channels depend on. Default: along the links."""
         for link in step.links:
-            link.source.needed[link.out_of[link.target.needed[link.into]]] = True
+            if link.is_whole:
+                link.source.needed |= link.target.needed
+            else:
+                link.source.needed[link.out_of[link.target.needed[link.into]]] = True
 
     def retain(self, step: Step) -> list[Retained]:
         """Channels that must stay although nobody needs them, given the cut as planned, and why.
@@ -80,11 +91,14 @@ class Operator:
         found = []
         for link in step.links:
             target, source = link.target, link.source
-            unsure = (target.kept & ~target.needed & ~target.constant & self.risky(step))[link.into]
+            free = target.kept & ~target.needed & ~target.constant
+            if not any_of(free):
+                continue
+            unsure = (free & self.risky(step))[link.into]
             which = np.zeros(len(source), bool)
             which[link.out_of[unsure]] = True
             which &= ~source.needed
-            if which.any():
+            if any_of(which):
                 found.append((source, which))
         return found
 

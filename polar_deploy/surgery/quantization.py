@@ -6,18 +6,21 @@ A stored integer stands for `(integer - zero point) * scale`. Integers are cut b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import is_whole
+from polar_deploy.surgery.facts import Wall, frozen
+from polar_deploy.surgery.numbers import all_of, is_whole
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.stored import Array
 
+ONE = frozen(np.ones(1))  # the scale of numbers that are stored as they are
 INPUT, SCALE, ZERO = 0, 1, 2  # inputs of QuantizeLinear and DequantizeLinear
 
 
@@ -108,7 +111,7 @@ def smallest(dtype: np.dtype[Any]) -> float:
     return 0.0 if unsigned else -(2.0 ** (int(dtype.name[3:]) - 1)) if signed else -np.inf
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Weight:
     """A constant of a layer as the model stores it, be it at the layer itself or before a DequantizeLinear.
 
@@ -134,13 +137,15 @@ class Weight:
     @property
     def numbers(self) -> Floats:
         """What the values of a vector over the outputs stand for."""
+        if self.plain:
+            return self.values.astype(np.float64)
         return (self.values.astype(np.float64) - self.zero.astype(np.float64)) * self.scale
 
     def write(self, graph: Graph, values: Array | None, kept: Bools) -> None:
         """Stores other values for the outputs that are `kept`; None: they stay."""
         if values is not None:
             graph.set_constant(self.node, self.index, values)
-        for node, index in self.vectors if not kept.all() else ():
+        for node, index in self.vectors if not all_of(kept) else ():
             old = graph.constant(node, index)
             assert old is not None
             graph.set_constant(node, index, old.compress(kept, axis=int(np.argmax(old.shape))))
@@ -154,7 +159,7 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     """
     graph, values = step.graph, step.constant(index)
     if values is not None:
-        return Weight(step.node, index, values, np.ones(1), np.zeros(1, values.dtype))
+        return Weight(step.node, index, values, ONE, _nothing(values.dtype))
     node = _dequantize(step.node.inputs[index])
     values = None if node is None else graph.constant(node, INPUT)
     if node is None or values is None:
@@ -170,6 +175,12 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     return Weight(node, INPUT, values, found.scale, found.zero, vectors, plain=False)
 
 
+@cache
+def _nothing(dtype: np.dtype[Any]) -> Array:
+    """The zero point of numbers that are stored as they are."""
+    return frozen(np.zeros(1, dtype))
+
+
 def is_stored(step: Step, index: int) -> bool:
     """Whether an input is a constant, be it a quantised one."""
     node = _dequantize(step.node.inputs[index])
@@ -179,5 +190,5 @@ def is_stored(step: Step, index: int) -> bool:
 def _dequantize(tensor: Tensor) -> Node | None:
     """The DequantizeLinear that makes a tensor."""
     maker = tensor.inputs[0] if tensor.inputs else None
-    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in (None, "", "ai.onnx")
+    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in ("", "ai.onnx")
     return maker if known else None

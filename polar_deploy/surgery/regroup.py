@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polar_deploy.surgery.facts import Ints
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.sizes import Dim, Shape
     from polar_deploy.surgery.stored import Array
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.surgery.count import count, parameters
+from polar_deploy.surgery.cut import Gate
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
+from polar_deploy.surgery.numbers import any_of
 from polar_deploy.surgery.operator import Unknown
 from polar_deploy.surgery.verify import Proof
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
+    from polar_deploy.surgery.stored import Stored
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
@@ -30,15 +33,15 @@ LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
-def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | str | None) -> dict[str, Any]:
+def build(rounds: list[Round], given: Stored, proof: Proof | str | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
-    `model`: the graph before the first round, with or without its weights. `proof`: or why there is none, or None where
+    `given`: the model before the first round. `proof`: or why there is none, or None where
     it was not asked for. Pairs are [before, after]; widths and counts are channels, MACs at batch 1 at the shapes under
     `inputs`.
     """
     last = rounds[-1]
-    before, after = (count(one, strict=last.model.strict) for one in (model, last.model.model))
+    before, after = (count(one.model, skeleton=one.skeleton) for one in (given, last.model))
     return {
         **_verdict(proof),
         "as_it_is": None,
@@ -46,7 +49,7 @@ def build(rounds: list[Round], model: onnx.ModelProto, proof: Proof | str | None
         "macs": [before.macs, after.macs],
         "params": [before.params, after.params],
         "padding": _padding(after),
-        "operators": _operators(model, last.model.model),
+        "operators": _operators(given.model, last.model.model),
         "layers": _layers(rounds, before, after),
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
@@ -90,7 +93,8 @@ def _gates(rounds: list[Round]) -> list[dict[str, Any]]:
                 removed = gates[gate.node].removed_channels + gate.removed_channels
                 outcome = {name: getattr(gate, name) for name in ("outcome", "into", "reason")}
                 gates[gate.node] = replace(gates[gate.node], removed_channels=removed, **outcome)
-    return [{name: value for name, value in asdict(gate).items() if value is not None} for gate in gates.values()]
+    names = [field.name for field in fields(Gate)]
+    return [{name: value for name in names if (value := getattr(gate, name)) is not None} for gate in gates.values()]
 
 
 def _operators(before: onnx.ModelProto, after: onnx.ModelProto) -> dict[str, list[int]]:
@@ -178,7 +182,10 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
         if not (isinstance(step.handler, Mixing) or step.node.op == "Mul") or not step.outputs:
             continue
         channels = step.output
-        labels = np.unique(sets.of(channels)[channels.kept & (channels.constant | ~channels.needed)])
+        closed = channels.kept & (channels.constant | ~channels.needed)
+        if not any_of(closed):
+            continue
+        labels = np.unique(sets.of(channels)[closed])
         labels = labels[~asked[labels]]
         asked[labels] = True
         found.append((step.label, labels))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.model import NotUnderstoodError, check_graph, infer_at
+from polar_deploy.surgery.model import NotUnderstoodError
+from polar_deploy.surgery.numbers import all_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
@@ -35,14 +36,14 @@ class Round:
     @property
     def worth_another(self) -> bool:
         """Whether the cut has left more to do: facts that hold only now."""
-        changed = bool(self.cut.dropped) or not all(c.kept.all() for c in self.facts.everything())
+        changed = bool(self.cut.dropped) or not all(all_of(c.kept) for c in self.facts.everything())
         return changed and (self._has_new_constants or self._has_new_gates or self._has_new_neighbours)
 
     @property
     def _has_new_constants(self) -> bool:
         """Tensors that are constant throughout by now: their readers can do without them."""
         channels = self.facts.everything()
-        return any(not c.was_constant and not c.gone and (c.constant | ~c.kept).all() for c in channels)
+        return any(not c.was_constant and not c.gone and all_of(c.constant | ~c.kept) for c in channels)
 
     @property
     def _has_new_gates(self) -> bool:
@@ -69,8 +70,8 @@ def operate(model: Stored) -> list[Round]:
     result = rounds[-1].model
     if result is not model:
         try:
-            check_graph(result.model, "the cut graph")
-            infer_at(result.model, 1, strict=result.strict)
+            result.skeleton.check("the cut graph")
+            result.skeleton.at_batch_1()
         except NotUnderstoodError as error:
             raise ContentError(error.what, "please report this graph as a bug of polar_deploy.surgery") from error
     return rounds

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Facts, Note
+from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ def plan(graph: Graph) -> tuple[Facts, Sets]:
     while True:
         facts = Facts(graph, demands)
         sets = decide(facts)
+        facts.settle()
         retained.update(sets.retained)
         found = [found for step in facts.alive for found in step.handler.endangered(step)]
         if not found:
@@ -83,7 +85,10 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
 
     while changed:
         changed = False
+        all_there = not any(channels.gone for channels in facts.everything())
         for step in reversed(facts.alive):
+            if all_there and type(step.handler).retain is Operator.retain:
+                continue  # it asks for one channel of what is gone
             for retained in step.handler.retain(step):
                 keep(retained.channels, retained.indices, step.note(retained.reason))
         for channels in blocks:

@@ -90,8 +90,8 @@ class _Trimmed:
 
     def __init__(self, stored: Stored) -> None:
         graph = Graph(stored)
-        constants = {id(tensor): tensor for node in graph.nodes for tensor in node.inputs if graph.is_constant(tensor)}
-        before = {tensor.name: tuple(tensor.shape) for tensor in constants.values()}
+        read = [tensor for node in graph.nodes for tensor in node.inputs]
+        before = {tensor.name: tensor.values.shape for tensor in read if tensor.values is not None}
         facts, _ = sets.plan(graph)
         cut.trim(facts)
         self._before = before

@@ -8,7 +8,9 @@ external data and read where they are touched.
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError, UsageError
-from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_graph, check_text, first_line
+from polar_deploy.surgery import wire
+from polar_deploy.surgery.inference import Skeleton
+from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_text, dtype_of, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -29,6 +33,7 @@ Array = npt.NDArray[Any]
 ANNOTATIONS = "quantization_annotation"
 PACKED = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")  # several elements a byte
 FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
+DATA = ("raw_data", *FIELDS, "external_data", "data_location")  # what may hold the values of a tensor
 MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
 DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, so that readers can map them
 
@@ -49,6 +54,11 @@ class Stored:
     strict: bool = True
     heads: bool = True
 
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """What onnx says about it. The graph must not change any more."""
+        return Skeleton(self.model, strict=self.strict)
+
     @property
     def needs_data_file(self) -> bool:
         """Whether the weights go into a file beside the model: they came from one, or a message cannot hold them."""
@@ -61,7 +71,7 @@ def take(model: onnx.ModelProto, *, check: bool = True) -> Stored:
     Raises:
         ContentError: the model is invalid.
     """
-    return _take(model, "the model", None, check)
+    return _take(model, "the model", None, check, None)
 
 
 def read(path: Path, *, check: bool = True) -> Stored:
@@ -76,11 +86,18 @@ def read(path: Path, *, check: bool = True) -> Stored:
 
     if not path.is_file():
         raise UsageError(f"{path} is not a file", "give the path of an ONNX file")
-    try:
-        model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise ContentError(f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file") from error
-    return _take(model, str(path), path.parent, check)
+    with open(path, "rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+        found = wire.split(data)
+        places = {} if found is None else found.weights
+        weights = {index: np.frombuffer(data[at : at + size], np.uint8) for index, (at, size) in places.items()}
+        try:
+            model = onnx.ModelProto.FromString(data.tobytes() if found is None else found.model)
+        except (DecodeError, ValueError) as error:
+            raise ContentError(
+                f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file"
+            ) from error
+    return _take(model, str(path), path.parent, check, weights)
 
 
 def to_model(stored: Stored) -> onnx.ModelProto:
@@ -98,7 +115,13 @@ def to_model(stored: Stored) -> onnx.ModelProto:
 def write(stored: Stored, path: Path, data: Path | None = None, name: str | None = None) -> None:
     """Writes a model to `path`: in one file, or with the weights in the file `data` (referred to as `name`)."""
     if data is None:
-        path.write_bytes(to_model(stored).SerializeToString(deterministic=True))
+        weights = {
+            index: np.ascontiguousarray(stored.arrays[tensor.name]).reshape(-1).view(np.uint8).data
+            for index, tensor in enumerate(stored.model.graph.initializer)
+            if tensor.name in stored.arrays
+        }
+        with open(path, "wb") as file:
+            file.writelines(wire.join(stored.model.SerializeToString(deterministic=True), weights))
         return
     import onnx
 
@@ -136,34 +159,54 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _take(model: onnx.ModelProto, name: str, folder: Path | None, check: bool) -> Stored:
+def _take(
+    model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array] | None
+) -> Stored:
+    """`weights`: of a message that may be changed, the data of initializers that was left out, by their positions.
+
+    None: the message is somebody else's, and whole.
+    """
     import onnx
 
     check_text(model, name)
-    shell = onnx.ModelProto()
-    copy_fields(model, shell, ("graph",))
-    copy_fields(model.graph, shell.graph, ("initializer",))
+    shell = _copy_without_weights(model) if weights is None else model
+    weights = weights or {}
     sort_nodes(shell.graph)
     stored = Stored(shell)
     files: dict[str, Array] = {}
-    for tensor in model.graph.initializer:
+    for index, (tensor, own) in enumerate(zip(model.graph.initializer, shell.graph.initializer, strict=True)):
         where = f"initializer {tensor.name} of {name}"
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         stored.external |= external
-        values = _mapped(tensor, where, folder, files) if external else _values(tensor, where)
+        if index in weights and (external or _is_packed(tensor) or math.prod(tensor.dims) <= SMALL):
+            tensor.raw_data = weights.pop(index).tobytes()
+        values = _mapped(tensor, where, folder, files) if external else _values(tensor, where, weights.get(index))
         if values is None or values.size <= SMALL:
-            shell.graph.initializer.append(tensor if values is None else _inline(tensor, values))
+            if external or shell is not model:
+                own.CopyFrom(tensor if values is None else _inline(tensor, values))
         else:
-            header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            for part in ("doc_string", "metadata_props"):
-                copy_field(tensor, header, part)
             stored.arrays[tensor.name] = values
+            for part in DATA:
+                own.ClearField(part)
     for tensor in _other_tensors(shell.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
     if check:
-        check_graph(shell, name)
+        stored.skeleton.check(name)
     return stored
+
+
+def _copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx
+
+    shell = onnx.ModelProto()
+    copy_fields(model, shell, ("graph",))
+    copy_fields(model.graph, shell.graph, ("initializer",))
+    for tensor in model.graph.initializer:
+        header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        for part in ("doc_string", "metadata_props"):
+            copy_field(tensor, header, part)
+    return shell
 
 
 def _inline(tensor: onnx.TensorProto, values: Array) -> onnx.TensorProto:
@@ -175,8 +218,10 @@ def _inline(tensor: onnx.TensorProto, values: Array) -> onnx.TensorProto:
     return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
 
 
-def _values(tensor: onnx.TensorProto, where: str) -> Array | None:
-    """The values of a tensor with its data inside; None where they are best left there (small, packed, text).
+def _values(tensor: onnx.TensorProto, where: str, weights: Array | None) -> Array | None:
+    """The values of a tensor with its data inside; None where they are best left there (packed, text).
+
+    weights: its data, where that was left out.
 
     Raises:
         ContentError: its data is not as long as its shape says; onnx.checker does not look.
@@ -185,15 +230,16 @@ def _values(tensor: onnx.TensorProto, where: str) -> Array | None:
 
     if any(dim < 0 for dim in tensor.dims):
         raise ContentError(f"{where} has the shape {list(tensor.dims)}", EXPORT_AGAIN)
-    filled = [name for name in FIELDS if len(getattr(tensor, name))]
-    if tensor.HasField("raw_data") and filled:
+    is_raw = weights is not None or tensor.HasField("raw_data")
+    filled = [name for name in FIELDS if len(getattr(tensor, name))] if is_raw else []
+    if filled:
         raise ContentError(f"{where} has its values twice, as raw_data and as {filled[0]}", EXPORT_AGAIN)
     try:
-        if not tensor.HasField("raw_data") or _kind(tensor) in PACKED:
+        if not is_raw or _is_packed(tensor):
             values: Array = onnx.numpy_helper.to_array(tensor)
-            return None if _kind(tensor) in PACKED or values.dtype == object else values
-        data = tensor.raw_data
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            return None if _is_packed(tensor) or values.dtype == object else values
+        data = tensor.raw_data if weights is None else weights
+        dtype = dtype_of(tensor.data_type)
         wanted = math.prod(tensor.dims) * dtype.itemsize
         if len(data) != wanted:
             raise ValueError(f"{len(data)} bytes of data, the shape {list(tensor.dims)} wants {wanted}")
@@ -208,18 +254,17 @@ def _mapped(tensor: onnx.TensorProto, where: str, folder: Path | None, files: di
     Raises:
         ContentError: the file is missing, lies outside the model's folder, or is too short.
     """
-    import onnx
 
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if folder is None:
         raise ContentError(f"{where} lies in another file, {location!r}", "load the model with its external data")
-    if _kind(tensor) in PACKED:
+    if _is_packed(tensor):
         raise ContentError(f"{where}: external data of type {_kind(tensor)} is not supported", "store it inside")
     if location not in files:
         files[location] = _map(folder, location, where)
     try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        dtype = dtype_of(tensor.data_type)
         wanted = math.prod(tensor.dims) * dtype.itemsize
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", wanted))
         if offset < 0 or length != wanted or any(dim < 0 for dim in tensor.dims):
@@ -254,6 +299,19 @@ def _kind(tensor: onnx.TensorProto) -> str:
 
     name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
     return name
+
+
+def _is_packed(tensor: onnx.TensorProto) -> bool:
+    """Whether several elements are in a byte."""
+    return tensor.data_type in _packed_types()
+
+
+@cache
+def _packed_types() -> frozenset[int]:
+    import onnx
+
+    known = onnx.TensorProto.DataType
+    return frozenset(known.Value(name) for name in PACKED if name in known.keys())  # noqa: SIM118
 
 
 def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -292,19 +350,23 @@ def copy_field(source: Message, target: Message, name: str) -> None:
 def sort_nodes(graph: onnx.GraphProto) -> None:
     """Puts nodes behind those that they read from; where that is so already, or cannot be, nothing changes."""
     makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
-    reads = [
-        {makers[name] for name in (*node.input, *names_in_bodies([node])) if name in makers} for node in graph.node
-    ]
-    if all(max(before, default=-1) < position for position, before in enumerate(reads)):
+    reads = [_read_by(node) for node in graph.node]
+    if all(makers.get(name, -1) < position for position, names in enumerate(reads) for name in names):
         return
     try:
-        order = list(TopologicalSorter(dict(enumerate(reads))).static_order())
+        before = [{makers[name] for name in names if name in makers} for names in reads]
+        order = list(TopologicalSorter(dict(enumerate(before))).static_order())
     except CycleError:
         return  # the checker says so
     nodes = [graph.node[position] for position in order]
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def _read_by(node: onnx.NodeProto) -> list[str]:
+    """Names of the tensors that a node reads, its bodies included."""
+    return [*node.input, *names_in_bodies([node])]
 
 
 def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

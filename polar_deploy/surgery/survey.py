@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
@@ -14,7 +13,8 @@ from polar_deploy.surgery import rounds, sets
 from polar_deploy.surgery.choices import MASK, NEVER, Mask, constant_name, with_values
 from polar_deploy.surgery.count import WEIGHTS
 from polar_deploy.surgery.facts import Facts, Step
-from polar_deploy.surgery.graph import Graph, Node, Tensor
+from polar_deploy.surgery.graph import Graph
+from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.mixing import Mixing
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Survey:
         self.graph = Graph(stored)
         self.facts = Facts(self.graph)
         sets.decide(self.facts)
+        self.facts.settle()
         self.steps = {id(step.node): step for step in self.facts.alive}
         held = {self.graph.metadata(node).get(MASK): node for node in self.graph.original_nodes}
         own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]
@@ -119,7 +120,7 @@ class Survey:
     def parameter(self, step: Step, index: int) -> str | None:
         """The name of the parameter (a float constant that is no scalar) that an input is, perhaps rearranged."""
         tensor = step.original[index]
-        if not self.graph.is_constant(tensor) or not tensor.shape or tensor.dtype.kind != "f":
+        if tensor.values is None or not tensor.values.ndim or tensor.values.dtype.kind != "f":
             return None
         return None if MASK in self.graph.metadata(step.node) else self.graph.origin(tensor.name)
 
@@ -164,8 +165,9 @@ class Survey:
         for index, node in enumerate(self._muls):
             if self.graph.contains(node):
                 constant = node.inputs[1]
+                assert constant.values is not None
                 opened = values.get(index, np.ones(self.masks[index].width, bool))
-                constant.values = opened.astype(np.float32).reshape(constant.shape)
+                constant.values = opened.astype(np.float32).reshape(constant.values.shape)
 
     def _blocks(self) -> tuple[list[Cone], list[frozenset[int]]]:
         """The blocks, and which of them cannot all go.
@@ -208,7 +210,7 @@ class Survey:
 
     def _saves(self, cone: Cone) -> bool:
         """Whether a layer with weights goes with a block."""
-        costs = (node for node in self.graph.nodes if node.op in WEIGHTS and node.domain in (None, "", "ai.onnx"))
+        costs = (node for node in self.graph.nodes if node.op in WEIGHTS and node.domain in ("", "ai.onnx"))
         return any(id(node) in cone.nodes for node in costs)
 
     def _leaves_factor(self, cone: Cone) -> bool:
@@ -218,8 +220,7 @@ class Survey:
         beside = [tensor.inputs[0] for tensor in total.inputs if tensor is not side and tensor.inputs]
         makers = [node.inputs[0].inputs[0] if MASK in self.graph.metadata(node) else node for node in beside]
         scaled = [tensor for node in makers if node.op == "Mul" for tensor in node.inputs]
-        constants = (tensor for tensor in scaled if self.graph.is_constant(tensor))
-        if not any(math.prod(tensor.shape) > 1 for tensor in constants):
+        if not any(tensor.values is not None and tensor.values.size > 1 for tensor in scaled):
             return False
         self.reasons[self.masks[cone.mask].name] = "its shortcut has factors, which would fold into other layers"
         return True
@@ -258,7 +259,7 @@ class Survey:
     def _is_dead(self, blocks: set[int]) -> bool:
         """Whether no value of an input reaches some output while these are closed."""
         reached = depending(self.graph, {id(self._muls[self.blocks[index].mask]) for index in blocks})
-        return not reached.issuperset(tensor.name for tensor in self.graph.body.outputs)
+        return not reached.issuperset(tensor.name for tensor in self.graph.outputs)
 
     def _behind(self, found: Sequence[Cone], nodes: frozenset[int]) -> list[Cone]:
         """The blocks that are computed from some of these nodes."""
@@ -287,7 +288,7 @@ def _closed_together(found: list[Cone], sums: Sequence[tuple[int, ...]]) -> list
 
 def depending(graph: Graph, without: Collection[int] = ()) -> set[str]:
     """Names of the tensors that values of an input reach, other than through the nodes (by their ids) `without`."""
-    reached = {tensor.name for tensor in graph.body.inputs}
+    reached = {tensor.name for tensor in graph.inputs}
     for node in graph.nodes:
         if node.op not in ("Shape", "Size") and id(node) not in without and reached & {t.name for t in node.inputs}:
             reached.update(tensor.name for tensor in node.outputs)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from polar_deploy.surgery.facts import Facts, Step
-    from polar_deploy.surgery.graph import Graph, Node, Tensor
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.stored import Array
 
 LONGEST = 64  # numbers; what is longer is no shape
@@ -77,7 +78,7 @@ def taken(facts: Facts, node: Node) -> list[int] | None:
 
 def is_fixed(graph: Graph) -> bool:
     """Whether inputs vary in their first dimension only, so that sizes found at two probes are sizes for all."""
-    shapes = [graph.shape(tensor) for tensor in graph.body.inputs]
+    shapes = [graph.shape(tensor) for tensor in graph.inputs]
     return all(shape is not None and all(isinstance(dim, int) for dim in shape[1:]) for shape in shapes)
 
 
@@ -109,7 +110,7 @@ class _Tracer:
 
     def _follow(self, tensor: Tensor) -> Array | None:
         node = tensor.inputs[0] if tensor.inputs and self.depth < DEEPEST else None
-        if node is not None and node.op in RULES and node.domain in (None, "", "ai.onnx"):
+        if node is not None and node.op in RULES and node.domain in ("", "ai.onnx"):
             found = RULES[node.op](self, node)
             if found is not None and found.size <= LONGEST:
                 return np.asarray(found, object)
@@ -206,7 +207,7 @@ class _Tracer:
         shape = self.numbers(node, 0)
         if shape is None or math.prod(shape) > LONGEST:
             return None
-        value = node.attrs["value"].values.ravel()[0].item() if "value" in node.attrs else 0.0
+        value = node.attrs["value"].ravel()[0].item() if "value" in node.attrs else 0.0
         return _sizes([Size(value)] * math.prod(shape), tuple(shape))
 
     def where(self, node: Node) -> Array | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.graph import Graph, Node
+    from polar_deploy.surgery.graph import Graph
+    from polar_deploy.surgery.ir import Node
 
 
 def join_transposes(graph: Graph) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from polar_deploy.surgery.operator import Operator, Unknown
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.ir import Node
 
 UNKNOWN = Unknown()
 MICROSOFT = "com.microsoft"
@@ -36,7 +36,7 @@ def handler(node: Node, opset: int) -> Operator:
     """The handler of a node; `UNKNOWN` where there is none for its operator, or for its definition in this opset."""
     if node.domain == MICROSOFT:
         return contributed().get(node.op, UNKNOWN)
-    if node.domain not in (None, "", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):
+    if node.domain not in ("", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):
         return UNKNOWN
     return table().get(node.op, UNKNOWN)
 

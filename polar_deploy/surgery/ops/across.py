@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.numbers import fits
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.trace import is_fixed
@@ -168,7 +168,7 @@ class Softmax(Across):
     """Softmax, LogSoftmax and Hardmax."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
-        if step.graph.body.opset < SINGLE_AXIS_SOFTMAX:
+        if step.graph.opset < SINGLE_AXIS_SOFTMAX:
             return range(step.node.attrs.get("axis", 1) % rank, rank)
         return super().axes(step, rank)
 
@@ -198,8 +198,8 @@ class TopK(Operator):
             raise Wall("it sorts the channels")
         step.carry()
         if len(step.made) > 1 and step.made[1].name:
-            every = np.arange(len(source))
-            step.link(source, step.create(source.axes, output=1), every, every)
+            numbers = every(len(source))
+            step.link(source, step.create(source.axes, output=1), numbers, numbers)
 
     def constants(self, step: Step) -> None:
         super().constants(step)

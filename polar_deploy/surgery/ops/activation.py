@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.numbers import fits, is_steady, is_whole
+from polar_deploy.surgery.facts import no, yes
+from polar_deploy.surgery.numbers import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_deploy.surgery.facts import Bools, Floats, Step
+    from polar_deploy.surgery.facts import Floats, Step
 
 Attributes = dict[str, Any]
 
@@ -48,14 +49,18 @@ class Unary(Operator):
         step.carry()
 
     def constants(self, step: Step) -> None:
-        super().constants(step)
         source, target = step.require(), step.output
-        with np.errstate(all="ignore"):
-            value = np.asarray(self.apply(step, source.value), np.float64)
-            trusted = fits(value, step.graph.dtype(step.made[0])) & self._is_steady(step, source.value)
-        target.constant = source.constant & trusted
-        target.value = np.where(target.constant, value, 0.0)
-        known = source.nonnegative if self.nonnegative is None else np.full(len(target), self.nonnegative)
+        known = source.nonnegative if self.nonnegative is None else (yes if self.nonnegative else no)(len(target))
+        if not any_of(source.constant):
+            target.constant, target.value = np.zeros(len(target), bool), np.zeros(len(target))
+            target.nonnegative = known.copy()
+            return
+        value = np.asarray(self.apply(step, source.value), np.float64)
+        target.constant, target.value = holding(source.constant, value, step.graph.dtype(step.made[0]))
+        change = self.change(step)
+        if change is not None and not is_whole(step.graph.dtype(step.original[0])):
+            target.constant &= is_steady(lambda x: self.apply(step, x), [source.value], change)
+            target.value[~target.constant] = 0.0
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
 
     def apply(self, step: Step, values: Floats) -> Floats:
@@ -66,19 +71,13 @@ class Unary(Operator):
         """The relative change that is no jump; None where the function has no jumps."""
         return self.steady
 
-    def _is_steady(self, step: Step, values: Floats) -> Bools:
-        change = self.change(step)
-        if change is None or is_whole(step.graph.dtype(step.original[0])):
-            return np.ones(len(values), bool)
-        return is_steady(lambda x: self.apply(step, x), [values], change)
-
 
 class Relu(Unary):
     """Relu goes where nothing below zero comes in, as behind a residual block that went."""
 
     def slice(self, step: Step) -> None:
         source = step.require()
-        if source.nonnegative[source.kept].all():
+        if all_of(source.nonnegative[source.kept]):
             step.graph.bypass(step.node)
 
 

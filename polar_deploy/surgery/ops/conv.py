@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import lru_cache, reduce
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, frozen
 from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
 from polar_deploy.surgery.quantization import Weight, weight
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Step
     from polar_deploy.surgery.sizes import Dim
     from polar_deploy.surgery.stored import Array
+
+
+LIKE = 1 << 10  # kinds of convolutions that are kept in mind
 
 
 class Conv(Mixing):
@@ -43,8 +46,15 @@ class Conv(Mixing):
 
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
         """[taps] steady and loose ones, see `Mix`."""
-        shape = step.graph.shape(step.original[0])
-        return _sight(step.node.attrs, kernel, shape[2:] if shape is not None else (None,) * len(kernel))
+        shape, attrs, rank = step.graph.shape(step.original[0]), step.node.attrs, len(kernel)
+        return _sight(
+            kernel,
+            (None,) * rank if shape is None else shape[2:],
+            tuple(attrs.get("pads", ())) or (0,) * 2 * rank,
+            tuple(attrs.get("strides", ())) or (1,) * rank,
+            tuple(attrs.get("dilations", ())) or (1,) * rank,
+            attrs.get("auto_pad", "NOTSET"),
+        )
 
     def read(self, step: Step) -> Mix:
         kernels, bias, groups = self.kernels(step), self.bias(step), step.node.attrs.get("group", 1)
@@ -60,7 +70,7 @@ class Conv(Mixing):
             zero=zero,
             scale=scale,
             steady=steady,
-            loose=loose | (kernels.unsure is not None),
+            loose=loose if kernels.unsure is None else frozen(np.ones_like(loose)),
             why=kernels.unsure or self.uneven,
             fixed=None if plain and self.bias_input else fixed,
             plain=plain and kernels.plain,
@@ -118,11 +128,17 @@ class DeformConv(Conv):
         return ~loose, loose
 
 
-def _sight(attrs: dict[str, Any], kernel: tuple[int, ...], sizes: tuple[Dim, ...]) -> tuple[Bools, Bools]:
+@lru_cache(LIKE)
+def _sight(
+    kernel: tuple[int, ...],
+    sizes: tuple[Dim, ...],
+    pads: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    mode: str,
+) -> tuple[Bools, Bools]:
     """[taps] which always see data, and which see padding at some positions of the output."""
     rank = len(kernel)
-    pads, strides = attrs.get("pads", [0] * 2 * rank), attrs.get("strides", [1] * rank)
-    dilations, mode = attrs.get("dilations", [1] * rank), attrs.get("auto_pad", "NOTSET")
     steady, blind = [], []
     for axis, (taps, size) in enumerate(zip(kernel, sizes, strict=True)):
         span = (taps - 1) * dilations[axis] + 1
@@ -131,7 +147,7 @@ def _sight(attrs: dict[str, Any], kernel: tuple[int, ...], sizes: tuple[Dim, ...
         steady.append(always)
         blind.append(never)
     always, never = reduce(np.logical_and.outer, steady).ravel(), reduce(np.logical_or.outer, blind).ravel()
-    return always, ~always & ~never
+    return frozen(always), frozen(~always & ~never)
 
 
 def _automatic(mode: str, size: Dim, span: int, stride: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import Sized, Told
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
@@ -42,11 +42,11 @@ class Expand(Sized):
 
     def _join(self, step: Step, source: Channels, offset: int) -> Channels:
         target = step.create(tuple(axis + offset for axis in source.axes))
-        every = np.arange(len(target))
+        numbers = every(len(target))
         if source.dims == target.dims:
-            step.link(source, target, every, every)
+            step.link(source, target, numbers, numbers)
         elif len(source) == 1:
-            step.link(source, target, np.zeros_like(every), every, coupled=False)
+            step.link(source, target, np.zeros_like(numbers), numbers, coupled=False)
         else:
             raise Wall("it repeats the channels")
         return target
@@ -134,7 +134,7 @@ class ConstantOfShape(Expand):
 
     def held(self, step: Step) -> Array | None:
         value = step.node.attrs.get("value")
-        return np.zeros((), np.float32) if value is None else np.asarray(value.values).reshape(())
+        return np.zeros((), np.float32) if value is None else np.asarray(value).reshape(())
 
     def _cut(self, step: Step, target: Channels) -> None:
         """Its one number stays."""
@@ -156,8 +156,8 @@ class Tile(Operator):
         if not isinstance(time, int) or (len(source) == 1 and whole_numbers(step, 1) is None):
             raise Wall("how often it repeats is computed")
         target = step.create(source.axes)
-        every = np.arange(len(target))
-        step.link(source, target, every % len(source), every, coupled=len(source) > 1)
+        numbers = every(len(target))
+        step.link(source, target, numbers % len(source), numbers, coupled=len(source) > 1)
         step.memo = axis if len(source) == 1 else None
 
     def need(self, step: Step) -> None:

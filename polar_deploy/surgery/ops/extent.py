@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Wall
+from polar_deploy.surgery.facts import Link, Wall, every
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.trace import taken, trace
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
-    from polar_deploy.surgery.graph import Node, Tensor
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.trace import Size
 
 
@@ -52,8 +52,8 @@ class Sized(Operator):
             raise Wall("its shape is computed")
         if target.axes != (axis,):
             raise Wall("its shape is computed, and its channels lie on several axes")
-        every = np.arange(len(target))
-        step.ties.append(Link(other, target, every, every))
+        numbers = every(len(target))
+        step.ties.append(Link(other, target, numbers, numbers))
 
 
 class Shape(Operator):
@@ -110,7 +110,7 @@ def _read(facts: Facts, reader: Node, index: int, position: int) -> list[int] | 
         return []
     if isinstance(step.handler, Sized):
         return [] if index == step.handler.told_by(step) and position in step.memo.followed else None
-    return _moved(facts, reader, index, position) if reader.domain in (None, "", "ai.onnx") else None
+    return _moved(facts, reader, index, position) if reader.domain in ("", "ai.onnx") else None
 
 
 def _moved(facts: Facts, reader: Node, index: int, position: int) -> list[int] | None:

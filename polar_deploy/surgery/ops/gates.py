@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, keeps_shape
-from polar_deploy.surgery.numbers import is_half
+from polar_deploy.surgery.numbers import all_of, is_half
 from polar_deploy.surgery.ops.activation import swish
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Multiply(Absorbing):
 
     def operands(self, step: Step) -> list[Operand]:
         operands = super().operands(step)
-        index = self._factor(step, operands)
-        if index is not None and step.facts.settled:
+        index = self._factor(step) if step.facts.settled else None
+        if index is not None:
             value, other = operands[index].value, operands[1 - index]
             free = ~step.output.needed | other.zero
             if step.parameter(index, "factor").size == 1:  # one for all
@@ -36,19 +36,29 @@ class Multiply(Absorbing):
             operands[index] = Operand(np.ones(len(value), bool), value, value >= 0, operands[index].finite)
         return operands
 
-    def gate(self, step: Step) -> Floats | None:
-        operands = super().operands(step)
-        index = self._factor(step, operands)
-        return None if index is None else operands[index].value
+    def conclude(self, step: Step, operands: list[Operand]) -> Operand:
+        if len(operands) != 2 or any(operand.finite is not None for operand in operands):
+            return super().conclude(step, operands)
+        one, other = operands  # the same as above, in fewer steps: there are many gates
+        zero = one.zero | other.zero
+        value = one.value * other.value
+        value[zero] = 0.0
+        return Operand((one.constant & other.constant) | zero, value, one.nonnegative & other.nonnegative)
 
-    def _factor(self, step: Step, operands: list[Operand]) -> int | None:
+    def gate(self, step: Step) -> Floats | None:
+        index = self._factor(step)
+        return None if index is None else self._operand(step, index).value
+
+    def _factor(self, step: Step) -> int | None:
         """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
-        factors = [index for index in (0, 1) if step.constant(index) is not None]
-        if len(factors) != 1 or step.inputs[1 - factors[0]] is None:
+        left, right = step.constant(0), step.constant(1)
+        index, values = (0, left) if right is None else (1, right)
+        one_only = (left is None) is not (right is None)
+        if values is None or not one_only or step.inputs[1 - index] is None or values.size not in (1, len(step.output)):
             return None
-        factor, size = operands[factors[0]], step.parameter(factors[0], "factor").size
-        switch = size == 1 and factor.value[0] in (0, 1)
-        return factors[0] if factor.constant.all() and (size == len(step.output) or switch) else None
+        factor = self._operand(step, index)
+        switch = values.size == 1 and factor.value[0] in (0, 1)
+        return index if all_of(factor.constant) and (values.size == len(step.output) or switch) else None
 
     def risky(self, step: Step) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
@@ -57,12 +67,17 @@ class Multiply(Absorbing):
         if any(step.constant(index) is not None for index in (0, 1)):
             known[:] = True
         half = is_half(step.graph.dtype(step.made[0]))
-        return np.asarray(~known & half | ~np.all([operand.finite for operand in operands], axis=0))
+        risky = np.asarray(~known & half)
+        for operand in operands:
+            risky = risky if operand.finite is None else risky | ~operand.finite
+        return risky
 
     def slice(self, step: Step) -> None:
-        if (index := self._factor(step, super().operands(step))) is not None:
+        if (index := self._factor(step)) is not None:
             values, opened = step.parameter(index, "factor"), self.operands(step)[index].value
             opened = opened[: values.size]
+            if all_of(opened == 1) and keeps_shape(step, 1 - index) and step.graph.bypass(step.node, 1 - index):
+                return
             if not np.array_equal(opened, values.ravel()):
                 step.graph.set_constant(step.node, index, opened.reshape(values.shape).astype(values.dtype))
         super().slice(step)
@@ -99,7 +114,7 @@ class Where(Elementwise):
         same = known | (yes.value == no.value)
         value = np.where(known & ~chosen, no.value, yes.value)
         nonnegative = choose(yes.nonnegative, no.nonnegative)
-        return Operand(choose(yes.constant, no.constant) & same, value, nonnegative, choose(yes.finite, no.finite))
+        return Operand(choose(yes.constant, no.constant) & same, value, nonnegative)
 
     def reads(self, step: Step, source: Channels) -> Bools:
         condition = super().operands(step)[0]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
 
@@ -115,12 +115,12 @@ class GatherElements(Operator):
         if step.node.attrs.get("axis", 0) % rank_of(step) == axis:
             raise Wall("its indices pick a channel for each position")
         target = step.create((axis,))
-        every = np.arange(len(target))
-        step.link(source, target, every, every)
+        numbers = every(len(target))
+        step.link(source, target, numbers, numbers)
         if step.constant(1) is None:
             if picking is None or picking.axes != target.axes or len(picking) != len(target):
                 raise Wall("the channels of its indices are not known")
-            step.link(picking, target, every, every)
+            step.link(picking, target, numbers, numbers)
 
     def constants(self, step: Step) -> None:
         """Whatever the indices are, a constant comes out as it goes in."""

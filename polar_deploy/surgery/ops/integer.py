@@ -17,7 +17,7 @@ from polar_deploy.surgery.quantization import Scheme, Weight, doubt, quantize, s
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
-    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.ir import Node
     from polar_deploy.surgery.operator import Operator
     from polar_deploy.surgery.stored import Array
 

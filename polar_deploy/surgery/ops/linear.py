@@ -14,7 +14,7 @@ from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Step
-    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.ir import Node
     from polar_deploy.surgery.stored import Array
 
 LEFT, RIGHT = 0, 1
@@ -160,7 +160,7 @@ class MatMul(Mixing):
         """The Add behind the product, which of its inputs is a constant along the outputs alone, and that constant."""
         product = step.node.outputs[0]
         node = product.outputs[0] if len(product.outputs) == 1 and step.graph.is_private(product.name) else None
-        if node is None or node.op != "Add" or node.domain not in (None, "", "ai.onnx"):
+        if node is None or node.op != "Add" or node.domain not in ("", "ai.onnx"):
             return None
         index = 0 if node.inputs[1] is product else 1
         values, shape = step.graph.constant(node, index), step.graph.shape(product)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.elementwise import Elementwise
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.mixing import Mix, Mixing
 from polar_deploy.surgery.numbers import fits
 from polar_deploy.surgery.ops.activation import HANDLERS as ACTIVATIONS
@@ -40,8 +40,8 @@ class Activated(Mixing):
             raise Wall("the channels of what it adds are not known")
         if step.node.attrs.get("group", 1) > 1:
             raise Wall("it adds a tensor to what its groups make")
-        every = np.arange(len(target))
-        step.link(added, target, every, every)
+        numbers = every(len(target))
+        step.link(added, target, numbers, numbers)
         step.memo.addend = step.links[-1]
 
     def constants(self, step: Step) -> None:

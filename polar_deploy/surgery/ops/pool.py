@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.numbers import fits
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.trace import is_fixed
@@ -74,8 +74,8 @@ class MaxPool(Pool):
         unpools = all(reader.op == "MaxUnpool" and reader.inputs[INDICES] is indices for reader in indices.outputs)
         if not unpools or not step.graph.is_private(indices.name):
             raise Wall("its indices are used")
-        every = np.arange(len(step.output))
-        step.link(step.require(), step.create((1,), output=INDICES), every, every)
+        numbers = every(len(step.output))
+        step.link(step.require(), step.create((1,), output=INDICES), numbers, numbers)
 
     def constants(self, step: Step) -> None:
         super().constants(step)
@@ -101,8 +101,8 @@ class MaxUnpool(Pool):
         after = step.graph.shape(step.made[0])
         if before is None or after is None or None in after or before[2:] != after[2:]:
             raise Wall("its indices were not made for images of the size that it makes")
-        every = np.arange(len(target))
-        step.link(indices, target, every, every)
+        numbers = every(len(target))
+        step.link(indices, target, numbers, numbers)
 
     def uniform(self, step: Step, values: Floats) -> Floats:
         return np.full_like(values, np.nan)

@@ -16,7 +16,7 @@ from polar_deploy.surgery.quantization import INPUT, SCALE, ZERO, doubt, quantiz
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
-    from polar_deploy.surgery.graph import Node, Tensor
+    from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.quantization import Scheme
     from polar_deploy.surgery.stored import Array
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import Sized, Told
 from polar_deploy.surgery.ops.shape import Moving
@@ -51,7 +51,7 @@ class Resize(Sized):
     def _scale(self, step: Step, at: int, count: int) -> float | None:
         if "scales" in step.node.attrs:
             return float(step.node.attrs["scales"][at])
-        before = step.node.op == "Upsample" or step.graph.body.opset < 11
+        before = step.node.op == "Upsample" or step.graph.opset < 11
         return _numbers(step, ROI if before else SCALES, count)[at].value
 
     def _obey(self, step: Step, axis: int, at: int, axes: list[int]) -> None:
@@ -79,7 +79,7 @@ class Resize(Sized):
             dim for axis in changed if isinstance(dim := after[axis], int) and (fixed or sizes[axis].value == dim)
         ]
         crops = _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize"
-        if step.graph.body.opset < 18 or crops or not changed or len(wanted) < len(changed):
+        if step.graph.opset < 18 or crops or not changed or len(wanted) < len(changed):
             raise Wall("its sizes are computed")
         step.memo.written, step.memo.axes = np.array(wanted, np.int64), tuple(changed)
 
@@ -138,9 +138,9 @@ class DepthToSpace(Moving):
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
         target = step.create((1,))
-        every = np.arange(len(source))
+        numbers = every(len(source))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, every, every % len(target) if depth_first else every // count)
+        step.link(source, target, numbers, numbers % len(target) if depth_first else numbers // count)
 
 
 class SpaceToDepth(Operator):
@@ -151,9 +151,9 @@ class SpaceToDepth(Operator):
         if source.axes != (1,):
             raise Wall("the channels of its input are not on axis 1")
         target = step.create((1,))
-        every = np.arange(len(target))
+        numbers = every(len(target))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, every % len(source) if depth_first else every // count, every)
+        step.link(source, target, numbers % len(source) if depth_first else numbers // count, numbers)
 
 
 class CenterCropPad(Operator):

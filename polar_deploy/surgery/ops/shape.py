@@ -15,7 +15,7 @@ from polar_deploy.surgery.trace import Size, is_fixed, trace
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
-    from polar_deploy.surgery.graph import Node
+    from polar_deploy.surgery.ir import Node
     from polar_deploy.surgery.stored import Array
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Wall, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import only_axis, rank_of
 from polar_deploy.surgery.trace import whole_numbers, write_numbers
@@ -24,11 +24,11 @@ class Split(Operator):
     def couple(self, step: Step) -> None:
         source = step.require()
         axis = step.node.attrs.get("axis", 0) % rank_of(step)
-        every = np.arange(len(source))
+        numbers = every(len(source))
         if axis not in source.axes:
             for index, tensor in enumerate(step.made):
                 if tensor.name:
-                    step.link(source, step.create(source.axes, index), every, every)
+                    step.link(source, step.create(source.axes, index), numbers, numbers)
             return
         only_axis(source)
         step.memo = sizes = self._sizes(step, len(source))
@@ -37,7 +37,7 @@ class Split(Operator):
         ends = np.cumsum(sizes)
         for index, (tensor, size, end) in enumerate(zip(step.made, sizes, ends, strict=True)):
             if tensor.name and size:
-                step.link(source, step.create(source.axes, index), every[end - size : end], np.arange(size))
+                step.link(source, step.create(source.axes, index), numbers[end - size : end], np.arange(size))
 
     def _sizes(self, step: Step, width: int) -> list[int]:
         if step.has(1):
@@ -73,7 +73,7 @@ class Split(Operator):
         if not told and sizes == _equal(sum(sizes), len(sizes)):
             if "num_outputs" in node.attrs:
                 graph.set_attribute(node, "num_outputs", len(sizes))
-        elif graph.body.opset < 13:
+        elif graph.opset < 13:
             graph.set_attribute(node, "split", sizes)
         else:
             graph.drop_attribute(node, "num_outputs")

@@ -1,0 +1,332 @@
+"""Shapes and types of a graph's tensors, and whether the graph is valid: onnx is asked, once for each question."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from polar_deploy.surgery.arithmetic import complete
+from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, NotUnderstoodError, first_line, not_inferred
+from polar_deploy.surgery.sizes import (
+    BATCHES,
+    USUAL,
+    Dim,
+    Shape,
+    Sizes,
+    assign,
+    candidates,
+    fill,
+    first_that,
+    input_shapes,
+    symbols,
+    two_probes,
+)
+from polar_deploy.surgery.standins import STANDARD, stand_ins
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import onnx
+
+Described = tuple[int, Shape | None]  # the element type of a tensor, as ONNX numbers them, and its shape
+UNKNOWN: Described = (0, None)
+TYPES = 1 << 14  # different types of tensors that are kept in mind; a network has few
+
+
+class Tensors:
+    """What is known of the tensors of a graph, at one choice of input sizes or at two."""
+
+    def __init__(self, first: dict[str, Described], second: dict[str, Described] | None = None) -> None:
+        self.first, self.second = first, second
+        self._merged: dict[str, Shape | None] = {}
+
+    def shape(self, name: str) -> Shape | None:
+        """The shape of a tensor; None: unknown, or not even its rank is the same at both choices of sizes."""
+        if self.second is None:
+            return self.first.get(name, UNKNOWN)[1]
+        if name not in self._merged:
+            one, other = self.first.get(name, UNKNOWN)[1], self.second.get(name, UNKNOWN)[1]
+            self._merged[name] = one if one == other or one is None else _merge(one, other or ())
+        return self._merged[name]
+
+    def kind(self, name: str) -> int:
+        """The element type of a tensor; 0: unknown."""
+        return self.first.get(name, UNKNOWN)[0]
+
+
+class Skeleton:
+    """A model whose large constants are inputs without data. What was found out about it is kept."""
+
+    def __init__(self, model: onnx.ModelProto, *, strict: bool = True) -> None:
+        """Takes a model, be it one whose weights were taken out, see `stored`.
+
+        strict: whether shapes that contradict each other are an error; else they are not known.
+        """
+        self.model = model
+        self.strict = strict
+        self.inputs = input_shapes(model)
+        self._constants: dict[str, Described] = {x.name: (x.data_type, tuple(x.dims)) for x in model.graph.initializer}
+        self._found: dict[tuple[tuple[str, int], ...], Tensors] = {}
+
+    def check(self, name: str) -> None:
+        """Raises NotUnderstoodError where the model is no valid graph (cyclic, duplicate names, wrong attributes).
+
+        What it declares of shapes, be it missing, negative or wrong, is not looked at.
+        """
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        for opset in self.model.opset_import:
+            if opset.domain in STANDARD and opset.version > newest:
+                raise NotUnderstoodError(
+                    f"{name} wants opset {opset.version}, the installed onnx knows {newest}", "install a newer onnx"
+                )
+        proto = self._proto
+        values = [
+            value.type for value in (*proto.graph.input, *proto.graph.output) if value.type.HasField("tensor_type")
+        ]
+        bare = [kind.tensor_type for kind in values if not kind.tensor_type.HasField("shape")]
+        for kind in bare:
+            kind.shape.SetInParent()  # the checker insists on one
+        try:
+            for tensor in self.model.graph.sparse_initializer:
+                onnx.checker.check_sparse_tensor(tensor)
+            onnx.checker.check_model(proto)
+        except (onnx.checker.ValidationError, ValueError) as error:
+            raise NotUnderstoodError(f"{name} is not valid ONNX: {first_line(error)}", EXPORT_AGAIN) from error
+        finally:
+            for kind in bare:
+                kind.ClearField("shape")
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The shape and type of every tensor that has one.
+
+        Dynamic dimensions are found out by inference at two input sizes: two tensors share a dimension where both
+        sizes agree, which symbols alone do not tell behind a strided convolution.
+
+        Raises:
+            NotUnderstoodError: the graph's shapes contradict each other.
+        """
+        if not any(isinstance(dim, str) for shape in self.inputs.values() for dim in shape):
+            return self.at({})
+        found = two_probes(self.model, self.at)
+        return self._infer(self._standing) if found is None else Tensors(found[0].first, found[1].first)
+
+    def at_batch_1(self) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Shape | None]]:
+        """The input shapes at batch 1, and that of any tensor; other sizes are 224 where the graph takes that.
+
+        Raises:
+            ContentError: no size was found that the graph takes.
+        """
+        usual = assign(self.inputs, 1, USUAL)
+        if (probed := self._probed()) is not None:
+            return fill(self.inputs, usual), probed
+        found = first_that(self.at, iter([usual])) or first_that(self.at, candidates(self.model, (1,)))
+        if found is None:
+            found = usual, self.at(usual)  # raises
+        return fill(self.inputs, found[0]), found[1].shape
+
+    def at(self, sizes: Sizes) -> Tensors:
+        """What is known where the symbols of the inputs have these sizes."""
+        key = tuple(sizes.items())
+        if key not in self._found:
+            self._found[key] = self._infer_with(sizes)
+        return self._found[key]
+
+    def _probed(self) -> Callable[[str], Shape | None] | None:
+        """Shapes at batch 1 from those at the two batch sizes that were probed; None: more than the batch varies.
+
+        A dimension is a number, or that times the batch; where one is neither, inference at batch 1 says what it is.
+        """
+        usual = assign(self.inputs, 1)
+        first, second = (self._found.get(tuple(assign(self.inputs, batch).items())) for batch in BATCHES)
+        if symbols(self.inputs)[1] or first is None or second is None:
+            return None
+
+        def shape(name: str) -> Shape | None:
+            one, other = first.shape(name), second.shape(name)
+            if one == other:
+                return one
+            if one is None or other is None or len(one) != len(other):
+                return self.at(usual).shape(name)
+            dims = _per_image(one, other)
+            return self.at(usual).shape(name) if None in dims else dims
+
+        return shape
+
+    @cached_property
+    def _proto(self) -> onnx.ModelProto:
+        import onnx
+
+        model = self.model
+        custom = set(not_inferred(model))
+        graph = onnx.GraphProto(name=model.graph.name or "graph")
+        graph.node.extend(model.graph.node)
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+        graph.output.extend(model.graph.output)
+        for value in graph.output:  # what is declared may be wrong
+            if value.type.HasField("tensor_type") and value.name not in custom:
+                value.type.tensor_type.ClearField("shape")
+        listed = {value.name for value in model.graph.input}
+        graph.input.extend(model.graph.input)
+        for value in graph.input:
+            for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+                if dim.dim_value < 0:
+                    dim.ClearField("dim_value")
+        for sparse in model.graph.sparse_initializer:
+            name, kind = sparse.values.name, sparse.values.data_type
+            graph.input.append(onnx.helper.make_tensor_value_info(name, kind, sparse.dims))
+        for tensor in model.graph.initializer:
+            if math.prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+                graph.initializer.append(tensor)
+            elif tensor.name not in listed:
+                value = graph.input.add(name=tensor.name)
+                value.type.tensor_type.elem_type = tensor.data_type
+                shape = value.type.tensor_type.shape
+                shape.SetInParent()
+                for size in tensor.dims:
+                    shape.dim.add(dim_value=size)
+        graph.value_info.extend(value for value in model.graph.value_info if value.name in custom)
+        version = model.ir_version  # from 4 on, initializers need not be inputs
+        version = max(version, 4) if version > 0 else version
+        skeleton = onnx.ModelProto(ir_version=version, graph=graph)
+        skeleton.opset_import.extend(model.opset_import)
+        skeleton.functions.extend(model.functions)
+        return skeleton
+
+    @cached_property
+    def _standing(self) -> onnx.ModelProto:
+        """The skeleton with stand-ins where there are any."""
+        found = [stand_ins(node) for node in self._proto.graph.node]
+        if all(nodes is None for nodes in found):
+            return self._proto
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._proto)
+        del model.graph.node[:]
+        for node, nodes in zip(self._proto.graph.node, found, strict=True):
+            model.graph.node.extend(nodes or [node])
+        return model
+
+    def _infer_with(self, sizes: Sizes) -> Tensors:
+        """Inference with numbers in place of the symbols of the inputs."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._standing)
+        shapes = fill(self.inputs, sizes)
+        for value in model.graph.input[: len(self.model.graph.input)]:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+                dim.dim_value = size
+        for value in model.graph.value_info:
+            for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+                if dim.dim_param in sizes:
+                    dim.dim_value = sizes[dim.dim_param]
+        return self._infer(model)
+
+    def _infer(self, model: onnx.ModelProto) -> Tensors:
+        import onnx
+
+        strict = self.strict
+        try:
+            graph = onnx.shape_inference.infer_shapes(
+                model, check_type=strict, strict_mode=strict, data_prop=True
+            ).graph
+            values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
+            types = {value.name: value.type.SerializeToString() for value in values}
+            found = {name: _described(data) for name, data in types.items()} | self._constants
+            if any(
+                name and _is_open(types.get(name))
+                for node in model.graph.node
+                if node.domain in STANDARD
+                for name in node.output
+            ):
+                found = _completed(model, graph)
+            _check_reshapes(model.graph.node, found)
+        except (onnx.shape_inference.InferenceError, ValueError) as error:
+            raise NotUnderstoodError(
+                f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN
+            ) from error
+        return Tensors(found)
+
+
+def _completed(model: onnx.ModelProto, inferred: onnx.GraphProto) -> dict[str, Described]:
+    """What is known once shape arithmetic is followed that onnx does not follow."""
+    import onnx
+
+    types = {value.name: value.type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+    types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in inferred.initializer)
+    complete(model, types)
+    return {name: _described(kind.SerializeToString()) for name, kind in types.items()}
+
+
+@lru_cache(TYPES)
+def _described(data: bytes) -> Described:
+    """A serialised type as element type and shape."""
+    import onnx
+
+    kind = onnx.TypeProto.FromString(data)
+    if not kind.HasField("tensor_type"):
+        return kind.tensor_type.elem_type, None
+    tensor = kind.tensor_type
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    dims = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim)
+    return tensor.elem_type, tuple(dims)
+
+
+@lru_cache(TYPES)
+def _is_open(data: bytes | None) -> bool:
+    """Whether something about the shape of a tensor with that serialised type is not known."""
+    import onnx
+
+    if data is None:
+        return True
+    shape = _described(data)[1]
+    if shape is None:
+        return bool(onnx.TypeProto.FromString(data).HasField("tensor_type"))
+    return not all(isinstance(dim, int) for dim in shape)
+
+
+@lru_cache(TYPES)
+def _merge(first: Shape, second: Shape) -> Shape | None:
+    """What is known of a shape that was found at two input sizes; None: not even its rank."""
+
+    def dim(a: Dim, b: Dim) -> Dim:
+        if isinstance(a, int) and isinstance(b, int):
+            return a if a == b else (a, b)
+        return a if a == b else None
+
+    if len(first) != len(second):
+        return None
+    return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
+
+
+@lru_cache(TYPES)
+def _per_image(first: Shape, second: Shape) -> Shape:
+    """The shape at batch 1 of what has these at the batch sizes that were probed; None where that is not clear."""
+    low, high = BATCHES
+
+    def dim(one: Dim, other: Dim) -> Dim:
+        if one == other:
+            return one
+        known = isinstance(one, int) and isinstance(other, int) and one * high == other * low and one % low == 0
+        return one // low if known and isinstance(one, int) else None
+
+    return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _check_reshapes(nodes: Iterable[onnx.NodeProto], found: dict[str, Described]) -> None:
+    """Raises ValueError where a Reshape gets another number of elements than it makes, which inference lets pass."""
+    for node in nodes:
+        if node.op_type == "Reshape" and node.domain in STANDARD:
+            known = [found.get(name, UNKNOWN)[1] for name in (node.input[0], node.output[0])]
+            sizes: list[Shape] = [(None,) if shape is None else shape for shape in known]
+            counts = [math.prod(dim for dim in shape if isinstance(dim, int)) for shape in sizes]
+            if all(isinstance(dim, int) for shape in sizes for dim in shape) and counts[0] != counts[1]:
+                raise ValueError(f"Reshape {node.name} makes {list(sizes[1])} of {list(sizes[0])}")
