@@ -299,7 +299,7 @@ class Stage:
 
 def _paths(run: Run, names: tuple[str, ...]) -> list[Path]:
     """The files of these names. Not every target has plans, not every budget a table."""
-    absent = {".plan"} if not run.target.has_plans else set()
+    absent = {".plan"} - {run.target.backend.artefact.suffix}
     absent |= {LATENCY_TABLE} if "latency" not in run.budget else set()
     return [run.path(name) for name in names if not name.endswith(tuple(absent))]
 

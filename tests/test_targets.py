@@ -14,7 +14,7 @@ import pytest
 from polar_deploy import gpu
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.gpu import Gpu
-from polar_deploy.targets import TARGETS, _too_old, check, choose, lacks_to_build, lacks_to_run, parse
+from polar_deploy.targets import TARGETS, Target, check, choose, lacks_to_build, lacks_to_run, parse
 
 
 def has_driver() -> bool:
@@ -51,7 +51,7 @@ def install(site: Path, distribution: str, version: str, module: str) -> None:
 )
 def test_names(name: str, backend: str, precision: str, align: int) -> None:
     target = parse(name)
-    assert (target.name, target.backend, target.precision, target.align) == (name, backend, precision, align)
+    assert (target.name, target.backend.name, target.precision, target.align) == (name, backend, precision, align)
 
 
 def test_that_is_all_of_them() -> None:
@@ -167,23 +167,27 @@ def test_packages_are_judged_by_version_and_never_imported(
     assert lacks_to_build(parse("trt-fp16")) == ([f"tensorrt is {version}, older than 10.0"] if old else [])
 
 
+def too_old(device: Gpu, target: Target) -> str | None:
+    return target.backend.why_not_on(device, target.precision)
+
+
 def test_bf16_needs_a_gpu_that_has_it() -> None:
     bf16, fp16 = parse("trt-bf16"), parse("trt-fp16")
     t4, orin = Gpu("Tesla T4", (7, 5)), Gpu("Orin", (8, 7))
-    assert _too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
-    assert _too_old(t4, fp16) is None
-    assert _too_old(orin, bf16) is None
+    assert too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
+    assert too_old(t4, fp16) is None
+    assert too_old(orin, bf16) is None
 
 
 def test_some_gpus_are_no_good_for_tensorrt() -> None:
     v100 = Gpu("Tesla V100", (7, 0))
     assert (
-        _too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
+        too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
     )
-    assert _too_old(v100, parse("ort-cuda-fp16")) is None
+    assert too_old(v100, parse("ort-cuda-fp16")) is None
     h200 = Gpu("H200", (9, 0))
-    assert _too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
-    assert _too_old(h200, parse("trt-fp16")) is None
+    assert too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
+    assert too_old(h200, parse("trt-fp16")) is None
 
 
 def test_importing_targets_is_light() -> None:

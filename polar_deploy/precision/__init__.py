@@ -53,7 +53,7 @@ def write(
         model = onnx.load(source)  # as it is
         graph.require_fp32(graph.inferred(onnx.load(source, load_external_data=False)).graph, source)
     elif target.precision == "int8":
-        scheme = int8.TRT if target.has_plans else int8.ORT
+        scheme = int8.SCHEMES[target.backend.int8]
         model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration)
     else:
         wide = graph.load(source)

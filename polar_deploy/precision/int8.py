@@ -18,12 +18,12 @@ from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
 from polar_deploy.precision.calibration import Array
 from polar_deploy.precision.proof import Reference
-from polar_deploy.precision.qdq import ORT, TRT, Scheme
+from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
 
-__all__ = ["ORT", "TRT", "Scheme", "converted"]
+__all__ = ["ORT", "SCHEMES", "TRT", "Scheme", "converted"]
 
 
 def converted(
