@@ -19,7 +19,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import write_result
-from polar_deploy import precision, targets
+from polar_deploy import engines, precision, targets
 from polar_deploy.config import Build
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.precision.rounding import computed_wide
@@ -165,7 +165,8 @@ def trial(seed: int, target: str, folder: Path) -> dict[str, Any]:
     onnx.save(network, folder / "a.onnx")
     said = {"seed": seed, "target": target}
     try:
-        written = precision.write(folder / "a.onnx", folder / "b.onnx", targets.parse(target), Build(), images(64, 2))
+        paths, what, batches = (folder / "a.onnx", folder / "b.onnx"), targets.parse(target), images(64, 2)
+        written = precision.write(*paths, what, Build(), batches, engines.kernels(what))
     except PolarDeployError as error:
         return {**said, "refused": error.what.split(": ", 1)[-1]}
     expected = outputs(network, batch, fused=False)
@@ -207,7 +208,8 @@ def growth(folder: Path) -> dict[str, list[float]]:
             for _ in range(3):
                 start = time.process_time()
                 options = Build(max_layer_error=10)
-                precision.write(folder / "chain.onnx", folder / "typed.onnx", targets.parse(target), options, batch)
+                paths, what = (folder / "chain.onnx", folder / "typed.onnx"), targets.parse(target)
+                precision.write(*paths, what, options, batch, engines.kernels(what))
                 taken.append(time.process_time() - start)
             found[target].append(round(min(taken), 3))
     return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from polar_deploy.config import Build
+    from polar_deploy.precision.proof import Kernels
 
 __all__ = [
     "Array",
@@ -32,6 +33,7 @@ __all__ = [
     "build_all",
     "graph",
     "infer_all",
+    "kernels",
     "load",
     "open_artefact",
     "rebuild",
@@ -73,7 +75,7 @@ def build(
     start = time.perf_counter()
     targets.check(target)
     model = network.read(source)
-    types = precision.write(source, folder / f"{name}.onnx", target, options, calibration)
+    types = precision.write(source, folder / f"{name}.onnx", target, options, calibration, kernels(target))
     return _built(model, folder, name, target, options, types, start)
 
 
@@ -173,6 +175,11 @@ def open_artefact(path: Path, target: targets.Target, entry: dict[str, Any]) -> 
 def require_fit(path: Path, target: targets.Target, described: Any) -> None:
     """Raise unless an artefact can be loaded on this machine. As `Runtime.require_fit` says."""
     _runtime(target).require_fit(path, target, described)
+
+
+def kernels(target: targets.Target) -> Kernels | None:
+    """How the target's runtime computes a typed graph. As `Runtime.kernels` says."""
+    return _runtime(target).kernels(target)
 
 
 def graph(path: Path) -> Engine:

@@ -16,6 +16,7 @@ from polar_deploy.errors import ContentError
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
+    from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
 Array = npt.NDArray[np.float32]
@@ -64,6 +65,10 @@ class Runtime(Protocol):
         Raises:
             ContentError: the backend cannot run the network in the target's precision.
         """
+        ...
+
+    def kernels(self, target: Target) -> Kernels | None:
+        """How this runtime computes a typed graph, which has to be proven before it is built; None: not on a CPU."""
         ...
 
     def load(self, artefact: Path, target: Target, entry: dict[str, Any]) -> Engine:

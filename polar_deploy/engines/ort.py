@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ import numpy.typing as npt
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
 from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
+from polar_deploy.precision.proof import Kernels
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -129,6 +132,13 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
         "files": [onnx_path.name, layers_path.name],
         "plan": _NO_PLAN,
     }
+
+
+def kernels(target: Target) -> Kernels | None:
+    """Those that Q/DQ pairs are fused into, on the CPU. As `Runtime.kernels` says."""
+    if target.backend.gpu is not None:
+        return None
+    return Kernels(target.backend.library, partial(calibration.outputs, fused=True))
 
 
 def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OrtEngine:

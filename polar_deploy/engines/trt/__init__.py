@@ -11,6 +11,7 @@ from polar_deploy.errors import ContentError, MachineError
 if TYPE_CHECKING:
     from polar_deploy.config import Build
     from polar_deploy.engines.trt.run import TrtEngine
+    from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
 _AGAIN = "build again here: --from build"
@@ -34,6 +35,11 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
         "versions": {plan["library"]: plan["version"]},
         "files": [onnx_path.name, plan["file"], f"{name}.layers.json"],
     }
+
+
+def kernels(target: Target) -> Kernels | None:
+    """None: they run on a GPU only. As `Runtime.kernels` says."""
+    return None
 
 
 def load(artefact: Path, target: Target, entry: dict[str, Any]) -> TrtEngine:
