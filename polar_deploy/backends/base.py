@@ -159,6 +159,10 @@ class Backend:
         """
         return [triton_instances("CPU" if self.gpu is None else "GPU")]
 
+    def triton_notes(self, precision: str) -> list[str]:
+        """What whoever serves an artefact of this precision with Triton has to know, a line each."""
+        return []
+
     @property
     def _needed_to_build(self) -> tuple[Package, ...]:
         return (self.packages[0], *self.build_packages)

@@ -154,13 +154,14 @@ def _graph(bundle: Bundle, network: Network, target: Target, backend: str) -> _M
     """The typed graph for the runtime that it was made for; else the FP32 one, since types suit one runtime only."""
     if backend == target.backend.triton:
         file, types = network.typed, (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
-        note, by = f"it is {file}, as it was measured", target.backend
+        notes = [f"it is {file}, as it was measured", *target.backend.triton_notes(target.precision)]
+        by = target.backend
     else:
         file, types = network.fp32, ("fp32", "fp32")
-        note = f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"
+        notes = [f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"]
         by = ORT if target.backend.gpu is None else ORT_CUDA
     settings = by.triton_settings(threads=network.threads or 1, tf32=network.tf32)
-    return _Model(backend, bundle.path(file), types, settings, [note])
+    return _Model(backend, bundle.path(file), types, settings, notes)
 
 
 def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, trusted: bool) -> _Model:
