@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_deploy import gpu
+from polar_deploy import cpu, gpu
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.gpu import Gpu
 from polar_deploy.targets import TARGETS, Target, check, choose, lacks_to_build, lacks_to_run, parse
@@ -47,6 +47,9 @@ def install(site: Path, distribution: str, version: str, module: str) -> None:
         ("rtx-fp32", "rtx", "fp32", 1),
         ("rtx-fp16", "rtx", "fp16", 8),
         ("rtx-int8", "rtx", "int8", 32),
+        ("ov-fp32", "ov", "fp32", 16),
+        ("ov-bf16", "ov", "bf16", 16),
+        ("ov-int8", "ov", "int8", 16),
     ],
 )
 def test_names(name: str, backend: str, precision: str, align: int) -> None:
@@ -55,7 +58,7 @@ def test_names(name: str, backend: str, precision: str, align: int) -> None:
 
 
 def test_that_is_all_of_them() -> None:
-    assert len(TARGETS) == 11
+    assert len(TARGETS) == 14
 
 
 def test_unknown_names() -> None:
@@ -188,6 +191,43 @@ def test_some_gpus_are_no_good_for_tensorrt() -> None:
     h200 = Gpu("H200", (9, 0))
     assert too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
     assert too_old(h200, parse("trt-fp16")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wider"),
+    [
+        *(("ort-int8", "ort-fp32"), ("ov-int8", "ov-bf16"), ("trt-int8", "trt-fp16"), ("rtx-int8", "rtx-fp16")),
+        *(("trt-fp16", "trt-fp32"), ("trt-bf16", "trt-fp32"), ("ort-cuda-fp16", "ort-cuda-fp32")),
+        ("ov-fp32", "ov-fp32"),
+    ],
+)
+def test_the_next_wider_target(name: str, wider: str) -> None:
+    assert parse(name).wider.name == wider
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+def test_bf16_needs_a_cpu_that_has_it(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "openvino", "2026.4.1", "openvino")
+    install(tmp_path, "onnxruntime", "1.32.0", "onnxruntime")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(cpu, "instructions", lambda: {"avx512f", flag})
+    check(parse("ov-bf16"))
+    monkeypatch.setattr(cpu, "instructions", lambda: {"avx512f"})
+    with pytest.raises(
+        MachineError, match=r"ov-bf16 cannot be built here: the CPU has no BF16 \(amx_bf16 or "
+    ) as error:
+        check(parse("ov-bf16"))
+    assert error.value.todo.startswith("use --target ort-fp32, which works here")
+    check(parse("ov-fp32"))
+    assert lacks_to_run(parse("ov-int8")) == []
+
+
+def test_openvino_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "onnxruntime", "1.32.0", "onnxruntime")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(MachineError, match=r"openvino >= [\d.]+ is not installed") as error:
+        check(parse("ov-int8"))
+    assert "pip install 'polar-deploy[openvino]'" in error.value.todo
 
 
 def test_importing_targets_is_light() -> None:
