@@ -28,7 +28,7 @@ import numpy.typing as npt
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
 from polar_deploy.errors import ContentError, MachineError, one_line
-from polar_deploy.precision.graph import count_wider
+from polar_deploy.precision.graph import count_wider, described
 from polar_deploy.precision.proof import Kernels
 from polar_deploy.workspace import write_json
 
@@ -265,12 +265,20 @@ def _translated(path: Path, model: onnx.ModelProto | None = None) -> Iterator[No
     try:
         yield
     except RuntimeError as error:  # all of its errors
-        message = one_line(error)
+        message, given = one_line(error), model or network.read(path)
         said = message.partition("failed with ")[2] or message
-        what = f"{path}: {network.blame(model or network.read(path), message)}OpenVINO says: {said}"
+        what = f"{path}: {_unknown(given, message) or network.blame(given, message)}OpenVINO says: {said}"
         if "bad_alloc" in message or "allocate" in message:
             raise MachineError(what, "free some memory, or use smaller batches or images") from error
         raise ContentError(what, "export the network with operators that this OpenVINO has") from error
+
+
+def _unknown(model: onnx.ModelProto, message: str) -> str:
+    """The first node of an operator that OpenVINO lacks, as `network.blame` has it: it lists operators, not nodes."""
+    listed = re.search(r"operations: ([\w., ]+)", message)
+    operators = re.split("[, ]+", listed[1]) if listed else []
+    lacking = (node for node in model.graph.node if f"{node.domain}.{node.op_type}".lstrip(".") in operators)
+    return next((f"{described(node)}: " for node in lacking), "")
 
 
 @cache

@@ -187,7 +187,7 @@ def test_an_operator_that_openvino_lacks_is_named_with_its_node(tmp_path: Path) 
         helper.make_node("Fancy", ["f"], ["logits"], name="head", domain="my.ops"),
     ]
     path = saved(model(nodes, {}, classes=192, size=8, domains=("my.ops",)), tmp_path / "a.onnx")
-    with pytest.raises(ContentError, match=r"OpenVINO says: OpConversionFailure: .*my\.ops\.Fancy"):
+    with pytest.raises(ContentError, match=r"node 'head' \(operator my\.ops:Fancy\): OpenVINO says: .*my\.ops\.Fancy"):
         openvino.OvEngine(path)
 
 
