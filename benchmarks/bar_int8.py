@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks.common import ROOT, SHARED, run_pipeline, write_result
+from benchmarks.common import ROOT, SHARED, resnet20_run, write_result
 from polar_deploy import data, engines, export, models, targets
 from polar_deploy.config import Build, Calibration
 from polar_deploy.engines import Array, Engine, timing
@@ -63,7 +63,7 @@ def main() -> int:
         network = models.build("resnet56", 10, 32)
         models.load_weights(network, SHARED / "models" / "resnet56.npz")
         export.export(network, 32, full)
-        run = arguments.run or _run(folder / "run")
+        run = arguments.run or resnet20_run(folder / "run", cifar_folder(folder, "cifar10"))
         figures = {
             "resnet56": measure(full, folder / "full", images),
             "compressed_resnet20": measure(run / "compressed" / "model.onnx", folder / "compressed", images),
@@ -154,17 +154,6 @@ def _images() -> Images:
     most = max(each.images for each in (Calibration(), *CALIBRATIONS))
     chosen = np.random.default_rng(0).permutation(len(train))[:most]
     return Images(*(data.normalise(each, normal["mean"], normal["std"]) for each in (train[chosen], test)), labels)
-
-
-def _run(folder: Path) -> Path:
-    """The run whose compressed network is measured, made with the command."""
-    cifar = cifar_folder(folder.parent, "cifar10")
-    weights = SHARED / "models" / "resnet20.npz"
-    options = ("--data-dir", str(cifar), "--full-weights", str(weights), "--until", "surgery")
-    made = run_pipeline(folder, "--recipe", str(RECIPE), *options)
-    if made["exit_code"] != 0:
-        raise SystemExit(f"the run failed with exit code {made['exit_code']}")
-    return folder
 
 
 if __name__ == "__main__":

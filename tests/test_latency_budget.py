@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from polar_deploy import latency
+from polar_deploy import gpu, latency
 from polar_deploy.engines import table
 from polar_deploy.workspace import read_json, write_json
 from tests.conftest import MINIATURE, Miniature, polar
@@ -147,9 +147,9 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_trained(
 
 def test_without_a_table_the_target_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise table.targets.gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
+        raise gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
 
-    monkeypatch.setattr(table.targets.gpu, "first", missing)
+    monkeypatch.setattr(gpu, "first", missing)
     options = ("--budget", "latency=0.8", "--target", "trt-fp16", "--out", str(tmp_path / "run"))
     outcome = polar(*TINY, *options)
     assert outcome.code == 2

@@ -13,6 +13,7 @@ import pytest
 from polar_deploy import targets
 from polar_deploy.engines import timing
 from polar_deploy.workspace import read_json
+from tests.bundle.commands import bundle
 from tests.conftest import MINIATURE, Miniature, Outcome, polar
 from tests.schemas import valid
 
@@ -95,9 +96,12 @@ def test_what_is_built_and_not_run_never_passes(precision: str, trained: tuple[P
     assert "built, not run here" in table.out
 
 
-def test_int8_on_the_cpu_runs_and_is_judged(miniature: Miniature, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["ort-int8", "ov-int8"])
+def test_int8_on_the_cpu_runs_and_is_judged(target: str, miniature: Miniature, tmp_path: Path) -> None:
+    if lacks := targets.lacks_to_run(targets.parse(target)):
+        pytest.skip("; ".join(lacks))
     folder = miniature.copy(tmp_path / "run", "build", "parity", "report")
-    options = ("--target", "ort-int8", "--max-drop", "20", "--min-speedup", "0.01", "--out", folder)
+    options = ("--target", target, "--max-drop", "20", "--min-speedup", "0.01", "--out", folder)
     outcome = polar(*MINIATURE, *options, "--from", "build")
     assert outcome.code in (0, 5), outcome.err
     build, parity = read_json(folder / "engines/build.json"), read_json(folder / "parity.json")
@@ -111,6 +115,9 @@ def test_int8_on_the_cpu_runs_and_is_judged(miniature: Miniature, tmp_path: Path
     assert "int8 for fp32" in outcome.out
     for name in ("engines/build.json", "parity.json", "report.json"):
         valid(Path(name).stem, read_json(folder / name))
+    verified = bundle("verify", folder / "bundle", "--no-timing")
+    assert verified.code == 0, verified.out + verified.err
+    assert "engines   as delivered" in verified.out
 
 
 def test_on_another_machine_engines_are_built_and_measured_again(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from polar_deploy import gpu
+from polar_deploy import cpu, gpu
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.gpu import Gpu
-from polar_deploy.targets import TARGETS, _too_old, check, choose, lacks_to_build, lacks_to_run, parse
+from polar_deploy.targets import TARGETS, Target, check, choose, lacks_to_build, lacks_to_run, parse
 
 
 def has_driver() -> bool:
@@ -47,15 +47,18 @@ def install(site: Path, distribution: str, version: str, module: str) -> None:
         ("rtx-fp32", "rtx", "fp32", 1),
         ("rtx-fp16", "rtx", "fp16", 8),
         ("rtx-int8", "rtx", "int8", 32),
+        ("ov-fp32", "ov", "fp32", 16),
+        ("ov-bf16", "ov", "bf16", 16),
+        ("ov-int8", "ov", "int8", 16),
     ],
 )
 def test_names(name: str, backend: str, precision: str, align: int) -> None:
     target = parse(name)
-    assert (target.name, target.backend, target.precision, target.align) == (name, backend, precision, align)
+    assert (target.name, target.backend.name, target.precision, target.align) == (name, backend, precision, align)
 
 
 def test_that_is_all_of_them() -> None:
-    assert len(TARGETS) == 11
+    assert len(TARGETS) == 14
 
 
 def test_unknown_names() -> None:
@@ -167,23 +170,64 @@ def test_packages_are_judged_by_version_and_never_imported(
     assert lacks_to_build(parse("trt-fp16")) == ([f"tensorrt is {version}, older than 10.0"] if old else [])
 
 
+def too_old(device: Gpu, target: Target) -> str | None:
+    return target.backend.why_not_on(device, target.precision)
+
+
 def test_bf16_needs_a_gpu_that_has_it() -> None:
     bf16, fp16 = parse("trt-bf16"), parse("trt-fp16")
     t4, orin = Gpu("Tesla T4", (7, 5)), Gpu("Orin", (8, 7))
-    assert _too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
-    assert _too_old(t4, fp16) is None
-    assert _too_old(orin, bf16) is None
+    assert too_old(t4, bf16) == "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)"
+    assert too_old(t4, fp16) is None
+    assert too_old(orin, bf16) is None
 
 
 def test_some_gpus_are_no_good_for_tensorrt() -> None:
     v100 = Gpu("Tesla V100", (7, 0))
     assert (
-        _too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
+        too_old(v100, parse("trt-fp32")) == "Tesla V100 has no support for trt (compute capability 7.0, 7.5 is needed)"
     )
-    assert _too_old(v100, parse("ort-cuda-fp16")) is None
+    assert too_old(v100, parse("ort-cuda-fp16")) is None
     h200 = Gpu("H200", (9, 0))
-    assert _too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
-    assert _too_old(h200, parse("trt-fp16")) is None
+    assert too_old(h200, parse("rtx-fp16")) == "H200 has no support for rtx (compute capability 9.0)"
+    assert too_old(h200, parse("trt-fp16")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wider"),
+    [
+        *(("ort-int8", "ort-fp32"), ("ov-int8", "ov-bf16"), ("trt-int8", "trt-fp16"), ("rtx-int8", "rtx-fp16")),
+        *(("trt-fp16", "trt-fp32"), ("trt-bf16", "trt-fp32"), ("ort-cuda-fp16", "ort-cuda-fp32")),
+        ("ov-fp32", "ov-fp32"),
+    ],
+)
+def test_the_next_wider_target(name: str, wider: str) -> None:
+    assert parse(name).wider.name == wider
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+def test_bf16_needs_a_cpu_that_has_it(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "openvino", "2026.4.1", "openvino")
+    install(tmp_path, "onnxruntime", "1.32.0", "onnxruntime")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(cpu, "instructions", lambda: {"avx512f", flag})
+    check(parse("ov-bf16"))
+    monkeypatch.setattr(cpu, "instructions", lambda: {"avx512f"})
+    with pytest.raises(
+        MachineError, match=r"ov-bf16 cannot be built here: the CPU has no BF16 \(amx_bf16 or "
+    ) as error:
+        check(parse("ov-bf16"))
+    assert error.value.todo.startswith("use --target ort-fp32, which works here")
+    check(parse("ov-fp32"))
+    assert lacks_to_run(parse("ov-int8")) == []
+
+
+def test_openvino_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "onnxruntime", "1.32.0", "onnxruntime")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(MachineError, match=r"openvino >= [\d.]+ is not installed") as error:
+        check(parse("ov-int8"))
+    assert "pip install 'polar-deploy[openvino]'" in error.value.todo
 
 
 def test_importing_targets_is_light() -> None:

@@ -1,4 +1,4 @@
-"""What of a bundle runs on this device: its plans, if they fit and are trusted, or engines that are built here.
+"""What of a bundle runs on this device: its artefacts, if they fit and are trusted, or engines that are built here.
 
 A plan is code: loading one gives whoever made it this machine. The hashes in a manifest only say that plan and
 manifest belong together, so it takes a word from outside: the manifest's own sha256, got by another way, or the
@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy.backends import PLAN
 from polar_deploy.errors import ContentError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -108,9 +109,10 @@ def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
 
     target = targets.parse(bundle.manifest.target)
     if lacks := targets.lacks_to_run(target):
-        plan = "plan not loadable here" if target.has_plans else "not run here"
-        rebuild = ", rebuild needed on the device" if target.has_plans else ""
-        yield Here({}, f"{plan}: {'; '.join(lacks)}{rebuild}")
+        words = "; ".join(lacks)
+        is_plan = target.backend.artefact is PLAN
+        how = f"plan not loadable here: {words}, rebuild needed on the device" if is_plan else f"not run here: {words}"
+        yield Here({}, how)
         return
     networks = bundle.manifest.each()
     why_not = why_not_as_delivered(bundle, target, trusted=options.trusted)
@@ -136,23 +138,21 @@ def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
 
 def why_not_as_delivered(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
     """Why the plans must not or cannot be loaded on this machine, which runs the target; None: nothing against it."""
-    if not target.has_plans:
-        return None
     plans = [network.plan.model_dump(mode="json") for network in bundle.manifest.each().values() if network.plan]
     if unfit := _unfit(plans, bundle.folder, target):
         return f"the plan does not fit: {unfit}"
-    if not trusted:
+    if target.backend.artefact.is_code and not trusted:
         return "the plan is not trusted (a plan is code): give --manifest-sha256 as its maker tells it, or --trust-plan"
     return None
 
 
 def _unfit(plans: list[dict[str, Any]], folder: Path, target: Target) -> str | None:
     """Why one of the plans in a folder, of which these are the descriptions, does not run here; None: all do."""
-    from polar_deploy.engines.trt import library, require_fit
+    from polar_deploy import engines
 
     try:
         for plan in plans:
-            require_fit(folder / plan["file"], plan, library.version(target.backend))
+            engines.require_fit(folder / plan["file"], target, plan)
     except MachineError as error:
         return error.what
     return None

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from polar_deploy.backends import PLAN
 from polar_deploy.config import Build, Capability, Count, Text, Verdict
-from polar_deploy.targets import LIBRARIES, TARGETS
+from polar_deploy.targets import TARGETS
 
 SCHEMA = 1
 MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
@@ -298,7 +299,7 @@ class Manifest(_Part):
         return self
 
     def _require_fitting_target(self) -> None:
-        """Networks have the target's precision, and plans of its library if it has any."""
+        """Networks have the target's precision, and plans of its library if plans are its artefacts."""
         if self.target not in TARGETS:
             raise ValueError(f"unknown target {self.target!r}; known are {', '.join(TARGETS)}")
         target = TARGETS[self.target]
@@ -308,7 +309,7 @@ class Manifest(_Part):
             if network.tf32 != self.build.tf32:
                 raise ValueError(f"build and the {name} network disagree about TF32")
             library = network.plan.library if network.plan else None
-            if library != LIBRARIES.get(target.backend):
+            if library != (target.backend.library if target.backend.artefact is PLAN else None):
                 raise ValueError(f"the {name} network has a plan of {library}, the target is {self.target}")
 
     def named(self) -> list[str]:

@@ -4,7 +4,8 @@
     REPOSITORY/NAME/labels.txt
     REPOSITORY/NAME/1/model.plan or model.onnx
 
-Triton serves TensorRT's plans (trt-*; on the GPU and with the version that they were built for) and ONNX graphs.
+Triton serves TensorRT's plans (trt-*; on the GPU and with the version that they were built for) and ONNX graphs: the
+typed one by the runtime that it was made for, and the FP32 one of any bundle by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy.backends import BACKENDS, PLAN
+from polar_deploy.backends.base import triton_instances
+from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA
 from polar_deploy.bundle import device
 from polar_deploy.bundle.read import Bundle, opened
 from polar_deploy.bundle.refusal import require_outside
@@ -29,11 +33,13 @@ if TYPE_CHECKING:
     from polar_deploy.targets import Target
 
 _SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
-_FILENAMES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx"}
+_BACKENDS = {backend.triton: backend for backend in BACKENDS if backend.triton is not None}
+_FILENAMES = {name: f"model{backend.artefact.suffix}" for name, backend in _BACKENDS.items()}
 _OURS = {"config.pbtxt", "labels.txt", "1", *(f"1/{name}" for name in _FILENAMES.values())}
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"  # a folder's name, and no path
 _QUEUE_DELAY = 100  # microseconds that a request waits for others: little beside what an inference takes
-_ONNX = "--backend onnxruntime serves the FP32 graph"
+_FP32 = ORT.triton  # serves the FP32 graph of any bundle
+_ONNX = f"--backend {_FP32} serves the FP32 graph"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class _Model:
     """A file that Triton loads.
 
     Attributes:
-        backend: "tensorrt" or "onnxruntime".
+        backend: Triton's name of the backend that loads it.
         file: where it lies now.
         types: the manifest's words for the types of its input and output.
         settings: lines of config.pbtxt that this backend alone needs.
@@ -123,39 +129,44 @@ def _model(bundle: Bundle, arguments: argparse.Namespace) -> _Model:
     network = bundle.manifest.each().get(arguments.network)
     if network is None:
         raise UsageError("the bundle has no full network", "serve the compressed one, or ask for a bundle with both")
-    backend = arguments.backend or ("tensorrt" if target.has_plans else "onnxruntime")
+    asked: str | None = arguments.backend or target.backend.triton
     trusted = device.trusted(arguments, bundle)  # a sha256 that does not match is an error whatever is served
-    if backend == "tensorrt":
-        return _plan(bundle, network, target, arguments, trusted=trusted)
+    if asked is None or asked not in (target.backend.triton, _FP32):
+        raise _not_served(target, asked)
+    if _BACKENDS[asked].artefact is PLAN:
+        return _plan(bundle, network, arguments, trusted=trusted)
     if arguments.engines is not None:
-        raise UsageError("--engines has plans, which ONNX Runtime does not serve", "leave one of the two options out")
-    return _graph(bundle, network, target)
+        what = f"--engines has plans, which {_BACKENDS[asked].library} does not serve"
+        raise UsageError(what, "leave one of the two options out")
+    return _graph(bundle, network, target, asked)
 
 
-def _graph(bundle: Bundle, network: Network, target: Target) -> _Model:
-    """The typed graph if it was made for ONNX Runtime; else the FP32 one, since types suit one runtime only."""
-    if target.has_plans:
-        file, types = network.fp32, ("fp32", "fp32")
-        note = f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"
-    else:
+def _not_served(target: Target, asked: str | None) -> UsageError:
+    if asked is None or target.backend.triton is None:
+        return UsageError(f"Triton has no backend for {target.backend.library}, which {target.name} is for", _ONNX)
+    other = _BACKENDS[asked]
+    kind = "plan" if other.artefact is PLAN else "graph"
+    what = f"a bundle for {target.name} has no {kind} for {other.library}"
+    return UsageError(what, f"leave --backend {asked} out")
+
+
+def _graph(bundle: Bundle, network: Network, target: Target, backend: str) -> _Model:
+    """The typed graph for the runtime that it was made for; else the FP32 one, since types suit one runtime only."""
+    if backend == target.backend.triton:
         file, types = network.typed, (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
-        note = f"it is {file}, as it was measured"
-    if target.backend == "ort":
-        threads = f'key: "intra_op_thread_count" value {{ string_value: "{network.threads or 1}" }}'
-        settings = [_instances("CPU"), f"parameters {{ {threads} }}"]
-    else:  # ONNX Runtime's own choice is TF32
-        tf32 = f'parameters {{ key: "use_tf32" value: "{int(network.tf32)}" }}'
-        accelerator = f'gpu_execution_accelerator [ {{ name: "cuda" {tf32} }} ]'
-        settings = [_instances("GPU"), f"optimization {{ execution_accelerators {{ {accelerator} }} }}"]
-    return _Model("onnxruntime", bundle.path(file), types, settings, [note])
+        notes = [f"it is {file}, as it was measured", *target.backend.triton_notes(target.precision)]
+        by = target.backend
+    else:
+        file, types = network.fp32, ("fp32", "fp32")
+        notes = [f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"]
+        by = ORT if target.backend.gpu is None else ORT_CUDA
+    settings = by.triton_settings(threads=network.threads or 1, tf32=network.tf32)
+    return _Model(backend, bundle.path(file), types, settings, notes)
 
 
-def _plan(bundle: Bundle, network: Network, target: Target, arguments: argparse.Namespace, *, trusted: bool) -> _Model:
+def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, trusted: bool) -> _Model:
     """A plan: of the bundle, if it is trusted, or one that was built here."""
-    if target.backend == "rtx":
-        raise UsageError(f"Triton has no backend for TensorRT for RTX, which {target.name} is for", _ONNX)
-    if network.plan is None:
-        raise UsageError(f"a bundle for {target.name} has no plan for TensorRT", "leave --backend tensorrt out")
+    assert network.plan is not None  # as its manifest's target asks
     if (smallest := bundle.manifest.build.batches[0]) > 1:
         what = f"the plan takes {smallest} images or more at a time, Triton sends single ones"
         raise UsageError(what, f"ask for one with --batch 1,…; {_ONNX}")
@@ -170,7 +181,7 @@ def _plan(bundle: Bundle, network: Network, target: Target, arguments: argparse.
             "`verify --rebuild --engines DIR` built here",
         )
     types = (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
-    return _Model("tensorrt", file, types, [_instances("GPU")], _needs(plan))
+    return _Model("tensorrt", file, types, [triton_instances("GPU")], _needs(plan))
 
 
 def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
@@ -222,10 +233,6 @@ def _config(name: str, model: _Model, bundle: Bundle) -> str:
         delay = f"max_queue_delay_microseconds: {_QUEUE_DELAY}"
         lines.append(f"dynamic_batching {{ preferred_batch_size: {_list(preferred)} {delay} }}")
     return "\n".join([*lines, "model_warmup [", ",\n".join(warm), "]", ""])
-
-
-def _instances(kind: str) -> str:
-    return f"instance_group [ {{ count: 1 kind: KIND_{kind} }} ]"
 
 
 def _quoted(text: str) -> str:

@@ -109,10 +109,12 @@ def golden_samples(
         engines: by name of the network.
         precision: of the engines; None: what the bundle's are built in.
     """
+    from polar_deploy import targets
     from polar_deploy.bundle import golden
     from polar_deploy.engines import infer_all
 
-    tf32 = precision is None and bundle.manifest.build.tf32 and not bundle.manifest.target.startswith("ort-")
+    on_gpu = targets.parse(bundle.manifest.target).backend.gpu is not None
+    tf32 = precision is None and bundle.manifest.build.tf32 and on_gpu  # no CPU computes in TF32
     precision = precision or bundle.manifest.networks.compressed.precision.asked
     return {
         name: golden.check(bundle.outputs[name], infer_all(engine, bundle.inputs), precision, tf32=tf32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from polar_deploy import __version__, precision, targets
 from polar_deploy.engines import machine, network
-from polar_deploy.engines.base import Array, Backend, Engine, Timer, infer_all
+from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.workspace import atomic_path, read_json, sha256
 
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
     import onnx
 
     from polar_deploy.config import Build
+    from polar_deploy.precision.proof import Kernels
 
 __all__ = [
     "Array",
-    "Backend",
     "Engine",
+    "Runtime",
     "Timer",
     "build",
     "build_all",
     "graph",
     "infer_all",
+    "kernels",
     "load",
     "open_artefact",
     "rebuild",
+    "require_fit",
 ]
-
-_MODULES = {"ort": "ort", "ort-cuda": "ort", "trt": "trt", "rtx": "trt"}  # backend -> module of this package
 
 
 def build_all(
@@ -74,7 +75,7 @@ def build(
     start = time.perf_counter()
     targets.check(target)
     model = network.read(source)
-    types = precision.write(source, folder / f"{name}.onnx", target, options, calibration)
+    types = precision.write(source, folder / f"{name}.onnx", target, options, calibration, kernels(target))
     return _built(model, folder, name, target, options, types, start)
 
 
@@ -115,10 +116,10 @@ def _built(
     from polar_deploy.surgery import cost
 
     costs = cost(model)
-    made = _backend(target).build(folder / f"{name}.onnx", folder, name, target, options)
+    made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
     files = [folder / file for file in made.pop("files")]
     return {
-        "backend": target.backend,
+        "backend": target.backend.name,
         "versions": {"polar_deploy": __version__, "onnx": version("onnx"), **made.pop("versions")},
         "precision": {"asked": target.precision, "found": made.pop("found"), **types},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
@@ -143,7 +144,7 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
             "`python -m polar_deploy.engines doctor` says what can",
         )
     entry = _entry(folder / "build.json", name, target)
-    artefact = folder / (f"{name}.plan" if target.has_plans else f"{name}.onnx")
+    artefact = folder / f"{name}{target.backend.artefact.suffix}"
     for file in {f"{name}.onnx", artefact.name}:
         if file not in entry["files"]:
             raise ContentError(f"{folder / 'build.json'} does not list {file}", "let the build stage run again")
@@ -158,7 +159,7 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
 
 
 def open_artefact(path: Path, target: targets.Target, entry: dict[str, Any]) -> Engine:
-    """Load a plan, or a typed ONNX file, that is known to be the one which was built.
+    """Load an artefact that is known to be the one which was built.
 
     Args:
         path: the file.
@@ -168,7 +169,17 @@ def open_artefact(path: Path, target: targets.Target, entry: dict[str, Any]) -> 
     Raises:
         ContentError: it is damaged. MachineError: it is for another machine.
     """
-    return _backend(target).load(path, target, entry)
+    return _runtime(target).load(path, target, entry)
+
+
+def require_fit(path: Path, target: targets.Target, described: Any) -> None:
+    """Raise unless an artefact can be loaded on this machine. As `Runtime.require_fit` says."""
+    _runtime(target).require_fit(path, target, described)
+
+
+def kernels(target: targets.Target) -> Kernels | None:
+    """How the target's runtime computes a typed graph. As `Runtime.kernels` says."""
+    return _runtime(target).kernels(target)
 
 
 def graph(path: Path) -> Engine:
@@ -192,5 +203,5 @@ def _entry(path: Path, name: str, target: targets.Target) -> dict[str, Any]:
     return cast("dict[str, Any]", entry)
 
 
-def _backend(target: targets.Target) -> Backend:
-    return cast("Backend", import_module(f"{__name__}.{_MODULES[target.backend]}"))
+def _runtime(target: targets.Target) -> Runtime:
+    return cast("Runtime", import_module(f"{__name__}.{target.backend.runtime}"))

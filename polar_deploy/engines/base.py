@@ -1,4 +1,7 @@
-"""What every engine can do, and what every backend offers. A backend is a module: `ort.py`, `trt.py`."""
+"""What every engine can do, and what the module of a runtime, such as `ort.py`, offers.
+
+What can be told of a backend without importing its library is in `polar_deploy.backends`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from polar_deploy.errors import ContentError
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
+    from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
 Array = npt.NDArray[np.float32]
@@ -49,8 +53,8 @@ class Engine(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """A runtime: how its engines are made and loaded."""
+class Runtime(Protocol):
+    """The half of a backend that imports its library: how its engines are made, checked and loaded."""
 
     def build(self, onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
         """Make an engine of `folder/NAME.onnx`, whose types are already those of the target.
@@ -63,8 +67,12 @@ class Backend(Protocol):
         """
         ...
 
+    def kernels(self, target: Target) -> Kernels | None:
+        """How this runtime computes a typed graph, which has to be proven before it is built; None: not on a CPU."""
+        ...
+
     def load(self, artefact: Path, target: Target, entry: dict[str, Any]) -> Engine:
-        """Load what `build` made: the plan, or the typed ONNX file where there is none.
+        """Load what `build` made: the plan, or the typed ONNX file where that is the artefact.
 
         Args:
             artefact: the file; its hash is the one in the entry.
@@ -74,6 +82,19 @@ class Backend(Protocol):
         Raises:
             ContentError: it is damaged.
             MachineError: it was built for another machine.
+        """
+        ...
+
+    def require_fit(self, artefact: Path, target: Target, described: Any) -> None:
+        """Raise unless an artefact can be loaded on this machine, which has all that the target takes.
+
+        Args:
+            artefact: the file.
+            target: what it was built for.
+            described: "plan" of its entry in build.json.
+
+        Raises:
+            MachineError: it is for another machine. ContentError: its description does not say.
         """
         ...
 

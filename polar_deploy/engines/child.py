@@ -72,7 +72,7 @@ def _died(code: int, said: str, what: str) -> PolarDeployError:
     return ContentError(
         f"{what} {how}; last words: {words}",
         "see whether `python -m polar_deploy.engines doctor` finds the machine in order; "
-        "else another TensorRT version may take the network",
+        "else another version of its library may take the network",
     )
 
 

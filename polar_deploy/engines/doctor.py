@@ -10,12 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from polar_deploy import __version__, gpu, targets
+from polar_deploy.backends import BACKENDS
+from polar_deploy.backends.base import PRECISION_SINCE
 from polar_deploy.engines import machine
-
-_PACKAGES = (
-    *("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-    *("polygraphy", "cuda-bindings", "nvidia-ml-py"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +44,7 @@ def examine() -> dict[str, Any]:
         "gpus": [_gpu(each) for each in gpus],
         "no_gpu": lack,
         "cuda": cuda,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _distributions()},
         "providers": _providers(),
         "targets": {name: _target(target) for name, target in targets.TARGETS.items()},
         "auto": targets.choose().name,
@@ -56,7 +53,7 @@ def examine() -> dict[str, Any]:
 
 def _gpu(device: gpu.Gpu) -> dict[str, Any]:
     """Name, compute capability, and the precisions that its matrix units lack."""
-    lacks = [name for name, since in targets.PRECISION_SINCE.items() if device.capability < since]
+    lacks = [name for name, since in PRECISION_SINCE.items() if device.capability < since]
     return {"name": device.name, "capability": ".".join(map(str, device.capability)), "lacks": lacks}
 
 
@@ -64,8 +61,15 @@ def _target(target: targets.Target) -> dict[str, Any]:
     return {
         "build": targets.lacks_to_build(target),
         "run": targets.lacks_to_run(target),
-        "install": f"pip install 'polar-deploy[{targets.EXTRAS[target.backend]}]'",
+        "install": targets.install(target),
     }
+
+
+def _distributions() -> list[str]:
+    """What there is to tell a version of: whatever any backend takes, and what comes before and beside that."""
+    needed = [package for backend in BACKENDS for package in (*backend.packages, *backend.build_packages)]
+    names = [name for package in needed for name in package.distributions]
+    return list(dict.fromkeys(["torch", "onnx", *names, "nvidia-ml-py"]))
 
 
 def _version(distribution: str) -> str | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
-_CPUINFO = Path("/proc/cpuinfo")
+from polar_deploy import cpu
+
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # x86 and ARM
 
 
@@ -28,19 +28,9 @@ def cores() -> int:
 
 def int8_instructions() -> list[str]:
     """The CPU's instructions for dot products of bytes, without which INT8 is no faster than FP32."""
-    return sorted(_DOT_PRODUCTS & set(_cpuinfo("flags", "Features").split()))
+    return sorted(_DOT_PRODUCTS & cpu.instructions())
 
 
 def _cpu_model() -> str:
     """As Linux gives it; ARM boards often give none there, then the architecture has to do."""
-    return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(*keys: str) -> str:
-    """The first line of Linux's description of the CPU that has one of the keys; "" where there is none."""
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in keys:
-                return value.strip()
-    return ""
+    return cpu.info("model name", "Model") or platform.processor() or platform.machine()

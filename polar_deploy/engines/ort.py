@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ import numpy.typing as npt
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
 from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
+from polar_deploy.precision.proof import Kernels
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 THREADS = 1  # the figure that a shared machine disturbs least, and that compares between machines
-_PROVIDERS = {"ort": CPU, "ort-cuda": CUDA}
 _NO_PLAN = "none: the graph that ONNX Runtime optimises when it loads the ONNX file is not portable, so it is not kept"
 # the profile's names; integers wider than a byte are shapes and indices, and no precision
 _PRECISIONS = {
@@ -113,10 +115,10 @@ class OrtEngine:
 
 
 def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
-    """Write `folder/NAME.layers.json`: what ran, in which type. The rest as `Backend.build` says."""
+    """Write `folder/NAME.layers.json`: what ran, in which type. The rest as `Runtime.build` says."""
     import onnxruntime
 
-    layers_path, provider = folder / f"{name}.layers.json", _PROVIDERS[target.backend]
+    layers_path, provider = folder / f"{name}.layers.json", _provider(target)
     layers = read_layers(onnx_path, provider, tf32=options.tf32)
     wider = count_wider(onnx_path, target.precision)
     found = require_precision(layers, target.precision, onnx_path, provider, wider)
@@ -132,9 +134,24 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     }
 
 
+def kernels(target: Target) -> Kernels | None:
+    """Those that Q/DQ pairs are fused into, on the CPU. As `Runtime.kernels` says."""
+    if target.backend.gpu is not None:
+        return None
+    return Kernels(target.backend.library, partial(calibration.outputs, fused=True))
+
+
 def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OrtEngine:
     """Load the typed ONNX file that `build` looked at."""
-    return OrtEngine(artefact, _PROVIDERS[target.backend], tf32=bool(entry.get("tf32")))
+    return OrtEngine(artefact, _provider(target), tf32=bool(entry.get("tf32")))
+
+
+def require_fit(artefact: Path, target: Target, described: Any) -> None:
+    """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
+
+
+def _provider(target: Target) -> str:
+    return CPU if target.backend.gpu is None else CUDA
 
 
 def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[dict[str, Any]]:

@@ -23,174 +23,42 @@ of what surgery counts. All of it is exact where a layer's time follows its MACs
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
-from math import ceil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from polar_deploy import targets
 from polar_deploy.engines import Array, build, load, machine, network, timing
-from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.engines.overlaps import (
+    Group,
+    Pair,
+    apart,
+    counted_savings,
+    expected_overlap,
+    find_hubs,
+    group_pairs,
+    meeting_pairs,
+    side_by_side,
+)
+from polar_deploy.engines.sites import Site, own_constants, probed, set_gates, widths
+from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.latency import SCHEMA, LatencyTable, ascending, parsed
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
-    import onnx
-
     from polar_deploy.config import Build
     from polar_deploy.engines import Engine
 
-STEP = 8  # channels from one measured width to the next
-MOST_WIDTHS = 16  # of one layer: above 128 channels the steps are larger
 PAIRS = 60  # samples of each engine
 NOISE_IMAGES = 16  # that calibrate an INT8 network: latency depends on types, and not on ranges
 ANY_ERROR = 1e9
 _SECONDS = (0.4, 2.0)  # least and most time that a comparison spends in inferences
-MEETINGS = 4  # a site that meets more others than these is a hub
-_GATES = "polar_deploy.gates"  # metadata of a mask's Mul, as `polar_deploy.gating.deploy` writes it
-_AGAIN = "give the gated/model.onnx of the export stage, before any other tool has changed it"
-_Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a cut makes of a layer: (before, after) of its widths, MACs and parameters."""
-
-    operator: str
-    inputs: tuple[int, int]
-    outputs: tuple[int, int]
-    macs: tuple[int, int]
-    params: tuple[int, int]
-
-    @property
-    def removed(self) -> bool:
-        """Whether the layer goes altogether."""
-        return self.macs[1] == 0
-
-    @property
-    def lost(self) -> float:
-        """Share of the MACs that goes."""
-        return _lost(self.macs)
-
-    @property
-    def sides(self) -> tuple[float, float]:
-        """Shares of inputs and outputs that go; where MACs are no product of the two (depthwise), all on one side."""
-        inputs, outputs = _lost(self.inputs), _lost(self.outputs)
-        product = math.isclose((1 - inputs) * (1 - outputs), 1 - self.lost, abs_tol=1e-6)
-        return (inputs, outputs) if product else (0.0, self.lost)
-
-    def shared(self, other: Change) -> float:
-        """MACs of the layer that this cut and another one both save: of inputs times outputs, what both take."""
-        if self.removed or other.removed:
-            return self.macs[0] * self.lost * other.lost
-        (a_in, a_out), (b_in, b_out) = self.sides, other.sides
-        return self.macs[0] * (a_in * b_out + b_in * a_out)
-
-
-def _lost(pair: tuple[int, int]) -> float:
-    return 1 - pair[1] / pair[0] if pair[0] else 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """The channels of one mask that one site closes: int [channels], their positions and the gate of each."""
-
-    mask: int
-    channels: _Ints = field(repr=False)
-    gates: _Ints = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Gates of one name, in all masks that they close, and what cutting them changes.
-
-    `width` is the number of gates, a block's is 1. `layers` are those whose widths change, by name.
-    """
-
-    name: str
-    kind: str
-    width: int
-    parts: tuple[Part, ...]
-    layers: Mapping[str, Change] = field(default_factory=dict)
-
-    @property
-    def alike(self) -> object:
-        """Equal for sites that cost the same."""
-        return self.kind, self.width, tuple(sorted(map(repr, self.layers.values())))
-
-    @property
-    def removed(self) -> frozenset[str]:
-        """The layers that go altogether when it closes."""
-        return frozenset(name for name, change in self.layers.items() if change.removed)
-
-    @property
-    def saves(self) -> int:
-        """MACs that the probe saves."""
-        return sum(change.macs[0] - change.macs[1] for change in self.layers.values())
-
-    @property
-    def probe(self) -> int:
-        """How many gates stay open to see what the site changes: a quarter, so that the signal is large; no block."""
-        if self.kind == "block":
-            return 0
-        measured = widths(self.width)[:-1] or [max(1, self.width // 2)]
-        return min(measured, key=lambda width: abs(width - self.width // 4))
-
-    def holds(self, other: Site) -> bool:
-        """Whether closing this block removes all that `other` could save."""
-        inside = other.layers.keys() <= self.removed
-        return self.kind == "block" and inside and (other.kind != "block" or other.removed < self.removed)
-
-    def meets(self, other: Site) -> bool:
-        """Whether a layer depends on both."""
-        return not self.layers.keys().isdisjoint(other.layers)
-
-    def beside(self, other: Site) -> bool:
-        """Whether a layer reads, or writes, channels of both: its width there is the sum of theirs."""
-        both = [(self.layers[name], other.layers[name]) for name in self.layers.keys() & other.layers.keys()]
-        return any(
-            a > 0 and b > 0
-            for one, two in both
-            if not (one.removed or two.removed)
-            for a, b in zip(one.sides, two.sides, strict=True)
-        )
-
-    def closed(self, opened: int) -> float:
-        """How many gates are closed, in terms of those that the probe closes."""
-        return (self.width - opened) / (self.width - self.probe)
-
-    def shared(self, other: Site) -> float:
-        """MACs that the probes of both save twice, by the count."""
-        both = self.layers.keys() & other.layers.keys()
-        return sum(self.layers[name].shared(other.layers[name]) for name in both)
-
-
-_Pair = tuple[Site, Site]
-_Sites = TypeVar("_Sites", bound=tuple[Site, ...])
-
-
-@dataclass(frozen=True)
-class Group:
-    """Pairs of sites whose overlaps are measured as one sum.
-
-    `cut`: the pairs that are in the sum; `even`: whether it is shared out evenly, and not by MACs.
-    """
-
-    pairs: Sequence[_Pair]
-    cut: Sequence[_Pair]
-    even: bool
 
 
 def measure(
@@ -271,15 +139,6 @@ def _entry(site: Site, curve: Mapping[int, float], bench: Bench) -> dict[str, An
     }
 
 
-def widths(width: int) -> list[int]:
-    """The widths at which a layer of `width` channels is measured, ascending; the last is its own.
-
-    In steps of 8, or a multiple of it where that would be more than `MOST_WIDTHS`; of 4 below 16 channels.
-    """
-    step = STEP * ceil(width / (STEP * MOST_WIDTHS)) if width >= 2 * STEP else STEP // 2
-    return [*range(step, width, step), width]
-
-
 class Bench:
     """A gated network that is cut, built for a target and timed against the whole one.
 
@@ -310,9 +169,9 @@ class Bench:
             update={"max_layer_error": ANY_ERROR}
         )
         self.model = network.read(gated_onnx)
-        self.constants, gates = _own_constants(self.model, gated_onnx)
-        self.sites = [_probed(self.model, self.constants, gates, site) for site in gates]
-        self.hubs = _hubs(self.sites)
+        self.constants, gates = own_constants(self.model, gated_onnx)
+        self.sites = [probed(self.model, self.constants, gates, site) for site in gates]
+        self.hubs = find_hubs(self.sites)
         self.rounds: list[timing.Round] = []
         self.versions: dict[str, str] = {}
         random = np.random.default_rng(0)
@@ -329,7 +188,7 @@ class Bench:
         for site in self.sites:
             if site.name not in self.hubs:
                 kinds.setdefault(site.alike, []).append(site)
-        return [*_side_by_side([site for site in self.sites if site.name in self.hubs]), *kinds.values()]
+        return [*side_by_side([site for site in self.sites if site.name in self.hubs]), *kinds.values()]
 
     def milliseconds(self, saved: float) -> float:
         """Of one inference that takes so much less, as a share, than the whole network."""
@@ -345,7 +204,7 @@ class Bench:
         """For each site of a kind: open gates -> share of the time that this site saves."""
         if len(kind) > 1 and kind[0].name in self.hubs:
             return self._shared_curves(kind)
-        members = [site.name for (site,) in _apart([(site,) for site in kind])]
+        members = [site.name for (site,) in apart([(site,) for site in kind])]
         full = kind[0].width
         choices = [0, 1] if kind[0].kind == "block" else widths(full)
         curve = {w: self.saved(dict.fromkeys(members, w)) / len(members) if w < full else 0.0 for w in choices}
@@ -358,7 +217,7 @@ class Bench:
         every: list[float] = []
         for width in widths(widest.width)[:-1]:
             opened = {site.name: _nearest(site, width / widest.width) for site in hubs}
-            every.append(self.saved(opened) / _counted(hubs, opened))
+            every.append(self.saved(opened) / counted_savings(hubs, opened))
             for name, each in opened.items():
                 rates[name].setdefault(each, []).append(every[-1])
         return {site.name: _at_rates(site, rates[site.name], every) for site in hubs}
@@ -366,10 +225,10 @@ class Bench:
     def overlaps(self, curves: Mapping[str, Mapping[int, float]]) -> dict[tuple[str, str], tuple[list[int], float]]:
         """For each two sites that meet in a layer: open gates of both -> share of the time that both save together."""
         saves = {site.name: _monotone(curves[site.name]).get(site.probe, 0.0) for site in self.sites}
-        pairs = [pair for pair in _meetings(self.sites) if all(site.probe in curves[site.name] for site in pair)]
-        twice: dict[_Pair, float] = {}
-        for group in _groups(pairs, self.hubs):
-            weights = {pair: 1.0 if group.even else _expected(*pair, saves) for pair in group.pairs}
+        pairs = [pair for pair in meeting_pairs(self.sites) if all(site.probe in curves[site.name] for site in pair)]
+        twice: dict[Pair, float] = {}
+        for group in group_pairs(pairs, self.hubs):
+            weights = {pair: 1.0 if group.even else expected_overlap(*pair, saves) for pair in group.pairs}
             if total := sum(weights[pair] for pair in group.cut):
                 factor = self._sum_of_overlaps(group, saves, twice) / total
                 twice |= {pair: factor * weight for pair, weight in weights.items()}
@@ -382,10 +241,10 @@ class Bench:
             if both > 0
         }
 
-    def _hub_first(self, pair: _Pair) -> _Pair:
+    def _hub_first(self, pair: Pair) -> Pair:
         return pair if pair[0].name in self.hubs else (pair[1], pair[0])
 
-    def _sum_of_overlaps(self, group: Group, saves: Mapping[str, float], known: Mapping[_Pair, float]) -> float:
+    def _sum_of_overlaps(self, group: Group, saves: Mapping[str, float], known: Mapping[Pair, float]) -> float:
         """What the sites of a group save twice, all cut at once, without the overlaps among them that are known."""
         opened = {site.name: site.probe for pair in group.cut for site in pair}
         inner = sum(both for (a, b), both in known.items() if a.name in opened and b.name in opened)
@@ -398,137 +257,12 @@ class Bench:
 
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        _set_gates(self.constants, self.sites, opened)
+        set_gates(self.constants, self.sites, opened)
         onnx.save(compress(self.model, verify=False).model, folder / "source.onnx")
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
         write_json(folder / "build.json", {"schema": 1, "target": self.target.name, "engines": {name: entry}})
         self.versions = entry["versions"]
         return load(folder, name, self.target)
-
-
-def _own_constants(model: onnx.ModelProto, path: Path) -> tuple[list[onnx.TensorProto], list[Site]]:
-    """The masks' constants, an own one put in for each, as the exporter merges those that are equal; and the sites."""
-    from onnx import numpy_helper
-
-    known = {tensor.name: tensor for tensor in model.graph.initializer}
-    constants: list[onnx.TensorProto] = []
-    sites: dict[str, Site] = {}
-    for node in model.graph.node:
-        told = next((each.value for each in node.metadata_props if each.key == _GATES), None)
-        if told is None:
-            continue
-        index = next((i for i, name in enumerate(node.input) if name in known), None)
-        if index is None or node.op_type != "Mul":
-            raise ContentError(
-                f"{path}: the mask of the gates {told[:80]} (node {node.name!r}, operator {node.op_type}) is no "
-                "Mul by a constant",
-                _AGAIN,
-            )
-        values = np.ones_like(numpy_helper.to_array(known[node.input[index]]))
-        for site in _noted(told, len(constants), values.size, f"{path}: node {node.name!r}"):
-            first = sites.setdefault(site.name, replace(site, parts=()))
-            if (first.kind, first.width) != (site.kind, site.width):
-                raise ContentError(f"{path}: node {node.name!r}: {site.name!r} has another width or kind here", _AGAIN)
-            sites[site.name] = replace(first, parts=(*first.parts, *site.parts))
-        own = numpy_helper.from_array(values, f"polar_deploy.gate.{len(constants)}")
-        node.input[index] = own.name
-        model.graph.initializer.append(own)
-        constants.append(model.graph.initializer[-1])
-    if not sites:
-        raise ContentError(
-            f"{path} has no gate: no node's metadata {_GATES} tells of one",
-            "give the gated/model.onnx of the export stage",
-        )
-    return constants, list(sites.values())
-
-
-def _noted(told: str, mask: int, size: int, where: str) -> list[Site]:
-    """The sites that the metadata of a mask of `size` channels tells of, with this mask as their only part."""
-    try:
-        sites = []
-        for name, each in json.loads(told).items():
-            kind, width = each["kind"], int(each["width"])
-            if kind not in ("channel", "stream", "block") or (kind == "block" and width != 1):
-                raise ValueError(f"{name!r} is a {kind} of width {width}")
-            sites.append(Site(name, kind, width, (_part(each["runs"], mask, size, width),)))
-        return sites
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ContentError(
-            f"{where}: metadata {_GATES} cannot be read: {type(error).__name__}: {error}", _AGAIN
-        ) from None
-
-
-def _part(runs: Sequence[tuple[int, int, int, int]], mask: int, size: int, width: int) -> Part:
-    """From runs [first channel, first gate, channels, step from gate to gate]."""
-    channels = [first + i for first, _, count, _ in runs for i in range(count)]
-    gates = [gate + i * step for _, gate, count, step in runs for i in range(count)]
-    if not channels or min(channels) < 0 or max(channels) >= size or min(gates) < 0 or max(gates) >= width:
-        raise ValueError(f"runs {str(runs)[:80]} for {size} channels and {width} gates")
-    return Part(mask, np.array(channels, np.int64), np.array(gates, np.int64))
-
-
-def _set_gates(constants: Sequence[onnx.TensorProto], sites: Sequence[Site], opened: Mapping[str, int]) -> None:
-    """Write into the masks how many gates of each site are open, the first ones; those not named are all open."""
-    from onnx import helper
-
-    values = [np.ones(math.prod(constant.dims), bool) for constant in constants]
-    for site in sites:
-        for part in site.parts:
-            values[part.mask][part.channels] = part.gates < opened.get(site.name, site.width)
-    for constant, each in zip(constants, values, strict=True):
-        constant.raw_data = each.astype(helper.tensor_dtype_to_np_dtype(constant.data_type)).tobytes()
-
-
-def _meetings(sites: Sequence[Site]) -> Iterator[_Pair]:
-    """Each two sites that meet in a layer, unless one holds the other."""
-    for a, b in combinations(sites, 2):
-        if a.meets(b) and not a.holds(b) and not b.holds(a):
-            yield a, b
-
-
-def _hubs(sites: Sequence[Site]) -> frozenset[str]:
-    """Names of the sites, no blocks, that meet more than `MEETINGS` others."""
-    meetings = Counter(site.name for pair in _meetings(sites) for site in pair if site.kind != "block")
-    return frozenset(name for name, number in meetings.items() if number > MEETINGS)
-
-
-def _side_by_side(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites that stand side by side, at once or through others, together."""
-    bundles: list[list[Site]] = []
-    for site in sites:
-        near = [bundle for bundle in bundles if any(site.beside(other) for other in bundle)]
-        bundles = [bundle for bundle in bundles if bundle not in near] + [[*chain.from_iterable(near), site]]
-    return bundles
-
-
-def _groups(pairs: Sequence[_Pair], hubs: frozenset[str]) -> list[Group]:
-    """The sums of overlaps to measure: those of pairs of one kind, of hubs with each other, of hubs with channel sites.
-
-    A sum is known before it is in another one. Those of hubs with blocks are not measured.
-    """
-    kinds: dict[object, list[_Pair]] = {}
-    for a, b in pairs:
-        if hubs.isdisjoint((a.name, b.name)):
-            kinds.setdefault((a.alike, b.alike), []).append((a, b))
-    channels = [(a, b) for a, b in pairs if "block" not in (a.kind, b.kind)]
-    between = [(a, b) for a, b in channels if hubs.issuperset((a.name, b.name))]
-    mixed = [(a, b) for a, b in channels if (a.name in hubs) != (b.name in hubs)]
-    alone = [Group(each, _apart(each), True) for each in kinds.values()]
-    return [*alone, Group(between, between, False), Group(mixed, mixed, False)]
-
-
-def _expected(a: Site, b: Site, saves: Mapping[str, float]) -> float:
-    """What the probes of two sites save twice, by the count; a MAC's time is the geometric mean of the two sites'."""
-    if not (shared := a.shared(b)):
-        return 0.0
-    return shared * math.sqrt(saves[a.name] / a.saves * saves[b.name] / b.saves)
-
-
-def _counted(sites: Sequence[Site], opened: Mapping[str, int]) -> float:
-    """MACs that these sites save together, as the probes of each one tell."""
-    closed = {site.name: site.closed(opened[site.name]) for site in sites}
-    twice = sum(a.shared(b) * closed[a.name] * closed[b.name] for a, b in combinations(sites, 2))
-    return sum(site.saves * closed[site.name] for site in sites) - twice
 
 
 def _at_rates(site: Site, rates: Mapping[int, Sequence[float]], every: Sequence[float]) -> dict[int, float]:
@@ -546,29 +280,6 @@ def _monotone(curve: Mapping[int, float]) -> dict[int, float]:
     """A curve, open gates -> saving, as `polar_deploy.latency` reads it: never negative, and never rising."""
     cheapest_first = [-saved for saved in list(curve.values())[:-1]]
     return dict(zip(curve, [max(0.0, -each) for each in ascending(cheapest_first)] + [0.0], strict=True))
-
-
-def _apart(groups: Sequence[_Sites]) -> list[_Sites]:
-    """Groups of sites, as many as possible in order, of which no two meet in a layer: their savings just add up."""
-    chosen: list[_Sites] = []
-    for group in groups:
-        others = [site for each in chosen for site in each]
-        if not any(site.meets(other) for site in group for other in others):
-            chosen.append(group)
-    return chosen
-
-
-def _probed(model: onnx.ModelProto, constants: Sequence[onnx.TensorProto], sites: Sequence[Site], site: Site) -> Site:
-    """`site` with the layers that change when it is cut."""
-    from polar_deploy.surgery import compress
-
-    _set_gates(constants, sites, {site.name: site.probe})
-    layers: dict[str, Change] = {}
-    for row in compress(model, verify=False).report["layers"]:
-        pairs = [(before, after) for before, after in (row["in"], row["out"], row["macs"], row["params"])]
-        if any(before != after for before, after in pairs):
-            layers[row["name"]] = Change(row["operator"], *pairs)
-    return replace(site, layers=layers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,20 +17,28 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from polar_deploy.config import Build
+    from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
 
 def write(
-    source: Path, destination: Path, target: Target, options: Build, calibration: npt.NDArray[np.float32] | None
+    source: Path,
+    destination: Path,
+    target: Target,
+    options: Build,
+    calibration: npt.NDArray[np.float32] | None,
+    kernels: Kernels | None = None,
 ) -> dict[str, Any]:
     """Write the network `source` to `destination` with the types of `target`; graph inputs and outputs keep names.
 
     Args:
         source: a valid FP32 network.
         destination: the .onnx file to write, atomically.
-        target: precision, and for INT8 whose graph: ONNX Runtime's or TensorRT's.
+        target: precision, and for INT8 in which dialect.
         options: `edges`, `max_layer_error` and `calibration` are read.
         calibration: normalised training images [N,C,H,W], un-augmented; for INT8 only.
+        kernels: how the target's runtime computes a graph, to prove this one by; None: it cannot be asked here, and
+            the graph is proven as it is written.
 
     Returns:
         {"edges": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "kept": the nodes that stay
@@ -53,14 +61,14 @@ def write(
         model = onnx.load(source)  # as it is
         graph.require_fp32(graph.inferred(onnx.load(source, load_external_data=False)).graph, source)
     elif target.precision == "int8":
-        scheme = int8.TRT if target.has_plans else int8.ORT
-        model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration)
+        scheme = int8.SCHEMES[target.backend.int8]
+        model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration, kernels)
     else:
         wide = graph.load(source)
         samples = normal_samples(wide)
         reference = None if samples is None else Reference.of(wide, samples, source)
         convert = fp16.converted if target.precision == "fp16" else bf16.converted
-        model, kept = convert(wide, source, reference, keep_edges=keep_edges)
+        model, kept = convert(wide, source, reference, keep_edges=keep_edges, kernels=kernels)
     types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)

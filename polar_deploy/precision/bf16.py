@@ -17,14 +17,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
-from polar_deploy.precision.proof import BOUNDS, Reference, kept_wide
+from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
 
 OPSET = 22
 _FLOAT, _BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
 def converted(
-    model: onnx.ModelProto, path: Path, reference: Reference | None, *, keep_edges: bool
+    model: onnx.ModelProto,
+    path: Path,
+    reference: Reference | None,
+    *,
+    keep_edges: bool,
+    kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """Write BF16 into a graph, casts where an operator cannot have it: the graph, and the nodes that stay FP32.
 
@@ -33,6 +38,7 @@ def converted(
         path: its file, for messages.
         reference: what the network gives in FP32; None: the result is not compared.
         keep_edges: the graph's inputs and outputs stay FP32.
+        kernels: of the runtime that the graph is for, if they can be asked here.
 
     Raises:
         ContentError: the graph has a body in it (If, Loop, Scan).
@@ -58,7 +64,7 @@ def converted(
 
     if reference is None:
         return convert(()), []
-    return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32")
+    return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32", kernels)
 
 
 class _Caster:

@@ -11,14 +11,20 @@ import onnx
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
-from polar_deploy.precision.proof import BOUNDS, Reference, kept_wide
+from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
 
 
 def converted(
-    model: onnx.ModelProto, path: Path, reference: Reference | None, *, keep_edges: bool, bound: float = BOUNDS["fp16"]
+    model: onnx.ModelProto,
+    path: Path,
+    reference: Reference | None,
+    *,
+    keep_edges: bool,
+    kernels: Kernels | None = None,
+    bound: float = BOUNDS["fp16"],
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """Write FP16 into a graph: the graph, and the nodes that stay FP32 because FP16 would ruin the outputs.
 
@@ -27,6 +33,7 @@ def converted(
         path: its file, for messages.
         reference: what the network gives in FP32; None: the result is not compared.
         keep_edges: the graph's inputs and outputs stay FP32.
+        kernels: of the runtime that the graph is for, if they can be asked here.
         bound: on the error of each output.
 
     Raises:
@@ -41,7 +48,7 @@ def converted(
 
     if reference is None:
         return convert(()), []
-    return kept_wide(model, convert, reference, bound, "fp32")
+    return kept_wide(model, convert, reference, bound, "fp32", kernels)
 
 
 def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_edges: bool) -> onnx.ModelProto:

@@ -1,7 +1,6 @@
 """INT8: which nodes are rounded, calibrated on training images, and proven to be still the network.
 
-Layers that INT8 hurts stay wider, as do those that ONNX Runtime's integer kernels compute otherwise than the graph
-says.
+Layers that INT8 hurts stay wider, as do those that the runtime's integer kernels compute otherwise than the graph says.
 """
 
 from __future__ import annotations
@@ -17,17 +16,22 @@ import onnx
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
 from polar_deploy.precision.calibration import Array
-from polar_deploy.precision.proof import Reference
-from polar_deploy.precision.qdq import ORT, TRT, Scheme
+from polar_deploy.precision.proof import Kernels, Reference
+from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
 
-__all__ = ["ORT", "TRT", "Scheme", "converted"]
+__all__ = ["ORT", "SCHEMES", "TRT", "Scheme", "converted"]
 
 
 def converted(
-    model: onnx.ModelProto, path: Path, scheme: Scheme, options: Build, images: Array | None
+    model: onnx.ModelProto,
+    path: Path,
+    scheme: Scheme,
+    options: Build,
+    images: Array | None,
+    kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]], dict[str, Any]]:
     """Write INT8 into a graph: the graph, the nodes that stay wider, and how it was calibrated.
 
@@ -37,13 +41,14 @@ def converted(
         scheme: `ORT` or `TRT`.
         options: `max_layer_error`, `calibration` and `edges` are read.
         images: normalised training images [N,C,H,W].
+        kernels: of the runtime that the graph is for, if they can be asked here.
 
     Raises:
         ContentError: no images, or not such as the network takes; no layer that INT8 suits.
     """
     images = calibration.require_images(images, model, path)
     model = layers.plain(graph.at_least(graph.folded(model, path), scheme.opset))
-    writer = _Writer(model, path, scheme, options, images)
+    writer = _Writer(model, path, scheme, options, images, kernels)
     typed = writer.run()
     kept = writer.kept
     if scheme.wider == "fp16":
@@ -63,8 +68,16 @@ class _Writer:
         reference: what the network gives in FP32.
     """
 
-    def __init__(self, model: onnx.ModelProto, path: Path, scheme: Scheme, options: Build, images: Array) -> None:
-        self.model, self.path, self.scheme, self.options = model, path, scheme, options
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        path: Path,
+        scheme: Scheme,
+        options: Build,
+        images: Array,
+        kernels: Kernels | None,
+    ) -> None:
+        self.model, self.path, self.scheme, self.options, self.kernels = model, path, scheme, options, kernels
         self.nodes = {node.name: node for node in model.graph.node}
         self.layers, self.kept = self._layers()
         sums = {} if scheme.outputs else _residual_sums(model, self.layers)
@@ -81,8 +94,8 @@ class _Writer:
         typed = self._quantised(wide)
         # Kernels that round a few numbers to another step change a network no more than all its rounding does.
         allowed = max(proof.FUSED, self.reference.error(typed))
-        if self.scheme is ORT and self._disagreement(typed) > allowed:
-            found = self._misread(wide, allowed)
+        if self.kernels is not None and self._disagreement(typed, self.kernels) > allowed:
+            found = self._misread(wide, allowed, self.kernels)
             wide, typed = [*wide, *found], self._quantised([*wide, *found])
         if all(layer.name in wide for layer in self.layers):
             raise self._nothing_left()
@@ -119,26 +132,26 @@ class _Writer:
             self.kept.append(proof.entry(self.nodes[name], self.scheme.wider, reason, errors[name]))
         return order[:first]
 
-    def _disagreement(self, typed: onnx.ModelProto) -> float:
-        """How far ONNX Runtime's integer kernels are off from the graph as it is written."""
-        return Reference.of(typed, self.reference.samples, self.path).error(typed, fused=True)
+    def _disagreement(self, typed: onnx.ModelProto, kernels: Kernels) -> float:
+        """How far the runtime's integer kernels are off from the graph as it is written."""
+        return Reference.of(typed, self.reference.samples, self.path).error(typed, kernels)
 
-    def _misread(self, wide: Sequence[str], allowed: float) -> list[str]:
-        """The nodes that ONNX Runtime's integer kernels compute otherwise than the graph says."""
+    def _misread(self, wide: Sequence[str], allowed: float, kernels: Kernels) -> list[str]:
+        """The nodes that the runtime's integer kernels compute otherwise than the graph says."""
 
         def holds(names: Sequence[str]) -> bool:
-            return self._disagreement(self._quantised([*wide, *names])) <= allowed
+            return self._disagreement(self._quantised([*wide, *names]), kernels) <= allowed
 
         candidates = [node.name for node in self.chosen if node.name not in wide]
         try:
             found = proof.culprits(candidates, holds)
         except LookupError:
             raise ContentError(
-                f"{self.path}: ONNX Runtime's integer kernels move the outputs by more than {allowed:.2g} of their "
-                "size from what the graph says, whichever nodes stay FP32",
+                f"{self.path}: {kernels.library}'s integer kernels move the outputs by more than {allowed:.2g} of "
+                "their size from what the graph says, whichever nodes stay FP32",
                 "choose a float target for this network, and report it",
             ) from None
-        why = "ONNX Runtime's integer kernel computes something else"
+        why = f"{kernels.library}'s integer kernel computes something else"
         self.kept += [proof.entry(self.nodes[name], self.scheme.wider, why) for name in found]
         return found
 

@@ -1,4 +1,4 @@
-"""Is a graph with new types still the network? Its outputs, as a runtime computes them, beside those of FP32.
+"""Is a graph with new types still the network? Its outputs, as written and as its runtime runs it, beside FP32's.
 
 Where they are too far off, single nodes that stay in the wider type are looked for, by bisection: each one that is
 found is named, and the fewer the better.
@@ -25,7 +25,7 @@ SAMPLES = 16  # spread over those of the calibration: an error to within about 1
 # How far each output may be off: RMS of the difference, as a share of the RMS in FP32. Roundings of a network with
 # a hundred layers come to 0.005 and 0.04; what is above these bounds is an overflow, or a sum of very unequal parts.
 BOUNDS = {"fp16": 0.02, "bf16": 0.15}
-# ONNX Runtime's integer kernels beside the same graph computed in FP32: they differ by single steps of a rounding.
+# A runtime's integer kernels beside the same graph computed in FP32: they differ by single steps of a rounding.
 FUSED = 0.02
 MOST = 16  # nodes that are looked for: a network of which more have to stay wide is one for another target
 _LAYERS_AT_ONCE = 3.0  # INT8: nine layers at the bound of one come to three times that, as squares add up
@@ -34,6 +34,19 @@ _LAYERS_AT_ONCE = 3.0  # INT8: nine layers at the bound of one come to three tim
 def int8_bound(max_layer_error: float) -> float:
     """How far each output of an INT8 network may be off, as a share of its RMS."""
     return _LAYERS_AT_ONCE * max_layer_error
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a runtime computes a typed graph: fused, in the kernels that this machine has.
+
+    Attributes:
+        library: its name, for messages.
+        outputs: (graph, samples [N,C,H,W], the graph's file for messages) -> its outputs by name, [N,...].
+    """
+
+    library: str
+    outputs: Callable[[onnx.ModelProto, Array, Path], Mapping[str, npt.NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,18 @@ class Reference:
         """Run the network in FP32 on samples [N,C,H,W]."""
         return cls(samples, calibration.outputs(model, samples, path), path)
 
-    def error(self, model: onnx.ModelProto, *, fused: bool = False) -> float:
+    def error(self, model: onnx.ModelProto, kernels: Kernels | None = None) -> float:
         """How far the worst output of a graph with new types is off, see `relative_error`.
 
         Args:
-            model: the graph; FP16 and BF16 are computed in FP32 and rounded after each node.
-            fused: with ONNX Runtime's integer kernels, where it has some for the graph's Q/DQ pairs.
+            model: the graph.
+            kernels: what computes it; None: it is computed as it is written, FP16 and BF16 in FP32 and rounded after
+                each node.
         """
-        found = calibration.outputs(computed_wide(model), self.samples, self.path, fused=fused)
+        if kernels is None:
+            found = calibration.outputs(computed_wide(model), self.samples, self.path)
+        else:
+            found = dict(kernels.outputs(model, self.samples, self.path))
         return max(relative_error(found[name], exact) for name, exact in self.outputs.items())
 
 
@@ -134,6 +151,7 @@ def kept_wide(
     reference: Reference,
     bound: float,
     wider: str,
+    kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """Convert a network, and leave as few nodes as possible in the wider type so that its error is within a bound.
 
@@ -143,6 +161,7 @@ def kept_wide(
         reference: what is right.
         bound: on the error of each output.
         wider: the type of what is left.
+        kernels: of the runtime that it is for, if they can be asked here: the bound holds for them, too.
 
     Returns:
         The typed graph, and the nodes that stay wide, as build.json lists them.
@@ -154,8 +173,9 @@ def kept_wide(
 
     def error(wide: Sequence[str]) -> float:
         typed.clear()
-        typed[tuple(wide)] = convert(wide)
-        return reference.error(typed[tuple(wide)])
+        model = typed[tuple(wide)] = convert(wide)
+        as_written = reference.error(model)
+        return as_written if kernels is None else max(as_written, reference.error(model, kernels))
 
     before = error(())
     if before <= bound:

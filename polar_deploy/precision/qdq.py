@@ -65,6 +65,7 @@ ORT = Scheme(
     opset=13,
 )
 TRT = Scheme(symmetric=True, layers=graph.LAYERS, between=(), wider="fp16", opset=19)
+SCHEMES = {"asymmetric": ORT, "symmetric": TRT}  # as `backends.Backend.int8` names them
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from polar_deploy import targets
+
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
 _AGAIN = "python -m polar_deploy.pipeline --recipe RUN/run.yaml --out"
 
@@ -132,7 +134,7 @@ def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
 
 
 def _precision(report: dict[str, Any]) -> tuple[Step, ...]:
-    asked = report["precision"]["full"]["asked"]
+    asked, wider = report["precision"]["full"]["asked"], targets.parse(report["target"]).wider.name
     if asked == "int8":
         images = 4 * report["recipe"]["build"]["calibration"]["images"]
         return (
@@ -140,19 +142,14 @@ def _precision(report: dict[str, Any]) -> tuple[Step, ...]:
                 "INT8 cost it, not what was removed. Calibrate on more images, or leave more layers wide.",
                 f"{_AGAIN} RUN --from build --set build.calibration.images={images} --set build.max_layer_error=0.02",
             ),
-            Step("Or take a wider precision.", f"{_AGAIN} RUN-fp16 --target {_wider(report['target'])}"),
+            Step("Or take a wider precision.", f"{_AGAIN} RUN-fp16 --target {wider}"),
         )
     return (
         Step(
             f"The precision ({asked}) cost it, not what was removed: values leave its range or lose too many digits.",
-            f"{_AGAIN} RUN-fp32 --target {_wider(report['target'])}",
+            f"{_AGAIN} RUN-fp32 --target {wider}",
         ),
     )
-
-
-def _wider(target: str) -> str:
-    backend, _, precision = target.rpartition("-")
-    return f"{backend}-fp16" if precision == "int8" and not backend.startswith("ort") else f"{backend}-fp32"
 
 
 def _speed(report: dict[str, Any]) -> tuple[Step, ...]:

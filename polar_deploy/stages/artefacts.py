@@ -15,7 +15,7 @@ def _always(run: RunContext) -> bool:
 
 
 def _has_plans(run: RunContext) -> bool:
-    return run.target.has_plans
+    return run.target.backend.artefact.suffix == ".plan"
 
 
 def _limits_latency(run: RunContext) -> bool:

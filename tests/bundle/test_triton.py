@@ -136,6 +136,28 @@ def test_threads_and_tf32_are_those_of_the_engine(tmp_path: Path) -> None:
     assert accelerator["parameters"] == {"use_tf32": "1"}
 
 
+def test_a_typed_graph_for_openvino(tmp_path: Path) -> None:
+    outcome = triton(tmp_path, "ov-int8", networks={"compressed": {"threads": 2}})
+    place = tmp_path / "models/net-pictures"
+    found = config(place)
+    assert (found["backend"], found["default_model_filename"]) == ("openvino", "model.onnx")
+    assert found["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
+    told = {key: value["string_value"] for key, value in found["parameters"].items()}
+    assert told == {"INFERENCE_NUM_THREADS": "2", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    same_bytes(place / "1/model.onnx", tmp_path / "bundle/engines/compressed.onnx")
+    assert "it computes FP32 layers in BF16; --backend onnxruntime serves FP32 as such\n" in outcome.out
+
+
+def test_bf16_is_what_triton_s_openvino_computes_in(tmp_path: Path) -> None:
+    assert "cannot be told" not in triton(tmp_path, "ov-bf16").out
+
+
+def test_onnx_runtime_serves_the_fp32_graph_of_openvino_s_bundle_on_the_cpu(tmp_path: Path) -> None:
+    place = written(tmp_path, "ov-bf16", "--backend", "onnxruntime")
+    assert config(place)["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
+    same_bytes(place / "1/model.onnx", tmp_path / "bundle/compressed/model.onnx")
+
+
 @pytest.mark.parametrize("target", ["trt-fp16", "rtx-fp16"])
 def test_onnx_runtime_serves_the_fp32_graph_of_a_bundle_with_plans(tmp_path: Path, target: str) -> None:
     outcome = triton(tmp_path, target, "--backend", "onnxruntime", **NATIVE)  # untrusted: a graph is no code
@@ -205,6 +227,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
     "RTX": ("rtx-fp16", {}, ("--trust-plan",), "Triton has no backend for TensorRT for RTX"),
     "RTX as TensorRT": ("rtx-fp16", {}, ("--backend", "tensorrt", "--trust-plan"), "no backend for TensorRT for RTX"),
     "a plan of ORT": ("ort-fp32", {}, ("--backend", "tensorrt", "--trust-plan"), "ort-fp32 has no plan"),
+    "OpenVINO's graph of ORT": ("ort-int8", {}, ("--backend", "openvino"), "ort-int8 has no graph for OpenVINO"),
     "no full network": ("ort-fp32", {"full": False}, ("--network", "full"), "has no full network"),
     "batches of 2": ("trt-fp16", TWO_AT_LEAST, ("--trust-plan",), "takes 2 images or more"),
 }

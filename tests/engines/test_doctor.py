@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_deploy import gpu, targets
+from polar_deploy import cpu, gpu, targets
 from polar_deploy.engines import doctor, machine
 from polar_deploy.gpu import Gpu
 
@@ -75,5 +75,5 @@ def test_dot_products_of_bytes_are_found(
     flags: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
     assert machine.int8_instructions() == found

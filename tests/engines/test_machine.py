@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from polar_deploy import cpu
 from polar_deploy.engines import machine
 
 
 def test_cpu_is_read_from_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(cpu, "_CPUINFO", cpuinfo)
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.0 GHz\nmodel\t: 85\n")
     assert machine.describe()["cpu"] == "Some CPU @ 2.0 GHz"
     cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 62.5\n")

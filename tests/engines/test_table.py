@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from polar_deploy import latency, targets
+from polar_deploy import gpu, latency, targets
 from polar_deploy.engines import __main__ as command
 from polar_deploy.engines import table, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
@@ -422,9 +422,9 @@ def test_other_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_target_that_is_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise targets.gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
+        raise gpu.NoGpuError("no NVIDIA driver (libcuda.so.1 is not found)")
 
-    monkeypatch.setattr(targets.gpu, "first", missing)
+    monkeypatch.setattr(gpu, "first", missing)
     gated = saved(projection(), tmp_path / "gated.onnx")
     for name in ("trt-fp16", "rtx-fp16", "ort-cuda-fp16"):
         with pytest.raises(MachineError):

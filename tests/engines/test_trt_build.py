@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from polar_deploy import engines, gpu, targets
 from polar_deploy.config import Build
 from polar_deploy.engines import child, trt
-from polar_deploy.engines.trt import builder, library, require_fit
+from polar_deploy.engines.trt import builder, library, require_plan_fits
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 from tests.engines.networks import classifier, model, saved
 from tests.schemas import valid
@@ -46,7 +47,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_rtx
 def test_engine_is_described(built: tuple[Path, dict[str, Any]]) -> None:
     folder, entry = built
-    version = library.version("rtx")
+    version = library.version(library.of(RTX))
     assert len(version.split(".")) == 4
     assert {path.name for path in folder.iterdir()} == {"full.onnx", "full.plan", "full.layers.json"}
     assert set(entry["files"]) == {"full.onnx", "full.plan", "full.layers.json"}
@@ -261,7 +262,7 @@ INSPECTED = {
 @pytest.mark.usefixtures("in_process")
 def test_tensorrt_is_proven_by_the_engine_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way that TensorRT goes, with TensorRT for RTX in its place; only the inspector needs a GPU."""
-    monkeypatch.setitem(library.MODULES, "trt", "tensorrt_rtx")
+    monkeypatch.setattr(library, "load", lambda backend: importlib.import_module("tensorrt_rtx"))
     found = [INSPECTED]
     monkeypatch.setattr(builder._Builder, "_inspected", lambda self, plan: {"Layers": found})
     monkeypatch.setattr(builder, "_gpu_here", lambda: gpu.Gpu("NVIDIA L4", (8, 9)))
@@ -361,10 +362,10 @@ def test_plan_is_for_one_version_and_one_gpu(
 ) -> None:
     monkeypatch.setattr(gpu, "first", lambda: gpu.Gpu(*here))
     if message is None:
-        require_fit(Path("full.plan"), PLAN | change, version)
+        require_plan_fits(Path("full.plan"), PLAN | change, version)
         return
     with pytest.raises(MachineError) as error:
-        require_fit(Path("full.plan"), PLAN | change, version)
+        require_plan_fits(Path("full.plan"), PLAN | change, version)
     assert error.value.what == message
     assert error.value.todo == "build again here: --from build"
 
@@ -372,7 +373,7 @@ def test_plan_is_for_one_version_and_one_gpu(
 @pytest.mark.parametrize("plan", [{}, {**PLAN, "capabilities": ["new"]}, "none", {**PLAN, "capabilities": None}])
 def test_plan_that_is_not_described_is_refused(plan: Any) -> None:
     with pytest.raises(ContentError, match=r"full\.plan: build\.json does not say what the plan is for"):
-        require_fit(Path("full.plan"), plan, "10.6.0.26")
+        require_plan_fits(Path("full.plan"), plan, "10.6.0.26")
 
 
 def test_trtexec_line_says_all_that_we_set() -> None:

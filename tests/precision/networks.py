@@ -11,7 +11,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from polar_deploy import precision, targets
+from polar_deploy import engines, precision, targets
 from polar_deploy.config import Build
 from tests.engines.networks import model, saved
 
@@ -61,7 +61,8 @@ def written(
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """What `precision.write` makes of a network, and what it says of it."""
     source = saved(network, folder / "source.onnx")
-    said = precision.write(source, folder / "typed.onnx", targets.parse(target), Build(**options), batch)
+    kernels = engines.kernels(targets.parse(target))
+    said = precision.write(source, folder / "typed.onnx", targets.parse(target), Build(**options), batch, kernels)
     return onnx.load(folder / "typed.onnx"), said
 
 

@@ -128,8 +128,8 @@ def test_a_layer_that_the_runtime_computes_otherwise_stays_wide_and_is_named(
     """A runtime whose integer kernel of one layer is wrong: as ONNX Runtime's Gemm was with beta."""
     honest = int8._Writer._disagreement
 
-    def disagreement(self: int8._Writer, typed: onnx.ModelProto) -> float:
-        return 1.0 if behind(typed, "conv3")[0] == "DequantizeLinear" else honest(self, typed)
+    def disagreement(self: int8._Writer, typed: onnx.ModelProto, kernels: proof.Kernels) -> float:
+        return 1.0 if behind(typed, "conv3")[0] == "DequantizeLinear" else honest(self, typed, kernels)
 
     monkeypatch.setattr(int8._Writer, "_disagreement", disagreement)
     typed, said = written(residual(), "ort-int8", tmp_path, images(16))

@@ -11,6 +11,7 @@ from polar_deploy.errors import ContentError, MachineError
 if TYPE_CHECKING:
     from polar_deploy.config import Build
     from polar_deploy.engines.trt.run import TrtEngine
+    from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
 _AGAIN = "build again here: --from build"
@@ -18,7 +19,7 @@ _COMPATIBLE_SINCE = (8, 0)  # Ampere: a hardware-compatible plan runs on it and 
 
 
 def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
-    """Build in a child process. As `Backend.build` says."""
+    """Build in a child process. As `Runtime.build` says."""
     request = {
         "folder": str(folder.resolve()),
         "name": name,
@@ -36,28 +37,31 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     }
 
 
+def kernels(target: Target) -> Kernels | None:
+    """None: they run on a GPU only. As `Runtime.kernels` says."""
+    return None
+
+
 def load(artefact: Path, target: Target, entry: dict[str, Any]) -> TrtEngine:
-    """Load a plan that was built for this GPU and this version of the library. As `Backend.load` says."""
+    """Load a plan that was built for this GPU and this version of the library. As `Runtime.load` says."""
     from polar_deploy.engines.trt import library
     from polar_deploy.engines.trt.run import TrtEngine
 
-    require_fit(artefact, entry["plan"], library.version(target.backend))
+    require_fit(artefact, target, entry["plan"])
     brings_code = bool(entry["plan"].get("version_compatible"))
-    module, logger = library.load(target.backend), library.logger(target.backend)
-    return TrtEngine(artefact, module, logger, host_code=brings_code)
+    backend = library.of(target)
+    return TrtEngine(artefact, library.load(backend), library.logger(backend), host_code=brings_code)
 
 
-def require_fit(path: Path, plan: dict[str, Any], version: str) -> None:
-    """Raise unless a plan is for the version of the library and the GPU that are here.
+def require_fit(artefact: Path, target: Target, described: Any) -> None:
+    """Raise unless a plan is for the GPU and the version of the library that are here. As `Runtime.require_fit`."""
+    from polar_deploy.engines.trt import library
 
-    Args:
-        path: the plan's file.
-        plan: its description in build.json.
-        version: of the library here, four parts.
+    require_plan_fits(artefact, described, library.version(library.of(target)))
 
-    Raises:
-        MachineError: it is for others. ContentError: it is not described.
-    """
+
+def require_plan_fits(path: Path, plan: dict[str, Any], version: str) -> None:
+    """As `require_fit`, for a version of the library, which has four parts."""
     from polar_deploy import gpu
 
     try:

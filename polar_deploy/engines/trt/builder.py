@@ -36,7 +36,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     """
     folder, name = Path(request["folder"]), request["name"]
     target, options = targets.parse(request["target"]), Build.model_validate(request["options"])
-    if target.backend == "rtx":
+    if library.of(target).jit:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported, which is now
     return _Builder(folder, name, target, options).build()
 
@@ -47,8 +47,8 @@ class _Builder:
     def __init__(self, folder: Path, name: str, target: targets.Target, options: Build) -> None:
         self.folder, self.name, self.target, self.options = folder, name, target, options
         self.onnx = folder / f"{name}.onnx"
-        self.trt = library.load(target.backend)
-        self.logger = library.logger(target.backend)
+        self.backend = library.of(target)
+        self.trt, self.logger = library.load(self.backend), library.logger(self.backend)
         self.logger.aloud = True
         self.builder = self.trt.Builder(self.logger)
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is
@@ -60,7 +60,7 @@ class _Builder:
         layers, source = proof.of_network(self.network), "network before the build"
         found = self._proven(layers)
         plan = self._plan()
-        if self.target.backend == "trt":
+        if not self.backend.jit:  # else an engine cannot be looked into without a GPU
             layers, source = proof.of_inspector(self._inspected(plan)), "engine inspector"
             found = self._proven(layers)
         counted = proof.counts(layers)
@@ -79,7 +79,7 @@ class _Builder:
         parser = self.trt.OnnxParser(self.network, self.logger)
         if not parser.parse_from_file(str(self.onnx)):
             errors = [_sentence(parser.get_error(index)) for index in range(parser.num_errors)]
-            what = "; ".join(dict.fromkeys(errors)) or library.last_words(self.target.backend)
+            what = "; ".join(dict.fromkeys(errors)) or library.last_words(self.backend)
             raise ContentError(
                 f"{self.onnx}: {self._says} {what}",
                 "export the network in FP32, with operators that it has; lower precision is the target's job",
@@ -105,13 +105,13 @@ class _Builder:
         image = self.network.get_input(0)
         shapes = [(batch, *tuple(image.shape)[1:]) for batch in self.options.batches]
         profile = Profile().add(image.name, min=shapes[0], opt=shapes[1], max=shapes[2])
-        cache = str(self.folder / _TIMING_CACHE) if self.target.backend == "trt" else None
+        cache = None if self.backend.jit else str(self.folder / _TIMING_CACHE)
         try:
             with G_LOGGER.verbosity():  # it raises what is critical; last words are the library's
                 config = self._config(profile, cache)
                 plan = EngineBytesFromNetwork((self.builder, self.network), config=config, save_timing_cache=cache)()
         except PolygraphyException as error:
-            said = f"{one_line(error)}; {library.last_words(self.target.backend)}"
+            said = f"{one_line(error)}; {library.last_words(self.backend)}"
             raise _refused(f"{self.onnx}: {self._says} {said}") from error
         finally:
             (self.folder / f"{_TIMING_CACHE}.lock").unlink(missing_ok=True)  # polygraphy's; the run has its own lock
@@ -130,7 +130,7 @@ class _Builder:
             common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace << 20}
         if options.hardware_compatible:
             common["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        if self.target.backend == "rtx":
+        if self.backend.jit:
             from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
             create = CreateConfigRTX(use_gpu=False, compute_capabilities=self._capabilities(), **common)
@@ -166,7 +166,7 @@ class _Builder:
         engine = runtime.deserialize_cuda_engine(plan)
         context = engine and engine.create_execution_context()
         if context is None:
-            said = library.last_words(self.target.backend)
+            said = library.last_words(self.backend)
             raise _refused(f"{self.onnx}: {self._says} its own plan cannot be loaded: {said}")
         image = self.network.get_input(0)
         context.set_input_shape(image.name, (self.options.batches[1], *tuple(image.shape)[1:]))
@@ -178,27 +178,27 @@ class _Builder:
 
     def _described(self) -> dict[str, Any]:
         """What the plan was built with and for; a device must match it."""
-        rtx, here = self.target.backend == "rtx", _gpu_here()
-        capabilities = self._capabilities() if rtx else [here.capability] if here else []
+        jit, here = self.backend.jit, _gpu_here()
+        capabilities = self._capabilities() if jit else [here.capability] if here else []
         image = self.network.get_input(0)
         return {
             "file": f"{self.name}.plan",
-            "library": targets.LIBRARIES[self.target.backend],
-            "version": library.version(self.target.backend),
-            "gpu": None if rtx or here is None else here.name,
+            "library": self.backend.library,
+            "version": library.version(self.backend),
+            "gpu": None if jit or here is None else here.name,
             "capabilities": [".".join(map(str, each)) for each in capabilities],
             "version_compatible": self.options.version_compatible,
             "hardware_compatible": self.options.hardware_compatible,
             "cuda": gpu.cuda_version() if here else None,
             "driver": nvml.conditions()["driver"] if here else None,
-            "timing_cache": None if rtx else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
+            "timing_cache": None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
             "profile": dict(zip(("smallest", "usual", "largest"), self.options.batches, strict=True)),
-            "trtexec": None if rtx else trtexec(self.name, image.name, tuple(image.shape)[1:], self.options),
+            "trtexec": None if jit else trtexec(self.name, image.name, tuple(image.shape)[1:], self.options),
         }
 
     @property
     def _says(self) -> str:
-        return f"{targets.LIBRARIES[self.target.backend]} says:"
+        return f"{self.backend.library} says:"
 
 
 def trtexec(name: str, image: str, shape: tuple[int, ...], options: Build) -> str:

@@ -15,20 +15,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from polar_deploy.backends.tensorrt import TensorRT
 from polar_deploy.errors import one_line
+from polar_deploy.targets import Target
 
-MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
-_LIBRARIES = {"trt": "libnvinfer.so", "rtx": "libtensorrt_rtx.so"}
 _KEPT = 20  # messages
 
 
-def load(backend: str) -> ModuleType:
-    """The module of a backend, "trt" or "rtx"."""
-    return import_module(MODULES[backend])
+def of(target: Target) -> TensorRT:
+    """Which of the two libraries a target is for."""
+    assert isinstance(target.backend, TensorRT)
+    return target.backend
+
+
+def load(backend: TensorRT) -> ModuleType:
+    """The library's module."""
+    return import_module(backend.module)
 
 
 @cache
-def logger(backend: str) -> Any:
+def logger(backend: TensorRT) -> Any:
     """The one logger of this process (TensorRT keeps the first it gets); `last_words` has what it heard."""
     trt = load(backend)
 
@@ -51,7 +57,7 @@ def logger(backend: str) -> Any:
     return Logger()
 
 
-def last_words(backend: str) -> str:
+def last_words(backend: TensorRT) -> str:
     """The library's last errors, on one line; they are forgotten then."""
     return heard(logger(backend))
 
@@ -63,10 +69,10 @@ def heard(logger: Any) -> str:
     return words
 
 
-def version(backend: str) -> str:
+def version(backend: TensorRT) -> str:
     """The library's version in four parts, such as "10.6.0.26": plans are tied to it, and the module may tell less."""
     module_version = str(load(backend).__version__)
-    for path in _loaded(_LIBRARIES[backend]):
+    for path in _loaded(backend.shared_library):
         library = ctypes.CDLL(path)
         parts = [getattr(library, f"getInferLib{part}Version", None) for part in ("Major", "Minor", "Patch", "Build")]
         if all(parts):

@@ -1,0 +1,300 @@
+"""OpenVINO on the CPU.
+
+The artefact is the typed ONNX graph, as it is for ONNX Runtime: a file that can be checked and is no code. OpenVINO's
+own cache of compiled models is neither, and its IR would be a second form of the same network to trust.
+
+Left to itself OpenVINO computes FP32 graphs in BF16 where the CPU has units for it (in FP16 on ARM). Here the types
+are those of the graph: `INFERENCE_PRECISION_HINT` is f32 for every target, which leaves BF16 tensors and Q/DQ pairs
+what they are. What runs is read from the runtime's own graph and written beside it, as `NAME.layers.json`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polar_deploy.engines import network
+from polar_deploy.engines.base import Array, Timer, require_shape
+from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.precision.graph import count_wider, described
+from polar_deploy.precision.proof import Kernels
+from polar_deploy.workspace import write_json
+
+if TYPE_CHECKING:
+    import onnx
+
+    from polar_deploy.config import Build
+    from polar_deploy.targets import Target
+
+DEVICE = "CPU"
+THREADS = 1  # as for ONNX Runtime: the figure that a shared machine disturbs least
+_NO_PLAN = "none: what OpenVINO compiles from the ONNX file when it loads it is for this CPU alone, so it is not kept"
+_TELEMETRY = "openvino_telemetry"
+# The runtime's names of types; wider integers are shapes and indices, and no precision.
+_PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "int8", "u8": "int8"}
+_NUMBERED = re.compile(r"(Constant|Convert|FakeQuantize|Multiply|Subtract)_\d+")  # put in by OpenVINO, anew each time
+_COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_MOST_COMPILED = 4  # batch sizes that an engine holds compiled
+
+
+class OvEngine:
+    """One ONNX file, compiled for each batch size that it is given. `Engine` of the base module.
+
+    A network that is compiled for one batch size is up to 1.3 times as fast as one for any.
+
+    Args:
+        path: an ONNX file.
+        threads: CPU threads of an inference.
+
+    Raises:
+        UsageError: no such file.
+        ContentError: not ONNX, an operator that OpenVINO does not have, or not a classifier of images.
+    """
+
+    batches = (1, None)
+
+    def __init__(self, path: Path, threads: int = THREADS) -> None:
+        self.path, self.threads = path, threads
+        network.read(path)  # OpenVINO tries other formats, aloud, on what is no ONNX file
+        with _translated(path):
+            self._model = _core().read_model(str(path))
+        self.input_shape = _image_shape(self._model, path)
+        self._requests: dict[int, Any] = {}  # by batch size, the oldest first
+
+    def infer(self, images: Array) -> Array:
+        """Normalised images [B,C,H,W] -> logits [B,classes]."""
+        require_shape(images, self, str(self.path))
+        batch = len(images)
+        if batch not in self._requests:
+            while len(self._requests) >= _MOST_COMPILED:
+                del self._requests[next(iter(self._requests))]
+            self._requests[batch] = self._request(batch)
+        with _translated(self.path):
+            found = self._requests[batch].infer([np.ascontiguousarray(images, np.float32)])
+        logits: Array = np.array(found[0], np.float32)
+        return logits
+
+    def timer(self, images: Array) -> Timer:
+        """Bind `images` [B,C,H,W] to a request of their own; the clock is the host's."""
+        require_shape(images, self, str(self.path))
+        held = np.ascontiguousarray(images, np.float32)
+        request = self._request(len(held))
+        request.set_input_tensor(_library().Tensor(held, shared_memory=True))
+
+        def milliseconds(inferences: int) -> float:
+            with _translated(self.path):
+                start = time.perf_counter_ns()
+                for _ in range(inferences):
+                    request.infer(share_outputs=True)
+                return (time.perf_counter_ns() - start) / inferences / 1e6
+
+        return milliseconds
+
+    def duplicate(self) -> OvEngine:
+        """The same file, loaded a second time."""
+        return OvEngine(self.path, self.threads)
+
+    def conditions(self) -> dict[str, Any] | None:
+        """None: a CPU tells nothing of its state."""
+        return None
+
+    def layers(self, batch: int) -> list[dict[str, Any]]:
+        """The layers that run for a batch size, in order: {"name", "op", "kernel", "inputs", "type"}.
+
+        `type` is the element type that a layer computes in, `inputs` are those of what it reads.
+        """
+        with _translated(self.path):
+            nodes = self._compiled(batch).get_runtime_model().get_ordered_ops()
+            return [_layer(node) for node in _running(nodes)]
+
+    def _request(self, batch: int) -> Any:
+        with _translated(self.path):
+            return self._compiled(batch).create_infer_request()
+
+    def _compiled(self, batch: int) -> Any:
+        model = self._model.clone()
+        model.reshape([batch, *self.input_shape])
+        return _compiled(_with_fp32_edges(model), self.threads)
+
+
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+    """Write `folder/NAME.layers.json`: what runs at the usual batch, in which type. Else as `Runtime.build` says."""
+    layers_path = folder / f"{name}.layers.json"
+    layers = OvEngine(onnx_path).layers(options.batches[1])
+    found = require_precision(layers, target.precision, onnx_path, count_wider(onnx_path, target.precision))
+    write_json(layers_path, {"schema": 1, "name": name, "read_from": "runtime graph", "layers": layers})
+    return {
+        "provider": f"OpenVINO {DEVICE}",
+        "threads": THREADS,
+        "tf32": options.tf32,
+        "versions": {"openvino": version("openvino")},
+        "found": found,
+        "files": [onnx_path.name, layers_path.name],
+        "plan": _NO_PLAN,
+    }
+
+
+def kernels(target: Target) -> Kernels | None:
+    """Those of this CPU. As `Runtime.kernels` says."""
+    return Kernels(target.backend.library, _outputs)
+
+
+def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OvEngine:
+    """Load the typed ONNX file that `build` looked at."""
+    return OvEngine(artefact)
+
+
+def require_fit(artefact: Path, target: Target, described: Any) -> None:
+    """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
+
+
+def require_precision(layers: list[dict[str, Any]], precision: str, path: Path, wider: int = 0) -> dict[str, int]:
+    """Count layers by the type they compute in; ContentError unless the layers with weights are of the target's.
+
+    All of them have to be, but for those that the graph keeps `wider` on purpose. For INT8 half: which ones stay wider
+    is measured, and reported. An FP32 engine computes nothing at all in less.
+    """
+    computing = [layer for layer in layers if layer["op"] in _COMPUTING]
+    if all(layer["type"] != precision for layer in computing):
+        raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
+    odd = [layer for layer in (layers if precision == "fp32" else computing) if layer["type"] in _odd(precision)]
+    if len(odd) > (len(computing) // 2 if precision == "int8" else wider):
+        what = f"layer {odd[0]['name']!r} ({odd[0]['op']}, kernel {odd[0]['kernel']}) runs in {odd[0]['type']}"
+        raise ContentError(
+            f"{path}: {what}, the target is {precision}", "report this network and the version of OpenVINO"
+        )
+    return dict(Counter(layer["type"] for layer in layers if layer["type"] in _PRECISIONS.values()).most_common())
+
+
+def _odd(precision: str) -> set[str]:
+    return {*_PRECISIONS.values()} - {precision}
+
+
+def _running(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Of the runtime's nodes, in order, those that compute: no edges, and nothing done once with constants."""
+    constant: set[str] = set()
+    for node in nodes:
+        sources = [each.get_source_output().get_node().friendly_name for each in node.inputs()]
+        if _told(node)["layerType"] == "Const" or (sources and constant.issuperset(sources)):
+            constant.add(node.friendly_name)
+        elif sources and node.outputs() and _told(node)["layerType"] != "Output":
+            yield node
+
+
+def _told(node: Any) -> dict[str, str]:
+    return {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
+
+
+def _layer(node: Any) -> dict[str, Any]:
+    """What the runtime tells of a node. Its precision is that of what it reads, weights aside."""
+    told = _told(node)
+    names = [name for name in told["originalLayersNames"].split(",") if name and not _NUMBERED.fullmatch(name)]
+    inputs = [each.get_element_type().to_string() for each in node.inputs()]
+    return {
+        "name": ",".join(names) or node.friendly_name,
+        "op": told["layerType"],
+        "kernel": told["primitiveType"],
+        "inputs": [_PRECISIONS.get(kind, kind) for kind in inputs],
+        "type": _PRECISIONS.get(told["runtimePrecision"], told["runtimePrecision"]),
+    }
+
+
+def _outputs(model: onnx.ModelProto, images: Array, path: Path) -> Mapping[str, npt.NDArray[np.float64]]:
+    """What a network gives for images [N,C,H,W], by output, on as many threads as OpenVINO likes."""
+    with _translated(path, model):
+        read = _core().read_model(model.SerializeToString())
+        names = [value.name for value in model.graph.output]
+        found = _compiled(_with_fp32_edges(read)).infer_new_request([images])
+        return {name: np.asarray(found[name], np.float64) for name in names}
+
+
+def _compiled(model: Any, threads: int | None = None) -> Any:
+    """A model that computes in the types that it has, and nothing of which is bound to certain cores."""
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # two engines that are timed in turn would share a core
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return _core().compile_model(model, DEVICE, settings)
+
+
+def _with_fp32_edges(model: Any) -> Any:
+    """A model that takes and gives FP32, whatever the types of its inputs and outputs are."""
+    library = _library()
+    edges = library.preprocess.PrePostProcessor(model)
+    for index in range(len(model.inputs)):
+        edges.input(index).tensor().set_element_type(library.Type.f32)
+    for index in range(len(model.outputs)):
+        edges.output(index).tensor().set_element_type(library.Type.f32)
+    return edges.build()
+
+
+def _image_shape(model: Any, path: Path) -> tuple[int, int, int]:
+    """[C,H,W]; ContentError unless the model has one input [any batch,C,H,W] and one output [any batch,classes]."""
+    shapes = [[size.get_length() if size.is_static else None for size in edge.partial_shape] for edge in model.inputs]
+    ranks = [len(edge.partial_shape) for edge in model.outputs]
+    match shapes, ranks:
+        case [[[None, int(channels), int(height), int(width)]], [2]]:
+            return channels, height, width
+    listed = ", ".join(f"{edge.any_name} {edge.partial_shape}" for edge in (*model.inputs, *model.outputs))
+    raise ContentError(
+        f"{path}: the network must have one input [any batch, channels, height, width] and one output [any batch, "
+        f"classes], but it has: {listed}",
+        "export a classifier of images with a dynamic batch",
+    )
+
+
+@contextmanager
+def _translated(path: Path, model: onnx.ModelProto | None = None) -> Iterator[None]:
+    """Turn what OpenVINO raises about a network, that in `path` or else `model`, into an error that names the node."""
+    try:
+        yield
+    except RuntimeError as error:  # all of its errors
+        message, given = one_line(error), model or network.read(path)
+        said = message.partition("failed with ")[2] or message
+        what = f"{path}: {_unknown(given, message) or network.blame(given, message)}OpenVINO says: {said}"
+        if "bad_alloc" in message or "allocate" in message:
+            raise MachineError(what, "free some memory, or use smaller batches or images") from error
+        raise ContentError(what, "export the network with operators that this OpenVINO has") from error
+
+
+def _unknown(model: onnx.ModelProto, message: str) -> str:
+    """The first node of an operator that OpenVINO lacks, as `network.blame` has it: it lists operators, not nodes."""
+    listed = re.search(r"operations: ([\w., ]+)", message)
+    operators = re.split("[, ]+", listed[1]) if listed else []
+    lacking = (node for node in model.graph.node if f"{node.domain}.{node.op_type}".lstrip(".") in operators)
+    return next((f"{described(node)}: " for node in lacking), "")
+
+
+@cache
+def _core() -> Any:
+    return _library().Core()
+
+
+@cache
+def _library() -> ModuleType:
+    """OpenVINO, imported without the package by which it reports each import to its maker."""
+    hidden = _TELEMETRY not in sys.modules
+    if hidden:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # importing it fails, which OpenVINO is ready for
+    try:
+        import openvino
+    finally:
+        if hidden:
+            del sys.modules[_TELEMETRY]
+    return openvino  # type: ignore[no-any-return]
