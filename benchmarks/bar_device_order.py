@@ -74,7 +74,7 @@ def row(
     size = (1, 3, pixels, pixels)
     choices = analyse(models.build(network, classes, pixels).eval(), Example.of(torch.zeros(2, *size[1:]))).choices
     opened = patterns(choices)
-    cost = device_cost(devices.choose(device), choices.layers, choices.sites, choices.blocks)
+    cost = device_cost(devices.choose(device), choices)
     states = [choices.state(each) for each in opened]
     predicted = {
         "file": [cost.share(state) for state in states],

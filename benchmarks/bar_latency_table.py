@@ -65,7 +65,7 @@ def examine(name: str, size: int) -> dict[str, Any]:
         document = table.measure(gated, targets.parse(TARGET), tell=lambda text: print(f"{name}: {text}", flush=True))
         write_json(folder / "latency-table.json", document)
         read = latency.read(folder / "latency-table.json", TARGET)
-        cost = latency_cost(read, choices.sites, choices.blocks)
+        cost = latency_cost(read, choices)
         bench = table.Bench(gated, folder, targets.parse(TARGET))
         random = np.random.default_rng(0)
         rows = [judge(bench, choices, cost, draw(choices, random)) for _ in range(PATTERNS)]

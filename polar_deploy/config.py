@@ -305,6 +305,11 @@ class Settings(_Frozen):
             )
         return self
 
+    @property
+    def latency_is_measured(self) -> bool:
+        """Whether a latency table tells what a latency budget limits; else the device's file does."""
+        return self.device is None or self.latency_table is not None
+
 
 # --------------------------------------------------------------------------- with all that was left open decided
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_deploy.config import Text
-from polar_deploy.costs import Floats
+
+if TYPE_CHECKING:
+    from polar_deploy.costs import Floats
 
 PERIOD = 64  # channels; above the widest that was asked, what is offered repeats: all packs divide it
 _LISTED = re.compile(r"\[([\d\s.,e-]+)\]")  # numbers
@@ -130,6 +131,8 @@ class Device(_Frozen):
             layer: a kind that was not asked costs as a 3 x 3 convolution.
             side: whether the layer writes or reads them.
         """
+        import numpy as np
+
         known = self._swept(precision, layer) or self._swept(precision, "conv3x3")
         costs = next(known[each] for each in (side, "between", "both", *known) if each in known)
         asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
@@ -149,13 +152,12 @@ class Device(_Frozen):
         steps = self.staircase(precision, layer)
         if not steps:
             return self.each(precision, "conv3x3")
-        cost = float(np.interp(REFERENCE, list(steps), list(steps.values())))
+        cost = _at_reference(steps)
         if layer != "depthwise3x3":  # two layers
             return cost / 2 / (REFERENCE**2 * (9 if layer == "conv3x3" else 1))
         if "both" not in self._swept(precision, layer):  # between two others
             around = self.staircase(precision, "conv1x1")
-            beside = float(np.interp(REFERENCE, list(around), list(around.values()))) if around else 0.0
-            cost = max(cost - beside, LEAST_DEPTHWISE * cost)
+            cost = max(cost - (_at_reference(around) if around else 0.0), LEAST_DEPTHWISE * cost)
         return cost / (REFERENCE * 9)
 
     def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
@@ -189,3 +191,10 @@ def _worth_choosing(costs: Mapping[int, float]) -> tuple[int, ...]:
         if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
             result.append(width)
     return tuple(reversed(result))
+
+
+def _at_reference(costs: Mapping[int, float]) -> float:
+    """The cost of `REFERENCE` channels."""
+    import numpy as np
+
+    return float(np.interp(REFERENCE, list(costs), list(costs.values())))

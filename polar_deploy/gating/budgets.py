@@ -12,6 +12,7 @@ from polar_deploy.gating import choice
 from polar_deploy.gating.latency import latency_cost
 
 if TYPE_CHECKING:
+    from polar_deploy.devices import Chosen
     from polar_deploy.gating.choice import Limits
     from polar_deploy.latency import LatencyTable
     from polar_deploy.surgery.choices import Choices
@@ -20,10 +21,10 @@ LIKELY = 4  # sub-networks that a latency table is held against
 
 
 def require_reachable(
-    choices: Choices, limits: Limits, budget: Mapping[str, float], table: LatencyTable | None
+    choices: Choices, limits: Limits, budget: Mapping[str, float], latency: LatencyTable | Chosen | None
 ) -> None:
-    """Raise UsageError where no sub-network is within the budgets; without a table, latency is left out."""
-    costs = _costs(choices, table)
+    """Raise UsageError where no sub-network is within the budgets; latency is left out where nothing tells it."""
+    costs = _costs(choices, latency)
     asked = {name: share for name, share in budget.items() if name in costs}
     if asked:
         choice.require_reachable(choices, limits, costs, asked)
@@ -42,6 +43,5 @@ def likely(choices: Choices, limits: Limits, budget: Mapping[str, float], table:
     return [{name: int(state[own.start : own.stop].sum()) for own, name, _ in choices.owners()} for state in states]
 
 
-def _costs(choices: Choices, table: LatencyTable | None) -> dict[str, Cost]:
-    latency = {} if table is None else {"latency": latency_cost(table, choices.sites, choices.blocks)}
-    return {**choices.costs, **latency}
+def _costs(choices: Choices, latency: LatencyTable | Chosen | None) -> dict[str, Cost]:
+    return choices.costs if latency is None else {**choices.costs, "latency": latency_cost(latency, choices)}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import devices
-from polar_deploy.costs import Cost, Floats, State
+from polar_deploy.costs import Floats, State
 from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
@@ -30,7 +30,6 @@ from polar_deploy.gating import masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
-from polar_deploy.gating.on_device import device_cost
 from polar_deploy.gating.sampling import SampleGates
 from polar_deploy.gating.schedule import Schedule, closing
 from polar_deploy.gating.utility import Observer
@@ -113,7 +112,7 @@ class Gates:
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
-            self._costs["latency"] = self._latency(latency_table, chosen)
+            self._costs["latency"] = latency_cost(_latency(latency_table, chosen), self.analysis.choices)
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
@@ -319,19 +318,6 @@ class Gates:
         self._write()
         self._watch()
 
-    def _latency(self, table: LatencyTable | Path | str | None, device: Chosen | None) -> Cost:
-        """As it was measured, or as a device's file has it."""
-        if table is not None:
-            table = table if isinstance(table, LatencyTable) else read(Path(table))
-            return latency_cost(table, self.sites, self.blocks)
-        if device is not None:
-            return device_cost(device, self.analysis.choices.layers, self.sites, self.blocks)
-        raise UsageError(
-            "budget latency= needs a latency table, or a device",
-            "measure a table with `python -m polar_deploy.engines table`, or name a device "
-            f"({', '.join(devices.names())})",
-        )
-
     def _signature(self) -> list[list[Any]]:
         return [[name, kind, len(gates)] for gates, name, kind in self.analysis.choices.owners()]
 
@@ -427,3 +413,16 @@ def _budget(budget: float | str | Mapping[str, float]) -> dict[str, float]:
     if not asked:
         raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
     return asked
+
+
+def _latency(table: LatencyTable | Path | str | None, device: Chosen | None) -> LatencyTable | Chosen:
+    """As it was measured, or else as a device's file has it."""
+    if isinstance(table, (str, Path)):
+        return read(Path(table))
+    if source := table or device:
+        return source
+    raise UsageError(
+        "budget latency= needs a latency table, or a device",
+        "measure a table with `python -m polar_deploy.engines table`, or name a device: `python -m "
+        "polar_deploy.devices list`",
+    )

@@ -1,4 +1,4 @@
-"""A measured latency as a cost: the sum that `polar_deploy.latency` describes, by site and block."""
+"""Latency as a cost: the sum that `polar_deploy.latency` describes, as measured; or what a device's file has."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from polar_deploy.costs import Cost, Factor, Term
+from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError
+from polar_deploy.gating.on_device import device_cost
 from polar_deploy.latency import Entry, LatencyTable
-from polar_deploy.surgery.choices import Block, Site
+from polar_deploy.surgery.choices import Block, Choices, Site
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,19 @@ class _Saving:
     parts: tuple[tuple[float, tuple[Factor, ...], frozenset[int]], ...]
 
 
-def latency_cost(table: LatencyTable, sites: Sequence[Site], blocks: Sequence[Block]) -> Cost:
-    """The latency of a network, in milliseconds, as a function of what is kept.
+def latency_cost(source: LatencyTable | Chosen, choices: Choices) -> Cost:
+    """The latency of a network as a function of what is kept: in milliseconds of a table, or in a device's own unit.
+
+    Raises:
+        ContentError: the table is of another network.
+    """
+    if isinstance(source, Chosen):
+        return device_cost(source, choices)
+    return table_cost(source, choices.sites, choices.blocks)
+
+
+def table_cost(table: LatencyTable, sites: Sequence[Site], blocks: Sequence[Block]) -> Cost:
+    """What was measured, in milliseconds.
 
     Raises:
         ContentError: the table is not of these sites and blocks.

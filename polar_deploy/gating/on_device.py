@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,21 +9,21 @@ import numpy as np
 from polar_deploy.costs import Cost, Factor, Layer, State, Term
 from polar_deploy.devices import Chosen
 from polar_deploy.devices.device import Kind, Side
-from polar_deploy.surgery.choices import Block, Site
+from polar_deploy.surgery.choices import Choices
 
 SIDES: tuple[Side, ...] = ("output", "input")  # of a layer's factors
 
 
-def device_cost(chosen: Chosen, layers: Sequence[Layer], sites: Sequence[Site], blocks: Sequence[Block]) -> Cost:
+def device_cost(chosen: Chosen, choices: Choices) -> Cost:
     """The cost of a network on a device as a function of what is kept, in a unit of its own: only shares mean anything.
 
     A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
     place of those that are there (`Device.packed`). Channels of several sites that are read as one count as they are,
     and what does not multiply costs nothing. The formula is ours.
     """
-    terms = tuple(_term(chosen, layer) for layer in layers)
-    whole = State(tuple(site.width for site in sites), (True,) * len(blocks))
-    return Cost(Cost(1.0, terms).absolute(whole), terms)
+    terms = tuple(_term(chosen, layer) for layer in choices.layers)
+    whole = State(tuple(site.width for site in choices.sites), (True,) * len(choices.blocks))
+    return Cost(sum(term(whole) for term in terms), terms)
 
 
 def _term(chosen: Chosen, layer: Layer) -> Term:

@@ -50,6 +50,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
     entries = {name: engines.get("engines", name) for name in ("full", "compressed")}
     logs = {name: _log(folder / name / "training.jsonl") for name in ("full", "gated")}
     costs = {key: _pair({name: engines.get("engines", name, key) for name in entries}) for key in ("macs", "params")}
+    measured = "latency" in gates.get("budget") and settings.latency_is_measured
     cut = network({key: surgery.get(key) for key in OF_SURGERY}, folder / "gated/model.onnx")
     return {
         "schema": 1,
@@ -75,7 +76,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
         "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.get("latency")],
-        "predicted": _predicted(folder / "latency-table.json", gates) if "latency" in gates.get("budget") else None,
+        "predicted": _predicted(folder / "latency-table.json", gates) if measured else None,
         "blocks": _blocks(gates.get("sites")),
         "network": {**cut, "ungated": gates.get("ungated")},
         "savings": {key: savings(cut["layers"], pair["full"], pair["compressed"], key) for key, pair in costs.items()},

@@ -18,8 +18,8 @@ def _has_plans(run: RunContext) -> bool:
     return run.target.backend.artefact.suffix == ".plan"
 
 
-def _limits_latency(run: RunContext) -> bool:
-    return "latency" in run.budget
+def _measures_latency(run: RunContext) -> bool:
+    return run.measures_latency
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ GATED_CHECKPOINT = Artefact("gated/checkpoint.safetensors")
 GATED_GRAPH = Artefact("gated/model.onnx")
 GATES = Artefact("gated/gates.json")
 REFERENCE = Artefact("gated/reference.npz")  # inputs, and what PyTorch made of them
-LATENCY_TABLE = Artefact("latency-table.json", _limits_latency)
+LATENCY_TABLE = Artefact("latency-table.json", _measures_latency)
 
 COMPRESSED_GRAPH = Artefact("compressed/model.onnx")
 SURGERY = Artefact("compressed/surgery.json")

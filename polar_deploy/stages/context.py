@@ -60,6 +60,11 @@ class RunContext:
         name = self.settings.device
         return None if name is None else devices.choose(name, self.target.precision)
 
+    @property
+    def measures_latency(self) -> bool:
+        """Whether a latency table tells the latency that the budget limits, and not the device's file."""
+        return "latency" in self.budget and self.settings.latency_is_measured
+
     @cached_property
     def dataset(self) -> Dataset:
         """The data set, read once."""

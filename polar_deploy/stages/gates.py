@@ -62,21 +62,20 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
         mode=settings.gates.mode,
         start=settings.gates.start,
         freeze=settings.gates.freeze,
-        latency_table=latency_table(run) if "latency" in run.budget else None,
+        latency_table=latency_table(run) if run.measures_latency else None,
         rehearse=0,
         analysis=run.analysis,
     )
 
 
 def require_reachable(run: RunContext) -> None:
-    """Raise UsageError where no sub-network is within the budgets. Latency counts where a table is given."""
+    """Raise UsageError where no sub-network is within the budgets. Latency counts where nothing has to be measured."""
     from polar_deploy import latency
     from polar_deploy.gating import budgets
 
-    given, table = run.settings.latency_table, None
-    if given is not None:
-        table = latency.read(given, run.target.name, run.settings.verdict.batch)
-    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, table)
+    given = run.settings.latency_table
+    known = latency.read(given, run.target.name, run.settings.verdict.batch) if given is not None else run.device
+    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known)
 
 
 def require_measured_reachable(run: RunContext) -> None:

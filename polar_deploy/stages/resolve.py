@@ -81,7 +81,7 @@ def _alignment(settings: Settings, target: targets.Target) -> int:
 
 
 def _default_budget(settings: Settings, target: targets.Target, folder: Path) -> Budget:
-    """Latency, which is what users feel, where it can be measured; else MACs.
+    """Latency, which is what users feel, where it can be measured or a device's file tells it; else MACs.
 
     Of a run that has gates already, theirs: it may have been trained on another machine.
     """
@@ -89,4 +89,5 @@ def _default_budget(settings: Settings, target: targets.Target, folder: Path) ->
         return Budget.model_validate(read_json(folder / GATES)["budget"])
     except (UsageError, ContentError, ValidationError, KeyError, TypeError):  # none, or none that could be used
         measurable = not targets.lacks_to_build(target) + targets.lacks_to_run(target)
-        return Budget(latency=0.6) if measurable or settings.latency_table is not None else Budget(macs=0.5)
+        known = settings.latency_table is not None or settings.device is not None
+        return Budget(latency=0.6) if measurable or known else Budget(macs=0.5)

@@ -38,7 +38,7 @@ def require_machine(settings: Settings, stages: Sequence[Stage], *, builds: bool
     if builds and "build" in names:
         targets.check(target)
     limits_latency = settings.budget is not None and settings.budget.latency is not None
-    if "gates" in names and limits_latency and settings.latency_table is None:
+    if "gates" in names and limits_latency and settings.latency_is_measured and settings.latency_table is None:
         _require_measurable(target)
     for module, extra in dict.fromkeys(package for stage in stages for package in stage.packages):
         if find_spec(module) is None:
@@ -76,7 +76,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     with run.workspace.locked(), run.progress:
         with atomic_path(run.path(SETTINGS)) as temporary:
             temporary.write_text(recipes.dump(run.settings), encoding="utf-8")
-        if gates.STAGE in stages and "latency" in run.budget and not is_current(run, gates.STAGE):
+        if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_measured_reachable(run)  # before an epoch is trained
         for stage in stages:
             run_stage(run, stage)

@@ -67,7 +67,7 @@ def _pair(channels: int) -> Gates:
 )
 def test_a_device_tells_latency(device: str, channels: int, share: float) -> None:
     gates = _pair(channels)
-    cost = device_cost(devices.choose(device), gates.analysis.choices.layers, gates.sites, gates.blocks)
+    cost = device_cost(devices.choose(device), gates.analysis.choices)
     assert cost.share(gates.state()) == pytest.approx(share)
 
 
@@ -76,7 +76,7 @@ def test_kinds_of_layers_cost_differently() -> None:
         nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, 64, 1)
     )
     choices = analyse(network, Example.of(torch.zeros(2, 64, 8, 8))).choices
-    cost = device_cost(devices.choose("rk3588", "fp16"), choices.layers, choices.sites, choices.blocks)
+    cost = device_cost(devices.choose("rk3588", "fp16"), choices)
     plain, depthwise, pointwise = (term(choices.state(np.ones(choices.gates, bool))) for term in cost.terms)
     # What the file has for 64 channels: 18,432 cycles to write, as many to read; 3,117 and 3,117; 2,820
     assert (plain / pointwise, plain / depthwise) == pytest.approx((18432 / 3117, 18432 / 2820))

@@ -9,7 +9,7 @@ import pytest
 
 from polar_deploy.costs import State
 from polar_deploy.errors import ContentError
-from polar_deploy.gating.latency import latency_cost
+from polar_deploy.gating.latency import table_cost
 from polar_deploy.latency import Entry, LatencyTable
 from polar_deploy.surgery.choices import Block, Site
 
@@ -78,7 +78,7 @@ def _random_states(number: int) -> list[State]:
     ],
 )
 def test_by_hand(widths: tuple[int, ...], blocks: tuple[bool, ...], expected: float) -> None:
-    cost, state = latency_cost(TABLE, SITES, BLOCKS), State(widths, blocks)
+    cost, state = table_cost(TABLE, SITES, BLOCKS), State(widths, blocks)
     assert cost.full == 20.0
     assert cost.absolute(state) == pytest.approx(expected)
     assert cost.share(state) == pytest.approx(expected / 20)
@@ -87,7 +87,7 @@ def test_by_hand(widths: tuple[int, ...], blocks: tuple[bool, ...], expected: fl
 @pytest.mark.parametrize("overlaps", [(), OVERLAPS])
 def test_it_is_what_the_table_predicts(overlaps: tuple[tuple[int, int, float], ...]) -> None:
     table = replace(TABLE, overlaps=overlaps)
-    cost = latency_cost(table, SITES, BLOCKS)
+    cost = table_cost(table, SITES, BLOCKS)
     states = _random_states(200)
     assert len({state.blocks for state in states}) == 8
     for state in states:
@@ -104,7 +104,7 @@ def test_the_order_of_sites_does_not_matter() -> None:
         tuple(replace(entry, within=tuple(last - b for b in entry.within)) for entry in reversed(ENTRIES)),
         tuple((last - s, last - t, k) for s, t, k in OVERLAPS),
     )
-    one, other = latency_cost(TABLE, SITES, BLOCKS), latency_cost(turned, SITES[::-1], BLOCKS[::-1])
+    one, other = table_cost(TABLE, SITES, BLOCKS), table_cost(turned, SITES[::-1], BLOCKS[::-1])
     for state in _random_states(50):
         back = State(state.widths[::-1], state.blocks[::-1])
         assert other.absolute(back) == pytest.approx(one.absolute(state))
@@ -112,7 +112,7 @@ def test_the_order_of_sites_does_not_matter() -> None:
 
 def test_terms_are_products_of_at_most_two_widths() -> None:
     """What the solver takes: and one table of a site in each factor, from no channel to all."""
-    for term in latency_cost(TABLE, SITES, BLOCKS).terms:
+    for term in table_cost(TABLE, SITES, BLOCKS).terms:
         assert len(term.factors) <= 2
         for factor in term.factors:
             assert all(len(table) == SITES[site].width + 1 for site, table in factor.tables.items())
@@ -129,4 +129,4 @@ def test_terms_are_products_of_at_most_two_widths() -> None:
 )
 def test_a_table_of_another_network_is_refused(entries: tuple[Entry, ...], message: str) -> None:
     with pytest.raises(ContentError, match=message):
-        latency_cost(replace(TABLE, sites=entries, overlaps=()), SITES, BLOCKS)
+        table_cost(replace(TABLE, sites=entries, overlaps=()), SITES, BLOCKS)
