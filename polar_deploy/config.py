@@ -86,7 +86,7 @@ class Budget(_Frozen):
 
 
 class Verdict(_Frozen):
-    """When the compressed engine counts as good: accuracy, and a speed-up over the full engine."""
+    """When the compressed engine counts as good: accuracy in points, latency as a speed-up over the full engine."""
 
     max_drop: Annotated[
         NonNegative, About("accuracy that the compressed network may lose", "points", "", "--max-drop POINTS")
@@ -117,7 +117,7 @@ class Verdict(_Frozen):
 
 
 class Calibration(_Frozen):
-    """What fixes the ranges of INT8."""
+    """What fixes the ranges of INT8: so many training images, and how a range is read off the values they give."""
 
     images: Annotated[Count, About("training images whose values are looked at", "images")] = 512
     method: Annotated[Literal["minmax", "entropy", "percentile"], About("how a range is read off the values")] = (
