@@ -81,6 +81,7 @@ def test_layers_are_those_that_run_in_the_precision_asked(precision: str, tmp_pa
     assert sum(entry["precision"]["found"].values()) == len(layers)
     assert "relu1" in next(layer["name"] for layer in computing if "conv1" in layer["name"])  # fused into it
     assert not {layer["op"] for layer in layers} & {"Const", "Input", "Output"}
+    assert openvino.OvEngine(tmp_path / "engines/full.onnx").layers(8) == layers  # under the same names
 
 
 def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> None:
