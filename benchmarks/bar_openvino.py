@@ -24,7 +24,8 @@ from tests.shared import cifar_folder
 
 FULL_TOP1 = (91.73, 0.05)  # what the weights' author reports, and the tolerance
 MOST_LOST = {"fp32": 0.02, "bf16": 0.3, "int8": 0.5}  # points, of either network, against its own FP32 graph
-FASTER = 1.1  # the compressed network against the full one, at least, batch 1: half of the MACs are gone
+FASTER = 1.02  # the compressed network against the full one, at least, batch 1: what the command asks by default
+NARROW_FASTER = 2  # the full network in BF16 and INT8 against FP32, at least, batch 1; timed in processes of their own
 COMPUTING = ("Convolution", "FullyConnected", "MatMul")
 
 
@@ -112,11 +113,16 @@ def judged(precision: str, found: dict[str, Any]) -> dict[str, bool]:
 
 def timed(figures: dict[str, Any]) -> dict[str, bool]:
     """The bars on time, at batch 1."""
-    bars = {}
+    bars, taken = {}, {}
     for precision, found in figures.items():
         (one,) = (each for each in found["latency"] if each["batch"] == 1)
         name = f"ov-{precision}: the compressed network is at least {FASTER} times as fast at batch 1"
         bars[f"{name}: {one['speedup']['median']:.2f}"] = one["decided"] and one["speedup"]["low"] >= FASTER
+        taken[precision] = one["full"]["median_ms"]
+    for precision in [each for each in taken if each != "fp32"]:
+        times = taken["fp32"] / taken[precision]
+        name = f"ov-{precision}: the full network is at least {NARROW_FASTER} times as fast as in FP32 at batch 1"
+        bars[f"{name}: {times:.2f}"] = times >= NARROW_FASTER
     return bars
 
 

@@ -86,7 +86,7 @@ class Backend:
         packages: what it takes to run its engines.
         build_packages: what it takes besides to build them.
         artefact: what an engine is loaded from.
-        int8: how activations are rounded: signed around zero, or unsigned with a zero point.
+        int8: the dialect of Q/DQ pairs that it fuses, a key of `precision.qdq.SCHEMES`.
         gpu: the GPUs that it runs on; None: it runs on the CPU.
         triton: name of Triton's backend that serves its artefact; None: there is none.
     """
@@ -99,7 +99,7 @@ class Backend:
     packages: tuple[Package, ...]
     build_packages: tuple[Package, ...] = ()
     artefact: Artefact = GRAPH
-    int8: Literal["symmetric", "asymmetric"] = "asymmetric"
+    int8: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     gpu: GpuSupport | None = None
     triton: str | None = None
 

@@ -46,5 +46,6 @@ OPENVINO = OpenVino(
     align={"fp32": 16, "bf16": 16, "int8": 16},
     packages=(Package("openvino", ("openvino",), "2025.0"),),
     build_packages=(onnx_runtime.PACKAGE,),  # writes BF16 and INT8 graphs, and proves them
+    int8="openvino",
     triton="openvino",
 )

@@ -56,7 +56,7 @@ TRT = TensorRT(
     packages=(Package("tensorrt", ("tensorrt", *_WHEELS), "10.0"), _CUDA),
     build_packages=(_POLYGRAPHY, onnx_runtime.PACKAGE),  # ONNX Runtime writes FP16 and INT8 graphs
     artefact=PLAN,
-    int8="symmetric",
+    int8="tensorrt",
     gpu=GpuSupport(since=(7, 5)),
     triton="tensorrt",
 )
@@ -69,7 +69,7 @@ RTX = TensorRT(
     packages=(Package("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"), _CUDA),
     build_packages=(_POLYGRAPHY, onnx_runtime.PACKAGE),
     artefact=PLAN,
-    int8="symmetric",
+    int8="tensorrt",
     # none of the GPUs for data centres
     gpu=GpuSupport(since=(7, 5), never=frozenset({(9, 0), (10, 0), (10, 3)}), to_build=False),
     shared_library="libtensorrt_rtx.so",

@@ -44,7 +44,8 @@ _NO_PLAN = "none: what OpenVINO compiles from the ONNX file when it loads it is 
 _TELEMETRY = "openvino_telemetry"
 # The runtime's names of types; wider integers are shapes and indices, and no precision.
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "int8", "u8": "int8"}
-_NUMBERED = re.compile(r"(Constant|Convert|FakeQuantize|Multiply|Subtract)_\d+")  # put in by OpenVINO, anew each time
+# What OpenVINO puts in itself, numbered anew each time: its words, which but for constants are not ONNX's
+_NUMBERED = re.compile(r"(Constant|Convert|FakeQuantize|Multiply|Subtract|(Group)?Convolution(BackpropData)?)_\d+")
 _COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _MOST_COMPILED = 4  # batch sizes that an engine holds compiled
 

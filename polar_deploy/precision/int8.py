@@ -165,14 +165,11 @@ class _Writer:
             weight = constants.get(node.input[1]) if node.op_type in graph.LAYERS else None
             if weight is None or node.input[0] not in computed or (node.op_type == "MatMul" and weight.ndim != 2):
                 continue
-            if node.op_type in self.scheme.layers and (not bias or bias in constants):
+            if self.scheme.has_kernel(node) and (not bias or bias in constants):
                 found.append(node)
             else:
-                why = (
-                    "its bias is computed"
-                    if node.op_type in self.scheme.layers
-                    else "there is no integer kernel for it"
-                )
+                has_kernel = self.scheme.has_kernel(node)
+                why = "its bias is computed" if has_kernel else "there is no integer kernel for it"
                 kept.append(proof.entry(node, self.scheme.wider, why))
         if not found:
             raise ContentError(

@@ -1,7 +1,8 @@
-"""Pairs of QuantizeLinear and DequantizeLinear (Q/DQ) in a graph, in the two dialects that runtimes fuse.
+"""Pairs of QuantizeLinear and DequantizeLinear (Q/DQ) in a graph, in the dialects that runtimes fuse.
 
 ONNX Runtime on a CPU: activations unsigned with a zero point, and the outputs of layers rounded, too, as well as what
-lies between (Add, Concat, pooling, shapes), so that integers flow from layer to layer; biases in int32.
+lies between (Add, Concat, pooling, shapes), so that integers flow from layer to layer; biases in int32. OpenVINO: the
+same, and it has integer kernels for transposed convolutions without groups.
 
 TensorRT: activations signed and symmetric, at the inputs of layers only; biases stay float. The sum of a residual
 block is fused with the convolution in front of it if its OTHER input is rounded (TensorRT's guide: "quantize the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ _LARGEST_INT32 = 2.0**31 * 0.99
 
 @dataclass(frozen=True)
 class Scheme:
-    """One of the two dialects.
+    """A dialect.
 
     Attributes:
         symmetric: activations are INT8 without a zero point; else UINT8 with one.
@@ -43,6 +44,7 @@ class Scheme:
         between: operators that pass integers on.
         wider: type of what is not quantised.
         opset: the oldest that will do (scales a channel: 13, FP16 scales: 19).
+        transposed_groups: whether it has kernels for transposed convolutions in groups, whose weights have one scale.
     """
 
     symmetric: bool
@@ -50,6 +52,11 @@ class Scheme:
     between: tuple[str, ...]
     wider: str
     opset: int
+    transposed_groups: bool = False
+
+    def has_kernel(self, layer: onnx.NodeProto) -> bool:
+        """Whether the runtime computes a layer in integers."""
+        return layer.op_type in self.layers and (self.transposed_groups or channel_axis(layer) is not None)
 
     @property
     def outputs(self) -> bool:
@@ -64,8 +71,9 @@ ORT = Scheme(
     wider="fp32",
     opset=13,
 )
-TRT = Scheme(symmetric=True, layers=graph.LAYERS, between=(), wider="fp16", opset=19)
-SCHEMES = {"asymmetric": ORT, "symmetric": TRT}  # as `backends.Backend.int8` names them
+TRT = Scheme(symmetric=True, layers=graph.LAYERS, between=(), wider="fp16", opset=19, transposed_groups=True)
+OPENVINO = replace(ORT, layers=graph.LAYERS)
+SCHEMES = {"onnxruntime": ORT, "openvino": OPENVINO, "tensorrt": TRT}  # as `backends.Backend.int8` names them
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from polar_deploy import engines, targets
 from polar_deploy.config import Build
@@ -81,6 +81,7 @@ def test_layers_are_those_that_run_in_the_precision_asked(precision: str, tmp_pa
     assert sum(entry["precision"]["found"].values()) == len(layers)
     assert "relu1" in next(layer["name"] for layer in computing if "conv1" in layer["name"])  # fused into it
     assert not {layer["op"] for layer in layers} & {"Const", "Input", "Output"}
+    assert openvino.OvEngine(tmp_path / "engines/full.onnx").layers(8) == layers  # under the same names
 
 
 def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> None:
@@ -92,6 +93,33 @@ def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> N
     types = {openvino._layer(node)["type"] for node in openvino._running(chosen.get_runtime_model().get_ordered_ops())}
     assert "bf16" in types
     assert {layer["type"] for layer in openvino.OvEngine(path).layers(8)} == {"fp32"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_transposed_convolutions_are_computed_in_int8_without_groups(groups: int, bias: bool, tmp_path: Path) -> None:
+    network = residual()
+    rng = np.random.default_rng(0)
+    weights = {"up.weight": rng.normal(0, 0.3, (8, 8 // groups, 2, 2)), "up.bias": rng.normal(0, 0.1, 8)}
+    inputs = ["relu0.out", "up.weight", *(["up.bias"] if bias else [])]
+    nodes = [
+        helper.make_node("ConvTranspose", inputs, ["up.out"], name="up", strides=[2, 2], group=groups),
+        helper.make_node("Relu", ["up.out"], ["up"], name="up.relu"),
+    ]
+    for node in nodes[::-1]:
+        network.graph.node.insert(2, node)
+    for node in network.graph.node:
+        if node.name in ("conv1", "add1"):
+            node.input[:] = ["up" if name == "relu0.out" else name for name in node.input]
+    for name in weights if bias else ("up.weight",):
+        network.graph.initializer.append(numpy_helper.from_array(weights[name].astype(np.float32), name))
+    entry = built(tmp_path, "int8", network)["engines"]["full"]
+    assert entry["precision"]["types"] == ({"int8": 8} if groups == 1 else {"int8": 7, "fp32": 1})
+    assert [each["layer"] for each in entry["precision"]["kept"]] == ([] if groups == 1 else ["up"])
+    layers = json.loads((tmp_path / "engines/full.layers.json").read_text())["layers"]
+    assert [layer["type"] for layer in layers if layer["op"] == "Deconvolution"] == ["int8" if groups == 1 else "fp32"]
+    exact = engines.graph(tmp_path / "source.onnx").infer(IMAGES)
+    assert off(loaded(tmp_path, "int8").infer(IMAGES), exact) < 0.05
 
 
 def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
