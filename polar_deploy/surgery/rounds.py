@@ -9,7 +9,8 @@ from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.model import NotUnderstoodError
-from polar_deploy.surgery.numbers import all_of
+from polar_deploy.surgery.numbers import all_of, any_of
+from polar_deploy.surgery.stored import are_same
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
@@ -37,7 +38,14 @@ class Round:
     def worth_another(self) -> bool:
         """Whether the cut has left more to do: facts that hold only now."""
         changed = bool(self.cut.dropped) or not all(all_of(c.kept) for c in self.facts.everything())
-        return changed and (self._has_new_constants or self._has_new_gates or self._has_new_neighbours)
+        return changed and (
+            self._has_idle_channels or self._has_new_constants or self._has_new_gates or self._has_new_neighbours
+        )
+
+    @property
+    def _has_idle_channels(self) -> bool:
+        """Channels that stay though nobody needs them: what held them may be gone, or be known to be zero by now."""
+        return any(any_of(channels.kept & ~channels.needed) for channels in self.facts.everything())
 
     @property
     def _has_new_constants(self) -> bool:
@@ -61,12 +69,18 @@ class Round:
 
 
 def operate(model: Stored) -> list[Round]:
-    """Cuts a model. Returns the rounds; the last one holds the result, which was checked as the input was."""
+    """Cuts a model. Returns the rounds; the last one holds the result, which was checked as the input was.
+
+    A round that changed nothing is not among them, unless it is the first.
+    """
     rounds: list[Round] = []
     while not rounds or rounds[-1].worth_another:
         graph = Graph(rounds[-1].model, rounds[-1].labels) if rounds else Graph(model)
         facts, plan = sets.plan(graph)
-        rounds.append(Round(facts, plan, cut.apply(facts), graph.to_stored()))
+        found = Round(facts, plan, cut.apply(facts), graph.to_stored())
+        if rounds and are_same(found.model, rounds[-1].model):
+            break
+        rounds.append(found)
     result = rounds[-1].model
     if result is not model:
         try:

@@ -100,6 +100,18 @@ def read(path: Path, *, check: bool = True) -> Stored:
     return _take(model, str(path), path.parent, check, weights)
 
 
+def are_same(one: Stored, other: Stored) -> bool:
+    """Whether two models would be written as the same bytes."""
+    if one is other:
+        return True
+    graphs = [each.model.SerializeToString(deterministic=True) for each in (one, other)]
+    return graphs[0] == graphs[1] and all(
+        values.tobytes() == other.arrays[name].tobytes()
+        for name, values in one.arrays.items()
+        if values is not other.arrays[name]
+    )
+
+
 def to_model(stored: Stored) -> onnx.ModelProto:
     """The model as one message."""
     import onnx

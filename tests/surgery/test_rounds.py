@@ -47,3 +47,15 @@ def test_a_computed_gate_that_comes_out_constant() -> None:
     smaller = _finished(net.model(net.conv(x, 4, "two")))
     assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 4
     assert operators(smaller)["Where"] == 0
+
+
+def test_channels_that_a_shuffle_held_together() -> None:
+    """Position by position, channels go along the last axis: where one of those is left, each goes by itself."""
+    net = Net(size=4)
+    x = net.gate(net.conv("input", 6, "one"), [0, 1, 4, 5], "gate")
+    x = net.node("Reshape", [x, net.constant("apart", np.array([0, 3, 2, 4, 4]))], "split")
+    x = net.node("Transpose", [x], "shuffled", perm=[0, 2, 1, 3, 4])
+    x = net.node("Reshape", [x, net.constant("joined", np.array([0, 6, 4, 4]))], "shuffle")
+    net.width[x] = 6
+    smaller = _finished(net.model(net.conv(net.gate(x, [0, 4, 5], "last"), 4, "two")))
+    assert weight(smaller, "one").shape[0] == weight(smaller, "two").shape[1] == 1
