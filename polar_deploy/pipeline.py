@@ -135,7 +135,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         f"{gates['blocks']} blocks; {len(gates['ungated'])} layers without"
     )
     print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
-    print(f"smallest  macs={least['macs']:.3f}, params={least['params']:.3f} of the full network")
+    print(f"smallest  {', '.join(f'{name}={share:.3f}' for name, share in least.items())} of the full network")
     if device := plan["device"]:
         widths = ", ".join(map(str, device["widths"]))
         print(f"device    {device['name']}, {device['precision']} ({device['source']}): {widths} channels, and so on")

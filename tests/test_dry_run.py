@@ -135,6 +135,19 @@ def test_the_plan_with_the_widths_of_a_device() -> None:
     assert blocks_alone > json.loads(polar(*command[:-2], "--dry-run", "--json").out)["smallest"]["macs"]
     shown = polar(*command, "--dry-run").out
     assert "device    rk3588, int8 (estimate, rknn-toolkit2 2.5.0): 32, 64, 96, 128 channels, and so on" in shown
+    assert re.search(r"smallest  macs=[\d.]+, params=[\d.]+, latency=[\d.]+ of the full network", shown)
+
+
+def test_a_device_tells_what_latency_can_be_reached() -> None:
+    # trt-int8 cannot be measured here: without the device a latency budget would need a table
+    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-int8", "--until", "surgery")
+    with_device = polar(*command, "--device", "ethos-u55-128", "--budget", "latency=0.6", "--dry-run", "--json")
+    assert with_device.code == 0
+    assert json.loads(with_device.out)["smallest"]["latency"] < 0.6
+    too_little = polar(*command, "--device", "ethos-u55-128", "--budget", "latency=0.001", "--dry-run")
+    assert too_little.code == 2
+    assert "budget latency=0.001 cannot be reached" in too_little.err
+    assert polar(*command, "--budget", "latency=0.6", "--dry-run").code == 2
 
 
 def test_the_plan_without_a_device() -> None:

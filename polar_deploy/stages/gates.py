@@ -68,14 +68,18 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
     )
 
 
-def require_reachable(run: RunContext) -> None:
-    """Raise UsageError where no sub-network is within the budgets. Latency counts where nothing has to be measured."""
+def require_reachable(run: RunContext) -> dict[str, float]:
+    """The costs of the smallest sub-network, as shares of the full one's; latency where nothing has to be measured.
+
+    Raises:
+        UsageError: no sub-network is within the budgets.
+    """
     from polar_deploy import latency
     from polar_deploy.gating import budgets
 
     given = run.settings.latency_table
     known = latency.read(given, run.target.name, run.settings.verdict.batch) if given is not None else run.device
-    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known)
+    return budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known)
 
 
 def require_measured_reachable(run: RunContext) -> None:

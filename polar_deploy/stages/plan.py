@@ -21,11 +21,8 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
         UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
         ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
     """
-    from polar_deploy.gating.choice import smallest
-
     settings, choices = run.settings, run.analysis.choices
-    require_reachable(run)
-    least = smallest(choices, run.limits, choices.costs)
+    smallest = require_reachable(run)
     return {
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),
@@ -38,7 +35,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
             "ungated": {**choices.reasons, **run.analysis.unmasked},
         },
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
-        "smallest": {name: cost.share(least) for name, cost in choices.costs.items()},
+        "smallest": smallest,
         "target": {"name": settings.target, "align": settings.align, **_missing(run.target)},
         "device": run.device.described() if run.device else None,
     }
