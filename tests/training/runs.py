@@ -142,4 +142,5 @@ def train(
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be the same in a resumed run."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    timed = {"seconds", "data_seconds"}
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]
