@@ -23,4 +23,4 @@ def parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
 def _pool(process: int) -> ThreadPoolExecutor:
     """One for each process: a fork has none of its parent's threads."""
     Image.init()  # else each thread does so when it meets a rarer format, and some take it for unknown meanwhile
-    return ThreadPoolExecutor(len(os.sched_getaffinity(process)), thread_name_prefix="pictures")
+    return ThreadPoolExecutor(min(32, len(os.sched_getaffinity(process))), thread_name_prefix="pictures")

@@ -107,8 +107,7 @@ class Batches:
         starts = range(0, len(self), EVALUATION_BATCH)
         plans = (_Plan(torch.arange(start, min(start + EVALUATION_BATCH, len(self)))) for start in starts)
         for plan, images in self._read(plans):
-            normal = (images.float() - self._mean) / self._std
-            yield normal.permute(0, 3, 1, 2), self._labels[plan.chosen.to(self.device)]
+            yield self._normal(images).permute(0, 3, 1, 2), self._labels[plan.chosen.to(self.device)]
 
     def _read(self, plans: Iterable[_Plan]) -> Iterator[tuple[_Plan, Tensor]]:
         """Each plan with its images on the device, uint8 [B, H, W, 3]."""
@@ -127,9 +126,12 @@ class Batches:
         with _reading:
             if plan.crops is None:
                 return np.stack(self._centres(rows))
+            assert plan.flip is not None
             size, least = self._images.shape[1], self._crop_scale
             parts = zip(self._whole(rows), plan.crops.numpy(), strict=True)
-            return np.stack(parallel(lambda part: resized_crop(part[0], size, least, part[1]), parts))
+            crops = parallel(lambda part: resized_crop(part[0], size, least, part[1]), parts)
+            flips = plan.flip[:, 0].tolist()
+            return np.stack([crop[:, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)])
 
     @cached_property
     def _centres(self) -> Callable[[Indices], list[Pixels]]:
@@ -162,8 +164,13 @@ class Batches:
     def _augment(self, images: Tensor, plan: _Plan) -> Tensor:
         """Flip, shifted crop and cutout in one gather; what lies outside becomes the mean colour.
 
-        uint8 [B, H, W, 3] to float [B, 3, H, W] in channels_last memory.
+        uint8 [B, H, W, 3] to float [B, 3, H, W] in channels_last memory. Random resized crops come flipped already.
         """
+        if plan.crops is not None:
+            normal = self._normal(images)
+            if plan.square is not None:
+                normal *= ~plan.square.to(self.device).unsqueeze(3)
+            return normal.permute(0, 3, 1, 2)
         assert plan.shift is not None
         assert plan.flip is not None
         (batch, height, width, _), device = images.shape, self.device
@@ -176,8 +183,11 @@ class Batches:
             inside &= ~plan.square.to(device)
         index = torch.arange(batch, device=device)[:, None, None]
         picked = images[index, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)]
-        normal = (picked.float() - self._mean) / self._std
-        return (normal * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+        return (self._normal(picked) * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+
+    def _normal(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] to float [B, H, W, 3]."""
+        return (images - self._mean).div_(self._std)
 
 
 def ahead(

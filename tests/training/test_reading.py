@@ -45,24 +45,38 @@ def whole(parts: Any) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 
-def test_every_image_is_a_resized_crop_of_its_own_whole_picture(pictures: LazyImages) -> None:
-    seen = set()
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_image_is_a_resized_crop_of_its_own_whole_picture(pictures: LazyImages, flip: bool) -> None:
+    seen, flips = set(), []
     for number in range(2):
         draw = torch.Generator().manual_seed(5 * 1_000_003 + number)
         order = torch.randperm(COUNT - 3, generator=draw)
-        given, labels = whole(read(pictures).epoch(number))
+        given, labels = whole(read(pictures, flip=flip).epoch(number))
         assert labels.tolist() == (order[:32] + 3).tolist()
         for start in range(0, 32, 8):
             draws = torch.rand(8, DRAWS, generator=draw).numpy()
-            for image, label, own in zip(given[start : start + 8], labels[start : start + 8], draws, strict=True):
+            torch.randint(0, 1, (8, 2, 1), generator=draw)  # shifts, of which there are none
+            mirrored = (torch.rand(8, 1, generator=draw)[:, 0] < 0.5) & flip
+            batch = slice(start, start + 8)
+            for image, label, own, over in zip(given[batch], labels[batch], draws, mirrored.tolist(), strict=True):
                 (picture,) = pictures.whole(np.array([label]))
                 made = resized_crop(picture, SIZE, 0.3, own)
+                made = made[:, ::-1] if over else made
+                flips.append(over)
                 expected = normalise(made[None], NORMALIZE.mean, NORMALIZE.std)[0]
                 np.testing.assert_allclose(image, expected, atol=1e-5)
                 seen.add(made.tobytes())
-            torch.randint(0, 1, (8, 2, 1), generator=draw)  # shifts, of which there are none
-            torch.rand(8, 1, generator=draw)  # flips
     assert len(seen) == 64
+    assert {*flips} == {False, flip}
+
+
+def test_cutout_blanks_crops_too(pictures: LazyImages) -> None:
+    (whole_ones, _), (cut, _) = (whole(read(pictures, cutout=side, batch_size=37).epoch(0)) for side in (0, 5))
+    blank = (cut == 0).all(1)
+    assert (blank.sum((1, 2)) <= 25).all()
+    assert (blank.sum((1, 2)) >= 9).all()  # cut at the border
+    where = np.broadcast_to(~blank[:, None], cut.shape)
+    np.testing.assert_array_equal(cut[where], whole_ones[where])
 
 
 def test_an_epoch_is_the_same_whatever_is_kept(pictures: LazyImages, monkeypatch: pytest.MonkeyPatch) -> None:
