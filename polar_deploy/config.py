@@ -24,6 +24,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]  # none at all, too
+BatchSize = Annotated[int, Field(ge=2)]
 CropScale = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
 Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all of which may be shown on a terminal
@@ -173,7 +174,7 @@ class Training(_Frozen):
     full_epochs: Annotated[
         Count | None, About("length of the full network's training", "epochs", "as training.epochs", "--full-epochs N")
     ] = None
-    batch_size: Annotated[int, Field(ge=2), About("images in one step", "images")] = 128
+    batch_size: Annotated[BatchSize | None, About("images in one step", "images", "what suits the data set")] = None
     lr: Annotated[Positive, About("largest learning rate")] = 0.1
     gated_lr: Annotated[
         Positive | None,
@@ -266,7 +267,9 @@ class Settings(_Frozen):
     normalize: Annotated[Normalize | None, About("input normalisation", "", "the data set's own")] = None
     skip_broken: Annotated[
         bool,
-        About("whether picture files that cannot be decoded are left out; else they end the run", option="--skip-broken"),
+        About(
+            "whether picture files that cannot be decoded are left out; else they end the run", option="--skip-broken"
+        ),
     ] = False
     full_weights: Annotated[
         Path | None,
@@ -336,6 +339,7 @@ class ResolvedTraining(Training):
 
     epochs: Count
     full_epochs: Count
+    batch_size: BatchSize
     gated_lr: Positive
     flip: bool
     crop_padding: CountOrNone

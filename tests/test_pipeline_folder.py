@@ -20,7 +20,6 @@ KINDS = (".jpg", ".png", ".webp", ".bmp", ".gif", ".tif")
 TINY = (
     *("--model", "tests.tiny:net", "--epochs", "4", "--budget", "0.5", "--max-drop", "30", "--accuracy-rule", "point"),
     *("--min-speedup", "0.5", "--batch", "1,4,8", "--set", "input_size=16", "--set", "training.threads=1"),
-    *("--set", "training.batch_size=32"),
 )
 
 
@@ -107,7 +106,7 @@ def test_a_broken_picture_ends_the_run_before_it_begins(tmp_path: Path, monkeypa
     for name in ("olive/3.bmp", "rose/7.png"):
         path = tmp_path / "tiles" / name
         path.write_bytes(path.read_bytes()[:100])
-    options = (*TINY, "--data", "folder:tiles", "--out", "run", "--until", "full", "--set", "training.batch_size=8")
+    options = (*TINY, "--data", "folder:tiles", "--out", "run", "--until", "full")
     outcome = polar(*options)
     assert outcome.code == 4
     assert "error: tiles/olive/3.bmp cannot be decoded: " in outcome.err

@@ -63,6 +63,7 @@ class DataSpec:
         crop_padding: pixels that a training image may be shifted by, where it is not cropped at random:
         epochs: length of a training run where the recipe says nothing.
         crop_scale: least share of an image's area that a random resized crop holds, in (0, 1]; 1: no such crops.
+        batch_size: images a training step where the recipe says nothing.
     """
 
     name: str
@@ -74,6 +75,7 @@ class DataSpec:
     crop_padding: int
     epochs: int
     crop_scale: float = 1.0
+    batch_size: int = 128
 
 
 @dataclass(frozen=True, eq=False)

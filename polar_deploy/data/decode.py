@@ -54,15 +54,20 @@ def decode(path: Path, least: int | None = None) -> Image.Image:
         raise _broken(path, error) from error
 
 
-def problem(path: Path) -> ContentError | None:
-    """Why a file is no sound picture, by its header and last bytes; None: nothing is known against it.
+def problem(path: Path, *, thorough: bool = False) -> ContentError | None:
+    """Why a file is no sound picture; None: nothing is known against it.
 
-    Where the last bytes do not tell (a file that seems cut short; GIF, TIFF, BMP, PPM), it is decoded after all.
+    Args:
+        path: the file.
+        thorough: whether it is decoded. Else its header and last bytes are looked at; only where these do not tell (a
+            file that seems cut short; GIF, TIFF, BMP, PPM), it is decoded after all.
     """
     try:
         with _opened(path) as stored:
             mark = _END_MARKS.get(stored.format or "")
-            if mark is None or mark not in _tail(path):
+            if thorough:
+                _upright_rgb(stored)
+            elif mark is None or mark not in _tail(path):
                 stored.load()
     except ContentError as error:
         return error
@@ -79,13 +84,13 @@ def _opened(path: Path) -> Image.Image:
         image.close()
         kind = "floating-point" if image.mode == "F" else "32-bit"
         problem = f"{path} has {kind} grey values, whose range is not known"
-        raise ContentError(problem, "save it with 8 or 16 bits a value, or leave such files out with --skip-broken")
+        raise ContentError(problem, "save it with 8 or 16 bits a value")
     return image
 
 
 def _broken(path: Path, error: Exception) -> ContentError:
     problem = f"{path} cannot be decoded: {type(error).__name__}: {one_line(error)}"
-    return ContentError(problem, "replace or delete the file, or leave such files out with --skip-broken")
+    return ContentError(problem, "replace the file or delete it")
 
 
 def _tail(path: Path) -> bytes:

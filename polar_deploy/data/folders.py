@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 _NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 _VALIDATION = ("val", "valid", "validation")
 _TEST_SHARE = 0.2  # of every class of a folder that has no `val` and no `test`
+_STEPS = 4  # an epoch has at least, in a small folder
 _SPLIT_SEED = "polar_deploy"  # of that share: the same pictures in every run, whatever the run's seed
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,7 +61,8 @@ def folder_spec(root: Path) -> DataSpec:
         UsageError: there is no such folder.
         ContentError: there are no two class folders in it.
     """
-    return replace(_FOLDER, classes=len(_class_folders(_parts(root)["train"])))
+    classes = _class_folders(_parts(root)["train"])
+    return replace(_FOLDER, classes=len(classes), batch_size=_batch_size(classes))
 
 
 def load_folder(spec: DataSpec, root: Path) -> Dataset:
@@ -141,6 +144,20 @@ def _parts(root: Path) -> dict[str, Path]:
         problem = f"{parts['train']} has {len(_class_folders(parts['train']))} class folders, a network tells two apart"
         raise ContentError(problem, todo)
     return parts
+
+
+def _batch_size(classes: list[Path]) -> int:
+    """A power of two from 8 to 128, with which an epoch has four steps at least: few pictures shall not mean few steps.
+
+    Of a folder with very many pictures not all are counted.
+    """
+    pictures, enough = 0, 2 * _STEPS * _FOLDER.batch_size
+    for folder in classes:
+        pictures += len(image_names(folder))
+        if pictures >= enough:
+            break
+    steps = pictures * (1 - _TEST_SHARE) * 0.9 / _STEPS  # a tenth validates
+    return max(8, min(_FOLDER.batch_size, 1 << int(math.log2(max(1, steps)))))
 
 
 def _class_folders(split: Path) -> list[Path]:

@@ -60,9 +60,9 @@ class LazyImages:
             digest.update(f"\n{name} {os.stat(self.root / name).st_size}".encode())
         return digest.hexdigest()
 
-    def problems(self) -> list[ContentError | None]:
-        """Why each file is no sound picture, as far as its header and last bytes tell; None: it seems to be one."""
-        return parallel(lambda name: problem(self.root / name), self.files)
+    def problems(self, *, thorough: bool = False) -> list[ContentError | None]:
+        """Why each file is no sound picture, None where it seems to be one; see `decode.problem`."""
+        return parallel(lambda name: problem(self.root / name, thorough=thorough), self.files)
 
     def _centre(self, name: str) -> Pixels:
         image = _resized(decode(self.root / name), self.shorter)

@@ -45,6 +45,7 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
     filled = {
         "epochs": epochs,
         "full_epochs": training.full_epochs or epochs,
+        "batch_size": training.batch_size or spec.batch_size,
         "gated_lr": training.gated_lr or (training.lr / 2 if training.start == "full" else training.lr),
         "flip": spec.flip if training.flip is None else training.flip,
         "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,

@@ -72,7 +72,7 @@ class Batches:
         self.settings, self.device = settings, device
         self.waited = 0.0
         self._images, self._indices = images, indices
-        self._crop_scale = settings.training.crop_scale or 1.0
+        self._crop_scale = settings.training.crop_scale
         self.reads = self._crop_scale < 1 or not isinstance(images, np.ndarray)
         self._held = None if self.reads else torch.from_numpy(images[indices]).to(device)
         self._labels = torch.from_numpy(labels[indices]).to(device)

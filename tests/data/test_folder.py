@@ -143,6 +143,16 @@ def test_what_is_known_unread(tmp_path: Path) -> None:
     assert data.spec("folder:pets", tmp_path) == spec  # --data-dir is where a relative one begins
 
 
+@pytest.mark.parametrize(("count", "batch"), [(3, 8), (25, 8), (80, 32), (236, 64), (240, 128), (400, 128)])
+def test_small_folders_have_small_batches(tmp_path: Path, count: int, batch: int) -> None:
+    """An epoch of 0.72 · 3 · count pictures has four steps or more, if batches of 8 are small enough for that."""
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.jpg").touch()
+    assert data.spec(f"folder:{tmp_path}").batch_size == batch
+
+
 def test_broken_pictures_are_named_or_left_out(tmp_path: Path) -> None:
     fill(tmp_path, 20)
     sound = load(tmp_path)

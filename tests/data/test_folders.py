@@ -262,7 +262,7 @@ def test_a_picture_cut_short_is_named_before_training(tmp_path: Path, kind: str,
     with pytest.raises(ContentError, match=rf"{split}/n02/1\{KINDS[kind]} cannot be decoded: ") as error:
         read(root)
     assert "\n" not in error.value.what
-    assert error.value.todo == "replace or delete the file, or leave such files out with --skip-broken"
+    assert error.value.todo == "replace the file or delete it, or leave such files out with --skip-broken"
 
 
 def test_all_broken_pictures_are_counted(tmp_path: Path) -> None:
@@ -292,6 +292,10 @@ def test_a_picture_that_breaks_later_is_named(tmp_path: Path) -> None:
     dataset = read(root)
     with pytest.raises(ContentError, match=r"n02/1\.png cannot be decoded"):
         dataset.train.images[np.arange(6)]
+    picture(root / "train" / "n02" / "2.png", COLOURS["n02"])
+    left = sound(data.image_folders(SPEC, root, shorter=16), skip_broken=True)  # decodes all at once
+    assert len(left.train.images[np.arange(6)]) == 6
+    assert "n02/1.png cannot be decoded" in left.notes[0]
 
 
 def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
