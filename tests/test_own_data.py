@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
@@ -52,7 +53,9 @@ def test_the_commands_are_commands() -> None:
     lines = re.findall(r"^    (?:python -m polar_deploy\.pipeline )?(--.*?)(?: +#.*)?$", PAGE, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
-        pipeline._parser().parse_args(shlex.split(line))
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        pipeline.add_arguments(parser)
+        parser.parse_args(shlex.split(line))
     for key, value in re.findall(r"--set ([\w.]+)=([\w.]+)", PAGE):
         group, _, name = key.rpartition(".")
         fields = Settings.model_fields["training"].annotation.model_fields if group else Settings.model_fields  # type: ignore[union-attr]
