@@ -257,8 +257,7 @@ class Settings(_Frozen):
     data: Annotated[
         str,
         About(
-            "folder:DIR (pictures, one folder a class), digits, cifar10, cifar100, tiny-imagenet, imagenet, or "
-            "package.module:function",
+            "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function",
             option="--data DATA",
         ),
     ] = "cifar10"
