@@ -21,8 +21,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 _NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 _VALIDATION = ("val", "valid", "validation")
 _TEST_SHARE = 0.2  # of every class of a folder that has no `val` and no `test`
-_STEPS = 4  # an epoch has at least, in a small folder
 _SPLIT_SEED = "polar_deploy"  # of that share: the same pictures in every run, whatever the run's seed
+_STEPS = 4  # of an epoch at least, however small the folder
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
