@@ -24,6 +24,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]  # none at all, too
+BatchSize = Annotated[int, Field(ge=2)]
+CropScale = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
 Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all of which may be shown on a terminal
 Pixels = Annotated[int, Field(ge=8, le=1024)]
@@ -172,7 +174,7 @@ class Training(_Frozen):
     full_epochs: Annotated[
         Count | None, About("length of the full network's training", "epochs", "as training.epochs", "--full-epochs N")
     ] = None
-    batch_size: Annotated[int, Field(ge=2), About("images in one step", "images")] = 128
+    batch_size: Annotated[BatchSize | None, About("images in one step", "images", "what suits the data set")] = None
     lr: Annotated[Positive, About("largest learning rate")] = 0.1
     gated_lr: Annotated[
         Positive | None,
@@ -185,6 +187,14 @@ class Training(_Frozen):
     flip: Annotated[bool | None, About("whether images are mirrored at random", unset="what suits the data set")] = None
     crop_padding: Annotated[
         CountOrNone | None, About("by how much images are shifted at random", "pixels", "what suits the data set")
+    ] = None
+    crop_scale: Annotated[
+        CropScale | None,
+        About(
+            "least area of a random resized crop; 1: shifted by training.crop_padding instead",
+            "share of the image",
+            "what suits the data set",
+        ),
     ] = None
     cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
     start: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
@@ -246,11 +256,20 @@ class Settings(_Frozen):
     ] = "ort-fp32"
     data: Annotated[
         str,
-        About("digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function", option="--data DATA"),
+        About(
+            "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function",
+            option="--data DATA",
+        ),
     ] = "cifar10"
     data_dir: Annotated[Path | None, About("where the data lies", "", "data", "--data-dir DIR")] = None
     input_size: Annotated[Pixels | None, About("side of the images", "pixels", "the data set's own")] = None
     normalize: Annotated[Normalize | None, About("input normalisation", "", "the data set's own")] = None
+    skip_broken: Annotated[
+        bool,
+        About(
+            "whether picture files that cannot be decoded are left out; else they end the run", option="--skip-broken"
+        ),
+    ] = False
     full_weights: Annotated[
         Path | None,
         About("take the full network as given (.safetensors, .npz, .pth)", "", "it is trained", "--full-weights FILE"),
@@ -319,9 +338,11 @@ class ResolvedTraining(Training):
 
     epochs: Count
     full_epochs: Count
+    batch_size: BatchSize
     gated_lr: Positive
     flip: bool
     crop_padding: CountOrNone
+    crop_scale: CropScale
 
 
 class ResolvedGates(Gates):

@@ -139,7 +139,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Write one line, above the bar where there is one."""
-        if self._console is not None and not self._quiet:
+        if not self._quiet:
+            self._console = self._console or console(stderr=True)
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Text:

@@ -147,10 +147,12 @@ KEYS = {  # option: the settings it gives, where they are not named as it is
     "--seed": {"seed": 1},
 }
 
+SWITCHES = {"with-full": "bundle.full", "skip-broken": "skip_broken"}  # options for yes and no
+
 
 def test_every_option_of_a_setting_is_tried() -> None:
     options = {each.about.option.partition(" ")[0] for each in settings.every()} - {""}
-    assert options == {*OPTIONS, "--with-full"}
+    assert options == {*OPTIONS, *(f"--{name}" for name in SWITCHES)}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -169,11 +171,15 @@ def test_an_option_gives_its_setting(option: str) -> None:
         assert found == expected, key
 
 
-@pytest.mark.parametrize(("option", "expected"), [("--with-full", True), ("--no-with-full", False)])
-def test_an_option_for_yes_and_no(option: str, expected: bool) -> None:
+@pytest.mark.parametrize("no", ["", "no-"])
+@pytest.mark.parametrize("option", SWITCHES)
+def test_an_option_for_yes_and_no(option: str, no: str) -> None:
     from polar_deploy import pipeline
 
-    assert pipeline._settings(parser().parse_args(["--model", "x", option])).bundle.full is expected
+    value: Any = pipeline._settings(parser().parse_args(["--model", "x", f"--{no}{option}"]))
+    for part in SWITCHES[option].split("."):
+        value = getattr(value, part)
+    assert value is not bool(no)
 
 
 def test_help_tells_defaults_from_the_declaration() -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from polar_deploy.bundle import golden, graphs
 from polar_deploy.bundle.manifest import MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
-from polar_deploy.config import LOCAL_PATHS
 from polar_deploy.data import LazyImages, normalise
 from polar_deploy.data.arrays import read_npz
+from polar_deploy.data.names import without_place, without_places
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
 
@@ -86,7 +86,7 @@ def _head(settings: ResolvedSettings) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "kind": "polar_deploy.bundle",
-        "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{settings.data}").lstrip(".-")[:100],
+        "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{without_place(settings.data)}").lstrip(".-")[:100],
         "licence": settings.bundle.licence,
         "target": settings.target,
         "build": settings.build.model_dump(mode="json"),
@@ -231,13 +231,14 @@ def _provenance(
     settings: ResolvedSettings, dataset: Dataset, entry: dict[str, Any], unsaid: Collection[str]
 ) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
+    told = {key: value for key, value in without_places(settings).items() if key not in unsaid}
     return {
         "polar_deploy": entry["versions"]["polar_deploy"],
         "versions": entry["versions"],
         "model": settings.model,
         "full": "given" if settings.full_weights else "trained",
-        "data": {"name": settings.data, "sha256": dataset.fingerprint()},
-        "settings": settings.model_dump(mode="json", exclude={*LOCAL_PATHS, *unsaid}),
+        "data": {"name": told["data"], "sha256": dataset.fingerprint()},
+        "settings": told,
     }
 
 

@@ -5,15 +5,18 @@ A new data set is one line in `_TABLE`: what is known of it unread, and the func
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 from polar_deploy.data import cifar, digits, folders, own
 from polar_deploy.data.dataset import Dataset, DataSpec, LazySource, Split, normalise, split_validation
-from polar_deploy.data.folders import LazyImages, image_folders
-from polar_deploy.data.names import is_reference, unknown
+from polar_deploy.data.folders import image_folders
+from polar_deploy.data.names import folder_of, is_reference, unknown
+from polar_deploy.data.pictures import LazyImages
+from polar_deploy.data.sound import sound
 from polar_deploy.errors import UsageError
 
 __all__ = [
@@ -45,7 +48,11 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
 
     Raises:
         UsageError: there is no such data set.
+        ContentError: a folder holds no classes.
     """
+    if (folder := folder_of(name)) is not None:
+        with _readable():
+            return folders.folder_spec((data_dir or Path()) / folder)
     if is_reference(name):
         return own.load(name, data_dir).spec
     if name not in _TABLE:
@@ -53,13 +60,22 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
     return _TABLE[name][0]
 
 
-def load(name: str, data_dir: Path | None = None, *, input_size: int | None = None, download: bool = True) -> Dataset:
-    """Read the data set `name`, or call the user's "package.module:function" for it.
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    *,
+    input_size: int | None = None,
+    download: bool = True,
+    skip_broken: bool = False,
+) -> Dataset:
+    """Read the data set `name`, the pictures in "folder:DIR", or what the user's "package.module:function" gives.
 
     Args:
-        data_dir: the folder to look in; None: `data` in the current folder.
+        name: as `--data` has it.
+        data_dir: the folder to look in; None: `data` in the current folder, and for folder:DIR that one itself.
         input_size: pixels a side of the images; None: the data set's own.
         download: whether what is not there, and can be had, is fetched.
+        skip_broken: whether files that are no sound pictures are left out.
 
     Raises:
         UsageError: there is no such data set, or nothing where it should be.
@@ -67,12 +83,24 @@ def load(name: str, data_dir: Path | None = None, *, input_size: int | None = No
         MachineError: the images do not fit into this machine's memory.
     """
     if is_reference(name):
-        return own.resized(own.load(name, data_dir), input_size)
-    known = spec(name)
-    loader = _TABLE[name][1]
-    if loader is cifar.load and not download:
-        loader = cifar.load_stored
+        return sound(own.resized(own.load(name, data_dir), input_size), skip_broken=skip_broken)
+    known = spec(name, data_dir)
+    wanted = replace(known, input_size=input_size or known.input_size)
+    with _readable():
+        return sound(_loader(name, download=download)(wanted, data_dir), skip_broken=skip_broken)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turns the system's refusal to read into ours."""
     try:
-        return loader(replace(known, input_size=input_size or known.input_size), data_dir)
+        yield
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+
+
+def _loader(name: str, *, download: bool) -> Loader:
+    if (folder := folder_of(name)) is not None:
+        return lambda spec, data_dir: folders.load_folder(spec, (data_dir or Path()) / folder)
+    loader = _TABLE[name][1]
+    return cifar.load_stored if loader is cifar.load and not download else loader

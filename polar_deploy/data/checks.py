@@ -46,10 +46,11 @@ def check_labels(labels: npt.NDArray[Any], count: int, classes: int, where: str)
     return labels.astype(np.int64)
 
 
-def check_every_class(labels: Labels, classes: int, where: str) -> None:
-    """ContentError unless each class has two images: one to train on, one to validate."""
+def check_every_class(labels: Labels, classes: int, where: str, least: int = 2) -> None:
+    """ContentError unless each class has `least` images; in a training set two, one to train on, one to validate."""
     counts = np.bincount(labels, minlength=classes)
-    short = np.flatnonzero(counts < 2)
+    short = np.flatnonzero(counts < least)
     if len(short):
-        problem = f"{where}: class {short[0]} has {counts[short[0]]} training images, and {len(short)} classes have < 2"
-        raise ContentError(problem, "give each class two images or more, or name the data set that the files belong to")
+        kind = "training images" if least > 1 else "images"
+        problem = f"{where}: class {short[0]} has {counts[short[0]]} {kind}, and {len(short)} classes have < {least}"
+        raise ContentError(problem, "give each class more images, or name the data set that the files belong to")

@@ -20,7 +20,12 @@ Indices: TypeAlias = npt.NDArray[np.integer]
 
 @runtime_checkable
 class LazySource(Protocol):
-    """Images that are read when they are asked for."""
+    """Images that are read when they are asked for.
+
+    They are asked for ahead of the training loop, in a thread of its own, by one caller at a time. One that has a
+    method `whole(index)`, too, the chosen images before anything is cropped away, as a list of uint8 [H, W, 3], gives
+    random resized crops more to choose from.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,8 +60,10 @@ class DataSpec:
         input_size: pixels a side.
         mean, std: normalisation a channel, `(rgb / 255 - mean) / std`.
         flip: whether a mirrored image still belongs to its class.
-        crop_padding: pixels that a training image may be shifted by.
+        crop_padding: pixels that a training image may be shifted by, where it is not cropped at random:
         epochs: length of a training run where the recipe says nothing.
+        crop_scale: least share of an image's area that a random resized crop holds, in (0, 1]; 1: no such crops.
+        batch_size: images a training step where the recipe says nothing.
     """
 
     name: str
@@ -67,16 +74,26 @@ class DataSpec:
     flip: bool
     crop_padding: int
     epochs: int
+    crop_scale: float = 1.0
+    batch_size: int = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set as it was read: `class_names[label]` names a label."""
+    """A data set as it was read.
+
+    Attributes:
+        class_names: `class_names[label]` names a label.
+        validation: indices into `train` of those that validate; None: a share that is drawn by the run's seed.
+        notes: what a user should know of it, a sentence each.
+    """
 
     spec: DataSpec
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    validation: Indices | None = None
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """SHA-256 of images, labels and class names; folders that are read lazily count by file names and sizes."""
@@ -92,6 +109,8 @@ class Dataset:
             else:
                 digest.update(split.images.fingerprint().encode())
             digest.update(np.ascontiguousarray(split.labels).data)
+        if self.validation is not None:
+            digest.update(self.validation.astype(np.int64).data)
         return digest.hexdigest()
 
 
@@ -106,7 +125,12 @@ def stratified(labels: Labels, share: float, rng: np.random.Generator) -> tuple[
 
 
 def split_validation(dataset: Dataset, seed: int, share: float = 0.1) -> tuple[Indices, Indices]:
-    """Indices (training, validation) into `dataset.train`: `share` (0–1) of every class validates, chosen by `seed`."""
+    """Indices (training, validation) into `dataset.train`.
+
+    The data set says which ones validate, or `share` (0–1) of every class does, chosen by `seed`.
+    """
+    if dataset.validation is not None:
+        return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.validation), dataset.validation
     return stratified(dataset.train.labels, share, np.random.default_rng(seed))
 
 

@@ -1,180 +1,47 @@
-"""Image folders, `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, decoded when they are asked for.
-
-A picture is read as its owner sees it: the first frame, turned as EXIF says, transparent parts on white, 16-bit grey
-scaled to 8 bit.
-"""
+"""Data sets that are folders of pictures: one folder a class, in `train` and `val`, or in one place."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import struct
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-from PIL import Image
 
 from polar_deploy.data.checks import check_every_class
-from polar_deploy.data.dataset import Dataset, DataSpec, Indices, Labels, Pixels, Split
-from polar_deploy.errors import ContentError, UsageError, one_line
+from polar_deploy.data.dataset import Dataset, DataSpec, Split
+from polar_deploy.data.pictures import LazyImages
+from polar_deploy.errors import ContentError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # Folders that file managers and tools leave behind; hidden ones are known by their dot.
 _NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-_BACKGROUND = (255, 255, 255)  # of transparent pictures
-_ORIENTATION = 0x0112  # EXIF's tag; what brings each of its values upright:
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What stands at the end of a whole file. WebP needs none, since opening it fails if it is cut short.
-_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "WEBP": b""}
-_TAIL = 64  # bytes in which the mark is looked for
+_VALIDATION = ("val", "valid", "validation")
+_TEST_SHARE = 0.2  # of every class of a folder that has no `val` and no `test`
+_SPLIT_SEED = "polar_deploy"  # of that share: the same pictures in every run, whatever the run's seed
+_STEPS = 4  # of an epoch at least, however small the folder
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 TINY_IMAGENET = DataSpec("tiny-imagenet", 200, 64, _IMAGENET_MEAN, _IMAGENET_STD, flip=True, crop_padding=8, epochs=100)
-IMAGENET = DataSpec("imagenet", 1000, 224, _IMAGENET_MEAN, _IMAGENET_STD, flip=True, crop_padding=28, epochs=90)
+IMAGENET = DataSpec(
+    "imagenet", 1000, 224, _IMAGENET_MEAN, _IMAGENET_STD, flip=True, crop_padding=28, epochs=90, crop_scale=0.08
+)
+# Of a user's folder. Crops hold more than ImageNet's do: few pictures and short runs are common.
+_FOLDER = replace(IMAGENET, name="folder", epochs=100, crop_scale=0.35)
+
+FilesByClass: TypeAlias = dict[str, list[str]]  # names relative to the root of the data set
 
 
-@dataclass(frozen=True, eq=False)
-class LazyImages:
-    """Images of which only the names are in memory: `images[indices]` decodes, uint8 [B, size, size, 3].
+@dataclass(frozen=True)
+class _Part:
+    """One part of a data set, and the folder that holds its class folders."""
 
-    Args:
-        root: folder that `files`, an array of names, belong to.
-        shorter: pixels that an image's shorter side is resized to (bilinear), before
-        size: pixels a side are cut out of its centre.
-    """
-
-    root: Path
-    files: np.ndarray[tuple[int], np.dtype[np.object_]]
-    shorter: int
-    size: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[N, size, size, 3]"""
-        return (len(self.files), self.size, self.size, 3)
-
-    def __getitem__(self, index: Indices) -> Pixels:
-        """Decode the chosen images on a few threads; ContentError names the file that cannot be decoded."""
-        chosen = self.files[index]
-        batch = np.empty((len(chosen), self.size, self.size, 3), np.uint8)
-        for position, pixels in enumerate(self._pool.map(self._decode, chosen)):
-            batch[position] = pixels
-        return batch
-
-    def fingerprint(self) -> str:
-        """SHA-256 of sizes and of every file's name and length in bytes."""
-        digest = hashlib.sha256(f"{self.shorter} {self.size}".encode())
-        for name in self.files:
-            digest.update(f"\n{name} {os.stat(self.root / name).st_size}".encode())
-        return digest.hexdigest()
-
-    def check(self) -> None:
-        """Look at every file's header and last bytes, without decoding; ContentError names those that are no pictures.
-
-        Where the last bytes do not tell (a file that seems cut short; GIF, TIFF, BMP, PPM), it is decoded after all.
-        """
-        broken = [error for error in self._pool.map(self._problem, self.files) if error]
-        if broken:
-            more = f" ({len(broken)} files in all are no sound pictures)" if len(broken) > 1 else ""
-            raise ContentError(broken[0].what + more, broken[0].todo)
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        Image.init()  # else each thread does so when it meets a rarer format, and some take it for unknown meanwhile
-        return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-
-    def _problem(self, name: str) -> ContentError | None:
-        try:
-            with _opened(self.root / name) as stored:
-                mark = _END_MARKS.get(stored.format or "")
-                if mark is None or mark not in _tail(self.root / name):
-                    stored.load()
-        except ContentError as error:
-            return error
-        except Exception as error:  # noqa: BLE001  # each of Pillow's decoders fails in its own way
-            return _broken(self.root / name, error)
-        return None
-
-    def _decode(self, name: str) -> Pixels:
-        try:
-            with _opened(self.root / name) as stored:
-                image = _upright_rgb(stored)
-        except ContentError:
-            raise
-        except Exception as error:
-            raise _broken(self.root / name, error) from error
-        width, height = image.size
-        if min(width, height) != self.shorter:
-            scale = self.shorter / min(width, height)
-            width, height = max(int(width * scale), self.shorter), max(int(height * scale), self.shorter)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
-
-
-def _opened(path: Path) -> Image.Image:
-    """The picture in a file, of which only the header is read; ContentError if its values have no known range."""
-    image = Image.open(path)
-    # Pillow widens 16-bit PNG and PGM to its mode I; in a TIFF that is 32 bits, of which any part may be used.
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        image.close()
-        kind = "floating-point" if image.mode == "F" else "32-bit"
-        problem = f"{path} has {kind} grey values, whose range is not known"
-        raise ContentError(problem, "save it with 8 or 16 bits a value")
-    return image
-
-
-def _broken(path: Path, error: Exception) -> ContentError:
-    problem = f"{path} cannot be decoded: {type(error).__name__}: {one_line(error)}"
-    return ContentError(problem, "replace the file or delete it")
-
-
-def _tail(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
-        return file.read()
-
-
-def _upright_rgb(stored: Image.Image) -> Image.Image:
-    """A picture in mode RGB, as it is to be seen."""
-    stored.load()  # before its orientation is asked for: Pillow turns a TIFF by itself
-    turn = _UPRIGHT.get(_orientation(stored))
-    image = _rgb(stored)
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's value, 1 to 8; 1 (upright) where there is none, or where EXIF is damaged, which harms no pixel."""
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """In mode RGB: 16-bit grey divided by 257, so that 65535 becomes 255; transparent parts on `_BACKGROUND`."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        narrow = (wide + 128) // 257
-        narrow[wide == image.info.get("transparency", -1)] = _BACKGROUND[0]
-        return Image.fromarray(narrow.astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*_BACKGROUND, 255)), layer).convert("RGB")
+    folder: Path
+    files: FilesByClass
 
 
 def load_tiny_imagenet(spec: DataSpec, data_dir: Path | None) -> Dataset:
@@ -184,40 +51,68 @@ def load_tiny_imagenet(spec: DataSpec, data_dir: Path | None) -> Dataset:
 
 def load_imagenet(spec: DataSpec, data_dir: Path | None) -> Dataset:
     """ImageNet-1k with one folder a class; at 224 pixels, the shorter side is resized to 256."""
-    return image_folders(spec, _root(spec, data_dir, "ILSVRC2012"), shorter=round(spec.input_size * 256 / 224))
+    return image_folders(spec, _root(spec, data_dir, "ILSVRC2012"), shorter=_shorter(spec))
+
+
+def folder_spec(root: Path) -> DataSpec:
+    """What is known of the user's own folder from the names in it: as many classes as there are folders for them.
+
+    Raises:
+        UsageError: there is no such folder.
+        ContentError: there are no two class folders in it.
+    """
+    classes = _class_folders(_parts(root)["train"])
+    return replace(_FOLDER, classes=len(classes), batch_size=_batch_size(classes))
+
+
+def load_folder(spec: DataSpec, root: Path) -> Dataset:
+    """The user's own folder; at 224 pixels, the shorter side is resized to 256.
+
+    `root` holds one folder a class, of which a fifth of each class is the test set; or `train`, and beside it `val`,
+    `test`, or both, with one folder a class each. The test set is `test`, else `val`; where there are both, `val`
+    validates. Pictures may lie deeper in a class's folder.
+
+    Raises:
+        As `folder_spec` and `image_folders`.
+    """
+    parts = {name: _part(folder, root) for name, folder in _parts(root).items()}
+    if "test" not in parts:
+        parts["train"], parts["test"] = _split(parts["train"])
+    return _dataset(spec, root, parts, _shorter(spec))
 
 
 def image_folders(spec: DataSpec, root: Path, shorter: int) -> Dataset:
     """The data set in `root`: `train/CLASS/` and `val/CLASS/` (or `test/`); labels count the sorted class names.
 
-    Also a building block for the user's own data. Tiny ImageNet's `CLASS/images/` and `val/val_annotations.txt` are
-    understood. `shorter` ≥ `spec.input_size`: pixels of the shorter side before the centre is cut out. Hidden files and
-    folders are neither pictures nor classes. Every file's header is looked at.
+    Also a building block for the user's own data. Tiny ImageNet's `val/val_annotations.txt` is understood. `shorter` ≥
+    `spec.input_size`: pixels of the shorter side before the centre is cut out. Hidden files and folders are neither
+    pictures nor classes.
 
     Raises:
         UsageError: `train` or `val` is missing.
         ContentError: another number of classes than `spec.classes`, classes that differ between the two, a class
-            with fewer than two training images or no other, a file that is no sound picture.
+            with fewer than two training images or no other.
     """
     if not (root / "train").is_dir():
         raise UsageError(f"{root} has no folder 'train'", "give it train/CLASS/*.jpg and val/CLASS/*.jpg")
-    train, test = _files_by_class(root / "train"), _test_files(root)
-    if len(train) != spec.classes:
-        problem = f"{root / 'train'} has {len(train)} class folders, {spec.name} has {spec.classes} classes"
-        raise ContentError(problem, "name the folder with --data-dir that holds the whole data set")
-    different = sorted(set(train) ^ set(test))
-    if different:
-        problem = f"in {root}, training and test classes differ in {len(different)}, first in '{different[0]}'"
-        raise ContentError(problem, "give both the same class folders")
-    names = tuple(sorted(train))
-    _check_filled(root / "train", train)
-    _check_filled(root / ("val" if (root / "val").is_dir() else "test"), test)
-    images = [_images(root, files, names, spec.input_size, shorter) for files in (train, test)]
-    labels = [_labels(files, names) for files in (train, test)]
-    check_every_class(labels[0], spec.classes, str(root / "train"))
-    for each in images:
-        each.check()
-    return Dataset(spec, Split(images[0], labels[0]), Split(images[1], labels[1]), names)
+    return _dataset(spec, root, {"train": _part(root / "train", root), "test": _test_part(root)}, shorter)
+
+
+def image_names(folder: Path) -> list[str]:
+    """The pictures in a folder and the folders in it, by their names in it, sorted; hidden ones are left out."""
+    found, seen = [], set()  # links may lead in circles
+    for path, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(path))
+        folders[:] = [name for name in folders if _is_class(name) and os.path.realpath(f"{path}/{name}") not in seen]
+        inner = Path(path).relative_to(folder).as_posix()
+        before = "" if inner == "." else f"{inner}/"
+        found += [before + name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+def _shorter(spec: DataSpec) -> int:
+    """What the shorter side is resized to before the centre is cut out, as it is usual for ImageNet."""
+    return round(spec.input_size * 256 / 224)
 
 
 def _root(spec: DataSpec, data_dir: Path | None, published: str) -> Path:
@@ -231,48 +126,85 @@ def _root(spec: DataSpec, data_dir: Path | None, published: str) -> Path:
     raise UsageError(f"{spec.name} is not there: no folder 'train' in {looked}", todo)
 
 
-def _files_by_class(split: Path) -> dict[str, list[str]]:
-    files = {}
-    for folder in sorted(entry for entry in split.iterdir() if entry.is_dir() and _is_class(entry.name)):
-        inner = folder / "images" if (folder / "images").is_dir() else folder
-        relative = inner.relative_to(split.parent)
-        files[folder.name] = [f"{relative}/{name}" for name in image_names(inner)]
-    return files
+def _parts(root: Path) -> dict[str, Path]:
+    """Where the parts of a user's folder lie: "train", and as far as they are there "validation" and "test"."""
+    todo = "give one folder a class, DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
+    if not root.is_dir():
+        raise UsageError(f"there is no folder {root}", todo)
+    names = {folder.name for folder in _class_folders(root)}
+    if "train" not in names or not names <= {"train", "test", *_VALIDATION}:  # a class may be called "train"
+        parts = {"train": root}
+    else:
+        held = {name: root / name for name in ("test", *_VALIDATION) if name in names and _class_folders(root / name)}
+        missing = sorted(names - {"train", *held})
+        if missing and not held:
+            raise ContentError(f"{root / missing[0]} holds no class folders", todo)
+        parts = dict(zip(("test", "validation"), held.values(), strict=False)) | {"train": root / "train"}
+    if len(_class_folders(parts["train"])) < 2:
+        problem = f"{parts['train']} has {len(_class_folders(parts['train']))} class folders, a network tells two apart"
+        raise ContentError(problem, todo)
+    return parts
 
 
-def image_names(folder: Path) -> list[str]:
-    """Names of the pictures that lie in a folder, sorted; hidden files, such as macOS's `._cat.jpg`, are none."""
-    with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()]
-    return sorted(name for name in found if not name.startswith("."))
+def _batch_size(classes: list[Path]) -> int:
+    """A power of two from 8 to 128, with which an epoch has four steps at least: few pictures shall not mean few steps.
+
+    Of a folder with very many pictures not all are counted.
+    """
+    pictures, enough = 0, 2 * _STEPS * _FOLDER.batch_size
+    for folder in classes:
+        pictures += len(image_names(folder))
+        if pictures >= enough:
+            break
+    steps = pictures * (1 - _TEST_SHARE) * 0.9 / _STEPS  # a tenth validates
+    return max(8, min(_FOLDER.batch_size, 1 << int(math.log2(max(1, steps)))))
+
+
+def _class_folders(split: Path) -> list[Path]:
+    return sorted(entry for entry in split.iterdir() if entry.is_dir() and _is_class(entry.name))
 
 
 def _is_class(folder: str) -> bool:
     return not folder.startswith(".") and folder not in _NO_CLASSES
 
 
-def _check_filled(split: Path, files: dict[str, list[str]]) -> None:
-    """ContentError if one of a split's class folders is empty."""
-    empty = sorted(name for name, pictures in files.items() if not pictures)
-    if empty:
-        more = f" ({len(empty)} such folders)" if len(empty) > 1 else ""
-        todo = f"put {', '.join(SUFFIXES)} files right into it, or delete the class in both folders"
-        raise ContentError(f"{split / empty[0]} holds no pictures{more}", todo)
+def _part(folder: Path, root: Path) -> _Part:
+    files = {
+        each.name: [f"{each.relative_to(root).as_posix()}/{name}" for name in image_names(each)]
+        for each in _class_folders(folder)
+    }
+    return _Part(folder, files)
 
 
-def _test_files(root: Path) -> dict[str, list[str]]:
+def _split(whole: _Part) -> tuple[_Part, _Part]:
+    """Training and test set. A file's name decides, so that more files leave nearly all others where they are."""
+
+    def drawn(name: str) -> bytes:
+        return hashlib.sha256(f"{_SPLIT_SEED}/{name}".encode()).digest()
+
+    train, test = {}, {}
+    for name, files in whole.files.items():
+        if len(files) < 3:
+            problem = f"{whole.folder / name} holds {len(files)} pictures: two to train on and one to test are needed"
+            raise ContentError(problem, f"put {', '.join(SUFFIXES)} files into it, or take the folder away")
+        chosen = {*sorted(files, key=drawn)[: max(1, round(_TEST_SHARE * len(files)))]}
+        train[name], test[name] = sorted({*files} - chosen), sorted(chosen)
+    return _Part(whole.folder, train), _Part(whole.folder, test)
+
+
+def _test_part(root: Path) -> _Part:
     for split in (root / "val", root / "test"):
         if (split / "val_annotations.txt").is_file():
-            return _annotated(split)
+            return _Part(split, _annotated(split))
         if split.is_dir():
-            return _files_by_class(split)
+            return _part(split, root)
     raise UsageError(f"{root} has neither 'val' nor 'test'", "give it val/CLASS/*.jpg")
 
 
-def _annotated(split: Path) -> dict[str, list[str]]:
+def _annotated(split: Path) -> FilesByClass:
     """Tiny ImageNet's validation files: one a line, its name, its class, and a box, with tabs in between."""
     annotations, present = split / "val_annotations.txt", set(image_names(split / "images"))
-    files: dict[str, list[str]] = {}
+    files: FilesByClass = {}
     for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")
         if name not in present or not rest:
@@ -282,10 +214,37 @@ def _annotated(split: Path) -> dict[str, list[str]]:
     return files
 
 
-def _images(root: Path, files: dict[str, list[str]], names: tuple[str, ...], size: int, shorter: int) -> LazyImages:
+def _dataset(spec: DataSpec, root: Path, parts: dict[str, _Part], shorter: int) -> Dataset:
+    """Of the parts "train", "test" and, where it is there, "validation", which is among the training images."""
+    folder, files = parts["train"].folder, parts["train"].files
+    names = tuple(sorted(files))
+    if len(names) != spec.classes:
+        problem = f"{folder} has {len(names)} class folders, {spec.name} has {spec.classes} classes"
+        raise ContentError(problem, "name the folder with --data-dir that holds the whole data set")
+    for kind, part in parts.items():
+        different = sorted({*names} ^ {*part.files})
+        if different:
+            problem = f"in {root}, training and {kind} classes differ in {len(different)}, first in '{different[0]}'"
+            raise ContentError(problem, "give both the same class folders")
+        _check_filled(part)
+    validation = parts["validation"].files if "validation" in parts else {name: [] for name in names}
+    learned = {name: files[name] + validation[name] for name in names}
+    held = [number >= len(files[name]) for name in names for number in range(len(learned[name]))]
+    train, test = (_lazy(root, each, names, spec.input_size, shorter) for each in (learned, parts["test"].files))
+    check_every_class(train.labels, spec.classes, str(folder))
+    return Dataset(spec, train, test, names, validation=np.flatnonzero(held) if any(held) else None)
+
+
+def _check_filled(part: _Part) -> None:
+    """ContentError if one of a part's class folders is empty."""
+    empty = sorted(name for name, pictures in part.files.items() if not pictures)
+    if empty:
+        more = f" ({len(empty)} such folders)" if len(empty) > 1 else ""
+        todo = f"put {', '.join(SUFFIXES)} files into it, or delete the class in all parts"
+        raise ContentError(f"{part.folder / empty[0]} holds no pictures{more}", todo)
+
+
+def _lazy(root: Path, files: FilesByClass, names: tuple[str, ...], size: int, shorter: int) -> Split:
     ordered = np.array([file for name in names for file in files[name]], dtype=object)
-    return LazyImages(root, ordered, shorter, size)
-
-
-def _labels(files: dict[str, list[str]], names: tuple[str, ...]) -> Labels:
-    return np.repeat(np.arange(len(names)), [len(files[name]) for name in names]).astype(np.int64)
+    labels = np.repeat(np.arange(len(names)), [len(files[name]) for name in names]).astype(np.int64)
+    return Split(LazyImages(root, ordered, shorter, size), labels)

@@ -1,20 +1,45 @@
-"""What a name on the command line stands for: an entry of a table, or the user's own "package.module:function"."""
+"""What a name on the command line stands for: an entry of a table, a folder, the user's "package.module:function"."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from polar_deploy.config import LOCAL_PATHS
 from polar_deploy.errors import ContentError, PolarDeployError, UsageError
+
+if TYPE_CHECKING:
+    from polar_deploy.config import Settings
+
+FOLDER = "folder"  # the word before the colon in "folder:DIR"
 
 
 def is_reference(name: str) -> bool:
     """Whether `name` has the form "package.module:function"."""
-    return ":" in name
+    return ":" in name and folder_of(name) is None
+
+
+def folder_of(name: str) -> Path | None:
+    """DIR, if `name` has the form "folder:DIR"."""
+    kind, _, place = name.partition(":")
+    return Path(place).expanduser() if kind == FOLDER else None
+
+
+def without_place(name: str) -> str:
+    """`name` as others may see it: of "folder:DIR", DIR's own name without the folders that it lies in."""
+    folder = folder_of(name)
+    return name if folder is None else f"{FOLDER}:{folder.name or folder.resolve().name}"
+
+
+def without_places(settings: Settings) -> dict[str, Any]:
+    """All settings, as JSON has them, but those that say where somebody's files lie."""
+    return settings.model_dump(mode="json", exclude=LOCAL_PATHS) | {"data": without_place(settings.data)}
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -30,9 +55,10 @@ def call_reference(reference: str, **arguments: object) -> object:
 
     Raises:
         UsageError: there is no such module or function.
-        ContentError: the user's code failed, on import or in the call.
+        ContentError: the function takes other arguments, or the user's code failed, on import or in the call.
     """
     function = _import_function(reference)
+    _require_signature(reference, function, arguments)
     try:
         return function(**arguments)
     except PolarDeployError:
@@ -58,6 +84,21 @@ def _import_function(reference: str) -> Callable[..., object]:
     if not callable(function):
         raise UsageError(f"'{reference}': {module_name} has no function {function_name}", "name one that it defines")
     return function  # type: ignore[no-any-return]
+
+
+def _require_signature(reference: str, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        name, given = reference.rpartition(":")[2], ", ".join(arguments)
+        problem = f"'{reference}' is defined as {name}{signature}, which cannot be called with {given}: {error}"
+        raise ContentError(
+            problem, f"define it as `def {name}({given}):`, or give its other arguments defaults"
+        ) from error
 
 
 def _failed(reference: str, error: Exception) -> ContentError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
-from polar_deploy.config import LOCAL_PATHS
+from polar_deploy.data.names import without_place, without_places
 from polar_deploy.errors import ContentError
 from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
 from polar_deploy.workspace import digest, read_json, sha256
@@ -55,9 +55,9 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
     return {
         "schema": 1,
         "settings": _digest(settings),
-        "recipe": settings.model_dump(mode="json", exclude=LOCAL_PATHS),
+        "recipe": without_places(settings),
         "model": settings.model,
-        "data": settings.data,
+        "data": without_place(settings.data),
         "target": engines.get("target"),
         "seed": settings.seed,
         "full": "given" if settings.full_weights else "trained",
@@ -93,8 +93,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _digest(settings: Settings) -> str:
     """SHA-256 of all settings that decide the result."""
-    values = settings.model_dump(mode="json", exclude=LOCAL_PATHS)
-    return digest(values)
+    return digest(without_places(settings))
 
 
 def _pair(values: dict[str, int]) -> dict[str, Any]:

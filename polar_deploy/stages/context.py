@@ -71,7 +71,10 @@ class RunContext:
         from polar_deploy import data
 
         s = self.settings
-        return data.load(s.data, s.data_dir, input_size=s.input_size)
+        dataset = data.load(s.data, s.data_dir, input_size=s.input_size, skip_broken=s.skip_broken)
+        for note in dataset.notes:
+            self.progress.note(note)
+        return dataset
 
     @cached_property
     def split(self) -> tuple[Indices, Indices]:

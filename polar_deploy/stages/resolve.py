@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,8 +24,8 @@ def choose_target(settings: Settings) -> Settings:
 def default_folder(settings: Settings) -> Path:
     """runs/MODEL-DATA-TARGET-BUDGET-sSEED: no time stamp, so that the same command resumes."""
     budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items()) if settings.budget else ""
-    model, data_name = (name.replace(":", ".") for name in (settings.model, settings.data))
-    parts = (model, data_name, settings.target, budget, f"s{settings.seed}")
+    model, data_name = settings.model.replace(":", "."), re.sub(r"[^\w-]+", ".", settings.data)
+    parts = (model, data_name[-60:].strip(".-"), settings.target, budget, f"s{settings.seed}")
     return Path("runs") / "-".join(filter(None, parts))
 
 
@@ -44,9 +45,11 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
     filled = {
         "epochs": epochs,
         "full_epochs": training.full_epochs or epochs,
+        "batch_size": training.batch_size or spec.batch_size,
         "gated_lr": training.gated_lr or (training.lr / 2 if training.start == "full" else training.lr),
         "flip": spec.flip if training.flip is None else training.flip,
         "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,
+        "crop_scale": training.crop_scale or spec.crop_scale,
     }
     decided = {
         "input_size": settings.input_size or spec.input_size,

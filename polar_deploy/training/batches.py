@@ -1,8 +1,19 @@
-"""Batches: images kept as uint8, shuffled by seed and epoch, augmented and normalised on the training device."""
+"""Batches of images, shuffled by seed and epoch, augmented and normalised on the training device.
+
+Arrays lie on the device from the start. What comes from files is read ahead of the training loop, by a thread that has
+many pictures decoded at once, and is kept as uint8 while it fits into memory. All random numbers of a batch are drawn
+before it is read, so that an epoch is the same whatever was kept and whoever was faster.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,27 +21,60 @@ import torch
 from torch import Tensor
 
 from polar_deploy.config import ResolvedSettings
+from polar_deploy.data.crops import DRAWS, resized_crop
+from polar_deploy.data.dataset import Indices, Pixels
+from polar_deploy.data.pictures import PictureCache, available_memory
+from polar_deploy.data.threads import parallel
 
 EVALUATION_BATCH = 500
+_AHEAD = 2  # batches that are read before they are asked for
+_KEPT = 0.25  # of the available memory: what pictures may take that are kept
+_reading = threading.Lock()  # a user's source is asked by one thread at a time
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a batch is made of, drawn before it is read.
+
+    Attributes:
+        chosen: which images of the part, [B].
+        crops: random numbers of the random resized crops, [B, DRAWS]; None: no such crops.
+        shift: rows and columns that the images are shifted by, [B, 2, 1].
+        flip: which of them are mirrored, [B, 1].
+        square: what cutout blanks, [B, H, W]; None: nothing.
+    """
+
+    chosen: Tensor
+    crops: Tensor | None = None
+    shift: Tensor | None = None
+    flip: Tensor | None = None
+    square: Tensor | None = None
 
 
 class Batches:
     """Part of a data set, ready for training or evaluation.
 
     Args:
-        images: uint8 [N, H, W, 3]; an array (then held on `device`) or anything that answers `images[indices]`.
+        images: uint8 [N, H, W, 3]; an array (then held on `device`) or a `LazySource`.
         labels: int64 [N].
         indices: which of the N belong to this part.
         settings: (normalisation, augmentation, batch size, seed).
         device: where batches are wanted.
+
+    Attributes:
+        reads: whether images have to be read, since they do not lie on the device.
+        waited: seconds that loops over batches have waited for that.
     """
 
     def __init__(
         self, images: Any, labels: np.ndarray, indices: np.ndarray, settings: ResolvedSettings, device: torch.device
     ) -> None:
         self.settings, self.device = settings, device
-        self._lazy = None if isinstance(images, np.ndarray) else (images, indices)
-        self._images = torch.from_numpy(images[indices]).to(device) if self._lazy is None else None
+        self.waited = 0.0
+        self._images, self._indices = images, indices
+        self._crop_scale = settings.training.crop_scale
+        self.reads = self._crop_scale < 1 or not isinstance(images, np.ndarray)
+        self._held = None if self.reads else torch.from_numpy(images[indices]).to(device)
         self._labels = torch.from_numpy(labels[indices]).to(device)
         self._mean = torch.tensor(settings.normalize.mean, device=device) * 255
         self._std = torch.tensor(settings.normalize.std, device=device) * 255
@@ -51,48 +95,119 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches (float [B, 3, H, W], int64 [B]) of epoch `number`, the same for the same seed."""
-        training = self.settings.training
         draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
         order = torch.randperm(len(self), generator=draw)
-        size = min(training.batch_size, len(self))
-        for step in range(self.steps):
-            chosen = order[step * size : (step + 1) * size]
-            yield self._augment(self._take(chosen), draw), self._labels[chosen.to(self.device)]
+        size = min(self.settings.training.batch_size, len(self))
+        plans = (self._plan(order[step * size : (step + 1) * size], draw) for step in range(self.steps))
+        for plan, images in self._read(plans):
+            yield self._augment(images, plan), self._labels[plan.chosen.to(self.device)]
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, normalised, not augmented."""
-        for start in range(0, len(self), EVALUATION_BATCH):
-            chosen = torch.arange(start, min(start + EVALUATION_BATCH, len(self)))
-            images = (self._take(chosen).float() - self._mean) / self._std
-            yield images.permute(0, 3, 1, 2), self._labels[chosen.to(self.device)]
+        starts = range(0, len(self), EVALUATION_BATCH)
+        plans = (_Plan(torch.arange(start, min(start + EVALUATION_BATCH, len(self)))) for start in starts)
+        for plan, images in self._read(plans):
+            yield self._normal(images).permute(0, 3, 1, 2), self._labels[plan.chosen.to(self.device)]
 
-    def _take(self, chosen: Tensor) -> Tensor:
-        if self._images is not None:
-            return self._images[chosen.to(self.device)]
-        assert self._lazy is not None
-        images, indices = self._lazy
-        return torch.from_numpy(images[indices[chosen.numpy()]]).to(self.device)
+    def _read(self, plans: Iterable[_Plan]) -> Iterator[tuple[_Plan, Tensor]]:
+        """Each plan with its images on the device, uint8 [B, H, W, 3]."""
+        if self._held is not None:
+            for plan in plans:
+                yield plan, self._held[plan.chosen.to(self.device)]
+            return
+        started = time.monotonic()
+        for plan, pixels in ahead(plans, self._pixels):
+            self.waited += time.monotonic() - started
+            yield plan, torch.from_numpy(pixels).to(self.device)
+            started = time.monotonic()
 
-    def _augment(self, images: Tensor, draw: torch.Generator) -> Tensor:
+    def _pixels(self, plan: _Plan) -> Pixels:
+        rows = self._indices[plan.chosen.numpy()]
+        with _reading:
+            if plan.crops is None:
+                return np.stack(self._centres(rows))
+            assert plan.flip is not None
+            size, least = self._images.shape[1], self._crop_scale
+            parts = zip(self._whole(rows), plan.crops.numpy(), strict=True)
+            crops = parallel(lambda part: resized_crop(part[0], size, least, part[1]), parts)
+            flips = plan.flip[:, 0].tolist()
+            return np.stack([crop[:, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)])
+
+    @cached_property
+    def _centres(self) -> Callable[[Indices], list[Pixels]]:
+        """Gives images as evaluation sees them."""
+        images = self._images
+        if isinstance(images, np.ndarray):
+            return lambda rows: list(images[rows])
+        return PictureCache(lambda rows: list(images[rows]), int(_KEPT * available_memory()))
+
+    @cached_property
+    def _whole(self) -> Callable[[Indices], list[Pixels]]:
+        """Gives images as crops are made of them: whole, where the source tells those from what evaluation sees."""
+        whole = getattr(self._images, "whole", None)
+        return self._centres if whole is None else PictureCache(whole, int(_KEPT * available_memory()))
+
+    def _plan(self, chosen: Tensor, draw: torch.Generator) -> _Plan:
+        """Draw what becomes of a training batch."""
+        training, batch = self.settings.training, len(chosen)
+        height, width = self._images.shape[1:3]
+        crops = torch.rand(batch, DRAWS, generator=draw) if self._crop_scale < 1 else None
+        padding = 0 if crops is not None else training.crop_padding or 0
+        return _Plan(
+            chosen,
+            crops,
+            shift=torch.randint(-padding, padding + 1, (batch, 2, 1), generator=draw),
+            flip=(torch.rand(batch, 1, generator=draw) < 0.5) & bool(training.flip),
+            square=_square(batch, height, width, training.cutout, draw) if training.cutout else None,
+        )
+
+    def _augment(self, images: Tensor, plan: _Plan) -> Tensor:
         """Flip, shifted crop and cutout in one gather; what lies outside becomes the mean colour.
 
-        uint8 [B, H, W, 3] to float [B, 3, H, W] in channels_last memory.
+        uint8 [B, H, W, 3] to float [B, 3, H, W] in channels_last memory. Random resized crops come flipped already.
         """
-        training = self.settings.training
+        if plan.crops is not None:
+            normal = self._normal(images)
+            if plan.square is not None:
+                normal *= ~plan.square.to(self.device).unsqueeze(3)
+            return normal.permute(0, 3, 1, 2)
+        assert plan.shift is not None
+        assert plan.flip is not None
         (batch, height, width, _), device = images.shape, self.device
-        padding = training.crop_padding or 0
-        shift = torch.randint(-padding, padding + 1, (batch, 2, 1), generator=draw).to(device)
-        flip = (torch.rand(batch, 1, generator=draw) < 0.5).to(device) & bool(training.flip)
+        shift, flip = plan.shift.to(device), plan.flip.to(device)
         rows = torch.arange(height, device=device) + shift[:, 0]
         columns = torch.arange(width, device=device) + shift[:, 1]
         columns = torch.where(flip, width - 1 - columns, columns)
         inside = _inside(rows, height).unsqueeze(2) & _inside(columns, width).unsqueeze(1)
-        if training.cutout:
-            inside &= ~_square(batch, height, width, training.cutout, draw).to(device)
+        if plan.square is not None:
+            inside &= ~plan.square.to(device)
         index = torch.arange(batch, device=device)[:, None, None]
         picked = images[index, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)]
-        normal = (picked.float() - self._mean) / self._std
-        return (normal * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+        return (self._normal(picked) * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+
+    def _normal(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] to float [B, H, W, 3]."""
+        return (images - self._mean).div_(self._std)
+
+
+def ahead(
+    plans: Iterable[_Plan], read: Callable[[_Plan], Pixels], most: int = _AHEAD
+) -> Iterator[tuple[_Plan, Pixels]]:
+    """Each plan and what `read` makes of it, in order; a thread is up to `most` of them ahead of the caller."""
+    waiting: deque[tuple[_Plan, Future[Pixels]]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        try:
+            for plan in plans:
+                waiting.append((plan, reader.submit(read, plan)))
+                if len(waiting) > most:
+                    first, pixels = waiting.popleft()
+                    yield first, pixels.result()
+            while waiting:
+                first, pixels = waiting.popleft()
+                yield first, pixels.result()
+        finally:
+            for _, unwanted in waiting:
+                unwanted.cancel()
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:

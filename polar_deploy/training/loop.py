@@ -86,7 +86,7 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
     meter = Meter(run.device)
     while state.epoch < run.epochs:
-        started = time.monotonic()
+        started, waited = time.monotonic(), run.train.waited
         losses, accuracy = _epoch(run, method, state.epoch, progress)
         state.epoch += 1
         record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5), "train_accuracy": round(accuracy, 3)}
@@ -94,6 +94,7 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
         record |= method.after_epoch(state)
         record["val_accuracy"] = evaluate(method.network, run.validation) if run.validation else None
         joules = meter.read()
+        record |= {"data_seconds": round(run.train.waited - waited, 2)} if run.train.reads else {}
         record |= {"joules": round(joules, 1)} if joules is not None else {}
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from polar_deploy import data
-from polar_deploy.data import folders
-from polar_deploy.data.dataset import DataSpec
+from polar_deploy.data import decode
+from polar_deploy.data.dataset import Dataset, DataSpec
+from polar_deploy.data.sound import sound
 from polar_deploy.errors import ContentError, UsageError
 
 SPEC = DataSpec("toy", 3, 16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), flip=True, crop_padding=2, epochs=1)
@@ -64,6 +65,11 @@ def test_the_shorter_side_is_resized_first(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images[np.array([0])][0], np.asarray(expected))
 
 
+def read(root: Path) -> Dataset:
+    """The data set in a folder, after a look at its files."""
+    return sound(data.image_folders(SPEC, root, shorter=16))
+
+
 def one(path: Path, size: int = 2) -> list[object]:
     """The pixels that are read from a picture of `size` × `size`, as lists [size][size][3]."""
     return data.LazyImages(path.parent, np.array([path.name], dtype=object), size, size)[np.array([0])][0].tolist()
@@ -101,7 +107,7 @@ def test_16_bit_grey_is_scaled(tmp_path: Path, suffix: str, order: str) -> None:
 def test_16_bit_grey_in_wider_modes(tmp_path: Path) -> None:
     """Older versions of Pillow open every 16-bit PNG in mode I."""
     wide = Image.fromarray(np.array(WIDE, np.int32))
-    assert np.asarray(folders._rgb(wide)).tolist() == grey(NARROW)
+    assert np.asarray(decode._rgb(wide)).tolist() == grey(NARROW)
 
 
 def test_16_bit_colours_and_transparency(tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ def test_grey_values_of_no_known_range_are_named(tmp_path: Path) -> None:
         root = image_folder(tmp_path / kind)
         Image.fromarray(np.zeros((20, 20), dtype)).save(root / "val" / "n02" / "deep.tif")
         with pytest.raises(ContentError, match=rf"n02/deep\.tif has {kind} grey values, whose range is not known"):
-            data.image_folders(SPEC, root, shorter=16)
+            read(root)
         with pytest.raises(ContentError, match=r"deep\.tif has"):
             one(root / "val" / "n02" / "deep.tif")
 
@@ -251,12 +257,12 @@ KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": "
 def test_a_picture_cut_short_is_named_before_training(tmp_path: Path, kind: str, share: float, split: str) -> None:
     root, content = image_folder(tmp_path), encoded(kind)
     (root / split / "n02" / f"1{KINDS[kind]}").write_bytes(content)
-    data.image_folders(SPEC, root, shorter=16)
+    read(root)
     (root / split / "n02" / f"1{KINDS[kind]}").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ContentError, match=rf"{split}/n02/1\{KINDS[kind]} cannot be decoded: ") as error:
-        data.image_folders(SPEC, root, shorter=16)
+        read(root)
     assert "\n" not in error.value.what
-    assert error.value.todo == "replace the file or delete it"
+    assert error.value.todo == "replace the file or delete it, or leave such files out with --skip-broken"
 
 
 def test_all_broken_pictures_are_counted(tmp_path: Path) -> None:
@@ -266,14 +272,14 @@ def test_all_broken_pictures_are_counted(tmp_path: Path) -> None:
     with pytest.raises(
         ContentError, match=r"n01/5\.jpg cannot be decoded: .* \(2 files in all are no sound pictures\)"
     ):
-        data.image_folders(SPEC, root, shorter=16)
+        read(root)
 
 
 def test_what_follows_a_whole_picture_does_no_harm(tmp_path: Path) -> None:
     root = image_folder(tmp_path)
     for kind, suffix in KINDS.items():
         (root / "train" / "n01" / f"more{suffix}").write_bytes(encoded(kind) + b"\0" * 5000)
-    assert len(data.image_folders(SPEC, root, shorter=16).train.labels) == 6 + len(KINDS)
+    assert len(read(root).train.labels) == 6 + len(KINDS)
 
 
 def test_a_picture_that_breaks_later_is_named(tmp_path: Path) -> None:
@@ -283,9 +289,13 @@ def test_a_picture_that_breaks_later_is_named(tmp_path: Path) -> None:
     content = bytearray(encoded("PNG"))
     content[200:300] = bytes(100)
     broken.write_bytes(content)
-    dataset = data.image_folders(SPEC, root, shorter=16)
+    dataset = read(root)
     with pytest.raises(ContentError, match=r"n02/1\.png cannot be decoded"):
         dataset.train.images[np.arange(6)]
+    picture(root / "train" / "n02" / "2.png", COLOURS["n02"])
+    left = sound(data.image_folders(SPEC, root, shorter=16), skip_broken=True)  # decodes all at once
+    assert len(left.train.images[np.arange(6)]) == 6
+    assert "n02/1.png cannot be decoded" in left.notes[0]
 
 
 def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def wrong_images(data_dir): return make(data_dir, images=[[1]])
 def lone_class(data_dir): return make(data_dir, labels=(0, 0, 0, 1))
 def nothing(data_dir): return None
 def fails(data_dir): return 1 / 0
+def no_argument(): return 1
+def other_argument(folder, *, shuffle=False): return 1
+def one_more(data_dir, split): return 1
+def any_argument(**how): return make(**how)
 value = 3
 """
 
@@ -66,6 +70,13 @@ def test_the_function_in_the_current_folder(tmp_path: Path) -> None:
     assert data.load("my_pets.code:from_dir", tmp_path / "pets").class_names == ("pets", "dog")
 
 
+def test_a_wrong_signature_is_answered_with_the_right_one() -> None:
+    with pytest.raises(ContentError) as error:
+        data.load("my_pets.code:other_argument")
+    assert error.value.todo == "define it as `def other_argument(data_dir):`, or give its other arguments defaults"
+    assert data.load("my_pets.code:any_argument").class_names == ("cat", "dog")
+
+
 def test_images_may_be_lazy() -> None:
     dataset = data.load("my_pets.code:lazy", input_size=8)
     assert dataset.train.images[np.array([1, 2])].shape == (2, 8, 8, 3)
@@ -84,6 +95,13 @@ def test_images_may_be_lazy() -> None:
         ("my_pets.code:lone_class", ContentError, "class 1 has 1 training images"),
         ("my_pets.code:nothing", ContentError, "returned a NoneType, not a Dataset"),
         ("my_pets.code:fails", ContentError, r"code.py, line \d+: ZeroDivisionError: division by zero"),
+        (
+            "my_pets.code:no_argument",
+            ContentError,
+            r"is defined as no_argument\(\), which cannot be called with data_dir: .*'data_dir'",
+        ),
+        ("my_pets.code:other_argument", ContentError, r"as other_argument\(folder, \*, shuffle=False\), which cannot"),
+        ("my_pets.code:one_more", ContentError, "missing a required argument: 'split'"),
         ("my_pets.code:absent", UsageError, "my_pets.code has no function absent"),
         ("my_pets.code:value", UsageError, "my_pets.code has no function value"),
         ("my_pets.absent:make", UsageError, "there is no module my_pets.absent here"),

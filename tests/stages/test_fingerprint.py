@@ -24,6 +24,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "target": ("ort-int8", BUILT | GATED),  # which likes widths of 16 channels, not 8
     "data": ("tests.stages.test_fingerprint:noise", EVERYTHING),
     "input_size": (24, EVERYTHING),
+    "skip_broken": (True, set()),  # what is left out makes the data another
     "normalize": ({"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}, EVERYTHING),
     "budget.macs": (0.4, {"gates", "surgery"}),
     "budget.params": (0.4, {"gates", "surgery"}),
@@ -63,6 +64,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.label_smoothing": (0.1, BOTH),
     "training.flip": (True, BOTH),
     "training.crop_padding": (3, BOTH),
+    "training.crop_scale": (0.5, BOTH),
     "training.cutout": (4, BOTH),
     "training.start": ("scratch", GATED),
     "training.distill": (0.1, GATED),

@@ -17,7 +17,8 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     training, gates = settings.training, settings.gates
     assert (settings.input_size, settings.align) == (16, 8)
     assert (training.epochs, training.full_epochs, training.gated_lr) == (30, 30, 0.05)
-    assert (training.flip, training.crop_padding) == (False, 1)
+    assert (training.flip, training.crop_padding, training.crop_scale) == (False, 1, 1.0)
+    assert training.batch_size == 128
     assert (gates.start, gates.freeze) == (0.05, pytest.approx(0.3))
     assert settings.budget == Budget(latency=0.6)
     for name in ("input_size", "normalize", "budget", "align"):
@@ -27,13 +28,14 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
 
 def test_what_was_given_stays(tmp_path: Path) -> None:
     text = "training.epochs=4 training.full_epochs=5 training.gated_lr=0.3 training.flip=true training.crop_padding=0"
+    text += " training.crop_scale=0.2 training.batch_size=20"
     given = dict(recipes.parse_set(each) for each in text.split())
     settings = recipes.load(None, {"model": "resnet20", "data": "digits", "input_size": 24, "align": 4, **given})
     resolved = resolve(settings, tmp_path)
     assert (resolved.input_size, resolved.align) == (24, 4)
     training = resolved.training
     assert (training.epochs, training.full_epochs, training.gated_lr) == (4, 5, 0.3)
-    assert (training.flip, training.crop_padding) == (True, 0)
+    assert (training.flip, training.crop_padding, training.crop_scale, training.batch_size) == (True, 0, 0.2, 20)
 
 
 def test_it_is_written_as_the_settings_are_and_read_back(tmp_path: Path) -> None:
@@ -55,6 +57,14 @@ def test_the_folder_tells_what_was_asked() -> None:
     settings = Settings(model="my.nets:small", data="digits", seed=3, budget=Budget(macs=0.5, latency=0.75))
     assert default_folder(settings) == Path("runs/my.nets.small-digits-ort-fp32-macs0.5_latency0.75-s3")
     assert default_folder(Settings(model="resnet20")) == Path("runs/resnet20-cifar10-ort-fp32-s0")
+
+
+def test_the_folder_of_a_run_is_named_after_its_data() -> None:
+    names = ("folder:pets", "folder:/data/my pets/", "folder:~/x", f"folder:{'a' * 50}/{'b' * 50}", "my.code:pets")
+    folders = [default_folder(Settings(model="resnet20", data=name)) for name in names]
+    assert [folder.parent for folder in folders] == [Path("runs")] * 5
+    data = [folder.name.removeprefix("resnet20-").removesuffix("-ort-fp32-s0") for folder in folders]
+    assert data == ["folder.pets", "folder.data.my.pets", "folder.x", f"{'a' * 9}.{'b' * 50}", "my.code.pets"]
 
 
 def test_a_named_target_stays() -> None:

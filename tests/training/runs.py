@@ -52,7 +52,7 @@ def settings(
 ) -> ResolvedSettings:
     """Settings of a miniature run."""
     trained = {"epochs": 1, "full_epochs": 1, "batch_size": 32, "lr": 0.05, "gated_lr": 0.05, "amp": "off"}
-    augmented = {"flip": True, "crop_padding": 1, "cutout": 3}
+    augmented = {"flip": True, "crop_padding": 1, "crop_scale": 1.0, "cutout": 3}
     held = {"budget": Budget(macs=0.5), "align": 1, "seed": 7, "input_size": SIZE} | other
     return ResolvedSettings(
         model="tiny",
@@ -142,4 +142,5 @@ def train(
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be the same in a resumed run."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    timed = {"seconds", "data_seconds"}
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]

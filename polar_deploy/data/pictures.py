@@ -1,0 +1,124 @@
+"""Picture files that are decoded when they are asked for, and what keeps them from being decoded twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from polar_deploy.data.dataset import Indices, Pixels
+from polar_deploy.data.decode import decode, problem
+from polar_deploy.data.threads import parallel
+from polar_deploy.errors import ContentError
+
+_DETAIL = 1.5  # shorter side of a picture that crops are made of, over the pixels a side of the crop
+_CGROUP = Path("/sys/fs/cgroup")  # version 2; tells a container's limit
+
+
+@dataclass(frozen=True, eq=False)
+class LazyImages:
+    """Images of which only the names are in memory: `images[indices]` decodes, uint8 [B, size, size, 3].
+
+    Args:
+        root: folder that `files`, an array of names, belong to.
+        shorter: pixels that an image's shorter side is resized to (bilinear), before
+        size: pixels a side are cut out of its centre.
+    """
+
+    root: Path
+    files: npt.NDArray[np.object_]
+    shorter: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, size, size, 3]"""
+        return (len(self.files), self.size, self.size, 3)
+
+    def __getitem__(self, index: Indices) -> Pixels:
+        """Decode the chosen images; ContentError names the file that cannot be decoded."""
+        chosen = self.files[index]
+        batch = np.empty((len(chosen), self.size, self.size, 3), np.uint8)
+        for position, pixels in enumerate(parallel(self._centre, chosen)):
+            batch[position] = pixels
+        return batch
+
+    def whole(self, index: Indices) -> list[Pixels]:
+        """The chosen images without a crop, each uint8 [H, W, 3], the shorter side 1.5 · size pixels at most."""
+        return parallel(self._whole, self.files[index])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of sizes and of every file's name and length in bytes."""
+        digest = hashlib.sha256(f"{self.shorter} {self.size}".encode())
+        for name in self.files:
+            digest.update(f"\n{name} {os.stat(self.root / name).st_size}".encode())
+        return digest.hexdigest()
+
+    def problems(self, *, thorough: bool = False) -> list[ContentError | None]:
+        """Why each file is no sound picture, None where it seems to be one; see `decode.problem`."""
+        return parallel(lambda name: problem(self.root / name, thorough=thorough), self.files)
+
+    def _centre(self, name: str) -> Pixels:
+        image = _resized(decode(self.root / name), self.shorter)
+        width, height = image.size
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+    def _whole(self, name: str) -> Pixels:
+        shorter = round(_DETAIL * self.size)
+        image = decode(self.root / name, least=shorter)
+        return np.asarray(_resized(image, min(shorter, *image.size)))
+
+
+def _resized(image: Image.Image, shorter: int) -> Image.Image:
+    """With so many pixels on its shorter side, bilinear; itself where it has them already."""
+    width, height = image.size
+    if min(width, height) == shorter:
+        return image
+    scale = shorter / min(width, height)
+    size = max(int(width * scale), shorter), max(int(height * scale), shorter)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+class PictureCache:
+    """Pictures that are read once, and kept while they fit into memory; what does not is read each time.
+
+    Args:
+        read: gives the pictures of some indices, each uint8 [H, W, 3].
+        limit: bytes that may be kept.
+    """
+
+    def __init__(self, read: Callable[[Indices], Sequence[Pixels]], limit: int) -> None:
+        self._read, self._left = read, limit
+        self._kept: dict[int, Pixels] = {}
+
+    def __call__(self, index: Indices) -> list[Pixels]:
+        """The pictures of these indices."""
+        missing = [each for each in index.tolist() if each not in self._kept]
+        fresh = dict(zip(missing, self._read(np.array(missing, np.int64)), strict=True)) if missing else {}
+        pictures = [self._kept[each] if each in self._kept else fresh[each] for each in index.tolist()]
+        for each, picture in fresh.items():
+            if picture.nbytes <= self._left:
+                self._left -= picture.nbytes
+                self._kept[each] = picture.copy()  # not a view, which would keep its whole batch
+        return pictures
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its container where that has less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        return min(
+            free, max(0, limit - used + int(stat["inactive_file"]))
+        )  # cached files make room when it is asked for
+    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+        return free
