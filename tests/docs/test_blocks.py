@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,13 +16,14 @@ import pytest
 from tests.conftest import ROOT, called
 from tests.docs.blocks import PAGES, Block, blocks
 
-REASONS = ("needs a GPU", "needs a data set", "needs a finished run", "needs the device's compiler", "takes ", "installs ")
+LANGUAGES = ("python", "bash", "text", "diff", "yaml", "toml")
+REASONS = ("needs a GPU", "needs a finished run", "needs the device's compiler", "takes ", "installs ")
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = [page for page in PAGES if any(b.language in ("python", "bash") and b.reason is None for b in blocks(page))]
 
 
 def test_every_block_has_a_language() -> None:
-    assert [str(block) for block in BLOCKS if block.language not in ("python", "bash", "text", "yaml", "toml")] == []
+    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
 
 
 def test_a_block_that_is_not_run_has_a_good_reason() -> None:
@@ -52,6 +54,14 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         elif block.language == "bash":
             for command in block.commands():
                 _run(block, command)
+
+
+def test_the_life_of_one_channel_is_as_its_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/examples/one_channel.py prints stands in docs/how-it-works.md, word for word."""
+    runpy.run_path(str(ROOT / "docs" / "examples" / "one_channel.py"), run_name="__main__")
+    shown = [block.code for block in blocks(ROOT / "docs" / "how-it-works.md") if block.language == "text"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if re.match(r"\d\. ", line)] == shown[0].splitlines()
 
 
 def _run(block: Block, command: list[str]) -> None:
