@@ -7,18 +7,22 @@ that are behind.
 from __future__ import annotations
 
 import argparse
-import ast
-import io
 import json
 import re
 import sys
-import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import FIGURES, table
 from pydantic import BaseModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout
+
+from figures import FIGURES, table
+
+from polar_deploy import cli
+from polar_deploy.config import About
+from polar_deploy.settings import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,59 +33,32 @@ def pages() -> list[Path]:
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-# ------------------------------------------------------------------------------------------------- settings, options
-
-
 def settings() -> str:
-    """Every setting of `polar_deploy.config`, a table a group: key, type, default, and the comment beside it."""
-    from polar_deploy import config
-
-    comments = _comments(Path(config.__file__).read_text(encoding="utf-8"))
-    groups = {"": config.Settings, **dict(_groups(config.Settings, ""))}
+    """Every setting of `polar_deploy.config`, a table a group: key, type, default, and what it says."""
     parts = []
-    for name, model in groups.items():
+    for group, model in GROUPS.items():
         rows = []
         for key, info in model.model_fields.items():
-            if f"{name}.{key}".lstrip(".") in groups:
+            name = f"{group}.{key}".lstrip(".")
+            about = next((each for each in info.metadata if isinstance(each, About)), None)
+            if about is None or name in GROUPS:
                 continue
-            value = "required" if info.is_required() else f"`{_plain(info.get_default(call_default_factory=True))}`"
-            text = info.description or _as_yaml(comments.get((model.__name__, key), ""))
-            rows.append((f"`{f'{name}.{key}'.lstrip('.')}`", _type(info.annotation, info.metadata), value, text))
-        title = f"## {name}" if name else "## The run"
-        parts.append(f"{title}\n\n{(model.__doc__ or '').strip()}\n\n{table(('setting', 'type', 'default', ''), rows)}")
+            default = "has to be given" if info.is_required() else f"`{_plain(info.default)}`"
+            unset = f": {about.unset}" if about.unset and info.default is None else ""
+            meaning = f"{about.meaning}{f' ({about.unit})' if about.unit else ''}"
+            option = f"`{about.option.partition(' ')[0]}`" if about.option else ""
+            rows.append((f"`{name}`", _type(info.annotation, info.metadata), f"{default}{unset}", meaning, option))
+        head = ("setting", "type", "default", "meaning", "option")
+        said = (model.__doc__ or "").strip() + "".join(f" Default: {unset}." for unset in _unset(group))
+        parts.append(f"## {group or 'The run'}\n\n{said}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
-def _groups(model: type[BaseModel], above: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    for key, info in model.model_fields.items():
-        name = f"{above}.{key}".lstrip(".")
-        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield name, kind
-                yield from _groups(kind, name)
-
-
-def _comments(source: str) -> dict[tuple[str, str], str]:
-    """The comment at the end of each field's line, by class and field."""
-    at_line = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    return {
-        (owner.name, field.target.id): at_line[field.end_lineno or field.lineno]
-        for owner in classes
-        for field in owner.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno in at_line
-    }
-
-
-def _as_yaml(comment: str) -> str:
-    """A comment on Python values, in the words of a recipe."""
-    for python, yaml in (("None:", "null:"), ("True:", "true:"), ("():", "[]:")):
-        comment = comment.replace(python, yaml)
-    return comment
+def _unset(group: str) -> Iterator[str]:
+    """What a group stands for where it is left out as a whole."""
+    above, _, name = group.rpartition(".")
+    info = GROUPS[above].model_fields.get(name)
+    yield from (each.unset for each in (info.metadata if info else ()) if isinstance(each, About))
 
 
 def _plain(value: object) -> str:
@@ -117,20 +94,36 @@ def _bounds(metadata: Sequence[Any]) -> str:
     return f" {', '.join(found)}" if found else ""
 
 
-def options() -> str:
-    """The pipeline's options, from its parser."""
-    from polar_deploy.pipeline import _parser
+def commands() -> str:
+    """Every command, from the tree of them."""
+    return table(("command", "does"), _rows(cli.COMMANDS, "polar-deploy"))
 
+
+def _rows(node: cli.Node, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, cli.Command):
+        yield f"`{name}`", node.help
+        return
+    for word, child in node.commands.items():
+        yield from _rows(child, f"{name} {word}")
+
+
+def options() -> str:
+    """The options of `polar-deploy run`, from its parser."""
     rows = []
-    for action in _parser()._actions:
+    for action in cli.parser(cli.COMMANDS.commands["run"], "polar-deploy run", [])._actions:
         shown = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
-        shown = "{" + ",".join(action.choices) + "}" if action.choices and not action.metavar else shown
+        shown = "{" + ",".join(action.choices) + "}" if action.choices and not action.metavar else str(shown)
         names = ", ".join(f"`{f'{name} {shown}'.strip()}`" for name in action.option_strings)
         rows.append((names, (action.help or "").replace("%%", "%")))
-    return table(("option", ""), rows)
+    return table(("option", "says"), rows)
 
 
-PARTS: dict[str, Callable[[], str]] = {"settings": settings, "options": options, **FIGURES}
+PARTS: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "commands": commands,
+    "options": options,
+    **FIGURES,
+}
 
 
 def renewed(text: str) -> str:
@@ -155,5 +148,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

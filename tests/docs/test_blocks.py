@@ -6,13 +6,12 @@ import argparse
 import re
 import runpy
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
+from polar_deploy import cli
 from tests.conftest import ROOT, called
 from tests.docs.blocks import PAGES, Block, blocks
 
@@ -65,16 +64,9 @@ def test_the_life_of_one_channel_is_as_its_page_says(capsys: pytest.CaptureFixtu
 
 
 def _run(block: Block, command: list[str]) -> None:
-    assert command[:2] == ["python", "-m"], f"{block}: say why {command[0]} is not run"
-    outcome = called(_main(command[2]), *command[3:])
+    assert command[0] == "polar-deploy", f"{block}: say why {command[0]} is not run"
+    outcome = called(cli.main, *command[1:])
     assert outcome.code == 0, f"{block}: {' '.join(command)}\n{outcome.err}"
-
-
-def _main(module: str) -> Any:
-    """The `main` of what `python -m MODULE` runs."""
-    spec = find_spec(module)
-    assert spec is not None, module
-    return import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main
 
 
 class _Parsed(BaseException):
@@ -83,21 +75,26 @@ class _Parsed(BaseException):
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash" and b.reason is not None], ids=str)
 def test_commands_that_are_not_run_have_such_options(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = argparse.ArgumentParser.parse_args
+    whole, depth = argparse.ArgumentParser.parse_known_args, 0
 
-    def parse_args(*args: Any, **kwargs: Any) -> NoReturn:
-        whole(*args, **kwargs)
-        raise _Parsed
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        found = whole(*args, **kwargs)
+        depth -= 1
+        if depth == 0 and not found[1]:
+            raise _Parsed
+        return found
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
     for command in block.commands():
         if command[0] == "make":
             assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
-        elif command[:2] == ["python", "-m"] and command[2].startswith("benchmarks."):
-            assert (ROOT / command[2].replace(".", "/")).with_suffix(".py").is_file()
         elif command[:2] == ["python", "-m"]:
+            assert (ROOT / command[2].replace(".", "/")).with_suffix(".py").is_file()
+        elif command[0] == "polar-deploy":
             with pytest.raises(_Parsed):
-                _main(command[2])(command[3:])
+                cli.main(command[1:])
 
 
 def test_the_scripts_of_this_test_find_something() -> None:
