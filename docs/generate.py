@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of t
 from figures import FIGURES, table
 
 from polar_deploy import cli
+from polar_deploy.backends import BACKENDS
 from polar_deploy.config import About
 from polar_deploy.settings import GROUPS
 
@@ -118,8 +119,21 @@ def options() -> str:
     return table(("option", "says"), rows)
 
 
+def backends() -> str:
+    """What each backend says of itself."""
+    rows = []
+    for backend in BACKENDS:
+        names = ", ".join(f"`{backend.name}-{precision}`" for precision in backend.align)
+        aligned = ", ".join(f"{precision.upper()} {width}" for precision, width in backend.align.items())
+        where = "CPU" if backend.gpu is None else "GPU, built on any x86-64" if not backend.gpu.to_build else "GPU"
+        engine = "a plan" if backend.artefact.is_code else "the typed graph"
+        rows.append((names, backend.library, f"`{backend.extra}`", where, engine, aligned))
+    return table(("targets", "library", "extra", "runs on", "its engine is", "widths are multiples of"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "targets": backends,
     "commands": commands,
     "options": options,
     **FIGURES,
