@@ -47,6 +47,14 @@ def test_a_measured_figure_has_its_file(page: Path) -> None:
             assert _MEASURED.search(left) is None, section.splitlines()[0]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Those to files of this repository, for whoever reads the Markdown; the site has a check of its own."""
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
