@@ -94,17 +94,20 @@ def ablation() -> str:
 
 
 def surgery_speed() -> str:
-    """Surgery beside other tools."""
-    tools = {"ours": "polar_deploy", "onnxsim": "onnxsim", "torch-pruning": "Torch-Pruning"}
-    rows = []
-    for name, by_tool in result("surgery-speed")["networks"].items():
-        cells = []
-        for tool in tools:
-            each = by_tool[tool]
-            right = "exact" if each["exact"] else f"**off by {100 * each['difference']:.0f} %**"
-            cells.append(f"{each['seconds']:.2f} s, {100 * each['share_removed']:.0f} %, {right}")
-        rows.append((name, *cells))
-    return f"{table(('network', *tools.values()), rows)}\n\n{_from('surgery-speed')}."
+    """Surgery beside an earlier build of it and other tools, as far as they were there."""
+    networks = result("surgery-speed")["networks"]
+    known = {"ours": "polar_deploy", "before": "earlier build", "onnxsim": "onnxsim", "torch-pruning": "Torch-Pruning"}
+    tools = [tool for tool in known if any("seconds" in row.get(tool, {}) for row in networks.values())]
+    rows = [(name, *(_cut(row.get(tool, {})) for tool in tools)) for name, row in networks.items()]
+    return f"{table(('network', *(known[tool] for tool in tools)), rows)}\n\n{_from('surgery-speed')}."
+
+
+def _cut(found: dict[str, Any]) -> str:
+    """Seconds, share of what is dead that is gone, and whether that is exact; a dash where a tool gave nothing."""
+    if "share_removed" not in found:
+        return "–"
+    right = "exact" if found["exact"] else f"**off by {100 * found['difference']:.0f} %**"
+    return f"{found['seconds']:.2f} s, {100 * found['share_removed']:.0f} %, {right}"
 
 
 def surgery_proofs() -> str:
