@@ -2,6 +2,7 @@
 #   make demo [ARGS="--seed 1"]   train, cut, build and compare a network on a small data set, in minutes
 #   make test                     all tests, with coverage
 #   make lint                     style, types, and which module may import which
+#   make docs                     the site, in build/docs; a warning is an error
 #   make bars                     the long checks; their results lie in benchmarks/results
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := .venv/installed
 HAS_TORCH := import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") or u.find_spec("tensorrt")))
 KEEP := ^(torch|torchvision|triton|tensorrt|numpy|nvidia|cuda|pytorch)
 
-.PHONY: demo test lint bars
+.PHONY: demo test lint docs bars
 demo: $(INSTALLED)
 	$(BIN)/python -m polar_deploy.pipeline --recipe digits $(ARGS)
 
@@ -25,6 +26,10 @@ lint: $(INSTALLED)
 	$(BIN)/python -m mypy
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bars: $(INSTALLED)
 	set -e; for bar in $(sort $(wildcard benchmarks/bar_*.py)); do echo "== $$bar"; $(BIN)/python -m benchmarks.$$(basename $$bar .py); done

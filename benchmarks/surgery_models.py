@@ -73,7 +73,7 @@ class Difference(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether that is within the tolerance of design.md, section 5."""
+        """Whether that is within surgery's tolerance, or the cut's error at most twice that of the graph as given."""
         if self.error_before is None or self.error_after is None:
             return self.largest <= TOLERANCE
         return self.error_after <= 2 * self.error_before

@@ -12,6 +12,7 @@ ARG BASE=nvcr.io/nvidia/tensorrt:25.10-py3
 FROM ${BASE}
 
 COPY pyproject.toml README.md LICENSE /opt/polar-deploy/
+COPY pipelines /opt/polar-deploy/pipelines
 COPY polar_deploy /opt/polar-deploy/polar_deploy
 RUN python3 -m pip install --no-cache-dir '/opt/polar-deploy[trt]'
 

@@ -9,6 +9,7 @@ ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
 COPY pyproject.toml README.md LICENSE /opt/polar-deploy/
+COPY pipelines /opt/polar-deploy/pipelines
 COPY polar_deploy /opt/polar-deploy/polar_deploy
 # The container holds its own packages to their versions by PIP_CONSTRAINT: what is there is not installed again.
 RUN pip install --no-cache-dir '/opt/polar-deploy[train,trt]'

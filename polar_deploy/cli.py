@@ -103,7 +103,7 @@ COMMANDS = Group(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `polar-deploy`; return its exit code (see the README)."""
+    """Run `polar-deploy`; return its exit code (see docs/cli.md)."""
     module = sys.argv[0].endswith("__main__.py")
     return run(COMMANDS, "python -m polar_deploy" if module else "polar-deploy", argv)
 

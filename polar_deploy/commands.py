@@ -17,7 +17,7 @@ INTERRUPTED = "interrupted"  # what is said after Ctrl-C
 
 
 def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupted: str = INTERRUPTED) -> int:
-    """Run a command and return its exit code (see the README), whatever it raises; SystemExit passes through.
+    """Run a command and return its exit code (see docs/cli.md), whatever it raises; SystemExit passes through.
 
     Args:
         command: parses the command line and does what it says.

@@ -32,7 +32,7 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, as `polar-deploy run` does; return its exit code (see the README)."""
+    """Run the command, as `polar-deploy run` does; return its exit code (see docs/cli.md)."""
     return cli.alone("run", "polar_deploy.pipeline", argv)
 
 

@@ -1,4 +1,4 @@
-"""One run from data to verdict: the files of design.md §2 are all there, agree with each other and with the graphs."""
+"""One run from data to verdict: the files of a run are all there, agree with each other and with the graphs."""
 
 from __future__ import annotations
 

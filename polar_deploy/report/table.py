@@ -148,4 +148,4 @@ def _verdict(verdict: dict[str, Any]) -> Text:
     for part in ("accuracy", "latency"):
         result = verdict[part]["result"]
         text.append("\n").append(result, _STYLES[result]).append(f": {verdict[part]['reason']}")
-    return text
+    return text if overall == "pass" else text.append("\nwhat to do: report.html, and docs/what-now.md")

@@ -59,12 +59,13 @@ def _up(width: float, multiple: int) -> int:
 class Cost:
     """The cost of a graph at batch 1 and the model's input size (224 a side where that is dynamic and taken).
 
-    macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too), quantised
-        ones included.
-    params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
-        Scalars are left out: exporters that write the same network differ in them.
-    layers: those with weights, in the graph's order.
-    inputs: the shapes of the inputs that it is counted at.
+    Attributes:
+        macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too),
+            quantised ones included.
+        params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
+            Scalars are left out: exporters that write the same network differ in them.
+        layers: those with weights, in the graph's order.
+        inputs: the shapes of the inputs that it is counted at.
     """
 
     macs: int

@@ -64,6 +64,7 @@ def test_table_shows_the_figures(folder: Path) -> None:
     assert row(text, "gated blocks") == ["gated blocks", "3", "2", "1 of 3 removed"]
     assert "verdict: PASS" in text
     assert "pass: accuracy drops by 0.56 points, 1 are allowed" in text
+    assert "what-now" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
@@ -79,6 +80,7 @@ def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
     assert row(text, "parameters")[2] == "999"
     assert f"verdict: {answer.upper()}" in text
     assert f"{answer}: the speed-up" in text
+    assert "what to do: report.html, and docs/what-now.md" in text
 
 
 def test_what_training_took_is_told(folder: Path) -> None:
