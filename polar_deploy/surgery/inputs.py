@@ -7,7 +7,7 @@ first. Values: numpy arrays; lists of them for sequences; None for optional ones
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations, islice, pairwise, permutations, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,7 +138,8 @@ class _Maker:
         numbers = self._normal(shape, name)
         if dtype.kind == "O":
             return np.asarray(np.where(numbers > 0, "1", "2"), object)
-        if dtype.kind in "biu":
+        told = self.attempt.integers == "role" and isinstance(self.roles.get(name), tuple)
+        if dtype.kind in "biu" or (told and not shape):  # OneHot takes its depth as a real number, too
             return np.asarray(self._integers(numbers, name), dtype)
         if self.attempt.reals == "positive":
             numbers = np.asarray(1 - 0.5 / (1 + np.abs(numbers)))
@@ -161,6 +162,8 @@ class _Maker:
             return np.array(kind)
         if kind == "role":
             found = self.roles.get(name)
+            if isinstance(found, tuple) and not shape and len(found) == 1 and isinstance(found[0], int):
+                return np.asarray(found[0])
             if isinstance(found, tuple) and len(shape) == 1 and shape[0] <= len(found):  # less: but for the first ones
                 dims = found[len(found) - shape[0] :]
                 return np.array([dim if isinstance(dim, int) else self.attempt.sizes.get(str(dim), 1) for dim in dims])
@@ -230,4 +233,27 @@ def _roles(model: onnx.ModelProto) -> dict[str, str | Shape]:
                 roles[name] = ROLES[parameter.name]
             elif parameter.name in SHAPES and node.output[0] in declared:
                 roles[name] = declared[node.output[0]]
+        if node.op_type in OWN_ROLES and node.output[0] in declared:
+            index, role = OWN_ROLES[node.op_type]
+            found = role(node, declared[node.output[0]])
+            if found is not None:
+                roles[node.input[index]] = found
     return roles
+
+
+def _grid_size(_: onnx.NodeProto, result: Shape) -> Shape | None:
+    """Of AffineGrid, [N, C, (D,) H, W]: the result is [N, (D,) H, W, 2 or 3]."""
+    return (result[0], 1, *result[1:-1]) if result else None
+
+
+def _depth(node: onnx.NodeProto, result: Shape) -> Shape | None:
+    """Of OneHot: the size of the axis that it adds."""
+    axis = next((entry.i for entry in node.attribute if entry.name == "axis"), -1)
+    return (result[axis],) if -len(result) <= axis < len(result) else None
+
+
+# Inputs that hold something else that the shape of the result tells, by operator: which one, and what.
+OWN_ROLES: dict[str, tuple[int, Callable[[onnx.NodeProto, Shape], Shape | None]]] = {
+    "AffineGrid": (1, _grid_size),
+    "OneHot": (1, _depth),
+}

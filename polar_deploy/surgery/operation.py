@@ -15,7 +15,7 @@ from polar_deploy.surgery.inline import inlined
 from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
-from polar_deploy.surgery.verify import NotVerifiedError, inputs_taken, verify
+from polar_deploy.surgery.verify import NotVerifiedError, UndecidedError, inputs_taken, verify
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.stored import Stored
@@ -58,7 +58,8 @@ class Operation:
         """The cut model, or None where the model stays as it is; and the report.
 
         Raises:
-            ContentError: the model is invalid, the proof failed, or (unless allowed) no runtime takes the model.
+            ContentError: the model is invalid, the proof failed, or (unless allowed) no runtime takes the model. What a
+                runtime takes, and what it does not tell about, stays as it is.
             MachineError: ONNX Runtime is not installed, and `verify` is set.
         """
         with _no_search_for_garbage():
@@ -70,6 +71,8 @@ class Operation:
                 return self._cut()
             except NotUnderstoodError as refusal:
                 return self._without_strictness(refusal)
+            except UndecidedError as doubt:
+                return None, report.as_it_is(self.before.model, doubt.what, unproven=True)
 
     def _cut(self) -> tuple[Stored, dict[str, Any]]:
         seen = with_observed(inlined(self.before))

@@ -58,10 +58,10 @@ def build(rounds: list[Round], given: Stored, proof: Proof | str | None) -> dict
     }
 
 
-def as_it_is(model: onnx.ModelProto, reason: str) -> dict[str, Any]:
-    """The report on a model that comes back as it is. `reason`: why."""
+def as_it_is(model: onnx.ModelProto, reason: str, *, unproven: bool = False) -> dict[str, Any]:
+    """The report on a model that comes back as it is. `reason`: why. `unproven`: whether it could not be run."""
     return {
-        **_verdict(Proof(0.0, None, "onnxruntime")),
+        **_verdict(reason if unproven else Proof(0.0, None, "onnxruntime")),
         "as_it_is": reason,
         "inputs": {},
         "macs": None,

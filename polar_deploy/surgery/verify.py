@@ -31,7 +31,12 @@ REPORT = "please report this graph as a bug of polar_deploy.surgery"
 
 
 class NotVerifiedError(ContentError):
-    """The proof cannot be made: no runtime takes the graph, or no inputs were found that it takes."""
+    """The proof cannot be made: no runtime takes the graph."""
+
+
+class UndecidedError(NotVerifiedError):
+    """ONNX Runtime takes the graph, and still it does not come out whether the cut is right: no inputs were found that
+    the graph takes, or its results jump with the last digit of a number."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ def verify(model: onnx.ModelProto, before: Path, after: Path) -> Proof:
 
     Raises:
         MachineError: ONNX Runtime is not installed.
-        NotVerifiedError: neither ONNX Runtime nor onnx's reference can run them on anything that was tried.
+        NotVerifiedError: neither ONNX Runtime nor onnx's reference can run them.
+        UndecidedError: one of them can, and that does not tell.
         ContentError: the graphs differ, or ONNX Runtime finds the one before invalid.
     """
     runs, runtime = _runners(before, after)
@@ -76,7 +82,7 @@ def verify(model: onnx.ModelProto, before: Path, after: Path) -> Proof:
     if worst > tolerance:
         again = max(largest_difference(trial.results, runs[0](trial.values)) for trial in taken)
         if again > tolerance:
-            raise NotVerifiedError("the cut cannot be verified, the graph draws numbers at random", NOT_RUN)
+            raise UndecidedError("the cut cannot be verified, the graph draws numbers at random", NOT_RUN)
         _judge(_Case(model, before, after, runs, [trial.attempt for trial in taken], tolerance), worst)
     return Proof(worst, tolerance, runtime)
 
@@ -156,14 +162,14 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
         most: attempts before it is given up.
 
     Raises:
-        NotVerifiedError: none were found.
+        UndecidedError: none were found.
     """
     first, *others = BATCHES
     reasons: list[ContentError] = []
     tried = (try_inputs(model, run, attempt, reasons) for attempt in islice(inputs.attempts(model, first), most))
     found = next((trial for trial in tried if trial is not None), None)
     if found is None:
-        raise NotVerifiedError(
+        raise UndecidedError(
             f"the cut cannot be verified, no inputs were found that the graph takes: {reasons[0].what}", NOT_RUN
         )
     leading = symbols(input_shapes(model))[0]
@@ -200,7 +206,7 @@ class _Case:
 
 
 def _judge(case: _Case, worst: float) -> None:
-    """Raises ContentError where a difference is more than rounding."""
+    """Raises ContentError where a difference is more than rounding, UndecidedError where that does not come out."""
     apart = f"outputs differ by {worst:.2g} of their scale (allowed {case.tolerance:g})"
     try:
         exact = reference(_in_double(_load(case.before)), "float64")
@@ -214,7 +220,7 @@ def _judge(case: _Case, worst: float) -> None:
         if now <= 2 * was or _jump_alike(case, exact):
             return
     except ContentError as error:
-        raise ContentError(
+        raise UndecidedError(
             f"{apart}, and there is no float64 result that tells whether this is rounding: {error.what}", NOT_RUN
         ) from error
     raise ContentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -144,3 +145,40 @@ def test_inputs_of_other_kinds() -> None:
     assert made["b"].dtype == np.bool_
     assert made["b"].shape == (3, 2)
     assert isinstance(made["r"], np.ndarray)
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.INT64, onnx.TensorProto.FLOAT])
+def test_inputs_that_follow_from_the_shape_of_the_result(kind: int) -> None:
+    """The depth of OneHot is the size of the axis that it adds; AffineGrid is told batch, channels, height, width."""
+    ends = [helper.make_tensor_value_info("i", 7, ["n", 2]), helper.make_tensor_value_info("depth", kind, [])]
+    ends += [helper.make_tensor_value_info("values", 1, [2]), helper.make_tensor_value_info("theta", 1, ["n", 2, 3])]
+    ends.append(helper.make_tensor_value_info("size", 7, [4]))
+    nodes = [helper.make_node("OneHot", ["i", "depth", "values"], ["hot"], axis=1)]
+    nodes.append(helper.make_node("AffineGrid", ["theta", "size"], ["grid"]))
+    told = [helper.make_tensor_value_info("hot", 1, ["n", 5, 2])]
+    told.append(helper.make_tensor_value_info("grid", 1, ["n", 4, 6, 2]))
+    model = helper.make_model(helper.make_graph(nodes, "g", ends, told), opset_imports=[helper.make_opsetid("", 20)])
+    made = inputs.make(model, inputs.Attempt({"n": 3}, "role"))
+    assert made["depth"] == 5
+    assert made["size"].tolist() == [3, 1, 4, 6]
+
+
+def test_what_no_inputs_are_found_for_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime loads it, so that it is no invalid model; the cut is to be had without a proof."""
+    net = Net(size=300)
+    bounds = ("first", "last", "axis")
+    net.inputs += [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]) for name in bounds]
+    x = net.conv(net.gate(net.conv("input", 6, "one"), [1], "gate"), 6, "middle")
+    x = net.node("Slice", [x, *bounds], "part")
+    x = net.node("MatMul", [x, net.constant("matrix", np.ones((50, 4), np.float32))], "product")  # 50 of the width
+    source, target, report = (tmp_path / name for name in ("in.onnx", "out.onnx", "r.json"))
+    net.width[x] = 6
+    onnx.save(net.model(net.conv(x, 4, "two", kernel=1)), source)
+    assert main([str(source), str(target), "--report", str(report)]) == 0
+    assert onnx.load(target) == onnx.load(source)
+    told = json.loads(report.read_text())
+    assert told["verified"] is False
+    assert "no inputs were found" in told["as_it_is"] == told["unverified"]
+    assert "no inputs were found" in " ".join(capsys.readouterr().out.split())
+    assert main([str(source), str(target), "--allow-unverified"]) == 0
+    assert weight(onnx.load(target), "one").shape[0] == 5
