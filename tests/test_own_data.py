@@ -50,8 +50,8 @@ def test_all_blocks_are_taken() -> None:
 
 
 def test_the_commands_are_commands() -> None:
-    lines = re.findall(r"^    (?:python -m polar_deploy\.pipeline )?(--.*?)(?: +#.*)?$", PAGE, re.MULTILINE)
-    assert len(lines) == 3
+    lines = re.findall(r"`(--(?:model|data) [^`]+)`", PAGE)
+    assert len(lines) == 2
     for line in lines:
         parser = argparse.ArgumentParser(exit_on_error=False)
         pipeline.add_arguments(parser)
