@@ -102,6 +102,16 @@ def make(model: onnx.ModelProto, attempt: Attempt, seed: int = 0) -> Values:
     }
 
 
+def hold_sizes(model: onnx.ModelProto) -> bool:
+    """Whether inputs may hold sizes, indices or counts, which a graph takes few of: integers, and numbers alone."""
+    import onnx
+
+    constants = {tensor.name for tensor in model.graph.initializer}
+    kinds = [_leaf(value.type) for value in model.graph.input if value.name not in constants]
+    whole = {getattr(onnx.TensorProto, name) for name in ("INT32", "INT64", "UINT8", "INT8", "UINT64")}
+    return any(kind.elem_type in whole or (kind.HasField("shape") and not kind.shape.dim) for kind in kinds)
+
+
 class _Maker:
     """Draws values, one input after the other."""
 

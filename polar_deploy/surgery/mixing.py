@@ -208,6 +208,8 @@ class Mixing(Operator):
         mix, source = self.read(step), self.source(step)
         target = step.create((self.output_axis(step),))
         groups, filters, inputs = mix.shape
+        if mix.offset.shape != (groups, filters):
+            raise ValueError(f"a bias of {mix.offset.size} numbers for {groups * filters} filters")
         present = mix.present()
         bits = None if present is None else np.packbits(present, axis=2)
         step.memo = Plan(mix, bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)

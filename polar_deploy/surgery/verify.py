@@ -162,16 +162,16 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
         most: attempts before it is given up.
 
     Raises:
-        UndecidedError: none were found.
+        UndecidedError: none were found, which may be for want of the right sizes or indices.
+        NotVerifiedError: none were found, and no input holds such.
     """
     first, *others = BATCHES
     reasons: list[ContentError] = []
     tried = (try_inputs(model, run, attempt, reasons) for attempt in islice(inputs.attempts(model, first), most))
     found = next((trial for trial in tried if trial is not None), None)
     if found is None:
-        raise UndecidedError(
-            f"the cut cannot be verified, no inputs were found that the graph takes: {reasons[0].what}", NOT_RUN
-        )
+        kind = UndecidedError if inputs.hold_sizes(model) else NotVerifiedError
+        raise kind(f"the cut cannot be verified, no inputs were found that the graph takes: {reasons[0].what}", NOT_RUN)
     leading = symbols(input_shapes(model))[0]
     more = [found.attempt._replace(sizes=found.attempt.sizes | dict.fromkeys(leading, batch)) for batch in others]
     return [found, *(trial for attempt in more if (trial := try_inputs(model, run, attempt, reasons)) is not None)]
