@@ -19,7 +19,7 @@ from polar_deploy.errors import MachineError
 from polar_deploy.stages import NAMES
 from tests.conftest import ROOT, Outcome, called, child_environment
 
-HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnx_graphsurgeon", "sklearn")
+HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn")
 
 
 def timed(*arguments: str, cwd: Path) -> tuple[float, subprocess.CompletedProcess[str]]:

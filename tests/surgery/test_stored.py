@@ -124,7 +124,7 @@ def test_the_same_bytes_whatever_the_order_of_sets(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-import onnx, onnx.shape_inference, onnx_graphsurgeon
+import onnx, onnx.shape_inference
 from polar_deploy.surgery import compress_file, count, report, rounds, stored, verify, ops
 ops.table()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
