@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m polar_deploy.pipeline --recipe digits $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=polar_deploy $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=polar_deploy $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check

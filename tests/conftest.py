@@ -137,6 +137,11 @@ OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  
 _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRuntimeError")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs come first: a worker that gets one at the end would keep the other one waiting."""
+    items.sort(key=lambda item: item.path.parent != ROOT / "tests")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
     """Skip what the old ONNX Runtime has no kernel for: there is nothing to compare with. Newer ones have them all."""
