@@ -55,7 +55,7 @@ def _plain_gemm(
     del node.input[2]
     after: list[onnx.NodeProto] = []
     if beta != 1:
-        factor, scaled = store(np.float32(beta), f"{node.name}_beta"), names.fresh(f"{bias}_scaled")
+        factor, scaled = store(np.array(beta), f"{node.name}_beta"), names.fresh(f"{bias}_scaled")
         after.append(helper.make_node("Mul", [bias, factor], [scaled], name=names.fresh(f"{node.name}_scale")))
         bias = scaled
     result, node.output[0] = node.output[0], names.fresh(f"{node.output[0]}_product")

@@ -89,7 +89,7 @@ class Rounding:
         """What represents a range, 0 included, with 8 bits."""
         low, high = min(extent[0], 0.0), max(extent[1], 0.0)
         if symmetric:
-            return cls(float(fp16_above(np.float32(max(-low, high) / 127))), 0, True)
+            return cls(float(fp16_above(np.array(max(-low, high) / 127, np.float32))), 0, True)
         scale = float(np.float32((high - low) / 255))
         return cls(scale, round(-low / scale), False) if scale > np.finfo(np.float32).tiny else cls(1.0, 0, False)
 

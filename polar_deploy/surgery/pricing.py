@@ -186,8 +186,8 @@ class Pricing:
                 known = unit != NEVER
                 marks[unit[known]] += draw.integers(1, 2**63, dtype=np.uint64) * times[known].astype(np.uint64)
         groups: dict[int, list[int]] = {}
-        for unit in np.flatnonzero(marks).tolist():
-            groups.setdefault(int(marks[unit]), []).append(unit)
+        for index in np.flatnonzero(marks).tolist():
+            groups.setdefault(int(marks[index]), []).append(index)
         return list(groups.values())
 
     def _blocks_of(self, count: int) -> list[frozenset[int]]:

@@ -67,7 +67,7 @@ def follow(before: Shape, after: Shape, axes: tuple[int, ...], choose: Callable[
         return _at_an_end(inside, outside, outer, axes, count)
     if math.prod(sizes) > MOST:
         raise Wall(f"it spreads the channels over {math.prod(sizes)} elements")
-    numbers = np.arange(count).reshape([before[axis] if axis in axes else 1 for axis in inside])
+    numbers = np.arange(count).reshape([size if axis in axes else 1 for axis, size in zip(inside, sizes, strict=True)])
     spread = np.broadcast_to(numbers, sizes).reshape(wanted)
     varying = varies(spread)
     stays = [outer[i] for i in varying] == [before[axis] for axis in axes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -168,7 +168,7 @@ class Reshape(Sized, Regroup):
         for axis in range(len(new)):
             copied = new[axis] == 0 and not literal
             if (new[axis] > 0 and axis in step.output.axes) or (copied and given[axis] != wanted[axis]):
-                new[axis] = wanted[axis]
+                new[axis] = cast("int", wanted[axis])  # what is cut, or stands for it, is a number
         step.graph.set_constant(step.node, 1, new)
 
 
