@@ -21,7 +21,7 @@ import numpy.typing as npt
 import yaml
 
 from benchmarks.common import ROOT, SHARED, resnet20_run, write_result
-from polar_deploy import data, engines, export, models, targets
+from polar_deploy import cpu, data, engines, export, models, targets
 from polar_deploy.config import Build, Calibration
 from polar_deploy.engines import Array, Engine, timing
 from polar_deploy.workspace import write_json
@@ -138,7 +138,7 @@ def _bars(resnet56: dict[str, Any], compressed_resnet20: dict[str, Any]) -> dict
             smaller <= MAX_DROP_COMPRESSED
         ),
     }
-    if "vnni" in Path("/proc/cpuinfo").read_text():
+    if any("vnni" in each for each in cpu.instructions()):
         speed = resnet56["speed"][-1]
         bars[f"ResNet-56: at least {MIN_SPEEDUP} times as fast at batch {BATCH}: {speed['speedup']['median']:.2f}"] = (
             speed["decided"] and speed["speedup"]["low"] >= MIN_SPEEDUP

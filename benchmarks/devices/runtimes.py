@@ -18,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.devices.staircase import FOLDER
+from polar_deploy import cpu
 from polar_deploy.devices import Device
 from polar_deploy.devices.measure import onnx_runtime, onnx_runtime_int8
 from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
@@ -102,9 +103,7 @@ RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path], Run]]] = {
 
 def machine() -> str:
     """The processor, and which instructions of interest it has."""
-    text = Path("/proc/cpuinfo").read_text()
-    field = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in text.splitlines() if ":" in line}
-    flags = field["flags"].split()
+    flags = cpu.instructions()
     has = [each for each in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if each in flags]
     return f"x86-64 with {', '.join(has)}"
 

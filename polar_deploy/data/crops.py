@@ -10,9 +10,8 @@ from PIL import Image
 
 from polar_deploy.data.dataset import Pixels
 
-DRAWS = (
-    22  # uniform numbers in [0, 1) that a crop takes: share of the area and aspect ratio, tried ten times, and place
-)
+# Uniform numbers in [0, 1) that a crop takes: share of the area and aspect ratio, tried ten times, and place.
+DRAWS = 22
 _ASPECT = (3 / 4, 4 / 3)
 
 Draws = npt.NDArray[np.float32]

@@ -134,7 +134,7 @@ class Device(_Frozen):
         import numpy as np
 
         known = self._swept(precision, layer) or self._swept(precision, "conv3x3")
-        costs = next(known[each] for each in (side, "between", "both", *known) if each in known)
+        costs = next(known[each] for each in ("between", side, "both", *known) if each in known)
         asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
         if "between" in known:
             steps = _worth_choosing(costs)

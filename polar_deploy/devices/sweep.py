@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.devices.device import FINE, REFERENCE
+
 if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[], object]
-EVERY = (*range(1, 67), 72, 80, 88, 96, 97, 104, 112, 120, 128)  # widths of 3 x 3 convolutions
+EVERY = (*range(1, FINE + 1), 72, 80, 88, 96, 97, 104, 112, 120, 128)  # widths of 3 x 3 convolutions
 SOME = (4, 8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 48, 56, 64, 72, 80, 96)  # of the other layers
 LAYERS = {"conv3x3": EVERY, "conv1x1": SOME, "depthwise3x3": SOME}
-OUTER = 64  # channels around the width that varies
+OUTER = REFERENCE  # channels around the width that varies
 PIXELS = 28  # a side
-REFERENCE, CONTROL = 64, 0  # widths; both are copies of what every other one runs after
+CONTROL = 0  # stands for a width; it and `REFERENCE` are copies of what every other one runs after
 LOADS = 5  # times that every network is loaded anew: where its memory lies decides, too
 _SAMPLE_SECONDS = 1e-3  # that a sample takes at least
 

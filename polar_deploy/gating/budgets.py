@@ -22,16 +22,17 @@ LIKELY = 4  # sub-networks that a latency table is held against
 
 def require_reachable(
     choices: Choices, limits: Limits, budget: Mapping[str, float], latency: LatencyTable | Chosen | None
-) -> dict[str, float]:
-    """The costs of the smallest sub-network, as shares of the full one's; latency where something tells it.
-
-    Raises:
-        UsageError: no sub-network is within the budgets that are known.
-    """
+) -> None:
+    """Raise UsageError where no sub-network is within the budgets; latency is left out where nothing tells it."""
     costs = _costs(choices, latency)
     asked = {name: share for name, share in budget.items() if name in costs}
     if asked:
         choice.require_reachable(choices, limits, costs, asked)
+
+
+def smallest(choices: Choices, limits: Limits, latency: LatencyTable | Chosen | None) -> dict[str, float]:
+    """The costs of the smallest sub-network, as shares of the full one's; latency where something tells it."""
+    costs = _costs(choices, latency)
     least = choice.smallest(choices, limits, costs)
     return {name: cost.share(least) for name, cost in costs.items()}
 

@@ -20,6 +20,7 @@ from polar_deploy.stages.stage import TORCH, Stage
 if TYPE_CHECKING:
     from torch import nn
 
+    from polar_deploy.devices import Chosen
     from polar_deploy.gating.gates import Gates
     from polar_deploy.latency import LatencyTable
     from polar_deploy.stages.context import RunContext
@@ -68,18 +69,19 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
     )
 
 
-def require_reachable(run: RunContext) -> dict[str, float]:
-    """The costs of the smallest sub-network, as shares of the full one's; latency where nothing has to be measured.
-
-    Raises:
-        UsageError: no sub-network is within the budgets.
-    """
-    from polar_deploy import latency
+def require_reachable(run: RunContext) -> None:
+    """Raise UsageError where no sub-network is within the budgets. Latency counts where nothing has to be measured."""
     from polar_deploy.gating import budgets
 
+    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known_latency(run))
+
+
+def known_latency(run: RunContext) -> LatencyTable | Chosen | None:
+    """What tells latency without a measurement: the table that was given, or else the device's file."""
+    from polar_deploy import latency
+
     given = run.settings.latency_table
-    known = latency.read(given, run.target.name, run.settings.verdict.batch) if given is not None else run.device
-    return budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known)
+    return run.device if given is None else latency.read(given, run.target.name, run.settings.verdict.batch)
 
 
 def require_measured_reachable(run: RunContext) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
-from polar_deploy.stages.gates import require_reachable
+from polar_deploy.stages.gates import known_latency
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -21,8 +21,10 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
         UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
         ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
     """
-    settings, choices = run.settings, run.analysis.choices
-    smallest = require_reachable(run)
+    from polar_deploy.gating import budgets
+
+    settings, choices, latency = run.settings, run.analysis.choices, known_latency(run)
+    budgets.require_reachable(choices, run.limits, run.budget, latency)
     return {
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),
@@ -35,7 +37,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
             "ungated": {**choices.reasons, **run.analysis.unmasked},
         },
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
-        "smallest": smallest,
+        "smallest": budgets.smallest(choices, run.limits, latency),
         "target": {"name": settings.target, "align": settings.align, **_missing(run.target)},
         "device": run.device.described() if run.device else None,
     }
