@@ -199,6 +199,9 @@ class Training(_Frozen):
     cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
     start: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
     distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.5
+    distill_share: Annotated[
+        PositiveShare, About("how much of each batch the full network looks at", "share of the images")
+    ] = 0.5
     distill_temperature: Annotated[Positive, About("of the teacher's and the student's logits")] = 2.0
     amp: Annotated[
         Literal["auto", "off", "bf16"], About("mixed precision; auto: bf16 where the device multiplies in it")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
 
-_GATED_ALONE = {"epochs", "gated_lr", "start", "distill", "distill_temperature"}
+_GATED_ALONE = {"epochs", "gated_lr", "start", "distill", "distill_share", "distill_temperature"}
 
 
 def _run(run: RunContext) -> None:

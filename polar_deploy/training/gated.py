@@ -7,6 +7,7 @@ network     whole, masked                          | cut: what is closed is no l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -24,7 +25,8 @@ from polar_deploy.progress import Progress
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.loop import Fit, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
 
-NORM_BATCHES = 50  # that statistics are estimated from
+NORM_BATCHES = 20  # that statistics are estimated from
+FREEZE_IMAGES = 2000  # of the validation set, that show what the freeze changed
 SHARE_BINS = 10  # of the histogram of shares, from 0 to 1
 UNDECIDED = (0.05, 0.95)  # a gate counts as undecided while the share of samples that open it lies between
 
@@ -78,18 +80,19 @@ class OnePass:
     def after_step(self) -> None:
         """Let the gates learn; when they are fixed, note what samples say and what that changes, and cut."""
         left = self.gates.cost()["macs"] if self.small is not None else 1.0
-        self._work += 3 * left + (self.teacher is not None)
+        asked = self.run.settings.training.distill_share if self.teacher is not None else 0.0
+        self._work += 3 * left + asked
         share = self.gates.share
         self._share = share if self._share is None else self._share + share
         self._steps += 1
         freezes = self.gates.freezes_next
-        before = evaluate(self.run.network, self.run.validation) if freezes and self.run.validation else None
+        before = self._validated(self.run.network) if freezes else None
         self.gates.step()
         if freezes:
-            after = evaluate(self.run.network, self.run.validation) if self.run.validation else None
+            after = self._validated(self.run.network)
             self.cut()
             self._estimate_norms()
-            settled = evaluate(self.network, self.run.validation) if self.run.validation else None
+            settled = self._validated(self.network)
             self._freeze = {
                 "undecided": undecided(share),
                 "share": [round(value, 4) for value in share.tolist()],
@@ -150,23 +153,33 @@ class OnePass:
         self.small = prepare(small, self.run.settings, self.run.device)
         self.weights = sgd(self.small, self.run.settings)
 
+    def _validated(self, network: nn.Module) -> float | None:
+        """Accuracy on the beginning of the validation set, where there is one."""
+        return evaluate(network, self.run.validation, FREEZE_IMAGES) if self.run.validation else None
+
     def _estimate_norms(self) -> None:
         """Statistics of BatchNorms anew, of training images: the closed channels moved them all."""
         images = (images for images, _ in islice(self.run.train.epoch(0), NORM_BATCHES))
         frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
         if not frozen:  # who keeps them fixed wants them fixed
-            update_bn(images, self.network)
+            with autocast(self.run.settings, self.run.device):
+                update_bn(images, self.network)
 
     def _taught(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """Distillation: KL divergence to the teacher at a temperature (Hinton et al., arXiv 1503.02531)."""
+        """Distillation: KL divergence to the teacher at a temperature (Hinton et al., arXiv 1503.02531).
+
+        The teacher looks at the first `distill_share` of the batch only, whose order is random: a cut network's step
+        is so cheap that the teacher's forward pass would be a third of it.
+        """
         assert self.teacher is not None
         training = self.run.settings.training
-        heat = training.distill_temperature
+        heat, seen = training.distill_temperature, math.ceil(training.distill_share * len(images))
         with torch.inference_mode():
-            wanted = F.log_softmax(self.teacher(images).float() / heat, dim=1)
-        given = F.log_softmax(logits.float() / heat, dim=1)
+            wanted = F.log_softmax(self.teacher(images[:seen]).float() / heat, dim=1)
+        given = F.log_softmax(logits[:seen].float() / heat, dim=1)
         divergence = F.kl_div(given, wanted, reduction="batchmean", log_target=True) * heat**2
-        return (1 - training.distill) * loss + training.distill * divergence
+        weight = training.distill * seen / len(images)
+        return (1 - weight) * loss + weight * divergence
 
 
 def train_gated(run: Fit, gates: Gates, teacher: nn.Module | None, progress: Progress) -> State:

@@ -68,6 +68,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.cutout": (4, BOTH),
     "training.start": ("scratch", GATED),
     "training.distill": (0.1, GATED),
+    "training.distill_share": (1.0, GATED),
     "training.distill_temperature": (4.0, GATED),
     "training.amp": ("off", BOTH),
     "training.channels_last": (False, BOTH),

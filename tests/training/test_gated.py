@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from pathlib import Path
 
@@ -276,8 +277,9 @@ def test_weights_have_the_rate_of_the_gated_run(tmp_path: Path) -> None:
     assert weights.param_groups[0]["lr"] == pytest.approx(0.005)
 
 
-def test_the_teacher_has_its_share_of_the_loss(tmp_path: Path) -> None:
-    wanted = settings(training={"distill": 0.3, "distill_temperature": 4.0})
+@pytest.mark.parametrize("looks_at", [1.0, 0.4])
+def test_the_teacher_has_its_share_of_the_loss_and_sees_its_part_of_the_batch(tmp_path: Path, looks_at: float) -> None:
+    wanted = settings(training={"distill": 0.3, "distill_temperature": 4.0, "distill_share": looks_at})
     run, teacher = fit(wanted, tmp_path, gated=True, epochs=4), _teacher()
     images, labels = next(run.train.epoch(0))
     on, losses = gates(run), {}
@@ -285,9 +287,13 @@ def test_the_teacher_has_its_share_of_the_loss(tmp_path: Path) -> None:
         torch.manual_seed(0)
         losses[name], logits = OnePass(run, on, who).loss(images, labels)
     assert not teacher.training
-    wanted_odds, given = (teacher(images) / 4).softmax(1), (logits / 4).log_softmax(1)
+    seen = math.ceil(looks_at * len(images))
+    assert looks_at == 1 or seen < len(images)
+    wanted_odds, given = (teacher(images[:seen]) / 4).softmax(1), (logits[:seen] / 4).log_softmax(1)
     divergence = (wanted_odds * (wanted_odds.log() - given)).sum(1).mean() * 16
-    assert losses["taught"].item() == pytest.approx((0.7 * losses["alone"] + 0.3 * divergence).item(), rel=1e-4)
+    weight = 0.3 * seen / len(images)
+    expected = (1 - weight) * losses["alone"] + weight * divergence
+    assert losses["taught"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])

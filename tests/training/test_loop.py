@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 from polar_deploy.errors import ContentError
 from polar_deploy.progress import Progress
 from polar_deploy.training import loop
+from polar_deploy.training.batches import EVALUATION_BATCH, Batches
 from polar_deploy.training.full import Plain
 from tests.training.runs import (
     CPU,
@@ -111,6 +113,27 @@ def test_accuracy_is_counted_in_evaluation_mode_and_the_mode_restored(tmp_path: 
     assert given == pytest.approx(100 * (guessed == labels).sum().item() / VALIDATION)
     loop.evaluate(run.network, run.validation)
     assert not run.network.training
+
+
+def test_accuracy_of_the_first_images_looks_at_no_batch_more_than_they_need() -> None:
+    class First(nn.Module):
+        """Says class 0, and counts what it is asked."""
+
+        asked = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.asked += len(x)
+            return F.one_hot(torch.zeros(len(x), dtype=torch.long), 2).float()
+
+    count = EVALUATION_BATCH * 3
+    labels = (np.arange(count) >= EVALUATION_BATCH).astype(np.int64)  # the first batch is of class 0, no other is
+    pixels = np.zeros((count, SIZE, SIZE, 3), np.uint8)
+    batches = Batches(pixels, labels, np.arange(count), settings(), CPU)
+    network = First()
+    assert loop.evaluate(network, batches, EVALUATION_BATCH) == 100
+    assert loop.evaluate(network, batches, EVALUATION_BATCH + 1) == 50
+    assert network.asked == EVALUATION_BATCH * 3
+    assert loop.evaluate(network, batches) == pytest.approx(100 / 3)
 
 
 def test_a_run_learns_and_logs_every_epoch(tmp_path: Path) -> None:
