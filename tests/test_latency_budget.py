@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,31 @@ def test_surgery_counts_what_it_can_and_leaves_latency_out(tmp_path: Path, minia
     assert polar(*command, "--budget", "latency=0.1,macs=0.1").code == 4
 
 
+@pytest.fixture
+def as_asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """Sub-networks that would be measured: here they all keep to the budget."""
+    asked: list[dict[str, int]] = []
+
+    def saved(bench: object, opened: Mapping[str, int]) -> float:
+        asked.append(dict(opened))
+        return 0.2
+
+    monkeypatch.setattr(table.Bench, "saved", saved)
+    return asked
+
+
+def test_what_was_chosen_is_measured_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_asked: list[dict[str, int]]
+) -> None:
+    monkeypatch.setattr(table, "measure", lambda *_, **__: _document())
+    outcome = polar(*TINY, "--budget", "latency=0.8", "--out", str(tmp_path / "run"))
+    assert "what was chosen takes 0.80 of the latency, 0.80 is asked" in outcome.err
+    gates = read_json(tmp_path / "run" / "gated" / "gates.json")
+    chosen = {site["name"]: len(site["open"]) for site in gates["sites"]}
+    assert as_asked == [chosen]
+
+
+@pytest.mark.usefixtures("as_asked")
 def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -85,6 +111,7 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 3
 
 
+@pytest.mark.usefixtures("as_asked")
 def test_a_table_that_whole_networks_do_not_bear_out_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,8 +46,7 @@ def likely(choices: Choices, limits: Limits, budget: Mapping[str, float], table:
     costs = _costs(choices, table)
     choice.require_reachable(choices, limits, costs, budget)
     draws = np.random.default_rng(0).gamma(0.5, size=(LIKELY, choices.gates))
-    states = [choice.choose(choices, limits, costs, budget, worth) for worth in draws]
-    return [{name: int(state[own.start : own.stop].sum()) for own, name, _ in choices.owners()} for state in states]
+    return [choice.counts(choices, choice.choose(choices, limits, costs, budget, worth)) for worth in draws]
 
 
 def _costs(choices: Choices, latency: LatencyTable | Chosen | None) -> dict[str, Cost]:

@@ -17,6 +17,10 @@ from polar_deploy.gating.solver import Problem
 from polar_deploy.surgery.choices import Choices, Site
 from polar_deploy.surgery.facts import Bools
 
+Measured = Callable[[Mapping[str, int]], float]  # open gates by site -> share of the full latency that is really left
+TOLERANCE = 0.02  # of the latency budget: what measurements differ by anyway
+ATTEMPTS = 3  # to choose what turns out to be within it
+
 
 def alignment_of(width: int, align: int) -> int:
     """The multiple that a layer of `width` channels keeps to when the target asks for `align`.
@@ -90,6 +94,39 @@ def choose(
     return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth)).state, worth)
 
 
+def choose_measured(
+    choices: Choices,
+    limits: Limits,
+    costs: Mapping[str, Cost],
+    asked: Mapping[str, float],
+    worth: Floats,
+    measured: Measured,
+) -> Bools:
+    """The same, where what is chosen turns out to be within the latency budget when it runs.
+
+    A latency table adds up savings of single sites, and a choice picks those that came out too large. So what was
+    chosen is measured whole; while it takes longer than asked, it is chosen again under as much a tighter budget.
+
+    Raises:
+        UsageError: no state is within the budgets as `costs` have them.
+    """
+    best, aim = choose(choices, limits, costs, asked, worth), dict(asked)
+    for _ in range(ATTEMPTS):
+        found = measured(counts(choices, best))
+        if found <= (1 + TOLERANCE) * asked["latency"]:
+            break
+        aim["latency"] *= asked["latency"] / found
+        if not is_reachable(choices, limits, costs, aim):
+            break
+        best = choose(choices, limits, costs, aim, worth)
+    return best
+
+
+def counts(choices: Choices, state: Bools) -> dict[str, int]:
+    """Open gates by the names of sites and blocks, of a state bool [gates]."""
+    return {name: int(state[own.start : own.stop].sum()) for own, name, _ in choices.owners()}
+
+
 def opened(choices: Choices, state: State, worth: Floats) -> Bools:
     """The gates bool [gates] of a state: in each site those that are worth most."""
     gates = np.zeros(choices.gates, bool)
@@ -106,12 +143,22 @@ def smallest(choices: Choices, limits: Limits, costs: Mapping[str, Cost]) -> Sta
     return solver.smallest(problem(choices, limits, costs, asked, np.ones(choices.gates)))
 
 
+def is_reachable(choices: Choices, limits: Limits, costs: Mapping[str, Cost], asked: Mapping[str, float]) -> bool:
+    """Whether some state is within the budgets."""
+    asking = problem(choices, limits, costs, asked, np.ones(choices.gates))
+    return _are_within(asking, solver.smallest(asking))
+
+
 def require_reachable(choices: Choices, limits: Limits, costs: Mapping[str, Cost], asked: Mapping[str, float]) -> None:
     """Raise UsageError where no state is within the budgets."""
     asking = problem(choices, limits, costs, asked, np.ones(choices.gates))
     least = solver.smallest(asking)
-    if any(share > asked[name] for name, share in asking.shares(least).items()):
+    if not _are_within(asking, least):
         raise solver.unreachable(asking, least)
+
+
+def _are_within(asking: Problem, state: State) -> bool:
+    return all(share <= asking.asked[name] for name, share in asking.shares(state).items())
 
 
 def _of(site: Site) -> slice:

@@ -28,7 +28,7 @@ from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, analyse
-from polar_deploy.gating.choice import Limits, choose, require_reachable, smallest
+from polar_deploy.gating.choice import Limits, Measured, choose, choose_measured, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
 from polar_deploy.gating.schedule import Schedule, closing
@@ -70,6 +70,9 @@ class Gates:
             chosen at `start`: a network that is trained from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
             without one, what `device` says.
+        measured: for a latency budget: measures which share of the full latency a sub-network takes, given as open
+            gates by the names of sites and blocks. What is chosen is then tightened until it keeps to the budget as
+            it runs, not only as a table adds it up.
         rehearse: random states that are closed, cut and counted before anything is trained.
         analysis: what `polar_deploy.gating.analysis.analyse` found for a network of the same structure: saves the
             export. `example_inputs`, `ignore` and `blocks` are not looked at then.
@@ -101,6 +104,7 @@ class Gates:
         start: float = 0.05,
         freeze: float = 0.3,
         latency_table: LatencyTable | Path | str | None = None,
+        measured: Measured | None = None,
         rehearse: int = 2,
         analysis: Analysis | None = None,
     ) -> None:
@@ -117,6 +121,7 @@ class Gates:
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
         self._values = torch.ones(self.analysis.choices.gates)  # of the masks: between 0 and 1 while gates close
+        self._measured = measured if "latency" in self.budget else None
         self._step = 0
         self._stance: Any = None  # what torch.compile is to do while a step is watched
         self.phase: Phase = "open"
@@ -336,7 +341,10 @@ class Gates:
     def _choose(self) -> Bools:
         """The best state within the budget, in all processes the same."""
         worth = self._worth if self._observer.observations else np.ones(len(self.opened))
-        return processes.of_the_first(choose(self.analysis.choices, self._limits, self._costs, self.budget, worth))
+        given = self.analysis.choices, self._limits, self._costs, self.budget, worth
+        if self._measured is None:
+            return processes.of_the_first(choose(*given))
+        return processes.of_the_first(choose_measured(*given, self._measured) if processes.is_first() else self.opened)
 
     @property
     def _worth(self) -> Floats:

@@ -17,6 +17,11 @@ def are_several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is the one that decides for all."""
+    return not are_several() or dist.get_rank() == 0
+
+
 def mean_of_seen(seen: Tensor | None, gates: int) -> Tensor | None:
     """The mean over the processes that saw something, float [gates]; None where none did. All have to call it."""
     if not are_several():

@@ -18,9 +18,12 @@ from polar_deploy.stages.artefacts import (
 from polar_deploy.stages.stage import TORCH, Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from polar_deploy.devices import Chosen
+    from polar_deploy.gating.choice import Measured
     from polar_deploy.gating.gates import Gates
     from polar_deploy.latency import LatencyTable
     from polar_deploy.stages.context import RunContext
@@ -64,6 +67,7 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
         start=settings.gates.start,
         freeze=settings.gates.freeze,
         latency_table=latency_table(run) if run.measures_latency else None,
+        measured=_measured(run) if run.measures_latency and settings.latency_table is None else None,
         rehearse=0,
         analysis=run.analysis,
     )
@@ -128,6 +132,25 @@ def _measured_table(run: RunContext) -> dict[str, object]:
         write_open(run.network(), run.analysis, gated)
         batch, options = run.settings.verdict.batch, run.settings.build
         return latency_table.make(gated, run.target, batch, options, likely, run.progress.note)
+
+
+def _measured(run: RunContext) -> Measured:
+    """Measures a sub-network here, as whole as it will run; a table that was given may be of another machine."""
+    from polar_deploy.engines.table import Bench
+    from polar_deploy.gating.deploy import write_open
+
+    def share(opened: Mapping[str, int]) -> float:
+        with TemporaryDirectory(prefix="polar_deploy-") as folder:
+            gated = Path(folder, "gated.onnx")
+            write_open(run.network(), run.analysis, gated)
+            bench = Bench(gated, Path(folder), run.target, run.settings.verdict.batch, run.settings.build)
+            left = 1 - bench.saved(opened)
+        run.progress.note(
+            f"gates: what was chosen takes {left:.2f} of the latency, {run.budget['latency']:.2f} is asked"
+        )
+        return left
+
+    return share
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,52 @@ def test_a_latency_budget_without_a_table() -> None:
     assert 0.3 < gates.cost()["latency"] <= 0.6
     with pytest.raises(UsageError, match="needs a latency table, or a device"):
         Gates(net(), X, "latency=0.6", 10, rehearse=0)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.019, 1.25])
+def test_what_is_chosen_is_tightened_until_it_keeps_to_the_latency_as_it_runs(slower: float) -> None:
+    asked: list[float] = []
+
+    def measured(opened: Mapping[str, int]) -> float:
+        """As if everything took so much longer than the device's file says."""
+        assert list(opened) == [name for _, name, _ in gates.analysis.choices.owners()]
+        state = np.concatenate([np.arange(len(own)) < opened[name] for own, name, _ in gates.analysis.choices.owners()])
+        asked.append(slower * gates.cost(state)["latency"])
+        return asked[-1]
+
+    gates = Gates(net(), X, "latency=0.6", 10, device="onnxruntime-x86", measured=measured, rehearse=0)
+    gates.freeze()
+    left = gates.cost()["latency"]
+    assert left * slower <= 0.6 * 1.02
+    assert left * slower > 0.5  # and is no smaller than it has to be: there are widths in steps of 4
+    assert asked[0] == pytest.approx(slower * plain(0.6))
+    assert len(asked) == 1 if slower * plain(0.6) <= 0.6 * 1.02 else len(asked) > 1
+
+
+def plain(budget: float) -> float:
+    """What is left of the latency where nothing is measured."""
+    gates = Gates(net(), X, f"latency={budget}", 10, device="onnxruntime-x86", rehearse=0)
+    gates.freeze()
+    return gates.cost()["latency"]
+
+
+def test_a_latency_that_no_choice_keeps_to_leaves_the_last_one_within_reach() -> None:
+    calls = iter(range(100))
+
+    def measured(opened: Mapping[str, int]) -> float:
+        next(calls)
+        return 1.0  # nothing is ever faster here
+
+    gates = Gates(net(), X, "latency=0.6", 10, device="onnxruntime-x86", measured=measured, rehearse=0)
+    gates.freeze()
+    assert gates.smallest()["latency"] <= gates.cost()["latency"] < plain(0.6)
+    assert next(calls) <= 3
+
+
+def test_nothing_is_measured_without_a_latency_budget() -> None:
+    def measured(opened: Mapping[str, int]) -> float:
+        raise AssertionError("was asked")
+
+    gates = Gates(net(), X, "macs=0.6", 10, measured=measured, rehearse=0)
+    gates.freeze()
+    assert gates.cost()["macs"] <= 0.6
