@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -169,9 +170,7 @@ class Bench:
             update={"max_layer_error": ANY_ERROR}
         )
         self.model = network.read(gated_onnx)
-        self.constants, gates = own_constants(self.model, gated_onnx)
-        self.sites = [probed(self.model, self.constants, gates, site) for site in gates]
-        self.hubs = find_hubs(self.sites)
+        self.constants, self.gates = own_constants(self.model, gated_onnx)
         self.rounds: list[timing.Round] = []
         self.versions: dict[str, str] = {}
         random = np.random.default_rng(0)
@@ -181,6 +180,16 @@ class Bench:
         if target.precision == "int8" and calibration is None:
             self.calibration = random.standard_normal((NOISE_IMAGES, *shape), np.float32)
         self.full = self._engine("full", {})
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The gates, with what cutting each of them changes."""
+        return [probed(self.model, self.constants, self.gates, site) for site in self.gates]
+
+    @cached_property
+    def hubs(self) -> frozenset[str]:
+        """Sites that meet nearly all others."""
+        return find_hubs(self.sites)
 
     def kinds(self) -> list[list[Site]]:
         """The sites: those that cost the same together, and hubs that stand side by side."""
@@ -257,7 +266,7 @@ class Bench:
 
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        set_gates(self.constants, self.sites, opened)
+        set_gates(self.constants, self.gates, opened)
         onnx.save(compress(self.model, verify=False).model, folder / "source.onnx")
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
         write_json(folder / "build.json", {"schema": 1, "target": self.target.name, "engines": {name: entry}})
