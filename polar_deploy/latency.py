@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.workspace import read_json
 
 SCHEMA = 1
@@ -33,6 +33,10 @@ MOST_NOISE = 0.15  # share of the full network's time by which all savings toget
 LEAST_LEFT = 0.01  # what is taken to be left of it then: something always is
 MOST_CORRECTION = 0.15  # that checks may call for: more, and the measurement was disturbed
 _AGAIN = "make it again: python -m polar_deploy.engines table GATED.onnx --target TARGET --out FILE"
+
+
+class DisturbedError(MachineError):
+    """The measurements of a table contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def read(path: Path, target: str | None = None, batch: int | None = None) -> Lat
         checks = document.get("checks", [])
         saved, predicted = (sum(table.full_ms - check[key] for check in checks) for key in ("ms", "predicted_ms"))
         table = _scaled(table, saved / predicted) if saved > 0 and predicted > 0 else table
+    except DisturbedError as error:
+        raise ContentError(f"{path} is no latency table: {error.what}", error.todo) from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ContentError(f"{path} is no latency table: {type(error).__name__}: {error}", _AGAIN) from error
     if target is not None and table.target != target:
@@ -122,6 +128,7 @@ def parsed(document: Any) -> LatencyTable:
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError, IndexError: it holds none.
+        DisturbedError: what it holds cannot be.
     """
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']!r}, this version reads {SCHEMA}")
@@ -138,7 +145,10 @@ def parsed(document: Any) -> LatencyTable:
     table = LatencyTable(document["target"], int(document["batch"]), full_ms, _holding(sites, overlaps), overlaps)
     saved = full_ms - table.predicted_ms({site.name: site.widths[0] for site in sites})
     if saved >= (1 + MOST_NOISE) * full_ms:
-        raise ValueError(f"the sites save {saved:g} ms, but the full network takes {full_ms:g} ms")
+        raise DisturbedError(
+            f"the sites save {saved:g} ms, but the full network takes {full_ms:g} ms",
+            "measure the latency table while nothing else runs on the machine",
+        )
     return _scaled(table, min(1.0, (1 - LEAST_LEFT) * full_ms / saved)) if saved > 0 else table
 
 

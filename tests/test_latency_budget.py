@@ -136,6 +136,36 @@ def test_a_table_that_whole_networks_do_not_bear_out_is_measured_again(
     assert read_json(run / "gated" / "gates.json")["achieved"]["latency"] <= 0.8  # by the scaled table
 
 
+@pytest.mark.usefixtures("as_asked")
+@pytest.mark.parametrize(
+    ("measured", "code", "said"),
+    [
+        (["disturbed", "fine"], 0, "the sites save 45 ms, but the full network takes 20 ms: a busy machine?"),
+        (["off", "disturbed"], 0, "45 ms"),  # one that is off is better than none
+        (["disturbed", "disturbed"], 3, "measure the latency table while nothing else runs on the machine"),
+    ],
+)
+def test_measurements_that_contradict_each_other_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str], code: int, said: str
+) -> None:
+    results = iter(measured)
+
+    def measure(gated: Path, target: Any, **how: Any) -> dict[str, Any]:
+        result = next(results)
+        if result == "disturbed":
+            raise latency.DisturbedError(
+                "the sites save 45 ms, but the full network takes 20 ms",
+                "measure the latency table while nothing else runs on the machine",
+            )
+        return _document() | {"checks": [{"predicted_ms": 8.0, "ms": 6.7 if result == "off" else 8.0}]}
+
+    monkeypatch.setattr(table, "measure", measure)
+    outcome = polar(*TINY, "--budget", "latency=0.9", "--out", str(tmp_path / "run"))
+    assert outcome.code == code, outcome.err
+    assert said in outcome.err
+    assert next(results, None) is None
+
+
 def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_gates_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,11 +34,22 @@ def make(
         options: how engines are built.
         likely: sub-networks that a table would make the solver choose; they are measured whole.
         on_progress: is told how far it is.
+
+    Raises:
+        DisturbedError: what was measured contradicts itself, each time.
     """
-    for _ in range(ATTEMPTS):
-        measured = table.measure(gated, target, batch=batch, options=options, likely=likely, tell=on_progress)
+    measured: dict[str, Any] | None = None
+    for attempt in range(ATTEMPTS):
+        try:
+            measured = table.measure(gated, target, batch=batch, options=options, likely=likely, tell=on_progress)
+        except latency.DisturbedError as error:
+            if measured is None and attempt == ATTEMPTS - 1:
+                raise
+            on_progress(f"{error.what}: a busy machine?")
+            continue
         off = latency.correction(measured)
         if off <= latency.MOST_CORRECTION:
             break
         on_progress(f"whole networks are {100 * off:.0f} % off what single layers say: a busy machine?")
+    assert measured is not None
     return measured

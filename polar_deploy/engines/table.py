@@ -87,6 +87,7 @@ def measure(
 
     Raises:
         UsageError: no such file. MachineError: the target cannot be built or run here.
+        DisturbedError: what was measured contradicts itself.
         ContentError: the file is no network that the target can run, or has no gates.
     """
     start = time.monotonic()

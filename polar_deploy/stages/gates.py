@@ -168,7 +168,8 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
     from polar_deploy import targets
     from polar_deploy.engines import machine
 
-    settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build", "gates"})
+    settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build"})
+    settings["blocks"] = run.settings.gates.blocks
     here = {"machine": machine.describe(), "target": targets.identity(run.target)}
     return fingerprint.of({**settings, "batch": run.settings.verdict.batch, "here": here})
 

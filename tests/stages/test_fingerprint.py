@@ -139,6 +139,14 @@ def test_a_latency_budget_depends_on_what_is_measured(tmp_path: Path) -> None:
         assert "gates" in changed(before, fingerprints(context(tmp_path, **limited, **change)))
 
 
+def test_a_table_is_measured_again_only_where_its_engines_change(tmp_path: Path) -> None:
+    before = gates._table_fingerprint(context(tmp_path))
+    for change in ({"target": "ort-int8"}, {"build.tf32": True}, {"gates.blocks": False}, {"model": "resnet32"}):
+        assert gates._table_fingerprint(context(tmp_path, **change)) != before
+    for change in ({"gates.freeze": 0.2}, {"training.lr": 0.3}, {"seed": 5}, {"gates.min_width": 0.1}):
+        assert gates._table_fingerprint(context(tmp_path, **change)) == before
+
+
 def test_where_files_lie_means_nothing(before: dict[str, object], tmp_path: Path) -> None:
     elsewhere = context(tmp_path, data_dir=tmp_path, latency_table=tmp_path / "table.json")
     assert changed(before, fingerprints(elsewhere)) == set()
