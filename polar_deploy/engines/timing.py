@@ -41,6 +41,16 @@ class Interval:
     high: float
 
 
+def with_noise(speedup: Interval, control: Interval) -> Interval:
+    """A speed-up, its interval widened by as much as two copies of one engine may differ here.
+
+    That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may have
+    added to the ratio.
+    """
+    bias = max(control.high, 1 / control.low, 1.0)
+    return Interval(speedup.median, speedup.low / bias, speedup.high * bias)
+
+
 @dataclass(frozen=True)
 class Percentile:
     """A percentile of single inferences, in milliseconds, with its 95 % interval.
@@ -102,13 +112,8 @@ class Round:
 
     @property
     def speedup_with_noise(self) -> Interval:
-        """The speed-up, its interval widened by as much as two copies of one engine may differ here.
-
-        That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may
-        have added to the ratio.
-        """
-        bias = max(self.control.high, 1 / self.control.low, 1.0)
-        return Interval(self.speedup.median, self.speedup.low / bias, self.speedup.high * bias)
+        """The speed-up, its interval widened by the noise of the machine."""
+        return with_noise(self.speedup, self.control)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from polar_deploy import targets
+from polar_deploy.report import formats
 
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
+_QUIET = 1.2  # how far apart the ends of an interval may lie on a machine that is good for measurements
+_FEWEST_EPOCHS = 20  # worth another run
 _AGAIN = "python -m polar_deploy.pipeline --recipe RUN/run.yaml --out"
 
 
@@ -32,10 +37,11 @@ _DELIVERED = (
 
 @dataclass(frozen=True)
 class Advice:
-    """How a run ended, in one line, and the steps that help most, the first one first."""
+    """How a run ended, in few words and in figures, and the steps that help most, the first one first."""
 
     kind: Kind
     headline: str
+    figures: str
     steps: tuple[Step, ...]
 
 
@@ -43,16 +49,16 @@ def advise(report: dict[str, Any], *, delivered: bool = False) -> Advice:
     """What the verdict of report.json asks of its reader: of who made the run, or of who was handed the bundle."""
     kind = kind_of(report)
     if delivered:
-        return Advice(kind, _headline(kind, report), _DELIVERED)
+        return Advice(kind, _headline(kind, report), _figures(report), _DELIVERED)
     steps = {
         "pass": _pass,
         "accuracy": _accuracy,
         "speed": _speed,
-        "both": lambda report: _accuracy(report)[:1] + _speed(report)[:2],
+        "both": lambda report: _accuracy(report)[:2] + _speed(report)[:1],
         "undecided": _undecided,
         "not_run": _not_run,
     }[kind]
-    return Advice(kind, _headline(kind, report), steps(report))
+    return Advice(kind, _headline(kind, report), _figures(report), steps(report))
 
 
 def kind_of(report: dict[str, Any]) -> Kind:
@@ -75,18 +81,47 @@ def measured(report: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _headline(kind: Kind, report: dict[str, Any]) -> str:
-    drop = (report["accuracy"] or report["graphs"] or {"drop": 0.0})["drop"]
-    change = f"{abs(drop):.2f} points {'less' if drop > 0 else 'more'} accurate" if round(drop, 2) else "as accurate"
-    timed = measured(report)
-    speed = f"{timed['speedup']['median']:.2f} times as fast" if timed else "not timed"
     return {
-        "pass": f"Pass: {change} and {speed}",
-        "accuracy": f"Fail: it loses too much accuracy ({change}, {speed})",
-        "speed": f"Fail: it is not fast enough ({speed}, {change})",
-        "both": f"Fail: it loses accuracy and is not fast enough ({change}, {speed})",
-        "undecided": f"Undecided: {change}, but the speed-up could not be told for sure",
-        "not_run": f"Built, not run here: {change} as ONNX graphs, speed unknown",
+        "pass": "Pass: accurate and fast enough",
+        "accuracy": "Fail: too much accuracy is lost",
+        "speed": "Fail: not fast enough",
+        "both": "Fail: too much accuracy is lost, and it is not fast enough",
+        "undecided": f"Undecided: {_open_question(report)}",
+        "not_run": "Built, not run here: "
+        + ("the device decides" if not _lost_as_graphs(report) else "its graph loses too much already"),
     }[kind]
+
+
+def _figures(report: dict[str, Any]) -> str:
+    """What a reader asks first, in one line."""
+    counted, timed = report["accuracy"] or report["graphs"], measured(report)
+    speed = f"{timed['speedup']['median']:.2f} times as fast" if timed else "speed unknown"
+    where = "" if report["accuracy"] else " as ONNX graphs"
+    return f"{speed}, accuracy {counted['full']:.2f} → {formats.percent(counted['compressed'])}{where}"
+
+
+def _undecided_parts(report: dict[str, Any]) -> list[str]:
+    return [part for part in ("accuracy", "latency") if report["verdict"][part]["result"] == "undecided"]
+
+
+def _open_question(report: dict[str, Any]) -> str:
+    """What an undecided verdict leaves open."""
+    parts = _undecided_parts(report)
+    if len(parts) == 2:
+        return "neither accuracy nor speed is sure"
+    if parts == ["accuracy"]:
+        return "the test set is too small to tell"
+    return "the speed is too close to what is asked" if _is_quiet(report) else "this machine is too noisy to time it"
+
+
+def _is_quiet(report: dict[str, Any]) -> bool:
+    """Whether the machine lets a speed-up be told to a tenth."""
+    timed = measured(report)
+    return timed is not None and timed["decided"] and _width(timed["speedup_with_noise"]) <= _QUIET
+
+
+def _width(interval: Mapping[str, float]) -> float:
+    return interval["high"] / interval["low"]
 
 
 def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
@@ -96,7 +131,8 @@ def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
         digest = report["bundle"]["manifest_sha256"]
         steps.append(
             Step(
-                "Have it verified on the device. Send the hash by another way than the bundle.",
+                "Have it verified on the device. Send this command by another way than the bundle: its hash tells "
+                "whether somebody changed the bundle.",
                 f"python -m polar_deploy.bundle verify bundle --manifest-sha256 {digest}",
             )
         )
@@ -121,12 +157,15 @@ def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
     if broken or (graphs and graphs["drop"] <= allowed and report["precision"]["full"]["asked"] != "fp32"):
         return _precision(report)
     epochs = report["recipe"]["training"]["epochs"]
+    more = max(3 * epochs, _FEWEST_EPOCHS)
+    longer = f"--epochs {more}" + (f" --full-epochs {more}" if report["full"] == "trained" else "")
+    ran = f"{epochs} epochs were" if epochs > 1 else "one epoch was"
     asked = {name: min(0.95, round(share + 0.15, 2)) for name, share in report["budget"]["asked"].items()}
     looser = ",".join(f"{name}={share:g}" for name, share in asked.items())
     return (
         Step(
-            f"Removing channels and blocks cost it, not the precision. Train longer: {epochs} epochs were run.",
-            f"{_AGAIN} RUN-longer --epochs {3 * epochs} --full-epochs {3 * epochs}",
+            f"Train longer: {ran} run. What was removed cost the accuracy, not the precision.",
+            f"{_AGAIN} RUN-longer {longer}",
         ),
         Step("Or let it keep more of the network.", f"{_AGAIN} RUN-wider --budget {looser}"),
         Step("Or forbid narrow layers.", f"{_AGAIN} RUN-floor --set gates.min_width=0.5"),
@@ -153,52 +192,107 @@ def _precision(report: dict[str, Any]) -> tuple[Step, ...]:
 
 
 def _speed(report: dict[str, Any]) -> tuple[Step, ...]:
-    tighter = {name: max(0.1, round(share - 0.15, 2)) for name, share in report["budget"]["asked"].items()}
+    asked = report["budget"]["asked"]
     steps = []
-    if "latency" not in tighter:
+    if "latency" not in asked:
+        share = max(0.1, min(0.6, 0.95 / report["verdict"]["min_speedup"]))
         steps.append(
             Step(
-                "Fewer MACs alone do not make an engine faster. Ask for latency: it is measured before training.",
-                f"{_AGAIN} RUN-latency --budget latency=0.6",
+                "Ask for latency, which is measured before training: fewer MACs alone do not make an engine faster.",
+                f"{_AGAIN} RUN-latency --budget latency={share:.2g}",
             )
         )
     else:
-        asked = ",".join(f"{name}={share:g}" for name, share in tighter.items())
-        steps.append(Step("Let it keep less of the network.", f"{_AGAIN} RUN-faster --budget {asked}"))
-    largest = max((each["batch"] for each in report["latency"]), default=1)
-    if largest != report["verdict"]["batch"]:
+        steps.append(Step("Let it keep less of the network.", f"{_AGAIN} RUN-faster --budget {_tighter(report)}"))
+    least = report["verdict"]["min_speedup"]
+    if enough := [each["batch"] for each in report["latency"] if each["speedup_with_noise"]["low"] >= least]:
         steps.append(
             Step(
-                f"Judge at the batch size that you serve: the table below has others, up to {largest}.",
-                f"{_AGAIN} RUN --from parity --verdict-batch {largest}",
+                f"Or judge at batch {enough[-1]}, if you serve such: there it is fast enough.",
+                f"{_AGAIN} RUN --from parity --verdict-batch {enough[-1]}",
             )
         )
-    steps.append(Step("Look at “Is it faster?” below and at docs/what-now.md for launches, padding and formats."))
+    steps.append(Step("Layers that only move data cost time, too: docs/what-now.md tells how to find them."))
     return tuple(steps)
 
 
+def _tighter(report: dict[str, Any]) -> str:
+    """A budget by which the engine should be as fast as was asked: the old one times what is missing, and a bit."""
+    timed, asked = measured(report), report["verdict"]
+    missing = 1.0
+    if timed:
+        missing = min(missing, timed["speedup"]["median"] / asked["min_speedup"])
+        if asked["max_latency_ms"] is not None:
+            missing = min(missing, asked["max_latency_ms"] / timed["compressed"]["median_ms"])
+    shares = {
+        name: max(0.1, min(share - 0.05, 0.95 * share * missing)) for name, share in report["budget"]["asked"].items()
+    }
+    return ",".join(f"{name}={share:.2g}" for name, share in shares.items())
+
+
 def _undecided(report: dict[str, Any]) -> tuple[Step, ...]:
-    timed = measured(report)
-    again = Step("Measure again; an undecided verdict is never kept.", f"{_AGAIN} RUN --from parity")
-    if timed is None or not timed["decided"]:
-        quiet = Step("Two copies of one engine differ here. Stop what else runs on the machine; on a GPU, lock clocks.")
-        return (quiet, again)
-    close = "What is asked lies within the interval of what was measured: ask for less speed, or let it keep less."
-    return (again, Step(close, f"{_AGAIN} RUN-smaller --budget {_smaller(report)}"))
+    parts = _undecided_parts(report)
+    steps = _too_few(report) if "accuracy" in parts else ()
+    return steps + _untimed(report) if "latency" in parts else steps
 
 
-def _smaller(report: dict[str, Any]) -> str:
-    asked = report["budget"]["asked"].items()
-    return ",".join(f"{name}={max(0.1, round(share - 0.1, 2)):g}" for name, share in asked)
+def _too_few(report: dict[str, Any]) -> tuple[Step, ...]:
+    """A drop that may be too large or not, or a network that is hardly better than chance."""
+    bound = report["verdict"]["max_drop"]
+    losses = [report["accuracy"], *(report["precision"][name]["loss"] for name in ("full", "compressed"))]
+    most = max(each["interval"][1] for each in losses if each)
+    if most <= bound:
+        return (Step("Test on more images, of all classes. The verdict above says what these could not tell."),)
+    larger = math.ceil(most * 10) / 10
+    return (
+        Step(
+            "Test on more images, as many as the verdict above names: then the interval gets narrow enough. "
+            "With the larger test set in its place, measure again.",
+            f"{_AGAIN} RUN --from parity",
+        ),
+        Step(
+            f"Or allow a larger drop, if your use can bear it: the whole interval lies within {larger:g} points.",
+            f"{_AGAIN} RUN --from parity --max-drop {larger:g}",
+        ),
+    )
+
+
+def _untimed(report: dict[str, Any]) -> tuple[Step, ...]:
+    if not _is_quiet(report):
+        return (
+            Step(
+                "Stop what else runs on this machine, on a GPU lock its clocks, and measure again: here, one and the "
+                "same engine takes now more and now less time.",
+                f"{_AGAIN} RUN --from parity",
+            ),
+        )
+    return (
+        Step("Measure again; an undecided latency is never kept.", f"{_AGAIN} RUN --from parity"),
+        Step(
+            "Or let it keep less of the network: what is asked lies within the interval of what was measured.",
+            f"{_AGAIN} RUN-smaller --budget {_tighter(report)}",
+        ),
+    )
+
+
+def _lost_as_graphs(report: dict[str, Any]) -> bool:
+    """Whether more is lost than is allowed before an engine has run."""
+    graphs = report["graphs"]
+    return bool(graphs) and graphs["interval"][0] > report["verdict"]["max_drop"]
 
 
 def _not_run(report: dict[str, Any]) -> tuple[Step, ...]:
-    digest = report["bundle"]["manifest_sha256"] if report["bundle"] else None
-    on_device = "Take the bundle to the device and let it build, compare and time the engines there."
-    if digest is None:
-        return (Step("Go on with this folder on a machine that can run them.", f"{_AGAIN} RUN --from build"),)
-    return (
-        Step(on_device, f"python -m polar_deploy.bundle verify bundle --rebuild --manifest-sha256 {digest}"),
-        Step("Or go on with this folder on a machine like it.", f"{_AGAIN} RUN --from build"),
-        Step("What this machine lacks:", "python -m polar_deploy.engines doctor"),
-    )
+    digest = report["bundle"] and report["bundle"]["manifest_sha256"]
+    device = Step("Go on with this folder on a machine that can run them.", f"{_AGAIN} RUN --from build")
+    if digest:
+        verify = f"python -m polar_deploy.bundle verify bundle --rebuild --manifest-sha256 {digest}"
+        told = "Take RUN/bundle to the device; this builds, compares and times the engines there, and decides."
+        device = Step(told, verify)
+    if _lost_as_graphs(report):
+        better = _accuracy(report)[:2]
+        return (
+            *better,
+            Step(f"What it loses on the device will hardly be less. To see it there: {device.text}", device.command),
+        )
+    others = Step("Or go on with this folder on a machine like the device.", f"{_AGAIN} RUN --from build")
+    return (device, others) if digest else (device,)

@@ -49,7 +49,7 @@ def intervals(
     allowed = (edge, right) if good > 0 else (left, edge)
     parts = [
         box(allowed[0], top, allowed[1] - allowed[0], bottom - top, "allowed"),
-        axis_x(scale, top, bottom, axis, unit),
+        axis_x(scale, bottom, bottom + 4, axis, unit),
         line(edge, top - 6, edge, top, "bound"),
         text(min(max(edge, left + 60), right - 60), top - 10, bound[1], "middle", "strong"),
     ]
@@ -88,7 +88,7 @@ def curves(
     high: float | None = None,
 ) -> Markup:
     """Curves over one axis; `marks` are vertical lines, `levels` horizontal ones, each with a word."""
-    left, right, top, bottom = 48.0, WIDTH - 10.0, 34.0, 214.0
+    left, right, top, bottom = 48.0, WIDTH - 10.0, 42.0, 222.0
     xs = [x for curve in lines for x, _ in curve.points]
     ys = [y for curve in lines for _, y in curve.points] + [level for level, _ in levels]
     across = Scale(min(xs), max(xs), left, right) if min(xs) < max(xs) else spanning(xs, left, right)
@@ -98,8 +98,8 @@ def curves(
     for x, word in marks:
         near_end = across(x) > right - 90
         at = across(x) + (-5 if near_end else 5)
-        parts += [line(across(x), top, across(x), bottom, "moment")]
-        parts += [text(at, top + 11, word, "end" if near_end else "start", "tick")]
+        parts += [line(across(x), top - 12, across(x), bottom, "moment")]
+        parts += [text(at, top - 4, word, "end" if near_end else "start", "tick")]
     for y, word in levels:
         parts += [line(left, up(y), right, up(y), "bound"), text(right - 3, up(y) - 5, word, "end", "tick")]
     for curve in lines:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
 from polar_deploy.data.names import without_place, without_places
+from polar_deploy.engines import timing
 from polar_deploy.errors import ContentError
 from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
 from polar_deploy.workspace import digest, read_json, sha256
@@ -102,12 +104,15 @@ def _pair(values: dict[str, int]) -> dict[str, Any]:
 
 def _latency(measured: dict[str, Any]) -> dict[str, Any]:
     """The round that counts, of one batch size."""
+    best = measured["rounds"][measured["chosen"]]
+    speedup, control = (timing.Interval(**best[key]) for key in ("speedup", "control"))
     return {
         "batch": measured["batch"],
         "decided": measured["decided"],
         "images_per_second": measured["images_per_second"],
         "energy_mj": measured["energy_mj"],
-        **measured["rounds"][measured["chosen"]],
+        **best,
+        "speedup_with_noise": asdict(timing.with_noise(speedup, control)),  # what the verdict is about
     }
 
 

@@ -11,7 +11,8 @@ from polar_deploy.report import charts, formats
 from polar_deploy.report.charts import Bar, Cell, Curve, Estimate
 from polar_deploy.report.skyline import skyline
 
-MOST_ROWS = 60  # of a map or a list of bars; the rest stands in a table
+MOST_ROWS = 60  # of a map; the rest stands in a table
+MOST_CLASSES = 20
 
 
 def draw(report: dict[str, Any]) -> dict[str, Markup | list[Markup]]:
@@ -34,12 +35,13 @@ def draw(report: dict[str, Any]) -> dict[str, Markup | list[Markup]]:
 
 
 def _accuracy(report: dict[str, Any]) -> Markup | None:
-    named = [
-        ("engines: compressed against full", report["accuracy"]),
-        ("FP32 graphs: compressed against full", report["graphs"]),
-    ]
+    graphs = ("by what was removed (FP32 graphs)", report["graphs"])
+    named = [("compressed against full engine", report["accuracy"]), graphs]
     for name in ("full", "compressed"):
-        named.append((f"{name}: engine against its FP32 graph", report["precision"][name]["loss"]))
+        precision = report["precision"][name]
+        named.append((f"by {precision['asked']} in the {name} engine", precision["loss"]))
+    if report["accuracy"] and all(each is None or not each["drop"] for _, each in named[2:]):
+        named = named[:1]  # engines that give what their FP32 graphs give: nothing to tell apart
     rows = [
         Estimate(
             label, -each["drop"], -each["interval"][1], -each["interval"][0], f"{formats.points(each['drop'])} points"
@@ -62,16 +64,16 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
 
 
 def _classes(classes: Sequence[Mapping[str, Any]] | None) -> Markup | None:
-    """The classes that change most: all of few, the ends of many."""
-    if not classes:
+    """The classes that change: all of few, the ends of many."""
+    ordered = sorted((each for each in classes or () if each["drop"]), key=lambda each: -each["drop"])
+    if not classes or not ordered:
         return None
-    ordered = sorted(classes, key=lambda each: -each["drop"])
-    shown = ordered if len(ordered) <= 20 else [*ordered[:14], *ordered[-6:]]
+    shown = ordered if len(ordered) <= MOST_CLASSES else [*ordered[:14], *ordered[-6:]]
     rows = [
         Bar(
             f"{each['name']} ({each['samples']})",
             -each["drop"],
-            f"{formats.points(each['drop'])} to {each['compressed']:.1f} %",
+            f"{formats.points(each['drop'])} points, now {each['compressed']:.1f} %",
             "loss" if each["drop"] > 0 else "gain",
         )
         for each in shown
@@ -82,7 +84,7 @@ def _classes(classes: Sequence[Mapping[str, Any]] | None) -> Markup | None:
 
 
 def _speed(report: dict[str, Any]) -> Markup | None:
-    measured = [(f"batch {each['batch']}", each["speedup"], each["decided"]) for each in report["latency"]]
+    measured = [(f"batch {each['batch']}", each["speedup_with_noise"], each["decided"]) for each in report["latency"]]
     return speedups("Speed-up over the full engine", measured, report["verdict"]) if measured else None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polar_deploy.latency import LatencyTable
 
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+_SITE = "polar_deploy.site"  # metadata of a gate's Mul, as `polar_deploy.gating.deploy` writes it
 OF_SURGERY = ("layers", "blocks_removed", "cuts_not_made", "walls")  # what `network` reads of surgery.json
 
 
@@ -19,7 +24,11 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
         surgery: surgery.json.
         gated: the graph before surgery, which knows the layers by their names in the model.
     """
-    names = _module_names(gated)
+    from polar_deploy.engines.network import read
+
+    nodes = read(gated).graph.node
+    names = _module_names(nodes)
+    words = names | _other_names(nodes, names)
     block_of: dict[str, int] = {}
     for index, block in enumerate(surgery["blocks_removed"]):
         for node in block["layers"]:
@@ -34,16 +43,16 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
             }
             for layer in surgery["layers"]
         ],
-        "not_cut": [{**cut, "layer": names.get(cut["layer"], cut["layer"])} for cut in surgery["cuts_not_made"]],
+        "not_cut": [
+            {key: _in_words(each, words) if isinstance(each, str) else each for key, each in cut.items()}
+            for cut in surgery["cuts_not_made"]
+        ],
         "unsupported": surgery["walls"],
     }
 
 
-def _module_names(path: Path) -> dict[str, str]:
+def _module_names(nodes: Sequence[NodeProto]) -> dict[str, str]:
     """Nodes of an ONNX graph by the module whose weight they read; those that share a weight keep their own names."""
-    from polar_deploy.engines.network import read
-
-    nodes = read(path).graph.node
     found = {
         node.name or node.output[0]: name.removesuffix(".weight")
         for node in nodes
@@ -52,6 +61,23 @@ def _module_names(path: Path) -> dict[str, str]:
     }
     readers = Counter(found.values())
     return {node: module for node, module in found.items() if readers[module] == 1}
+
+
+def _other_names(nodes: Sequence[NodeProto], modules: Mapping[str, str]) -> dict[str, str]:
+    """Gates by the sites that they are of, and what a module computes by that module."""
+    found = {}
+    for node in nodes:
+        site = next((each.value for each in node.metadata_props if each.key == _SITE), None)
+        if site is not None:
+            found[node.name] = f"gate of {site.replace(',', ', ')}"
+        if node.name in modules:
+            found |= dict.fromkeys(node.output, f"the output of {modules[node.name]}")
+    return found
+
+
+def _in_words(text: str, names: Mapping[str, str]) -> str:
+    """A text in which nodes and tensors go by the names that a reader of the model knows."""
+    return re.sub(r"[^\s,;]+", lambda word: names.get(word[0], word[0]), text)
 
 
 def sites(gates: Iterable[Mapping[str, Any]], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *
             delivered=delivered,
             timed=measured(report),
             figures=figures.draw(report),
+            most_classes=figures.MOST_CLASSES,
             samples=[_picture(image) for image in samples] if samples is not None else [],
             settings=_flat(report["recipe"]),
             value=lambda path, form="plain": value(report, path, form),

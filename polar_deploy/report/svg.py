@@ -106,12 +106,16 @@ def spanning(values: Sequence[float], start: float, end: float, room: float = 0.
     return Scale(low - margin, high + margin, start, end)
 
 
+def _number(value: float, unit: str) -> str:
+    return f"{value:g}{unit}".replace("-", "−")
+
+
 def axis_x(scale: Scale, top: float, bottom: float, label: str, unit: str = "") -> Markup:
     """Grid lines and numbers below; the label stands under them."""
     parts = []
     for value in scale.ticks():
         x = scale(value)
-        parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 15, f"{value:g}{unit}", "middle", "tick")]
+        parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 15, _number(value, unit), "middle", "tick")]
     return joined([*parts, text((scale.start + scale.end) / 2, bottom + 31, label, "middle", "tick")])
 
 
@@ -120,5 +124,5 @@ def axis_y(scale: Scale, left: float, right: float, unit: str = "") -> Markup:
     parts = []
     for value in scale.ticks(4):
         y = scale(value)
-        parts += [line(left, y, right, y, "grid"), text(left - 6, y + 4, f"{value:g}{unit}", "end", "tick")]
+        parts += [line(left, y, right, y, "grid"), text(left - 6, y + 4, _number(value, unit), "end", "tick")]
     return joined(parts)

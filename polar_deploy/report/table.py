@@ -126,7 +126,7 @@ def _at_largest(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _latency(measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Two rows for one batch size: median with the speed-up, and the 99th percentile."""
-    label, speedup = f"batch {measured['batch']}", measured["speedup"]
+    label, speedup = f"batch {measured['batch']}", measured["speedup_with_noise"]
     full, compressed = measured["full"], measured["compressed"]
     answer = f"{speedup['median']:.2f}× as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
     if not measured["decided"]:
