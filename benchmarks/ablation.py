@@ -1,7 +1,7 @@
 """Variants of the gated run against each other and against both floors: one table.
 
     python -m benchmarks.ablation NAME --recipe R.yaml --data-dir D --full-weights W --budget latency=0.67 \
-        --variant gates --variant "early: gates.freeze=0.2" --seeds 0,1,2 --work FOLDER
+        --variant gates --variant "early: gates.freeze_at=0.2" --seeds 0,1,2 --work FOLDER
 
 All start from the same full weights and see the same batches, with the same teacher and as many steps. The floors
 (`floors.py`) are cut before the first one. A variant is a name, and settings that it changes. Each run can be killed
@@ -32,11 +32,11 @@ from polar_deploy.stages import gates as gates_stage
 from polar_deploy.stages.artefacts import LATENCY_TABLE
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.resolve import resolve
-from polar_deploy.stages.training import fit_of
+from polar_deploy.stages.training import training_job
 from polar_deploy.surgery import compress_file
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.gated import OnePass
-from polar_deploy.training.loop import Fit, fit, prepare
+from polar_deploy.training.loop import TrainingJob, fit, prepare
 from polar_deploy.workspace import write_json
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ FLOORS = ("uniform width", "uniform depth")
 class Floor(OnePass):
     """Training of a network that is cut before the first step."""
 
-    def __init__(self, run: Fit, gates: Gates, teacher: torch.nn.Module | None, opened: np.ndarray) -> None:
+    def __init__(self, run: TrainingJob, gates: Gates, teacher: torch.nn.Module | None, opened: np.ndarray) -> None:
         super().__init__(run, gates, teacher)
         gates.freeze(opened)
         self.cut()
@@ -78,7 +78,7 @@ def row(
     for each in (network, teacher):
         models.load_weights(each, settings.full_weights)
     fingerprint = gates_stage.STAGE.fingerprint(run)
-    job = fit_of(run, "gates", "gated", network, settings.training.epochs, fingerprint)
+    job = training_job(run, "gates", "gated", network, settings.training.epochs, fingerprint)
     gates = gates_stage.gates_on(run, job.network, job.epochs * job.train.steps)
     teaches = prepare(teacher, settings, CPU) if settings.training.distill else None
     if name == "uniform width":

@@ -27,7 +27,7 @@ from polar_deploy.devices.sweep import Run, ratios
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.on_device import device_cost
-from polar_deploy.surgery import rounds, stored
+from polar_deploy.surgery import detached, rounds
 from polar_deploy.surgery.choices import Choices
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 224, 1000))  # name, pixels, classes
@@ -85,7 +85,7 @@ def row(
         runs = []
         for index, state in enumerate([np.ones(choices.gates, bool), *opened]):
             path = Path(folder) / f"{index}.onnx"
-            onnx.save(stored.to_model(rounds.operate(choices.with_masks(choices.stored, state))[-1].model), path)
+            onnx.save(detached.to_model(rounds.operate(choices.with_masks(choices.detached, state))[-1].model), path)
             runs.append(load(path, size))
         whole, *others = runs
         times, milliseconds = ratios(whole, dict(enumerate(others)), ROUNDS)

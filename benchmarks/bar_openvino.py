@@ -70,7 +70,7 @@ def measure(run: Path, folder: Path, precision: str, data: Path) -> dict[str, An
         "accuracy": {key: parity["accuracy"][key] for key in ("samples", "full", "compressed")},
         "lost": {name: parity["precision"][name] for name in ("full", "compressed")},
         "types": {name: computing_types(folder / f"engines/{name}.layers.json") for name in ("full", "compressed")},
-        "kept": {name: entry["precision"]["kept"] for name, entry in built.items()},
+        "kept": {name: entry["precision"]["high_precision_layers"] for name, entry in built.items()},
         "macs": found["report"]["macs"]["ratio"],
         "latency": [
             {key: each["rounds"][each["chosen"]][key] for key in ("full", "compressed", "speedup", "control")}

@@ -80,7 +80,7 @@ def _figures(made: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
         "macs": entry["macs"],
         "found": entry["precision"]["found"],
         "computing": {kind: computing.count(kind) for kind in sorted(set(computing))},
-        "kept": len(entry["precision"]["kept"]),
+        "kept": len(entry["precision"]["high_precision_layers"]),
         "plan_bytes": entry["files"][f"{name}.plan"]["bytes"],
         "capabilities": entry["plan"]["capabilities"],
         "seconds": entry["seconds"],

@@ -65,7 +65,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         "macs": report["macs"],
         "params": report["params"],
         "gates_left": sum(gate["outcome"] == "kept" for gate in report["gates"]),
-        "walls": _counted(f"{wall['operator']}: {wall['reason']}" for wall in report["walls"]),
+        "unsupported": _counted(f"{entry['operator']}: {entry['reason']}" for entry in report["unsupported"]),
     }
 
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import write_result
 from polar_deploy import parity
-from polar_deploy.config import Verdict
+from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines import Array, Engine, Timer, timing
 
 DROPS = (0.0, 0.5, 1.0, 1.5, 2.0)  # points
@@ -27,7 +27,7 @@ SAMPLES = (100, 200, 360, 719, 1000, 2000, 5000, 10_000)
 DRAWS = 20_000
 RIGHT, EXTRA = 0.9, 0.01  # share that the full network is right on; that each network alone is right on, drop aside
 RUNS = 40
-ASKED = Verdict(max_drop=1.0, min_speedup=1.02)
+ASKED = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02)
 
 
 @cache

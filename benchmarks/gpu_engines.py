@@ -197,7 +197,9 @@ def load(name: str, folder: Path) -> Images:
 def against_graph(engine: Engine, graph: Path, images: Images) -> dict[str, Any]:
     """An engine's answers and logits against those of its own FP32 graph."""
     found = Comparison()
-    reference, other = (engines.infer_all(each, images.test, BATCHES[-1]) for each in (engines.graph(graph), engine))
+    reference, other = (
+        engines.infer_all(each, images.test, BATCHES[-1]) for each in (engines.reference_engine(graph), engine)
+    )
     found.add(reference, other, images.labels)
     return {**found.as_dict(), "nonfinite": found.tally.compressed_nonfinite}
 

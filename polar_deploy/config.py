@@ -87,7 +87,7 @@ class Budget(_Frozen):
         return {name: share for name, share in self.model_dump().items() if share is not None}
 
 
-class Verdict(_Frozen):
+class AcceptanceCriteria(_Frozen):
     """When the compressed engine counts as good: accuracy in points, latency as a speed-up over the full engine."""
 
     max_drop: Annotated[
@@ -135,9 +135,9 @@ class Build(_Frozen):
 
     batches: Annotated[
         tuple[Count, Count, Count],
-        About("smallest, usual and largest batch of the engines", "images", "", "--batch N[,N,N]"),
+        About("min, opt and max batch of the engines", "images", "", "--batch N[,N,N]"),
     ] = (1, 8, 64)
-    edges: Annotated[
+    io_dtype: Annotated[
         Literal["fp32", "native"], About("types of the graph's input and output; native: the engine's own")
     ] = "fp32"
     tf32: Annotated[bool, About("whether FP32 may be computed with the precision of TF32, in both engines")] = False
@@ -163,7 +163,7 @@ class Build(_Frozen):
     def _ordered(self) -> Build:
         least, usual, largest = self.batches
         if not least <= usual <= largest:
-            raise ValueError(f"build.batches are smallest,usual,largest, but {least},{usual},{largest} do not ascend")
+            raise ValueError(f"build.batches are min,opt,max, but {least},{usual},{largest} do not ascend")
         return self
 
 
@@ -197,7 +197,7 @@ class Training(_Frozen):
         ),
     ] = None
     cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
-    start: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
+    init_from: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
     distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.5
     distill_share: Annotated[
         PositiveShare, About("how much of each batch the full network looks at", "share of the images")
@@ -207,30 +207,32 @@ class Training(_Frozen):
         Literal["auto", "off", "bf16"], About("mixed precision; auto: bf16 where the device multiplies in it")
     ] = "auto"
     channels_last: Annotated[bool, About("whether tensors lie in memory with their channels last")] = True
-    final: Annotated[bool, About("whether all of the training set is trained on, without a validation split")] = False
+    train_on_validation: Annotated[
+        bool, About("whether all of the training set is trained on, without a validation split")
+    ] = False
     threads: Annotated[CountOrNone, About("CPU threads of PyTorch; 0: its own choice")] = 0
 
 
 class Gates(_Frozen):
-    """How gates learn. `start` and `freeze` say where they begin to close, and are fixed."""
+    """How gates learn. `close_from` and `freeze_at` say where they begin to close, and are fixed."""
 
     mode: Annotated[
         Literal["batch", "sample"], About("who decides: one for all samples, or a light network for each")
     ] = "batch"
     blocks: Annotated[bool, About("whether whole residual blocks have gates, too")] = True
-    start: Annotated[
+    close_from: Annotated[
         Share | None,
         About("where gates begin to close", "share of the gated run", "0.05, or 0.3 in a run from scratch"),
     ] = None
-    freeze: Annotated[
-        PositiveShare | None, About("where gates are fixed", "share of the gated run", "0.25 after gates.start")
+    freeze_at: Annotated[
+        PositiveShare | None, About("where gates are fixed", "share of the gated run", "0.25 after gates.close_from")
     ] = None
     min_width: Annotated[Share, About("what a layer that stays keeps at least", "share of its channels")] = 0.25
 
     @model_validator(mode="after")
     def _ordered(self) -> Gates:
-        if self.start is not None and self.freeze is not None and self.start >= self.freeze:
-            raise ValueError(f"gates.start ({self.start}) must lie before gates.freeze ({self.freeze})")
+        if self.close_from is not None and self.freeze_at is not None and self.close_from >= self.freeze_at:
+            raise ValueError(f"gates.close_from ({self.close_from}) must lie before gates.freeze_at ({self.freeze_at})")
         return self
 
 
@@ -304,7 +306,7 @@ class Settings(_Frozen):
         About("of split, start values, order and gates", option="--seed N"),
     ] = 0
     build: Build = Build()
-    verdict: Verdict = Verdict()
+    accept: AcceptanceCriteria = AcceptanceCriteria()
     bundle: Bundle = Bundle()
     latency_table: Annotated[
         Path | None,
@@ -319,11 +321,11 @@ class Settings(_Frozen):
     gates: Gates = Gates()
 
     @model_validator(mode="after")
-    def _verdict_within_profile(self) -> Settings:
+    def _judged_within_profile(self) -> Settings:
         least, _, largest = self.build.batches
-        if not least <= self.verdict.batch <= largest:
+        if not least <= self.accept.batch <= largest:
             raise ValueError(
-                f"verdict.batch is {self.verdict.batch}, the engines are built for batches of {least} to {largest}"
+                f"accept.batch is {self.accept.batch}, the engines are built for batches of {least} to {largest}"
             )
         return self
 
@@ -351,8 +353,8 @@ class ResolvedTraining(Training):
 class ResolvedGates(Gates):
     """Gates with both ends of their closing known."""
 
-    start: Share
-    freeze: PositiveShare
+    close_from: Share
+    freeze_at: PositiveShare
 
 
 class ResolvedSettings(Settings):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text says more than one value
     "budget": lambda text: {"budget": recipes.parse_budget(text)},
     "build.batches": lambda text: {"build.batches": recipes.parse_batches(text)},
-    "verdict.max_latency_ms": recipes.parse_latency,
+    "accept.max_latency_ms": recipes.parse_latency,
 }
 
 

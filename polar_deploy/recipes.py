@@ -113,7 +113,7 @@ def parse_batches(text: str) -> list[int]:
 def parse_latency(text: str) -> dict[str, object]:
     """Read a bound on latency: "5" milliseconds of the median, "p99=5" of the 99th percentile; by setting."""
     percentile, equals, bound = text.rpartition("=")
-    return {"verdict.max_latency_ms": bound, **({"verdict.latency_percentile": percentile} if equals else {})}
+    return {"accept.max_latency_ms": bound, **({"accept.latency_percentile": percentile} if equals else {})}
 
 
 # --------------------------------------------------------------------------- YAML, with the place of each key

@@ -311,7 +311,7 @@ class Workspace:
         except (UsageError, ContentError):
             return False  # no stamp, a damaged one, or a file is missing: the stage has to run
 
-    def was_other(self, stage: str, fingerprint: Fingerprint) -> bool:
+    def has_other_settings(self, stage: str, fingerprint: Fingerprint) -> bool:
         """Tell whether `stage` was finished with other settings, by any program; False: without a stamp, too."""
         made = self._made(stage)
         return made is not None and made.settings != fingerprint.settings
@@ -335,7 +335,7 @@ class Workspace:
         """Write down that `stage` is finished. Arguments as for `is_current`; all files must be there."""
         write_json(self._stamp_path(stage), self._state(fingerprint, inputs, outputs))
 
-    def forget(self, stage: str) -> None:
+    def invalidate(self, stage: str) -> None:
         """Remove the stamp of `stage`: to be called before the stage starts to write."""
         stamp = self._stamp_path(stage)
         with _translated(stamp):

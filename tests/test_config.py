@@ -20,7 +20,7 @@ def test_the_defaults_are_those_of_the_command_line() -> None:
     settings = Settings(model="resnet20")
     assert (settings.target, settings.data, settings.seed) == ("ort-fp32", "cifar10", 0)
     assert settings.budget is None  # the target's
-    assert (settings.verdict.max_drop, settings.verdict.min_speedup, settings.verdict.batch) == (1.0, 1.02, 1)
+    assert (settings.accept.max_drop, settings.accept.min_speedup, settings.accept.batch) == (1.0, 1.02, 1)
 
 
 @pytest.mark.parametrize("share", [0, 1, 1.5, -0.5, float("nan"), float("inf")])
@@ -37,23 +37,23 @@ def test_a_budget_names_a_cost() -> None:
 
 
 def test_gates_freeze_after_they_start() -> None:
-    with pytest.raises(ValidationError, match=r"gates\.start \(0\.5\) must lie before gates\.freeze \(0\.5\)"):
-        Gates(start=0.5, freeze=0.5)
+    with pytest.raises(ValidationError, match=r"gates\.close_from \(0\.5\) must lie before gates\.freeze_at \(0\.5\)"):
+        Gates(close_from=0.5, freeze_at=0.5)
 
 
 def test_gates_may_learn_to_the_end() -> None:
-    assert Gates(freeze=1.0).freeze == 1
+    assert Gates(freeze_at=1.0).freeze_at == 1
 
 
 @pytest.mark.parametrize("freeze", [0, 1.01, float("nan")])
 def test_gates_are_fixed_within_the_run(freeze: float) -> None:
     with pytest.raises(ValidationError):
-        Gates(start=0.0, freeze=freeze)
+        Gates(close_from=0.0, freeze_at=freeze)
 
 
 @pytest.mark.parametrize("gone", ["polarization", "steering", "temperature", "travel"])
 def test_gates_have_no_settings_of_before(gone: str) -> None:
-    assert set(Gates.model_fields) == {"mode", "blocks", "start", "freeze", "min_width"}
+    assert set(Gates.model_fields) == {"mode", "blocks", "close_from", "freeze_at", "min_width"}
     with pytest.raises(ValidationError, match="Extra inputs"):
         Gates.model_validate({gone: 1.0})
 

@@ -174,14 +174,14 @@ def test_a_device_and_an_alignment() -> None:
     ("options", "start", "freeze"),
     [
         ((), 0.05, 0.3),
-        (("--set", "training.start=scratch"), 0.3, 0.55),
-        (("--set", "gates.start=0.9"), 0.9, 1.0),
-        (("--set", "gates.freeze=0.08"), 0.04, 0.08),
-        (("--set", "gates.start=0.2", "--set", "gates.freeze=0.4"), 0.2, 0.4),
+        (("--set", "training.init_from=scratch"), 0.3, 0.55),
+        (("--set", "gates.close_from=0.9"), 0.9, 1.0),
+        (("--set", "gates.freeze_at=0.08"), 0.04, 0.08),
+        (("--set", "gates.close_from=0.2", "--set", "gates.freeze_at=0.4"), 0.2, 0.4),
     ],
 )
 def test_gates_begin_to_close_when_weights_say_something(options: tuple[str, ...], start: float, freeze: float) -> None:
     outcome = polar("--model", "resnet20", "--data", "digits", "--dry-run", "--json", *options)
     assert outcome.code == 0, outcome.err
     gates = json.loads(outcome.out)["settings"]["gates"]
-    assert (gates["start"], gates["freeze"]) == pytest.approx((start, freeze))
+    assert (gates["close_from"], gates["freeze_at"]) == pytest.approx((start, freeze))

@@ -299,7 +299,7 @@ def test_given_weights_are_evaluated_and_not_trained(miniature: Miniature, tmp_p
 
 
 def test_a_final_run_trains_on_everything(tmp_path: Path) -> None:
-    final = ("--set", "training.final=true", "--set", "training.full_epochs=1", "--until", "full")
+    final = ("--set", "training.train_on_validation=true", "--set", "training.full_epochs=1", "--until", "full")
     assert polar(*MINIATURE, "--out", tmp_path / "run", *final).code == 0
     (line,) = (tmp_path / "run/full/training.jsonl").read_text().splitlines()
     assert json.loads(line)["val_accuracy"] is None

@@ -44,13 +44,13 @@ def test_a_recipe_is_found_by_name_or_as_a_file(tmp_path: Path, monkeypatch: pyt
     ("text", "bound", "percentile"), [("5", 5.0, "p50"), ("p99=0.5", 0.5, "p99"), ("p99.9=7", 7.0, "p99.9")]
 )
 def test_a_bound_on_a_percentile_of_latency(text: str, bound: float, percentile: str) -> None:
-    verdict = load(None, {"model": "resnet20", **parse_latency(text)}).verdict
-    assert (verdict.max_latency_ms, verdict.latency_percentile) == (bound, percentile)
+    accept = load(None, {"model": "resnet20", **parse_latency(text)}).accept
+    assert (accept.max_latency_ms, accept.latency_percentile) == (bound, percentile)
 
 
 @pytest.mark.parametrize("text", ["p98=5", "=5", "p99=", "p99=-1", "fast"])
 def test_a_bound_on_latency_that_is_none(text: str) -> None:
-    options = dict.fromkeys(("verdict.max_latency_ms", "verdict.latency_percentile"), "--max-latency-ms")
+    options = dict.fromkeys(("accept.max_latency_ms", "accept.latency_percentile"), "--max-latency-ms")
     with pytest.raises(UsageError, match="--max-latency-ms"):
         load(None, {"model": "resnet20", **parse_latency(text)}, options)
 
@@ -140,9 +140,9 @@ def test_unknown_keys_are_named_with_their_lines_and_the_nearest_key(tmp_path: P
         f"r.yaml:5: unknown key 'training.zzz'; known are {', '.join(Training.model_fields)}",
         "r.yaml:7: unknown key 'trainng'; did you mean 'training'?",
     ]
-    assert refused(tmp_path, "model: resnet20\n", {"gates.strt": 0.1, "gate.freeze": 1, "qqq": 1}) == [
-        "--set gates.strt: unknown key 'gates.strt'; did you mean 'gates.start'?",
-        "--set gate.freeze: unknown key 'gate.freeze'; did you mean 'gates.freeze'?",
+    assert refused(tmp_path, "model: resnet20\n", {"gates.close_frm": 0.1, "gate.freeze_at": 1, "qqq": 1}) == [
+        "--set gates.close_frm: unknown key 'gates.close_frm'; did you mean 'gates.close_from'?",
+        "--set gate.freeze_at: unknown key 'gate.freeze_at'; did you mean 'gates.freeze_at'?",
         f"--set qqq: unknown key 'qqq'; known are {', '.join(Settings.model_fields)}",
     ]
 
@@ -158,14 +158,14 @@ def test_a_whole_group_on_the_command_line_is_checked_too(tmp_path: Path) -> Non
 def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: Path) -> None:
     text = "model: resnet20\nseed: -1\ntraining:\n  lr: .nan\n  start: half\nbudget: 0.5\n"
     lines = refused(
-        tmp_path, text, {"training.epochs": 0, "verdict.batch": "x"}, options={"training.epochs": "--epochs"}
+        tmp_path, text, {"training.epochs": 0, "accept.batch": "x"}, options={"training.epochs": "--epochs"}
     )
     assert sorted(lines) == [
         "--epochs: training.epochs is 0 but should be greater than or equal to 1",
-        "--set verdict.batch: verdict.batch is 'x' but should be a valid integer, unable to parse string as an integer",
+        "--set accept.batch: accept.batch is 'x' but should be a valid integer, unable to parse string as an integer",
         "r.yaml:2: seed is -1 but should be greater than or equal to 0",
         "r.yaml:4: training.lr is nan but should be a finite number",
-        "r.yaml:5: training.start is 'half' but should be 'full' or 'scratch'",
+        "r.yaml:5: training.init_from is 'half' but should be 'full' or 'scratch'",
         "r.yaml:6: budget is a group of settings (macs, params, latency), not 0.5",
     ]
 
@@ -182,7 +182,7 @@ def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: P
         ("model: a\nnormalize:\n  mean: [0, 0, 0]", "r.yaml:3: normalize.std is missing"),
         (
             "model: a\n\ngates: {start: 0.6, freeze: 0.3}",
-            "r.yaml:3: gates.start (0.6) must lie before gates.freeze (0.3)",
+            "r.yaml:3: gates.close_from (0.6) must lie before gates.freeze_at (0.3)",
         ),
         ("model: a\nbudget: {macs: null}", "r.yaml:2: a budget names at least one of macs, params, latency"),
         ("model: a\nseed: 1\nmodel: b", "r.yaml:3: model is given twice, first in line 1"),

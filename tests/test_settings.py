@@ -68,8 +68,8 @@ def test_none_is_forgotten() -> None:
 def test_json_has_the_same() -> None:
     entries = {entry["key"]: entry for entry in json.loads(listed("--json").out)}
     assert list(entries) == [each.key for each in settings.every()]
-    assert entries["verdict.max_drop"] == {
-        "key": "verdict.max_drop",
+    assert entries["accept.max_drop"] == {
+        "key": "accept.max_drop",
         "default": 1.0,
         "required": False,
         "meaning": "accuracy that the compressed network may lose",
@@ -135,11 +135,11 @@ OPTIONS = {
 KEYS = {  # option: the settings it gives, where they are not named as it is
     "--epochs": {"training.epochs": 3},
     "--full-epochs": {"training.full_epochs": 4},
-    "--max-drop": {"verdict.max_drop": 2.0},
-    "--accuracy-rule": {"verdict.accuracy_rule": "point"},
-    "--min-speedup": {"verdict.min_speedup": 1.5},
-    "--verdict-batch": {"verdict.batch": 8},
-    "--max-latency-ms": {"verdict.max_latency_ms": 5.0, "verdict.latency_percentile": "p99"},
+    "--max-drop": {"accept.max_drop": 2.0},
+    "--accuracy-rule": {"accept.accuracy_rule": "point"},
+    "--min-speedup": {"accept.min_speedup": 1.5},
+    "--verdict-batch": {"accept.batch": 8},
+    "--max-latency-ms": {"accept.max_latency_ms": 5.0, "accept.latency_percentile": "p99"},
     "--batch": {"build.batches": [16, 16, 16]},
     "--budget": {"budget": {"macs": 0.5, "params": None, "latency": None}},
     "--golden": {"bundle.golden": "random"},

@@ -362,8 +362,8 @@ def test_a_forgotten_or_damaged_stamp_makes_the_stage_run_again(finished: Finish
     stamp = workspace.path("stamps/gates.json")
     stamp.write_bytes(stamp.read_bytes()[:40])
     assert not workspace.is_current("gates", KEY, inputs, outputs)
-    workspace.forget("gates")
-    workspace.forget("gates")
+    workspace.invalidate("gates")
+    workspace.invalidate("gates")
     assert not stamp.exists()
     assert not workspace.is_current("gates", KEY, inputs, outputs)
 
@@ -372,14 +372,14 @@ def test_it_is_known_whether_settings_or_program_were_others(finished: Finished)
     workspace, _, _ = finished
     newer = Fingerprint(KEY.settings, "polar_deploy 1.2.4")
     other = Fingerprint(digest({}), "polar_deploy 1.2.4")
-    assert [workspace.was_other("gates", each) for each in (KEY, newer, other)] == [False, False, True]
+    assert [workspace.has_other_settings("gates", each) for each in (KEY, newer, other)] == [False, False, True]
     programs = [workspace.other_program("gates", each) for each in (KEY, newer, other)]
     assert programs == [None, "polar_deploy 1.2.3", None]
-    assert not workspace.was_other("export", KEY)  # nobody knows
+    assert not workspace.has_other_settings("export", KEY)  # nobody knows
     assert workspace.other_program("export", KEY) is None
     for damaged in ("[]", "{}", '{"settings": 1}'):
         workspace.path("stamps/gates.json").write_text(damaged)
-        assert workspace.was_other("gates", KEY)
+        assert workspace.has_other_settings("gates", KEY)
         assert workspace.other_program("gates", newer) is None
 
 

@@ -37,7 +37,7 @@ def write(folder: Path) -> None:
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import analyse
     from polar_deploy.gating.choice import Limits, choose
-    from polar_deploy.surgery import rounds, stored
+    from polar_deploy.surgery import detached, rounds
 
     ways: dict[str, Any] = {"any": (1, None), "eights": (8, None)}
     ways |= {f"{name}-{precision}": (1, devices.choose(name, precision).offers) for name, precision in (HERE, *RKNN)}
@@ -49,8 +49,8 @@ def write(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
         def save(path: Path, opened: np.ndarray, choices: Any = choices) -> None:
-            small = rounds.operate(choices.with_masks(choices.stored, opened))[-1].model
-            onnx.save(stored.to_model(small), path)
+            small = rounds.operate(choices.with_masks(choices.detached, opened))[-1].model
+            onnx.save(detached.to_model(small), path)
 
         save(folder / name / "full.onnx", np.ones(choices.gates, bool))
         for seed in SEEDS:

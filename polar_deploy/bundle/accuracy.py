@@ -11,7 +11,7 @@ import numpy as np
 from polar_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from polar_deploy.bundle.device import Here
+    from polar_deploy.bundle.device import AvailableEngines
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.data import Split
     from polar_deploy.engines import Engine
@@ -35,7 +35,7 @@ def test_set(bundle: Bundle, folder: Path) -> TestSet:
 
 
 def measure(
-    bundle: Bundle, here: Here, graphs: Mapping[str, Engine], test: TestSet
+    bundle: Bundle, here: AvailableEngines, graphs: Mapping[str, Engine], test: TestSet
 ) -> tuple[dict[str, Any] | None, Judgement | None]:
     """Count what the engines, and the FP32 graphs, get right on the whole test set.
 

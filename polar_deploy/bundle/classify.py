@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     with opened(arguments.bundle) as bundle:
         options = device.read_options(arguments, bundle)
         if arguments.fp32:
-            graph = engines.graph(bundle.path(bundle.manifest.networks.compressed.fp32))
+            graph = engines.reference_engine(bundle.path(bundle.manifest.networks.compressed.fp32))
             found = classify(bundle, graph, arguments.images, arguments.top)
         else:
-            with device.engines_here(bundle, options) as here:
+            with device.open_engines(bundle, options) as here:
                 if not here.engines:
-                    raise MachineError(here.how, "--fp32 runs the FP32 graph in ONNX Runtime instead")
+                    raise MachineError(here.origin, "--fp32 runs the FP32 graph in ONNX Runtime instead")
                 found = classify(bundle, here.engines["compressed"], arguments.images, arguments.top)
     if arguments.json:
         print(json.dumps(found, indent=1))

@@ -37,25 +37,25 @@ class Options:
     Attributes:
         trusted: plans may be loaded.
         rebuild: engines may be built where no plan can be loaded.
-        kept: the folder for rebuilt engines; None: they are not kept.
+        engine_cache: the folder for rebuilt engines; None: they are not kept.
     """
 
     trusted: bool = False
     rebuild: bool = False
-    kept: Path | None = None
+    engine_cache: Path | None = None
 
 
 @dataclass(frozen=True)
-class Here:
+class AvailableEngines:
     """The engines of a bundle on this device.
 
     Attributes:
         engines: "compressed", and "full" where the bundle has it; {} if none runs here.
-        how: where they come from, or why there are none, a sentence without its full stop.
+        origin: where they come from, or why there are none, a sentence without its full stop.
     """
 
     engines: dict[str, Engine]
-    how: str
+    origin: str
 
 
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def read_options(arguments: argparse.Namespace, bundle: Bundle) -> Options:
 
 
 @contextmanager
-def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
+def open_engines(bundle: Bundle, options: Options) -> Iterator[AvailableEngines]:
     """Load or build the bundle's engines.
 
     Raises:
@@ -112,31 +112,35 @@ def engines_here(bundle: Bundle, options: Options) -> Iterator[Here]:
         words = "; ".join(lacks)
         is_plan = target.backend.artefact is PLAN
         how = f"plan not loadable here: {words}, rebuild needed on the device" if is_plan else f"not run here: {words}"
-        yield Here({}, how)
+        yield AvailableEngines({}, how)
         return
     networks = bundle.manifest.each()
-    why_not = why_not_as_delivered(bundle, target, trusted=options.trusted)
+    why_not = plan_rejection(bundle, target, trusted=options.trusted)
     if why_not is None:
-        yield Here({name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered")
+        yield AvailableEngines(
+            {name: _delivered(bundle, each, target) for name, each in networks.items()}, "as delivered"
+        )
         return
-    if options.kept is not None and (options.kept / "build.json").is_file():
-        plans = [kept_engine(options.kept, name, bundle)["plan"] for name in networks]
-        unfit = _unfit(plans, options.kept, target)
+    if options.engine_cache is not None and (options.engine_cache / "build.json").is_file():
+        plans = [cached_engine(options.engine_cache, name, bundle)["plan"] for name in networks]
+        unfit = _unfit(plans, options.engine_cache, target)
         if unfit is None:
-            yield _loaded(options.kept, bundle, target, f"built here before, in {options.kept} ({why_not})")
+            yield _loaded(
+                options.engine_cache, bundle, target, f"built here before, in {options.engine_cache} ({why_not})"
+            )
             return
-        why_not = f"{why_not}; those in {options.kept} no longer fit: {unfit}"
+        why_not = f"{why_not}; those in {options.engine_cache} no longer fit: {unfit}"
     if not options.rebuild:
-        yield Here({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
+        yield AvailableEngines({}, f"{why_not}; --rebuild builds engines here from the ONNX files")
     elif lacks := targets.lacks_to_build(target):
-        yield Here({}, f"{why_not}; not rebuilt: {'; '.join(lacks)}")
+        yield AvailableEngines({}, f"{why_not}; not rebuilt: {'; '.join(lacks)}")
     else:
-        with _folder(options.kept) as folder:
+        with _folder(options.engine_cache) as folder:
             _rebuild(bundle, target, folder)
             yield _loaded(folder, bundle, target, f"rebuilt here ({why_not})")
 
 
-def why_not_as_delivered(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
+def plan_rejection(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
     """Why the plans must not or cannot be loaded on this machine, which runs the target; None: nothing against it."""
     plans = [network.plan.model_dump(mode="json") for network in bundle.manifest.each().values() if network.plan]
     if unfit := _unfit(plans, bundle.folder, target):
@@ -165,10 +169,10 @@ def _delivered(bundle: Bundle, network: Network, target: Target) -> Engine:
     return engines.open_artefact(path, target, network.model_dump(mode="json"))
 
 
-def _loaded(folder: Path, bundle: Bundle, target: Target, how: str) -> Here:
+def _loaded(folder: Path, bundle: Bundle, target: Target, how: str) -> AvailableEngines:
     from polar_deploy import engines
 
-    return Here({name: engines.load(folder, name, target) for name in bundle.manifest.each()}, how)
+    return AvailableEngines({name: engines.load(folder, name, target) for name in bundle.manifest.each()}, how)
 
 
 @contextmanager
@@ -203,7 +207,7 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
 
 
-def kept_engine(folder: Path, name: str, bundle: Bundle) -> dict[str, Any]:
+def cached_engine(folder: Path, name: str, bundle: Bundle) -> dict[str, Any]:
     """The entry in build.json of an engine that was built into `folder` from this very bundle.
 
     Raises:

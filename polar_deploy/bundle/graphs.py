@@ -75,14 +75,14 @@ def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, ty
     kinds = (inner.dtype, outer.dtype) if typed else ("fp32", "fp32")
     expected = [(inner.name, kinds[0], inner.shape), (outer.name, kinds[1], (outer.classes,))]
     try:
-        found = edges(model)
+        found = io_tensors(model)
     except ValueError as error:
         raise refused(path, f"is not valid ONNX: {error}") from error
     if found != expected:
         raise refused(path, f"has the edges {found}, the manifest says {expected}")
 
 
-def edges(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]:
+def io_tensors(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]:
     """Name, element type and shape behind the batch of every input and output; an unknown size is 0."""
     initial = {tensor.name for tensor in model.graph.initializer}
     values = [*(value for value in model.graph.input if value.name not in initial), *model.graph.output]
@@ -90,7 +90,7 @@ def edges(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def element_type(name: str) -> ElementType:
-    """The manifest's word for an element type of `edges`, one of three."""
+    """The manifest's word for an element type of `io_tensors`, one of three."""
     known: dict[str, ElementType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
     if name not in known:
         raise ContentError(f"an edge of type {name} cannot be bundled", "export the network with floating-point edges")

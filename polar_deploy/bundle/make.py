@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from polar_deploy.data import Dataset
 
 
-def make(run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, unsaid: Collection[str] = ()) -> None:
+def make(
+    run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, omit_settings: Collection[str] = ()
+) -> None:
     """Write the bundle of a run whose parity stage did not fail, and check it.
 
     Args:
@@ -32,7 +34,7 @@ def make(run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, 
         folder: the bundle's; what was there before is replaced once the new one is whole.
         settings: the run's.
         dataset: what the networks were trained on.
-        unsaid: settings that may not be those of the run, and are left out of its provenance.
+        omit_settings: settings that may not be those of the run, and are left out of its provenance.
 
     Raises:
         UsageError: a file of the run is missing.
@@ -60,10 +62,10 @@ def make(run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, 
             },
             "networks": {"full": None, **networks},
             "surgery": "compressed/surgery.json",
-            "report": _page(run, draft, settings, unsaid),
+            "report": _page(run, draft, settings, omit_settings),
             "metrics": _metrics(parity),
             "verdict": _verdict(parity["verdict"]),
-            "provenance": _provenance(settings, dataset, built["engines"]["compressed"], unsaid),
+            "provenance": _provenance(settings, dataset, built["engines"]["compressed"], omit_settings),
         }
         write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
@@ -77,7 +79,7 @@ def _require_judged(run: Path, parity: dict[str, Any], settings: ResolvedSetting
     for name, judged in parity["files"].items():
         if sha256(run / name) != judged:
             raise ContentError(f"{run / name} is not the file that parity.json judges", again)
-    asked = settings.verdict.model_dump(mode="json")
+    asked = settings.accept.model_dump(mode="json")
     if any(parity["verdict"][key] != value for key, value in asked.items()):
         raise ContentError(f"{run / 'parity.json'} judges by other bounds than {asked}", again)
 
@@ -109,12 +111,12 @@ def _copy(run: Path, draft: Path, name: str) -> str:
     return name
 
 
-def _page(run: Path, draft: Path, settings: ResolvedSettings, unsaid: Collection[str]) -> str:
+def _page(run: Path, draft: Path, settings: ResolvedSettings, omit_settings: Collection[str]) -> str:
     """The page of the run for whoever gets the bundle: without pictures of its data, and without other settings."""
     from polar_deploy import report
 
     document = report.build(run, settings)
-    recipe = {key: value for key, value in document["recipe"].items() if key not in unsaid}
+    recipe = {key: value for key, value in document["recipe"].items() if key not in omit_settings}
     page = report.page(document | {"recipe": recipe, "bundle": None}, delivered=True)
     (draft / "report.html").write_text(page, encoding="utf-8")
     return "report.html"
@@ -153,7 +155,9 @@ def _edges(typed: Path) -> dict[str, Any]:
     """Input and output of the typed graph."""
     import onnx
 
-    (source, kind, shape), (result, result_kind, classes) = graphs.edges(onnx.load(typed, load_external_data=False))
+    (source, kind, shape), (result, result_kind, classes) = graphs.io_tensors(
+        onnx.load(typed, load_external_data=False)
+    )
     return {
         "input": {"name": source, "shape": list(shape), "dtype": graphs.element_type(kind), "layout": "NCHW"},
         "output": {"name": result, "classes": classes[0], "dtype": graphs.element_type(result_kind)},
@@ -228,10 +232,10 @@ def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(
-    settings: ResolvedSettings, dataset: Dataset, entry: dict[str, Any], unsaid: Collection[str]
+    settings: ResolvedSettings, dataset: Dataset, entry: dict[str, Any], omit_settings: Collection[str]
 ) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
-    told = {key: value for key, value in without_places(settings).items() if key not in unsaid}
+    told = {key: value for key, value in without_places(settings).items() if key not in omit_settings}
     return {
         "polar_deploy": entry["versions"]["polar_deploy"],
         "versions": entry["versions"],
@@ -246,7 +250,7 @@ def _prove(bundle: Bundle) -> None:
     """Hold what was written against its own golden samples, as the device will; ContentError where it fails."""
     from polar_deploy.bundle import device, verify
 
-    with device.engines_here(bundle, device.Options(trusted=True)) as here:
+    with device.open_engines(bundle, device.Options(trusted=True)) as here:
         for name, found in verify.golden_samples(bundle, here.engines).items():
             if not found["pass"]:
                 precision = bundle.manifest.networks.compressed.precision.asked

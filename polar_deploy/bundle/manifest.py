@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_deploy.backends import PLAN
-from polar_deploy.config import Build, Capability, Count, Text, Verdict
+from polar_deploy.config import AcceptanceCriteria, Build, Capability, Count, Text
 from polar_deploy.targets import TARGETS
 
 SCHEMA = 1
@@ -88,9 +88,9 @@ class Golden(_Part):
 class Profile(_Part):
     """Batch sizes that a plan is built for."""
 
-    smallest: Count
-    usual: Count
-    largest: Count
+    min: Count
+    opt: Count
+    max: Count
 
 
 class Plan(_Part):
@@ -115,9 +115,9 @@ class Precision(_Part):
 
     asked: Literal["fp32", "fp16", "bf16", "int8"]
     found: dict[Text, Count]
-    edges: Literal["fp32", "native"]
+    io_dtype: Literal["fp32", "native"]
     types: dict[Text, NonNegativeInt]
-    kept: list[Any]
+    high_precision_layers: list[Any]
     calibration: dict[Text, Any] | None
 
 
@@ -229,7 +229,7 @@ class Judgement(_Part):
 class Judged(_Part):
     """What was asked of the compressed network, and the answers where the bundle was made."""
 
-    asked: Verdict
+    asked: AcceptanceCriteria
     accuracy: Judgement
     latency: Judgement
     overall: Judgement

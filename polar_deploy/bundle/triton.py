@@ -186,7 +186,7 @@ def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, tr
 
 def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
     """A plan that was built here from this bundle, and its description."""
-    entry, path = device.kept_engine(folder, name, bundle), folder / f"{name}.plan"
+    entry, path = device.cached_engine(folder, name, bundle), folder / f"{name}.plan"
     if sha256(path) != entry["files"][path.name]["sha256"]:
         raise ContentError(f"{path} is not the file that was built", "build again, with a new folder")
     return path, entry["plan"]

@@ -73,7 +73,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
     test = accuracy.test_set(bundle, data) if data is not None else None
     graphs = _fp32_graphs(bundle)
     onnx = golden_samples(bundle, graphs, "fp32")
-    with device.engines_here(bundle, options) as here:
+    with device.open_engines(bundle, options) as here:
         golden = golden_samples(bundle, here.engines)
         judged = {"golden": _judge_golden(here, onnx, golden)}
         latency = counted = None
@@ -88,7 +88,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         "bundle": {"name": bundle.manifest.name, "manifest_sha256": bundle.sha256},
         "target": bundle.manifest.target,
         "machine": machine.describe(),
-        "engines": here.how,
+        "engines": here.origin,
         "golden": {"onnx": onnx, "engines": golden},
         "latency": latency,
         "accuracy": counted,
@@ -128,10 +128,10 @@ def _fp32_graphs(bundle: Bundle) -> dict[str, Engine]:
 
     if targets.lacks_to_run(targets.parse("ort-fp32")):
         return {}
-    return {name: engines.graph(bundle.path(each.fp32)) for name, each in bundle.manifest.each().items()}
+    return {name: engines.reference_engine(bundle.path(each.fp32)) for name, each in bundle.manifest.each().items()}
 
 
-def _judge_golden(here: device.Here, onnx: dict[str, Any], golden: dict[str, Any]) -> Judgement:
+def _judge_golden(here: device.AvailableEngines, onnx: dict[str, Any], golden: dict[str, Any]) -> Judgement:
     from polar_deploy.parity import Judgement
 
     for kind, found in (("FP32 graph", onnx), ("engine", golden)):
@@ -140,8 +140,8 @@ def _judge_golden(here: device.Here, onnx: dict[str, Any], golden: dict[str, Any
                 return Judgement("fail", f"the {kind} of the {name} network is {_off(each)}")
     verified = f"ONNX verified ({_off(onnx['compressed'])})" if onnx else "ONNX not checked (no onnxruntime here)"
     if not golden:
-        return Judgement("undecided", f"{here.how}; {verified}")
-    return Judgement("pass", f"engines {here.how}, {_off(golden['compressed'])}; {verified}")
+        return Judgement("undecided", f"{here.origin}; {verified}")
+    return Judgement("pass", f"engines {here.origin}, {_off(golden['compressed'])}; {verified}")
 
 
 def _off(found: dict[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _off(found: dict[str, Any]) -> str:
     return f"off by {found['difference']:.1e} on the golden samples, {found['tolerance']:g} is allowed"
 
 
-def _latency(bundle: Bundle, here: device.Here) -> tuple[dict[str, Any] | None, Judgement | None]:
+def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, Any] | None, Judgement | None]:
     """Time the full network against the compressed one; what was measured, and the answer, as far as there are any."""
     import numpy as np
 

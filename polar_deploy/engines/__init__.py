@@ -31,12 +31,12 @@ __all__ = [
     "Timer",
     "build",
     "build_all",
-    "graph",
     "infer_all",
     "kernels",
     "load",
     "open_artefact",
     "rebuild",
+    "reference_engine",
     "require_fit",
 ]
 
@@ -182,7 +182,7 @@ def kernels(target: targets.Target) -> Kernels | None:
     return _runtime(target).kernels(target)
 
 
-def graph(path: Path) -> Engine:
+def reference_engine(path: Path) -> Engine:
     """An FP32 ONNX file as an engine of ONNX Runtime on all cores: the reference that others are held against."""
     from polar_deploy.engines.ort import OrtEngine
 

@@ -41,7 +41,9 @@ def make(
     measured: dict[str, Any] | None = None
     for attempt in range(ATTEMPTS):
         try:
-            measured = table.measure(gated, target, batch=batch, options=options, likely=likely, tell=on_progress)
+            measured = table.measure(
+                gated, target, batch=batch, options=options, likely=likely, on_progress=on_progress
+            )
         except latency.DisturbedError as error:
             if measured is None and attempt == ATTEMPTS - 1:
                 raise

@@ -70,7 +70,7 @@ def measure(
     options: Build | None = None,
     calibration: Array | None = None,
     likely: Callable[[LatencyTable], Sequence[Mapping[str, int]]] = lambda table: (),
-    tell: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure a gated network on `target` and return the content of latency-table.json.
 
@@ -83,7 +83,7 @@ def measure(
         calibration: normalised images [N,C,H,W] for an INT8 target; None: noise, which gives the same layers.
         likely: sub-networks that may be chosen by this table, as open gates of all its sites: they are measured, too,
             as checks.
-        tell: is told about the progress.
+        on_progress: is told about the progress.
 
     Raises:
         UsageError: no such file. MachineError: the target cannot be built or run here.
@@ -93,11 +93,11 @@ def measure(
     start = time.monotonic()
     with TemporaryDirectory(prefix="polar_deploy-") as folder:
         bench = Bench(gated_onnx, Path(folder), target, batch, options, calibration)
-        tell(f"{len(bench.sites)} sites of {len(bench.kinds())} kinds")
+        on_progress(f"{len(bench.sites)} sites of {len(bench.kinds())} kinds")
         curves: dict[str, dict[int, float]] = {}
         for kind in bench.kinds():
             curves |= bench.curves(kind)
-            tell(f"{kind[0].kind} {kind[0].name} and {len(kind) - 1} more: {len(bench.rounds)} engines timed")
+            on_progress(f"{kind[0].kind} {kind[0].name} and {len(kind) - 1} more: {len(bench.rounds)} engines timed")
         overlaps = bench.overlaps(curves)
         document = {
             "schema": SCHEMA,
@@ -309,7 +309,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.gated,
         targets.choose() if arguments.target == "auto" else targets.parse(arguments.target),
         batch=arguments.batch,
-        tell=lambda message: print(message, file=sys.stderr),
+        on_progress=lambda message: print(message, file=sys.stderr),
     )
     write_json(arguments.out, table)
     noise = table["noise"]

@@ -15,7 +15,7 @@ from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
-from polar_deploy.surgery import choices, stored
+from polar_deploy.surgery import choices, detached
 from polar_deploy.surgery.choices import Choices
 
 
@@ -69,7 +69,7 @@ def analyse(
         UsageError: there is no gate in it.
     """
     example = example.to(export.device_of(network))
-    structure = stored.take(export.capture(network, example).structure())
+    structure = detached.detach_weights(export.capture(network, example).structure())
     blank = choices.without_values(structure, set(own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
     made = choices.find(blank, found.masks, found.name_of, streams=streams)

@@ -21,9 +21,9 @@ from polar_deploy.gating.analysis import Analysis, own_tensors
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
+from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Bools
 from polar_deploy.surgery.slices import paddings, slices
-from polar_deploy.surgery.stored import Stored
 
 TOLERANCE = 1e-6  # of the outputs' scale, in float64
 _DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that layer out with ignore"
@@ -61,9 +61,9 @@ def merge(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools)
         tensor[np.ix_(*kept)] = value.to(tensor)
 
 
-def _closed(analysis: Analysis, opened: Bools) -> Stored:
+def _closed(analysis: Analysis, opened: Bools) -> DetachedModel:
     """The graph with the gates closed that are not in bool [gates]."""
-    return analysis.choices.with_masks(analysis.choices.stored, opened)
+    return analysis.choices.with_masks(analysis.choices.detached, opened)
 
 
 def _by_tensor(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> dict[int, Sequence[np.ndarray]]:
@@ -93,7 +93,7 @@ def _slice(network: nn.Module, left: Mapping[str, Sequence[np.ndarray]]) -> None
         _resize(module, before)
 
 
-def _pad(network: nn.Module, closed: Stored) -> None:
+def _pad(network: nn.Module, closed: DetachedModel) -> None:
     """Write what modules that pad with constants, channels as well, add from now on."""
     padding = {path: each for path, each in network.named_modules() if isinstance(each, _ConstantPadNd)}
     if not padding:
@@ -186,7 +186,7 @@ def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str
 def _dead(network: nn.Module, analysis: Analysis, closed: Sequence[Block]) -> list[str]:
     """The outermost modules with parameters that work for closed branches alone."""
     gone = frozenset[int]().union(*(block.nodes for block in closed))
-    graph = analysis.choices.stored.model.graph
+    graph = analysis.choices.detached.model.graph
     constant = {tensor.name for tensor in graph.initializer}
     runs: dict[str, bool] = {}
     for position, node in enumerate(graph.node):

@@ -6,8 +6,8 @@
         optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
     gates.export("gated.onnx"); small = gates.cut()
 
-`step` watches what each gate is worth while all are open, chooses at `start` what stays within the budget, closes the
-rest little by little, and fixes them at `freeze`.
+`step` watches what each gate is worth while all are open, chooses at `close_from` what stays within the budget, closes the
+rest little by little, and fixes them at `freeze_at`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Gates:
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
-        start, freeze: shares of the run at which gates begin to close, and at which they are fixed. What stays is
-            chosen at `start`: a network that is trained from nothing should have learned something by then.
+        close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed. What stays is
+            chosen at `close_from`: a network that is trained from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
             without one, what `device` says.
         measured: for a latency budget: measures which share of the full latency a sub-network takes, given as open
@@ -101,15 +101,15 @@ class Gates:
         min_width: float = 0.25,
         blocks: bool = True,
         mode: Literal["batch", "sample"] = "batch",
-        start: float = 0.05,
-        freeze: float = 0.3,
+        close_from: float = 0.05,
+        freeze_at: float = 0.3,
         latency_table: LatencyTable | Path | str | None = None,
         measured: Measured | None = None,
         rehearse: int = 2,
         analysis: Analysis | None = None,
     ) -> None:
         self.budget = _budget(budget)
-        self.schedule = Schedule(steps, start, freeze)
+        self.schedule = Schedule(steps, close_from, freeze_at)
         self.model, self.mode = model, mode
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
         chosen = devices.choose(device) if isinstance(device, str) else device
@@ -288,7 +288,7 @@ class Gates:
             "format": FORMAT,
             "sites": self._signature(),
             "budget": dict(self.budget),
-            "schedule": [self.schedule.steps, self.schedule.start, self.schedule.freeze],
+            "schedule": [self.schedule.steps, self.schedule.close_from, self.schedule.freeze_at],
             "step": self._step,
             "phase": self.phase,
             "opened": torch.from_numpy(self.opened.copy()),

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from polar_deploy.export import Example, evaluating, module_of
 from polar_deploy.surgery.choices import Mask
+from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Facts, Step
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node
-from polar_deploy.surgery.stored import Stored
 from polar_deploy.surgery.survey import depending, is_writer
 
 
@@ -82,7 +82,7 @@ class Places:
     """The masks of a network and the modules that carry them.
 
     Args:
-        stored: the network's structure as exported.
+        detached: the network's structure as exported.
         calls: how its modules are called (`watch`).
         aliases: for modules that have several names in the network, the first one by each of the others.
         ignore: patterns of module paths that carry no mask.
@@ -95,7 +95,7 @@ class Places:
 
     def __init__(
         self,
-        stored: Stored,
+        detached: DetachedModel,
         calls: dict[str, Calls],
         aliases: dict[str, str],
         ignore: Sequence[str] = (),
@@ -103,14 +103,14 @@ class Places:
         blocks: bool = True,
     ) -> None:
         self._calls, self._ignore = calls, ignore
-        self.graph = Graph(stored)
+        self.graph = Graph(detached)
         self._facts = Facts(self.graph)
-        self._facts.settle()
+        self._facts.update_after_cut()
         self._depending = depending(self.graph)
         self._position = {id(node): position for position, node in enumerate(self.graph.original_nodes)}
         self._module = {
             id(node): aliases.get(path, path) if (path := module_of(proto)) else path
-            for node, proto in zip(self.graph.original_nodes, stored.model.graph.node, strict=True)
+            for node, proto in zip(self.graph.original_nodes, detached.model.graph.node, strict=True)
         }
         self.masks: list[Mask] = []
         self.places: list[Place] = []

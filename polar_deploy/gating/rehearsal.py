@@ -19,7 +19,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, own_tensors
-from polar_deploy.surgery import stored
+from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import Choices, with_values
 from polar_deploy.surgery.facts import Bools
 
@@ -113,13 +113,13 @@ def _there(model: nn.Module, analysis: Analysis) -> Example:
 def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
     """Largest difference between model and masked graph in a state, as a share of each output's scale."""
     values = {name: tensor.detach().cpu().numpy() for name, tensor in own_tensors(model).items()}
-    graph = analysis.choices.with_masks(with_values(analysis.choices.stored, values), opened)
+    graph = analysis.choices.with_masks(with_values(analysis.choices.detached, values), opened)
     before = masking.read(model, analysis.places)
     masking.write(model, analysis.places, analysis.gate_masks(torch.from_numpy(opened).float()))
     try:
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             path = Path(folder, "masked.onnx")
-            stored.write(graph, path, path.with_suffix(".data") if graph.needs_data_file else None)
+            detached.write(graph, path, path.with_suffix(".data") if graph.needs_data_file else None)
             return _off(model, noise(_there(model, analysis)), path)
     finally:
         masking.write(model, analysis.places, before)

@@ -15,24 +15,24 @@ SPAN = 0.1  # share of all that close: so many are on their way at the same time
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run of `steps` steps: gates are watched, all open, until `start`; then they close, and are fixed at `freeze`.
+    """A run of `steps` steps: gates are watched, all open, until `close_from`; then they close, and are fixed at `freeze_at`.
 
-    start, freeze: shares of the run, 0 <= start < freeze <= 1.
+    close_from, freeze_at: shares of the run, 0 <= close_from < freeze_at <= 1.
     """
 
     steps: int
-    start: float = 0.05
-    freeze: float = 0.3
+    close_from: float = 0.05
+    freeze_at: float = 0.3
 
     @property
     def chosen_at(self) -> int:
         """The step after which it is chosen what is to close."""
-        return max(1, round(self.start * self.steps))
+        return max(1, round(self.close_from * self.steps))
 
     @property
     def frozen_at(self) -> int:
         """The step after which the gates are fixed."""
-        return max(1, round(self.freeze * self.steps))
+        return max(1, round(self.freeze_at * self.steps))
 
     def progress(self, step: int) -> float:
         """Share of the closing phase that is over, in [0, 1]."""

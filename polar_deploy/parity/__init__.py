@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.config import Triple, Verdict
+from polar_deploy.config import AcceptanceCriteria, Triple
 from polar_deploy.data import Split, normalise
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
@@ -109,7 +109,7 @@ def compare(
     full: Engine,
     compressed: Engine,
     test: TestSet,
-    verdict: Verdict,
+    criteria: AcceptanceCriteria,
     *,
     graphs: Graphs | None = None,
     batches: Iterable[int] = (1, 64),
@@ -119,7 +119,7 @@ def compare(
     Args:
         full, compressed: the engines.
         test: the test set.
-        verdict: when the compressed engine counts as good.
+        criteria: when the compressed engine counts as good.
         graphs: the FP32 graphs; None leaves out what is compared with them.
         batches: batch sizes to time, beside the verdict's own.
 
@@ -128,28 +128,28 @@ def compare(
         UsageError: no such reference.
     """
     found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test)
-    rows = np.arange(max({*batches, verdict.batch})) % len(test)
-    singles = singles_for(verdict)
+    rows = np.arange(max({*batches, criteria.batch})) % len(test)
+    singles = singles_for(criteria)
     timings = [
         timing.compare(full, compressed, test.images(rows[:size]), singles=singles)
-        for size in sorted({*batches, verdict.batch})
+        for size in sorted({*batches, criteria.batch})
     ]
     tally = found["accuracy"].tally
     precision = {name: found[name].tally for name in ("full", "compressed")} if graphs else None
     return {
         **_head(None, found, graphs),
         "latency": [latency_document(full, compressed, test.images(rows[: each.batch]), each) for each in timings],
-        "verdict": judge(tally, timings, verdict, precision),
+        "verdict": judge(tally, timings, criteria, precision),
     }
 
 
-def not_run(lack: str, test: TestSet, verdict: Verdict, graphs: Graphs) -> dict[str, Any]:
+def not_run(lack: str, test: TestSet, criteria: AcceptanceCriteria, graphs: Graphs) -> dict[str, Any]:
     """The content of parity.json for engines that cannot run here: what their FP32 graphs say, and no more.
 
     Args:
         lack: what this machine lacks.
         test: the test set.
-        verdict: what is asked.
+        criteria: what is asked.
         graphs: the FP32 graphs.
 
     Raises:
@@ -159,7 +159,7 @@ def not_run(lack: str, test: TestSet, verdict: Verdict, graphs: Graphs) -> dict[
     return {
         **_head(f"built, not run here: {lack}", found, graphs),
         "latency": [],
-        "verdict": judge_not_run(lack, found["pruning"].tally, verdict),
+        "verdict": judge_not_run(lack, found["pruning"].tally, criteria),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from polar_deploy.config import Verdict
+from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines import timing
 from polar_deploy.parity.tally import Z95, Tally
 
@@ -33,7 +33,7 @@ def exit_code(parity: dict[str, Any]) -> int:
 def judge(
     tally: Tally,
     timings: Sequence[timing.Timing],
-    verdict: Verdict,
+    criteria: AcceptanceCriteria,
     precision: Mapping[str, Tally] | None = None,
 ) -> dict[str, Any]:
     """The verdict: accuracy, latency and both together, each pass, fail or undecided with its reason.
@@ -41,27 +41,29 @@ def judge(
     Args:
         tally: the compressed engine against the full engine.
         timings: one a batch size, the verdict's among them.
-        verdict: what is asked.
+        criteria: what is asked.
         precision: each engine, "full" and "compressed", against its own FP32 graph.
     """
-    at_batch = next(result for result in timings if result.batch == verdict.batch)
-    return _document(judge_accuracy(tally, verdict, precision), judge_latency(at_batch, verdict), verdict)
+    at_batch = next(result for result in timings if result.batch == criteria.batch)
+    return _document(judge_accuracy(tally, criteria, precision), judge_latency(at_batch, criteria), criteria)
 
 
-def judge_not_run(lack: str, pruning: Tally, verdict: Verdict) -> dict[str, Any]:
+def judge_not_run(lack: str, pruning: Tally, criteria: AcceptanceCriteria) -> dict[str, Any]:
     """The verdict on engines that cannot run here: undecided, whatever their graphs do elsewhere.
 
     Args:
         lack: what this machine lacks.
         pruning: the FP32 graph of the compressed network against that of the full one, in ONNX Runtime.
-        verdict: what is asked.
+        criteria: what is asked.
     """
     built = f"built, not run here ({lack})"
     accuracy = Judgement("undecided", f"{built}; as FP32 graphs in ONNX Runtime, {_change(pruning.drop)}")
-    return _document(accuracy, Judgement("undecided", built), verdict)
+    return _document(accuracy, Judgement("undecided", built), criteria)
 
 
-def judge_accuracy(tally: Tally, verdict: Verdict, precision: Mapping[str, Tally] | None = None) -> Judgement:
+def judge_accuracy(
+    tally: Tally, criteria: AcceptanceCriteria, precision: Mapping[str, Tally] | None = None
+) -> Judgement:
     """Pass if at most `max_drop` points are lost to pruning, and to the precision, and no logit is NaN or Inf.
 
     A test of non-inferiority: pass if the drop's whole 95 % interval lies within `max_drop`, so that a network that
@@ -73,21 +75,21 @@ def judge_accuracy(tally: Tally, verdict: Verdict, precision: Mapping[str, Tally
     for name, count in broken.items():
         if count:
             return Judgement("fail", f"the {name} engine gives NaN or Inf on {count} of {tally.samples} test images")
-    pruning = _within_drop(tally, _change(tally.drop), verdict)
+    pruning = _within_drop(tally, _change(tally.drop), criteria)
     parts = [pruning, _better_than_chance("full", tally.full_right, tally)]
     parts.append(_better_than_chance("compressed", tally.compressed_right, tally))
     for name, loss in (precision or {}).items():
         cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
-        parts.append(_within_drop(loss, cost, verdict))
+        parts.append(_within_drop(loss, cost, criteria))
     judged = together(*parts)
     return pruning if judged.result == "pass" else judged
 
 
-def _within_drop(tally: Tally, change: str, verdict: Verdict) -> Judgement:
+def _within_drop(tally: Tally, change: str, criteria: AcceptanceCriteria) -> Judgement:
     """Hold a drop against `max_drop`; `change` says what it is."""
     low, high = tally.interval
-    asked = verdict.max_drop
-    if verdict.accuracy_rule == "point":
+    asked = criteria.max_drop
+    if criteria.accuracy_rule == "point":
         low = high = tally.drop
     else:
         change = f"{change} (95 %: {low:+.2f} to {high:+.2f})"
@@ -125,11 +127,11 @@ def _better_than_chance(name: str, right: int, tally: Tally) -> Judgement:
     return Judgement("pass", f"{does}, better than chance")
 
 
-def judge_latency(result: timing.Timing, verdict: Verdict) -> Judgement:
+def judge_latency(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgement:
     """Judge the speed-up, and the latency itself where a bound is set: pass if the whole interval is within."""
-    parts = [_speedup(result, verdict)]
-    if verdict.max_latency_ms is not None:
-        parts.append(_within(result, verdict.max_latency_ms, verdict.latency_percentile))
+    parts = [_speedup(result, criteria)]
+    if criteria.max_latency_ms is not None:
+        parts.append(_within(result, criteria.max_latency_ms, criteria.latency_percentile))
     judged = together(*parts)
     throttled = result.best.throttled
     return (
@@ -139,14 +141,14 @@ def judge_latency(result: timing.Timing, verdict: Verdict) -> Judgement:
     )
 
 
-def singles_for(verdict: Verdict) -> int:
+def singles_for(criteria: AcceptanceCriteria) -> int:
     """How many inferences to time one by one, so that the percentile that is asked has an upper end."""
-    share = timing.PERCENTILES.get(verdict.latency_percentile)
-    asked = verdict.max_latency_ms is not None and share is not None
+    share = timing.PERCENTILES.get(criteria.latency_percentile)
+    asked = criteria.max_latency_ms is not None and share is not None
     return max(timing.SINGLES, 2 * timing.singles_needed(share) if asked and share else 0)
 
 
-def _speedup(result: timing.Timing, verdict: Verdict) -> Judgement:
+def _speedup(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgement:
     """Hold the speed-up against what is asked, the noise of the machine included in its interval."""
     speedup, place = result.best.speedup_with_noise, f"at batch {result.batch}"
     if not result.decided:
@@ -154,11 +156,11 @@ def _speedup(result: timing.Timing, verdict: Verdict) -> Judgement:
         return Judgement("undecided", f"the machine is too noisy: two copies of one engine differ by {off}, {place}")
     interval = f"95 %, with the noise of the machine: {speedup.low:.3f} to {speedup.high:.3f}"
     measured = f"the speed-up {place} is {speedup.median:.3f} ({interval})"
-    if speedup.low >= verdict.min_speedup:
-        return Judgement("pass", f"{measured}, {verdict.min_speedup:g} is asked")
-    if speedup.high < verdict.min_speedup:
-        return Judgement("fail", f"{measured}, below the {verdict.min_speedup:g} asked")
-    return Judgement("undecided", f"{measured}, too close to the {verdict.min_speedup:g} asked to tell")
+    if speedup.low >= criteria.min_speedup:
+        return Judgement("pass", f"{measured}, {criteria.min_speedup:g} is asked")
+    if speedup.high < criteria.min_speedup:
+        return Judgement("fail", f"{measured}, below the {criteria.min_speedup:g} asked")
+    return Judgement("undecided", f"{measured}, too close to the {criteria.min_speedup:g} asked to tell")
 
 
 def _within(result: timing.Timing, bound: float, percentile: str) -> Judgement:
@@ -182,9 +184,9 @@ def _within(result: timing.Timing, bound: float, percentile: str) -> Judgement:
     return Judgement("undecided", f"{measured}, too close to the {bound:g} ms allowed to tell")
 
 
-def _document(accuracy: Judgement, latency: Judgement, verdict: Verdict) -> dict[str, Any]:
+def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCriteria) -> dict[str, Any]:
     return {
-        **verdict.model_dump(),
+        **criteria.model_dump(),
         "accuracy": asdict(accuracy),
         "latency": asdict(latency),
         "overall": asdict(together(accuracy, latency)),

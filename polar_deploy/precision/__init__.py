@@ -41,7 +41,7 @@ def write(
             the graph is proven as it is written.
 
     Returns:
-        {"edges": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "kept": the nodes that stay
+        {"io_dtype": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "high_precision_layers": the nodes that stay
         wider and why, "calibration": None or how}, as build.json has it.
 
     Raises:
@@ -56,21 +56,21 @@ def write(
 
     kept: list[dict[str, Any]] = []
     described: dict[str, Any] | None = None
-    keep_edges = options.edges == "fp32"
+    keep_io_types = options.io_dtype == "fp32"
     if target.precision == "fp32":
         model = onnx.load(source)  # as it is
         graph.require_fp32(graph.inferred(onnx.load(source, load_external_data=False)).graph, source)
     elif target.precision == "int8":
         scheme = int8.SCHEMES[target.backend.int8]
-        model, kept, described = int8.converted(graph.load(source), source, scheme, options, calibration, kernels)
+        model, kept, described = int8.to_int8(graph.load(source), source, scheme, options, calibration, kernels)
     else:
         wide = graph.load(source)
         samples = normal_samples(wide)
         reference = None if samples is None else Reference.of(wide, samples, source)
-        convert = fp16.converted if target.precision == "fp16" else bf16.converted
-        model, kept = convert(wide, source, reference, keep_edges=keep_edges, kernels=kernels)
+        convert = fp16.to_fp16 if target.precision == "fp16" else bf16.to_bf16
+        model, kept = convert(wide, source, reference, keep_io_types=keep_io_types, kernels=kernels)
     types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)
     edges = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"
-    return {"edges": edges, "types": types, "kept": kept, "calibration": described}
+    return {"io_dtype": edges, "types": types, "high_precision_layers": kept, "calibration": described}

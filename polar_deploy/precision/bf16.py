@@ -23,12 +23,12 @@ OPSET = 22
 _FLOAT, _BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
-def converted(
+def to_bf16(
     model: onnx.ModelProto,
     path: Path,
     reference: Reference | None,
     *,
-    keep_edges: bool,
+    keep_io_types: bool,
     kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """Write BF16 into a graph, casts where an operator cannot have it: the graph, and the nodes that stay FP32.
@@ -37,7 +37,7 @@ def converted(
         model: FP32, as `graph.load` gives it.
         path: its file, for messages.
         reference: what the network gives in FP32; None: the result is not compared.
-        keep_edges: the graph's inputs and outputs stay FP32.
+        keep_io_types: the graph's inputs and outputs stay FP32.
         kernels: of the runtime that the graph is for, if they can be asked here.
 
     Raises:
@@ -56,7 +56,7 @@ def converted(
     def convert(wide: Collection[str]) -> onnx.ModelProto:
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
-        _Caster(copy, wide).run(keep_edges)
+        _Caster(copy, wide).run(keep_io_types)
         if wide:
             graph.join_casts(copy)
         graph.sort(copy.graph)
@@ -79,9 +79,9 @@ class _Caster:
         self.floats -= set(self.constants)
         self.casts: dict[str, onnx.NodeProto] = {}
 
-    def run(self, keep_edges: bool) -> None:
+    def run(self, keep_io_types: bool) -> None:
         """Convert the graph in place."""
-        edges = [self._edge(value, keep_edges) for value in (*self.graph.input, *self.graph.output)]
+        edges = [self._edge(value, keep_io_types) for value in (*self.graph.input, *self.graph.output)]
         self._round_constants()
         for node in list(self.graph.node):
             self._convert(node)

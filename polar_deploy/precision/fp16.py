@@ -17,12 +17,12 @@ LARGEST = float(np.finfo(np.float16).max)  # 65504
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
 
 
-def converted(
+def to_fp16(
     model: onnx.ModelProto,
     path: Path,
     reference: Reference | None,
     *,
-    keep_edges: bool,
+    keep_io_types: bool,
     kernels: Kernels | None = None,
     bound: float = BOUNDS["fp16"],
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
@@ -32,7 +32,7 @@ def converted(
         model: FP32, as `graph.load` gives it; it may have Q/DQ pairs, whose scales become FP16 (opset >= 19).
         path: its file, for messages.
         reference: what the network gives in FP32; None: the result is not compared.
-        keep_edges: the graph's inputs and outputs stay FP32.
+        keep_io_types: the graph's inputs and outputs stay FP32.
         kernels: of the runtime that the graph is for, if they can be asked here.
         bound: on the error of each output.
 
@@ -44,19 +44,21 @@ def converted(
     _require_range(model, path)
 
     def convert(wide: Sequence[str]) -> onnx.ModelProto:
-        return _converted(model, wide, keep_edges=keep_edges)
+        return _converted(model, wide, keep_io_types=keep_io_types)
 
     if reference is None:
         return convert(()), []
     return kept_wide(model, convert, reference, bound, "fp32", kernels)
 
 
-def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_edges: bool) -> onnx.ModelProto:
+def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_io_types: bool) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    copy = convert_float_to_float16(copy, keep_io_types=keep_edges, disable_shape_infer=True, node_block_list=[*wide])
+    copy = convert_float_to_float16(
+        copy, keep_io_types=keep_io_types, disable_shape_infer=True, node_block_list=[*wide]
+    )
     if wide:
         graph.join_casts(copy)
     graph.sort(copy.graph)  # the converter appends its casts

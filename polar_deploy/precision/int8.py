@@ -22,10 +22,10 @@ from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
 if TYPE_CHECKING:
     from polar_deploy.config import Build
 
-__all__ = ["ORT", "SCHEMES", "TRT", "Scheme", "converted"]
+__all__ = ["ORT", "SCHEMES", "TRT", "Scheme", "to_int8"]
 
 
-def converted(
+def to_int8(
     model: onnx.ModelProto,
     path: Path,
     scheme: Scheme,
@@ -53,8 +53,8 @@ def converted(
     kept = writer.kept
     if scheme.wider == "fp16":
         bound = proof.int8_bound(options.max_layer_error)
-        typed, wider = fp16.converted(
-            graph.inferred(typed), path, writer.reference, keep_edges=options.edges == "fp32", bound=bound
+        typed, wider = fp16.to_fp16(
+            graph.inferred(typed), path, writer.reference, keep_io_types=options.io_dtype == "fp32", bound=bound
         )
         kept = [*kept, *wider]
     return graph.inferred(typed), kept, _described(options, len(images))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 _SITE = "polar_deploy.site"  # metadata of a gate's Mul, as `polar_deploy.gating.deploy` writes it
-OF_SURGERY = ("layers", "blocks_removed", "cuts_not_made", "walls")  # what `network` reads of surgery.json
+OF_SURGERY = ("layers", "blocks_removed", "cuts_not_made", "unsupported")  # what `network` reads of surgery.json
 
 
 def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
             {key: _in_words(each, words) if isinstance(each, str) else each for key, each in cut.items()}
             for cut in surgery["cuts_not_made"]
         ],
-        "unsupported": surgery["walls"],
+        "unsupported": surgery["unsupported"],
     }
 
 

@@ -61,8 +61,15 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         agree = f"points; {compressed['loss']['agreement']:.2f} % agree"
         rows.append(("engine for graph" if asked == "fp32" else f"{asked} for fp32", plain, pruned, agree))
     rows.extend(_graphs(report))
-    if full["kept"] or compressed["kept"]:
-        rows.append(("layers kept wider", str(len(full["kept"])), str(len(compressed["kept"])), "see build.json"))
+    if full["high_precision_layers"] or compressed["high_precision_layers"]:
+        rows.append(
+            (
+                "layers kept wider",
+                str(len(full["high_precision_layers"])),
+                str(len(compressed["high_precision_layers"])),
+                "see build.json",
+            )
+        )
     return rows
 
 

@@ -38,7 +38,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     settings = run.settings.model_dump(mode="json", include={"target", "build"})
     depends_on = settings | {"here": targets.identity(run.target)}
     if run.target.precision == "int8":
-        depends_on |= run.basis | {"final": run.settings.training.final}
+        depends_on |= run.basis | {"train_on_validation": run.settings.training.train_on_validation}
     return fingerprint.of(depends_on)
 
 

@@ -44,15 +44,15 @@ def _run(run: RunContext) -> None:
             f"stage {name} ran with other settings, or on another machine: the bundle would tell otherwise",
             f"run again with --from {name}, or with the settings of then",
         )
-    unsaid = _OF_GATED_RUN if {"full", "gates"} & others else set()
-    make(run.folder, run.path(BUNDLE), run.settings, run.dataset, unsaid)
+    omit_settings = _OF_GATED_RUN if {"full", "gates"} & others else set()
+    make(run.folder, run.path(BUNDLE), run.settings, run.dataset, omit_settings)
 
 
 def _made_with_other_settings(run: RunContext) -> set[str]:
     """Stages whose files are there, but not of these settings: the bundle must not tell theirs as its own."""
     from polar_deploy.stages import STAGES
 
-    return {stage.name for stage in STAGES if run.workspace.was_other(stage.name, stage.fingerprint(run))}
+    return {stage.name for stage in STAGES if run.workspace.has_other_settings(stage.name, stage.fingerprint(run))}
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

@@ -83,7 +83,7 @@ class RunContext:
 
         from polar_deploy import data
 
-        if self.settings.training.final:
+        if self.settings.training.train_on_validation:
             return np.arange(len(self.dataset.train.labels)), np.arange(0)
         return data.split_validation(self.dataset, self.settings.seed)
 

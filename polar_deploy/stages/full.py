@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
 
-_GATED_ALONE = {"epochs", "gated_lr", "start", "distill", "distill_share", "distill_temperature"}
+_GATED_ALONE = {"epochs", "gated_lr", "init_from", "distill", "distill_share", "distill_temperature"}
 
 
 def _run(run: RunContext) -> None:
     from polar_deploy import models
-    from polar_deploy.stages.training import fit_of
+    from polar_deploy.stages.training import training_job
     from polar_deploy.training.full import train_full
     from polar_deploy.training.loop import evaluate, write_log
 
     given, network = run.settings.full_weights, run.network()
     if given is not None:
         models.load_weights(network, given)
-    fit = fit_of(run, "full", "full", network, run.settings.training.full_epochs, _fingerprint(run))
+    fit = training_job(run, "full", "full", network, run.settings.training.full_epochs, _fingerprint(run))
     if given is None:
         train_full(fit, run.progress)
     else:
@@ -37,7 +37,9 @@ def _run(run: RunContext) -> None:
 def _fingerprint(run: RunContext) -> Fingerprint:
     training = run.settings.training
     if run.settings.full_weights is not None:
-        return fingerprint.of(run.basis | {"given": True, "final": training.final}, trained=True)
+        return fingerprint.of(
+            run.basis | {"given": True, "train_on_validation": training.train_on_validation}, trained=True
+        )
     return fingerprint.of(run.basis | training.model_dump(mode="json", exclude=_GATED_ALONE), trained=True)
 
 

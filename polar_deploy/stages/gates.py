@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 def _run(run: RunContext) -> None:
     from polar_deploy import models
     from polar_deploy.gating.document import document
-    from polar_deploy.stages.training import fit_of
+    from polar_deploy.stages.training import training_job
     from polar_deploy.training.gated import train_gated
     from polar_deploy.training.loop import prepare
     from polar_deploy.workspace import write_json
 
     settings = run.settings
-    network = run.full_network() if settings.training.start == "full" else run.network()
-    fit = fit_of(run, "gates", "gated", network, settings.training.epochs, _fingerprint(run))
+    network = run.full_network() if settings.training.init_from == "full" else run.network()
+    fit = training_job(run, "gates", "gated", network, settings.training.epochs, _fingerprint(run))
     gates = gates_on(run, fit.network, fit.epochs * fit.train.steps)
     teacher = prepare(run.full_network(), settings, fit.device) if settings.training.distill else None
     state = train_gated(fit, gates, teacher, run.progress)
@@ -64,8 +64,8 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
         device=run.device,
         min_width=settings.gates.min_width,
         mode=settings.gates.mode,
-        start=settings.gates.start,
-        freeze=settings.gates.freeze,
+        close_from=settings.gates.close_from,
+        freeze_at=settings.gates.freeze_at,
         latency_table=latency_table(run) if run.measures_latency else None,
         measured=_measured(run) if run.measures_latency and settings.latency_table is None else None,
         rehearse=0,
@@ -85,7 +85,7 @@ def known_latency(run: RunContext) -> LatencyTable | Chosen | None:
     from polar_deploy import latency
 
     given = run.settings.latency_table
-    return run.device if given is None else latency.read(given, run.target.name, run.settings.verdict.batch)
+    return run.device if given is None else latency.read(given, run.target.name, run.settings.accept.batch)
 
 
 def require_measured_reachable(run: RunContext) -> None:
@@ -105,7 +105,7 @@ def latency_table(run: RunContext) -> LatencyTable:
     from polar_deploy.training import checkpoint
     from polar_deploy.workspace import read_json, write_json
 
-    path, target, batch = run.path(LATENCY_TABLE), run.target.name, run.settings.verdict.batch
+    path, target, batch = run.path(LATENCY_TABLE), run.target.name, run.settings.accept.batch
     if run.settings.latency_table is not None:
         write_json(path, read_json(run.settings.latency_table))
         return latency.read(path, target, batch)
@@ -130,7 +130,7 @@ def _measured_table(run: RunContext) -> dict[str, object]:
     with TemporaryDirectory(prefix="polar_deploy-") as folder:
         gated = Path(folder, "gated.onnx")
         write_open(run.network(), run.analysis, gated)
-        batch, options = run.settings.verdict.batch, run.settings.build
+        batch, options = run.settings.accept.batch, run.settings.build
         return latency_table.make(gated, run.target, batch, options, likely, run.progress.note)
 
 
@@ -143,7 +143,7 @@ def _measured(run: RunContext) -> Measured:
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             gated = Path(folder, "gated.onnx")
             write_open(run.network(), run.analysis, gated)
-            bench = Bench(gated, Path(folder), run.target, run.settings.verdict.batch, run.settings.build)
+            bench = Bench(gated, Path(folder), run.target, run.settings.accept.batch, run.settings.build)
             left = 1 - bench.saved(opened)
         run.progress.note(
             f"gates: what was chosen takes {left:.2f} of the latency, {run.budget['latency']:.2f} is asked"
@@ -160,7 +160,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
         depends_on["widths"] = run.device.device.model_dump(mode="json")
     if "latency" in run.budget:
         build = run.settings.build.model_dump(mode="json")
-        depends_on |= {"target": run.target.name, "batch": run.settings.verdict.batch, "build": build}
+        depends_on |= {"target": run.target.name, "batch": run.settings.accept.batch, "build": build}
     return fingerprint.of(run.basis | depends_on, trained=True)
 
 
@@ -171,7 +171,7 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
     settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build"})
     settings["blocks"] = run.settings.gates.blocks
     here = {"machine": machine.describe(), "target": targets.identity(run.target)}
-    return fingerprint.of({**settings, "batch": run.settings.verdict.batch, "here": here})
+    return fingerprint.of({**settings, "batch": run.settings.accept.batch, "here": here})
 
 
 def _given(run: RunContext) -> list[Path]:

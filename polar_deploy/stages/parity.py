@@ -32,7 +32,7 @@ def _run(run: RunContext) -> None:
 
     result = _compared(run)
     write_worst(run.path(WORST_SAMPLES), result["worst_samples"] or [], run.dataset.test)
-    about = {"files": _judged(run), "class_names": list(run.dataset.class_names)}
+    about = {"files": _judged_files(run), "class_names": list(run.dataset.class_names)}
     write_json(run.path(PARITY), result | about)
     if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
         remove_folder(run.path(BUNDLE))  # of an earlier verdict
@@ -43,16 +43,16 @@ def _compared(run: RunContext) -> dict[str, Any]:
 
     settings = run.settings
     test = parity.TestSet(run.dataset.test, settings.normalize.mean, settings.normalize.std)
-    full, compressed, gated = (engines.graph(run.path(graph)) for graph in _GRAPHS)
+    full, compressed, gated = (engines.reference_engine(run.path(graph)) for graph in _GRAPHS)
     graphs = parity.Graphs(full, compressed, gated, run.path(REFERENCE))
     if lacks := targets.lacks_to_run(run.target):
-        return parity.not_run("; ".join(lacks), test, settings.verdict, graphs)
+        return parity.not_run("; ".join(lacks), test, settings.accept, graphs)
     folder, batches = run.path(ENGINE_FOLDER), settings.build.batches
     built = {name: engines.load(folder, name, run.target) for name in ("full", "compressed")}
-    return parity.compare(built["full"], built["compressed"], test, settings.verdict, graphs=graphs, batches=batches)
+    return parity.compare(built["full"], built["compressed"], test, settings.accept, graphs=graphs, batches=batches)
 
 
-def _judged(run: RunContext) -> dict[str, str]:
+def _judged_files(run: RunContext) -> dict[str, str]:
     """Hashes of the graphs and engines that the verdict is about, so that whoever hands them on can tell them again."""
     from polar_deploy.workspace import sha256
 
@@ -64,7 +64,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     from polar_deploy import targets
     from polar_deploy.engines import machine
 
-    settings = run.settings.model_dump(mode="json", include={"target", "build", "verdict", "normalize"})
+    settings = run.settings.model_dump(mode="json", include={"target", "build", "accept", "normalize"})
     # What was measured on one machine, or could not run on it, says nothing about another.
     here = {"machine": machine.describe(), **targets.identity(run.target), "lacks": targets.lacks_to_run(run.target)}
     return fingerprint.of(settings | {"data": run.dataset.fingerprint(), "here": here})

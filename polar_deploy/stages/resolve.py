@@ -46,7 +46,7 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
         "epochs": epochs,
         "full_epochs": training.full_epochs or epochs,
         "batch_size": training.batch_size or spec.batch_size,
-        "gated_lr": training.gated_lr or (training.lr / 2 if training.start == "full" else training.lr),
+        "gated_lr": training.gated_lr or (training.lr / 2 if training.init_from == "full" else training.lr),
         "flip": spec.flip if training.flip is None else training.flip,
         "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,
         "crop_scale": training.crop_scale or spec.crop_scale,
@@ -64,11 +64,11 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
 
 def _closing(settings: Settings) -> dict[str, float]:
     """When gates begin to close, and when they are fixed, as shares of the gated run."""
-    start, freeze = settings.gates.start, settings.gates.freeze
-    if start is None:
-        start = 0.05 if settings.training.start == "full" else 0.3
-        start = start if freeze is None else min(start, freeze / 2)
-    return {"start": start, "freeze": min(1.0, start + 0.25) if freeze is None else freeze}
+    close_from, freeze_at = settings.gates.close_from, settings.gates.freeze_at
+    if close_from is None:
+        close_from = 0.05 if settings.training.init_from == "full" else 0.3
+        close_from = close_from if freeze_at is None else min(close_from, freeze_at / 2)
+    return {"close_from": close_from, "freeze_at": min(1.0, close_from + 0.25) if freeze_at is None else freeze_at}
 
 
 def _alignment(settings: Settings, target: targets.Target) -> int:

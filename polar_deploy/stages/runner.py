@@ -116,7 +116,7 @@ def run_stage(run: RunContext, stage: Stage) -> None:
         run.progress.stage(stage.name)
         if before := run.workspace.other_program(stage.name, fingerprint):
             run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {fingerprint.program}")
-        run.workspace.forget(stage.name)
+        run.workspace.invalidate(stage.name)
         _translated(run, stage)
         if stage.cacheable(run):
             run.workspace.stamp(stage.name, fingerprint, inputs, stage.outputs(run))

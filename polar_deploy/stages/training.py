@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polar_deploy.training.batches import Batches
-from polar_deploy.training.loop import Fit, choose_device, prepare
+from polar_deploy.training.loop import TrainingJob, choose_device, prepare
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from polar_deploy.workspace import Fingerprint
 
 
-def fit_of(run: RunContext, stage: str, folder: str, network: nn.Module, epochs: int, fingerprint: Fingerprint) -> Fit:
+def training_job(
+    run: RunContext, stage: str, folder: str, network: nn.Module, epochs: int, fingerprint: Fingerprint
+) -> TrainingJob:
     """What the training run of a stage needs besides its method.
 
     Args:
@@ -30,7 +32,7 @@ def fit_of(run: RunContext, stage: str, folder: str, network: nn.Module, epochs:
     def batches(indices: Indices) -> Batches:
         return Batches(run.dataset.train.images, run.dataset.train.labels, indices, run.settings, device)
 
-    return Fit(
+    return TrainingJob(
         stage=stage,
         network=prepare(network, run.settings, device),
         train=batches(training),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
     from polar_deploy.surgery.count import Cost
-    from polar_deploy.surgery.stored import Stored
+    from polar_deploy.surgery.detached import DetachedModel
 
 __all__ = ["Surgery", "compress", "compress_file", "cost"]
 
@@ -45,7 +45,7 @@ def compress(model: onnx.ModelProto, *, verify: bool = True, allow_unverified: b
     """
     from tempfile import TemporaryDirectory
 
-    from polar_deploy.surgery import stored
+    from polar_deploy.surgery import detached
     from polar_deploy.surgery.operation import Operation
 
     with TemporaryDirectory() as folder:
@@ -53,18 +53,18 @@ def compress(model: onnx.ModelProto, *, verify: bool = True, allow_unverified: b
         def source() -> Path:
             path = Path(folder, "before.onnx")
             if not path.exists():
-                stored.write(before, path, path.with_suffix(".data") if before.needs_data_file else None)
+                detached.write(before, path, path.with_suffix(".data") if before.needs_data_file else None)
             return path
 
-        def write(after: Stored) -> Path:
+        def write(after: DetachedModel) -> Path:
             path = Path(folder, "after.onnx")
             if verify:
-                stored.write(after, path, path.with_suffix(".data") if after.needs_data_file else None)
+                detached.write(after, path, path.with_suffix(".data") if after.needs_data_file else None)
             return path
 
-        before = stored.take(model, check=False)
+        before = detached.detach_weights(model, check=False)
         after, told = Operation(before, "the model", source, write, verify, allow_unverified).run()
-    return Surgery(model if after is None else stored.to_model(after), told)
+    return Surgery(model if after is None else detached.to_model(after), told)
 
 
 def compress_file(
@@ -85,27 +85,27 @@ def compress_file(
     """
     from contextlib import ExitStack
 
-    from polar_deploy.surgery import stored
+    from polar_deploy.surgery import detached
     from polar_deploy.surgery.operation import Operation
     from polar_deploy.workspace import atomic_path, json_text
 
     _check_places(source, target, report)
-    before = stored.read(source, check=False)
+    before = detached.read(source, check=False)
     with ExitStack() as files:  # they are moved into place at the end, the last one entered first
         tmp = files.enter_context(atomic_path(target))
         places: list[Path] = []  # of the data, in the meantime
 
-        def write(after: Stored) -> Path:
+        def write(after: DetachedModel) -> Path:
             if after.needs_data_file and not places:
                 places.append(files.enter_context(atomic_path(_data_of(target))))
-            stored.write(after, tmp, places[0] if after.needs_data_file else None)
+            detached.write(after, tmp, places[0] if after.needs_data_file else None)
             return tmp
 
         after, told = Operation(before, str(source), lambda: source, write, verify, allow_unverified).run()
         if after is None or after is before:
             write(before)
         if before.needs_data_file if after is None else after.needs_data_file:
-            stored.refer_to(tmp, _data_of(target).name)
+            detached.refer_to(tmp, _data_of(target).name)
         if report is not None:
             files.enter_context(atomic_path(report)).write_text(json_text(told), encoding="utf-8")
     return told

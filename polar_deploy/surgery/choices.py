@@ -19,7 +19,7 @@ import numpy as np
 from polar_deploy.costs import Cost, Layer, State
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.count import count
-from polar_deploy.surgery.stored import Array, Stored
+from polar_deploy.surgery.detached import Array, DetachedModel
 
 if TYPE_CHECKING:
     import onnx
@@ -106,7 +106,7 @@ class Choices:
     """The gates of a network.
 
     Attributes:
-        stored: the graph with its masks, all open.
+        detached: the graph with its masks, all open.
         masks: where channels can be closed.
         gate_of: for each mask, int [width], the number of the gate that closes each channel, or `NEVER`.
         sites, blocks: in the order of execution; gates are numbered through sites, then blocks.
@@ -118,7 +118,7 @@ class Choices:
             layer gets a bias from it: they count as that bias.
     """
 
-    stored: Stored
+    detached: DetachedModel
     masks: tuple[Mask, ...]
     gate_of: tuple[Ints, ...]
     sites: tuple[Site, ...]
@@ -156,34 +156,34 @@ class Choices:
         widths = tuple(int(np.count_nonzero(opened[site.gates.start : site.gates.stop])) for site in self.sites)
         return State(widths, tuple(bool(opened[block.gate]) for block in self.blocks))
 
-    def with_masks(self, stored: Stored, opened: Bools) -> Stored:
-        """A graph with these masks, `self.stored` or one of other weights, at the state bool [gates] of all gates."""
+    def with_masks(self, detached: DetachedModel, opened: Bools) -> DetachedModel:
+        """A graph with these masks, `self.detached` or one of other weights, at the state bool [gates] of all gates."""
         import onnx
 
         model = onnx.ModelProto()
-        model.CopyFrom(stored.model)
+        model.CopyFrom(detached.model)
         values = dict(zip(map(constant_name, self.masks), self.values(opened), strict=True))
         for tensor in model.graph.initializer:
             if tensor.name in values:
                 array = values[tensor.name].astype(np.float32).reshape(tuple(tensor.dims))
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-        return replace(stored, model=model)
+        return replace(detached, model=model)
 
     def measure(self, opened: Bools) -> dict[str, int]:
         """Costs of what surgery makes of the graph with the gates closed that are not in bool [gates]."""
-        last = rounds.operate(self.with_masks(self.stored, opened))[-1]
+        last = rounds.operate(self.with_masks(self.detached, opened))[-1]
         norms = {at: self.folding[label] for at, label in enumerate(last.labels) if label in self.folding}
         cost = count(last.model.model, norms)
         return {"macs": cost.macs, "params": cost.params}
 
 
 def find(
-    stored: Stored, masks: Sequence[Mask], name_of: Callable[[int], str | None], *, streams: bool = True
+    detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None], *, streams: bool = True
 ) -> Choices:
     """The gates of a graph whose channels can be closed at `masks`.
 
     Args:
-        stored: the whole network; the values of its weights do not matter, but none should be zero.
+        detached: the whole network; the values of its weights do not matter, but none should be zero.
         masks: where channels can be closed.
         name_of: what the layer at a node's position is called, None where that is not known.
         streams: whether channels that several layers write may have gates.
@@ -191,12 +191,12 @@ def find(
     from polar_deploy.surgery.pricing import Pricing
     from polar_deploy.surgery.survey import Survey
 
-    masked = insert(stored, masks)
-    survey = Survey(stored, masked, masks, name_of)
+    masked = insert(detached, masks)
+    survey = Survey(detached, masked, masks, name_of)
     units = survey.units(streams=streams)
     pricing = Pricing(survey, units)
     return Choices(
-        stored=masked,
+        detached=masked,
         masks=tuple(masks),
         gate_of=pricing.gate_of,
         sites=pricing.sites,
@@ -209,12 +209,12 @@ def find(
     )
 
 
-def insert(stored: Stored, masks: Sequence[Mask]) -> Stored:
+def insert(detached: DetachedModel, masks: Sequence[Mask]) -> DetachedModel:
     """The graph with a Mul by ones for each mask, each with a constant of its own."""
     import onnx
 
     model = onnx.ModelProto()
-    model.CopyFrom(stored.model)
+    model.CopyFrom(detached.model)
     before: dict[int, list[onnx.NodeProto]] = {}
     for mask in masks:
         constant, product = constant_name(mask), f"polar_deploy.masked.{mask.name}"
@@ -231,7 +231,7 @@ def insert(stored: Stored, masks: Sequence[Mask]) -> Stored:
     del model.graph.node[:]
     for position, node in enumerate(nodes):
         model.graph.node.extend([*before.get(position, ()), node])
-    return replace(stored, model=model, heads=False)  # gates have no heads
+    return replace(detached, model=model, heads=False)  # gates have no heads
 
 
 def constant_name(mask: Mask) -> str:
@@ -239,24 +239,24 @@ def constant_name(mask: Mask) -> str:
     return f"polar_deploy.mask.{mask.name}"
 
 
-def without_values(stored: Stored, parameters: set[str]) -> Stored:
+def without_values(detached: DetachedModel, parameters: set[str]) -> DetachedModel:
     """The graph with other values, none of them zero, in place of those of the named parameters.
 
     What can go from a network is a matter of its structure: a layer that starts at zero is no dead one.
     """
     draw = np.random.default_rng(0)
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in stored.model.graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in detached.model.graph.initializer}
     wanted = [name for name in shapes if name in parameters]
-    return with_values(stored, {name: 0.5 + draw.random(shapes[name], np.float32) for name in wanted})
+    return with_values(detached, {name: 0.5 + draw.random(shapes[name], np.float32) for name in wanted})
 
 
-def with_values(stored: Stored, values: Mapping[str, Array]) -> Stored:
+def with_values(detached: DetachedModel, values: Mapping[str, Array]) -> DetachedModel:
     """The graph with these values in place of its own; constants that hold no floating-point numbers stay."""
     import onnx
 
     model = onnx.ModelProto()
-    model.CopyFrom(stored.model)
-    arrays = dict(stored.arrays)
+    model.CopyFrom(detached.model)
+    arrays = dict(detached.arrays)
     for tensor in model.graph.initializer:
         if tensor.name in values and tensor.data_type in FLOATS:
             array = values[tensor.name].astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
@@ -264,4 +264,4 @@ def with_values(stored: Stored, values: Mapping[str, Array]) -> Stored:
                 arrays[tensor.name] = array
             else:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    return replace(stored, model=model, arrays=arrays, heads=False)
+    return replace(detached, model=model, arrays=arrays, heads=False)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.elementwise import keeps_shape
-from polar_deploy.surgery.numbers import any_of
 from polar_deploy.surgery.ops.gates import Multiply
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Facts, Floats, Step
     from polar_deploy.surgery.graph import Graph
     from polar_deploy.surgery.ir import Node, Tensor
-    from polar_deploy.surgery.stored import Array
 
 
 LEFT = "what it closes is needed, and in use elsewhere as well"
@@ -72,7 +72,7 @@ def apply(facts: Facts) -> Cut:
 def trim(facts: Facts) -> list[Node]:
     """Cuts every node to the channels that stay, and folds nothing. Returns the nodes that went."""
     for step in facts.alive:
-        if not step.outputs or not all(channels.gone for channels in step.outputs):
+        if not step.outputs or not all(channels.is_removed for channels in step.outputs):
             step.handler.slice(step)
     return facts.graph.drop_unused()
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every, no, yes
-from polar_deploy.surgery.numbers import all_of, holding, is_steady, is_whole
+from polar_deploy.surgery.dtype_limits import all_of, holding, is_steady, is_whole
+from polar_deploy.surgery.facts import Unsupported, every, no, yes
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
     from polar_deploy.surgery.sizes import Shape
-    from polar_deploy.surgery.stored import Array
 
 
 @dataclass(eq=False, slots=True)
@@ -54,7 +54,7 @@ class Elementwise(Operator):
         steady: for an operator that jumps, the relative change that is none; None: it does not jump.
     """
 
-    verdict = 0.0  # what comes out where one operand decides, see `decided`
+    absorbing_value = 0.0  # what comes out where one operand decides, see `absorbed`
     whole: int | None = None  # the input that has to have the shape of the output
 
     def __init__(
@@ -77,7 +77,7 @@ class Elementwise(Operator):
         if lead is None:
             lead = next((i for i, x in enumerate(step.inputs) if x is not None), None)
         if lead is None:
-            raise Wall("the channels of its inputs are not known")
+            raise Unsupported("the channels of its inputs are not known")
         step.memo = {}  # constant operands, spread once
         leader = step.require(lead)
         offset = len(_shape(step)) - len(step.graph.shape(step.original[lead]) or ())
@@ -88,20 +88,20 @@ class Elementwise(Operator):
             elif (values := step.constant(index)) is not None:
                 _check(values)
             elif not _is_broadcast(step, index, target):
-                raise Wall(f"the channels of {step.original[index].name} are not known")
+                raise Unsupported(f"the channels of {step.original[index].name} are not known")
 
     def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
         numbers = every(len(target))
         offset = len(_shape(step)) - len(step.graph.shape(step.original[index]) or ())
         if tuple(axis + offset for axis in source.axes) != target.axes:
             if not _is_broadcast(step, index, target):
-                raise Wall("its inputs have their channels on different axes")
+                raise Unsupported("its inputs have their channels on different axes")
         elif source.dims == target.dims:
             step.link(source, target, numbers, numbers)
         elif len(source) == 1:
             step.link(source, target, np.zeros_like(numbers), numbers, coupled=False)
         else:
-            raise Wall("its inputs have different numbers of channels")
+            raise Unsupported("its inputs have different numbers of channels")
 
     def operands(self, step: Step) -> list[Operand]:
         """The inputs' facts, spread over the output's channels."""
@@ -140,19 +140,19 @@ class Elementwise(Operator):
             whole = is_whole(step.graph.dtype(step.original[0]))
             if self.steady is not None and not whole:
                 constant &= is_steady(lambda *near: self.combine(step, list(near)), values, self.steady)
-        decided = self.decided(step, operands)
-        if decided is not None:
+        absorbed = self.absorbed(step, operands)
+        if absorbed is not None:
             for operand in operands:
-                decided = decided if operand.finite is None else decided & operand.finite
-            constant, value = constant | decided, np.where(decided, self.verdict, value)
+                absorbed = absorbed if operand.finite is None else absorbed & operand.finite
+            constant, value = constant | absorbed, np.where(absorbed, self.absorbing_value, value)
         return Operand(constant, value, self.is_nonnegative(step, operands))
 
     def combine(self, step: Step, values: list[Floats]) -> Floats:
         """The operator on numbers."""
         return reduce(self.compute, values)
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools | None:
-        """[output channels] where one operand alone makes the result `verdict`, whatever finite the others hold; None:
+    def absorbed(self, step: Step, operands: list[Operand]) -> Bools | None:
+        """[output channels] where one operand alone makes the result `absorbing_value`, whatever finite the others hold; None:
         nowhere."""
         return None
 
@@ -240,10 +240,12 @@ class Elementwise(Operator):
 
 
 class Absorbing(Elementwise):
-    """An operator whose result is `verdict` wherever one operand is: a factor of zero."""
+    """An operator whose result is `absorbing_value` wherever one operand is: a factor of zero."""
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools:
-        return reduce(np.logical_or, [operand.constant & (operand.value == self.verdict) for operand in operands])
+    def absorbed(self, step: Step, operands: list[Operand]) -> Bools:
+        return reduce(
+            np.logical_or, [operand.constant & (operand.value == self.absorbing_value) for operand in operands]
+        )
 
     def reads(self, step: Step, source: Channels) -> Bools | None:
         """A channel that another operand decides is not read; where several do, the first one counts."""
@@ -253,7 +255,7 @@ class Absorbing(Elementwise):
             if step.inputs[index] is source:
                 break
             operand = self._operand(step, index)
-            read &= ~(operand.constant & (operand.value == self.verdict))
+            read &= ~(operand.constant & (operand.value == self.absorbing_value))
         return read
 
 
@@ -279,9 +281,9 @@ def _cut(values: Array, rank: int, target: Channels) -> Array:
 
 def _check(values: Array) -> None:
     if values.dtype.kind not in "biufV":
-        raise Wall("it works on what is no number")
+        raise Unsupported("it works on what is no number")
     if not values.size:
-        raise Wall("one of its inputs has no elements")
+        raise Unsupported("one of its inputs has no elements")
 
 
 def _is_broadcast(step: Step, index: int, target: Channels) -> bool:
@@ -295,7 +297,7 @@ def _is_broadcast(step: Step, index: int, target: Channels) -> bool:
 def _shape(step: Step) -> Shape:
     shape = step.graph.shape(step.made[0])
     if shape is None:
-        raise Wall("its shape is not known")
+        raise Unsupported("its shape is not known")
     return shape
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy.surgery.detached import Array
+from polar_deploy.surgery.dtype_limits import all_of, any_of
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node, Tensor
-from polar_deploy.surgery.model import NotUnderstoodError
-from polar_deploy.surgery.numbers import all_of, any_of
-from polar_deploy.surgery.stored import Array
+from polar_deploy.surgery.validation import NotUnderstoodError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-class Wall(Exception):
+class Unsupported(Exception):
     """A handler cannot follow channels through this node; the message is the reason that the report gives."""
 
 
@@ -82,7 +82,7 @@ class Channels:
         return self.size
 
     @property
-    def gone(self) -> bool:
+    def is_removed(self) -> bool:
         """Whether the cut leaves nothing of the tensor."""
         return not any_of(self.kept)
 
@@ -187,7 +187,7 @@ class Step:
         """Channels of an input that the handler cannot do without."""
         channels = self.inputs[index]
         if channels is None:
-            raise Wall("the channels of its input are not known")
+            raise Unsupported("the channels of its input are not known")
         return channels
 
     def constant(self, index: int) -> Array | None:
@@ -198,7 +198,7 @@ class Step:
         """Value of an input that has to be constant."""
         values = self.constant(index)
         if values is None:
-            raise Wall(f"its {what} is computed")
+            raise Unsupported(f"its {what} is computed")
         return values
 
     def has(self, index: int) -> bool:
@@ -222,7 +222,7 @@ class Step:
         source = self.require(index)
         target = self.create(source.axes if axes is None else axes)
         if len(source) != len(target):
-            raise Wall(f"{len(source)} channels come in and {len(target)} go out")
+            raise Unsupported(f"{len(source)} channels come in and {len(target)} go out")
         numbers = every(len(source))
         self.link(source, target, numbers, numbers)
         return target
@@ -232,7 +232,7 @@ class Step:
 
 
 class Facts:
-    """All facts about a graph. Building it runs the forward and the backward analysis; then comes `settle`."""
+    """All facts about a graph. Building it runs the forward and the backward analysis; then comes `update_after_cut`."""
 
     @np.errstate(all="ignore")
     def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:
@@ -240,13 +240,13 @@ class Facts:
         from polar_deploy.surgery import ops
 
         self.graph = graph
-        self._unknown: Operator = ops.UNKNOWN
+        self._unsupported: Operator = ops.UNSUPPORTED
         self._handler: Callable[[Node], Operator] = (
-            partial(ops.handler, opset=graph.opset) if graph.opset >= OLDEST_OPSET else lambda _: ops.UNKNOWN
+            partial(ops.handler, opset=graph.opset) if graph.opset >= OLDEST_OPSET else lambda _: ops.UNSUPPORTED
         )
         self.steps: list[Step] = []  # one a node, in topological order
         self.alive: list[Step] = []  # those whose result is read once constants have replaced whole branches
-        self.settled = False
+        self.after_cut = False
         self.total = 0
         self._channels: dict[str, Channels] = {}
         self._open_inputs()
@@ -267,14 +267,14 @@ class Facts:
         return list(self._channels.values())
 
     def create(self, step: Step | None, tensor: Tensor, axes: tuple[int, ...]) -> Channels:
-        """Opens the facts about `tensor`. Raises Wall where the size of an axis is not known."""
+        """Opens the facts about `tensor`. Raises Unsupported where the size of an axis is not known."""
         shape = self.graph.shape(tensor)
         dims = tuple(shape[axis] for axis in axes) if shape is not None and max(axes) < len(shape) else (None,)
         sizes = tuple(dim for dim in dims if isinstance(dim, int))
         if len(sizes) != len(dims) or 0 in sizes:
-            raise Wall(f"the number of channels of {tensor.name} is not known")
+            raise Unsupported(f"the number of channels of {tensor.name} is not known")
         if math.prod(sizes) > MAX_CHANNELS:
-            raise Wall(f"{tensor.name} has {math.prod(sizes)} channels, more than surgery looks at")
+            raise Unsupported(f"{tensor.name} has {math.prod(sizes)} channels, more than surgery looks at")
         channels = Channels(tensor.name, step.label if step is not None else tensor.name, axes, sizes, self.total)
         self._channels[tensor.name] = channels
         self.total += len(channels)
@@ -297,11 +297,11 @@ class Facts:
         try:
             step.handler.couple(step)
             step.handler.constants(step)
-        except Wall as wall:
+        except Unsupported as reason:
             for tensor in node.outputs:
                 self._channels.pop(tensor.name, None)
-            step = Step(node, self, self._unknown)
-            step.memo = step.note(str(wall))
+            step = Step(node, self, self._unsupported)
+            step.memo = step.note(str(reason))
             for tensor in node.outputs:
                 if tensor.name:
                     self._open_opaque(step, tensor, step.memo)
@@ -329,13 +329,13 @@ class Facts:
         self.alive.reverse()
 
     @np.errstate(all="ignore")
-    def settle(self) -> None:
+    def update_after_cut(self) -> None:
         """Facts about the graph as it will be after the cut as planned: filters that nobody needs become zero, so more
         constants come out.
 
         What a needed channel holds does not change, and what goes holds nothing: where that is all, nothing is done.
         """
-        self.settled = True
+        self.after_cut = True
         for channels in self.everything():
             channels.was_constant = all_of(channels.constant)
         if not any(any_of(channels.kept & ~channels.needed) for channels in self.everything()):

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.arithmetic import evaluate
-from polar_deploy.surgery.ir import Node, Tensor, attributes
-from polar_deploy.surgery.model import SMALL, array_of, dtype_of, not_inferred
-from polar_deploy.surgery.sizes import Shape
-from polar_deploy.surgery.standins import STANDARD
-from polar_deploy.surgery.stored import (
+from polar_deploy.surgery.detached import (
     ANNOTATIONS,
     PACKED,
     Array,
-    Stored,
+    DetachedModel,
     annotated,
     copy_annotations,
     copy_field,
     copy_fields,
     names_in_bodies,
 )
+from polar_deploy.surgery.ir import Node, Tensor, attributes
+from polar_deploy.surgery.shape_folding import evaluate
+from polar_deploy.surgery.sizes import Shape
+from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.transposes import join_transposes
+from polar_deploy.surgery.validation import SMALL, array_of, dtype_of, not_inferred
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,14 +42,16 @@ FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays compu
 class Graph:
     """One model under the knife. What it came from is left as it is."""
 
-    def __init__(self, stored: Stored, labels: list[str] | None = None) -> None:
+    def __init__(self, detached: DetachedModel, labels: list[str] | None = None) -> None:
         """Takes a checked model; `labels`: what reports call its nodes, where they were called something before."""
-        self._stored = stored
-        self.model = model = stored.model
-        self._types = stored.skeleton.tensors
+        self._detached = detached
+        self.model = model = detached.model
+        self._types = detached.skeleton.tensors
         self.opset = opset_of(model)
         self.is_changed = False  # whether the model differs from the one given
-        self._tensors = {tensor.name: Tensor(tensor.name, _given(tensor, stored)) for tensor in model.graph.initializer}
+        self._tensors = {
+            tensor.name: Tensor(tensor.name, _given(tensor, detached)) for tensor in model.graph.initializer
+        }
         self._given = dict(self._tensors)  # constants as they were
         self._held = self._given.keys() | {tensor.values.name for tensor in model.graph.sparse_initializer}
         self.inputs = [self._tensor(value.name) for value in model.graph.input if value.name not in self._held]
@@ -90,7 +92,7 @@ class Graph:
     @property
     def follows_heads(self) -> bool:
         """Whether channels are followed through attention heads."""
-        return self._stored.heads
+        return self._detached.heads
 
     @property
     def nodes(self) -> list[Node]:
@@ -229,7 +231,7 @@ class Graph:
             self.is_changed |= node.op != "Constant"
         return dropped
 
-    def to_stored(self) -> Stored:
+    def to_detached(self) -> DetachedModel:
         """The graph as a model; the one that it came from where nothing was changed.
 
         Names, types and shapes of inputs and outputs, attributes and metadata of nodes and constants stay; value_info
@@ -238,7 +240,7 @@ class Graph:
         import onnx
 
         if not self.is_changed:
-            return self._stored
+            return self._detached
         self._name_constants()
         source, model = self.model, onnx.ModelProto()
         copy_fields(source, model, ("graph",))
@@ -254,7 +256,7 @@ class Graph:
         opaque = set(not_inferred(model))
         graph.value_info.extend(value for value in source.graph.value_info if value.name in opaque)
         copy_annotations(source.graph, graph)
-        return replace(self._stored, model=model, arrays=arrays)
+        return replace(self._detached, model=model, arrays=arrays)
 
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
         import onnx
@@ -285,8 +287,8 @@ class Graph:
                     copy_field(given, graph.initializer[-1], field)
             elif tensor is not None or given.name in named:
                 graph.initializer.add().CopyFrom(given)
-                if given.name in self._stored.arrays:
-                    arrays[given.name] = self._stored.arrays[given.name]
+                if given.name in self._detached.arrays:
+                    arrays[given.name] = self._detached.arrays[given.name]
         graph.sparse_initializer.extend(
             sparse for sparse in source.sparse_initializer if sparse.values.name in used.keys() | named
         )
@@ -404,9 +406,9 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), UNNAMED_OPSET)
 
 
-def _given(tensor: onnx.TensorProto, stored: Stored) -> Array:
+def _given(tensor: onnx.TensorProto, detached: DetachedModel) -> Array:
     """The values of an initializer."""
-    values = stored.arrays.get(tensor.name)
+    values = detached.arrays.get(tensor.name)
     return array_of(tensor) if values is None else values
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Wall, every
-from polar_deploy.surgery.numbers import is_half
+from polar_deploy.surgery.dtype_limits import is_half
+from polar_deploy.surgery.facts import Link, Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Spare:
 
 
 def handler(step: Step) -> Operator:
-    """The handler of a product of two computed tensors. Raises Wall."""
+    """The handler of a product of two computed tensors. Raises Unsupported."""
     left, right = step.inputs
     rank = len(step.graph.shape(step.made[0]) or ())
     if (
@@ -56,7 +56,7 @@ def handler(step: Step) -> Operator:
                 return SCORES
             if left.axes == (heads,) and right.axes == (heads, rank - 1):
                 return WEIGHED
-    raise Wall(NOT_FOLLOWED)
+    raise Unsupported(NOT_FOLLOWED)
 
 
 def _ranks(step: Step) -> tuple[int, ...]:
@@ -70,9 +70,9 @@ def _is_zero(channels: Channels) -> Bools:
 class Product(Operator):
     """What both have in common."""
 
-    fragile = True
+    can_be_nonfinite = True
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         return np.full(len(step.output), is_half(step.graph.dtype(step.made[0])))
 
     def constants(self, step: Step) -> None:
@@ -106,7 +106,7 @@ class Scores(Product):
         left.needed |= needed
         right.needed |= needed
 
-    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
         """Where a pair stays, the one that is zero has to be zero still."""
         left, right = step.require(0), step.require(1)
         still = _is_zero(left) | _is_zero(right)
@@ -116,7 +116,7 @@ class Scores(Product):
 
     def retain(self, step: Step) -> list[Retained]:
         left, right, target = step.require(0), step.require(1), step.output
-        if target.gone:
+        if target.is_removed:
             return []
         rows = left.kept.reshape(left.dims) | right.kept.reshape(right.dims)
         heads = target.kept | rows.any(axis=1)
@@ -151,7 +151,7 @@ class Weighed(Product):
 
     def retain(self, step: Step) -> list[Retained]:
         left, target = step.require(0), step.output
-        if target.gone:
+        if target.is_removed:
             return []
         rows = target.kept.reshape(target.dims)
         heads = left.kept | rows.any(axis=1)

@@ -6,8 +6,7 @@ import math
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.arithmetic import complete
-from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, NotUnderstoodError, first_line, not_inferred
+from polar_deploy.surgery.shape_folding import complete
 from polar_deploy.surgery.sizes import (
     BATCHES,
     USUAL,
@@ -23,6 +22,7 @@ from polar_deploy.surgery.sizes import (
     two_probes,
 )
 from polar_deploy.surgery.standins import STANDARD, stand_ins
+from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, first_line, not_inferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -59,7 +59,7 @@ class Skeleton:
     """A model whose large constants are inputs without data. What was found out about it is kept."""
 
     def __init__(self, model: onnx.ModelProto, *, strict: bool = True) -> None:
-        """Takes a model, be it one whose weights were taken out, see `stored`.
+        """Takes a model, be it one whose weights were taken out, see `detached`.
 
         strict: whether shapes that contradict each other are an error; else they are not known.
         """

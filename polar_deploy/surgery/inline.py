@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.arithmetic import evaluate
+from polar_deploy.surgery.detached import Array, DetachedModel, names_in_bodies, sort_nodes
+from polar_deploy.surgery.shape_folding import evaluate
 from polar_deploy.surgery.standins import STANDARD
-from polar_deploy.surgery.stored import Array, Stored, names_in_bodies, sort_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 DEEPEST = 20  # nodes of constants behind a condition; Ifs in one another
 
 
-def inlined(stored: Stored) -> Stored:
+def inlined(detached: DetachedModel) -> DetachedModel:
     """The model with the nodes of its local functions, and of the branches that are always taken, in their places."""
     import onnx
     import onnx.inliner
 
-    model = stored.model
+    model = detached.model
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
         sort_nodes(model.graph)
@@ -30,11 +30,11 @@ def inlined(stored: Stored) -> Stored:
         decided = _decided(model.graph, _opset(model))
         if not decided:
             break
-        if model is stored.model:
+        if model is detached.model:
             model = onnx.ModelProto()
-            model.CopyFrom(stored.model)
+            model.CopyFrom(detached.model)
         _put(model.graph, decided)
-    return stored if model is stored.model else replace(stored, model=model)
+    return detached if model is detached.model else replace(detached, model=model)
 
 
 def _opset(model: onnx.ModelProto) -> int:

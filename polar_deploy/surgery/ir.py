@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx
 
-    from polar_deploy.surgery.stored import Array
+    from polar_deploy.surgery.detached import Array
 
 
 @dataclass(eq=False, slots=True)

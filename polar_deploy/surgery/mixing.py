@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import all_of, any_of, fits, only
 from polar_deploy.surgery.facts import every
-from polar_deploy.surgery.numbers import all_of, any_of, fits, only
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Link, Step
     from polar_deploy.surgery.quantization import Weight
-    from polar_deploy.surgery.stored import Array
 
 
 @dataclass(eq=False, slots=True)
-class Mix:
+class MixingWeights:
     """A mixing operator in one form for all: `groups` blocks of filters over taps (kernel positions).
 
     weight: [groups, filters a group, inputs a group, taps] as stored: (weight - zero) * scale is meant
@@ -26,7 +26,7 @@ class Mix:
     zero, scale: [1, 1] or [groups, filters a group]
     steady, loose: [taps] which see data at every position of the output, and which at some only (because of padding);
         a constant that is not zero comes out constant where loose taps are zero
-    why: what `loose` comes from, in words
+    why: what `sometimes_padded` comes from, in words
     fixed: why no constant can be added to the bias, in words; None: it can
     plain: the weights are numbers as they stand, so that factors can move into them
     """
@@ -35,10 +35,10 @@ class Mix:
     bias: Floats | None
     zero: Array
     scale: Floats
-    steady: Bools
-    loose: Bools
-    why: str = "the zero padding"
-    fixed: str | None = None
+    always_inside: Bools
+    sometimes_padded: Bools
+    padded_by: str = "the zero padding"
+    bias_locked_because: str | None = None
     plain: bool = True
 
     @property
@@ -64,21 +64,21 @@ class Mix:
             present |= self.weight[..., tap] != zero
         return None if present.all() else present
 
-    def even(self, inputs: Bools) -> Bools:
+    def stays_constant(self, inputs: Bools) -> Bools:
         """[groups, inputs] which of `inputs` come out constant where they are."""
         even: Bools = inputs.copy()
-        for group, block in self._columns(inputs) if self.loose.any() else ():
-            even[group, inputs[group]] = (block[..., self.loose] == self._zero(group)).all(axis=(0, 2))
+        for group, block in self._columns(inputs) if self.sometimes_padded.any() else ():
+            even[group, inputs[group]] = (block[..., self.sometimes_padded] == self._zero(group)).all(axis=(0, 2))
         return even
 
-    def moved(self, inputs: Bools, value: Floats) -> Floats:
+    def bias_shift(self, inputs: Bools, value: Floats) -> Floats:
         """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
         used = inputs & (value != 0)
         moved = np.zeros(self.shape[:2])
         if not any_of(used):
             return moved
         for group, block in self._columns(used):
-            steady = block[..., self.steady]
+            steady = block[..., self.always_inside]
             sums = steady.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * steady.shape[2]
             moved[group] = sums @ value[group, used[group]]
         return moved * self.scale
@@ -94,7 +94,7 @@ class Mix:
 
 
 def per_filter(weight: Weight, groups: int) -> tuple[Array, Floats]:
-    """Zero point and scale of a weight as `Mix` takes them."""
+    """Zero point and scale of a weight as `MixingWeights` takes them."""
     zero, scale = weight.zero, weight.scale
     return zero.reshape(1 if zero.size == 1 else groups, -1), scale.reshape(1 if scale.size == 1 else groups, -1)
 
@@ -114,12 +114,14 @@ def write_bias(step: Step, index: int, bias: Weight | None, trim: Trim, dtype: n
 class Plan:
     """What a handler remembers of a node: see `Mixing.constants`."""
 
-    mix: Mix | None  # the constants as they stand; None: they have changed and were not read since
-    present: Array | None  # [groups, filters, inputs / 8] where weights are, see `Mix.present`; a bit an input
+    mix: MixingWeights | None  # the constants as they stand; None: they have changed and were not read since
+    present: (
+        Array | None
+    )  # [groups, filters, inputs / 8] where weights are, see `MixingWeights.present`; a bit an input
     absorbed: Bools  # [groups, inputs] constant inputs that the bias takes up, so that nobody needs them
     value: Floats  # [groups, inputs] what they count as
     filters: int
-    fixed: str | None = None  # why no constant moves into the bias, in words
+    bias_locked_because: str | None = None  # why no constant moves into the bias, in words
     addend: Link | None = None  # what the layer adds to its result, channel by channel
 
     def reached(self, inputs: Bools) -> Bools:
@@ -140,7 +142,7 @@ class Plan:
 class Trim:
     """New constants of an operator.
 
-    weight: as in `Mix`, cut; None: unchanged
+    weight: as in `MixingWeights`, cut; None: unchanged
     bias: [outputs] before the cut; None: unchanged
     kept: [outputs]
     groups: how many are left
@@ -160,8 +162,8 @@ class Mixing(Operator):
 
     bias_input: int | None = 2
 
-    def read(self, step: Step) -> Mix:
-        """The operator's constants as they stand, in the common form. Raises Wall."""
+    def read(self, step: Step) -> MixingWeights:
+        """The operator's constants as they stand, in the common form. Raises Unsupported."""
         raise NotImplementedError
 
     def write(self, step: Step, trim: Trim) -> None:
@@ -192,7 +194,7 @@ class Mixing(Operator):
         """The element type of the bias, be it there or not."""
         return step.graph.dtype(step.made[0])
 
-    def mix(self, step: Step) -> Mix:
+    def mix(self, step: Step) -> MixingWeights:
         """The operator's constants as they stand; `read` is asked once for as long as they do not change."""
         plan: Plan = step.memo
         if plan.mix is None:
@@ -224,7 +226,7 @@ class Mixing(Operator):
 
     def constants(self, step: Step) -> None:
         plan, target = step.memo, step.output
-        if step.facts.settled:  # the cut makes filters that nobody needs zero
+        if step.facts.after_cut:  # the cut makes filters that nobody needs zero
             value, certain = self.result(step, np.zeros(len(target)))
             target.constant = ~target.needed & certain
         else:
@@ -234,15 +236,15 @@ class Mixing(Operator):
                 plan.value = self.contribution(step, source.value).reshape(constant.shape).copy()  # settling writes
                 constant = source.constant.reshape(constant.shape)
                 if any_of(other := constant & (plan.value != 0)):
-                    constant = constant & (~other | mix.even(other))
+                    constant = constant & (~other | mix.stays_constant(other))
                 elif all_of(plan.reached(~constant)):  # zeros alone, and some of the rest in every sum
                     plan.absorbed = constant.copy()
                     return
-            sums = mix.offset + mix.moved(constant, plan.value)
-            plan.fixed = mix.fixed
-            if plan.fixed is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():
-                plan.fixed = "a bias that cannot hold it"
-            plan.absorbed = constant & ((plan.value == 0) | (plan.fixed is None))
+            sums = mix.offset + mix.bias_shift(constant, plan.value)
+            plan.bias_locked_because = mix.bias_locked_because
+            if plan.bias_locked_because is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():
+                plan.bias_locked_because = "a bias that cannot hold it"
+            plan.absorbed = constant & ((plan.value == 0) | (plan.bias_locked_because is None))
             unknown = plan.reached(~constant)
             if all_of(unknown):
                 target.constant, target.nonnegative = np.zeros((2, len(target)), bool)
@@ -269,13 +271,13 @@ class Mixing(Operator):
         needed = (plan.read(wanted) & ~plan.absorbed).ravel()
         source.needed |= needed
         if any_of(constant := needed & source.constant):
-            value, why = source.value[constant][0], plan.fixed or self.mix(step).why
+            value, why = source.value[constant][0], plan.bias_locked_because or self.mix(step).padded_by
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
     def retain(self, step: Step) -> list[Retained]:
         plan, source, target = step.memo, self.source(step), step.output
         groups = len(plan.absorbed)
-        if groups == 1 or target.gone or step.links:
+        if groups == 1 or target.is_removed or step.links:
             return super().retain(step)
         sides = [channels for channels in (source, target) if channels is not None]
         alive = np.any([channels.kept.reshape(groups, -1).any(axis=1) for channels in sides], axis=0)
@@ -301,7 +303,7 @@ class Mixing(Operator):
             zero = _taken(np.broadcast_to(mix.zero, rows.shape), kept_out, alive)
             gone = _taken(rows, kept_out, alive)[:, :, None] | _taken(columns, kept_in, alive)[:, None, :]
             np.copyto(weight, zero[:, :, None, None], where=gone[..., None])
-        bias = mix.offset + mix.moved(plan.absorbed, plan.value)
+        bias = mix.offset + mix.bias_shift(plan.absorbed, plan.value)
         bias[unneeded] = 0
         changed = (mix.bias is not None and not all_of(kept_out)) or not np.array_equal(bias, mix.offset)
         if weight is not None or changed:

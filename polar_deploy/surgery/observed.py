@@ -10,47 +10,47 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.surgery import stored as files
-from polar_deploy.surgery.model import not_inferred
+from polar_deploy.surgery import detached as files
 from polar_deploy.surgery.runtime import onnx_runtime
 from polar_deploy.surgery.sizes import Sizes, input_shapes, vary
+from polar_deploy.surgery.validation import not_inferred
 from polar_deploy.surgery.verify import Trial, inputs_taken, try_inputs
 
 if TYPE_CHECKING:
     import onnx
 
-    from polar_deploy.surgery.stored import Stored
+    from polar_deploy.surgery.detached import DetachedModel
 
 
-def with_observed(stored: Stored) -> Stored:
+def with_observed(detached: DetachedModel) -> DetachedModel:
     """The model with `value_info` for what onnx infers no shape of, where ONNX Runtime runs it; else as it is."""
     import onnx
 
-    known = {value.name for value in (*stored.model.graph.value_info, *stored.model.graph.output)}
-    names = [name for name in not_inferred(stored.model) if name not in known]
+    known = {value.name for value in (*detached.model.graph.value_info, *detached.model.graph.output)}
+    names = [name for name in not_inferred(detached.model) if name not in known]
     if not names:
-        return stored
+        return detached
     told = onnx.ModelProto()
-    told.CopyFrom(stored.model)
+    told.CopyFrom(detached.model)
     del told.graph.output[:]
     told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        watched = replace(stored, model=told)
+        watched = replace(detached, model=told)
         files.write(watched, path, path.with_suffix(".data") if watched.needs_data_file else None)
         try:
             first, second = _two_runs(told, path)
         except (ContentError, MachineError):
-            return stored
+            return detached
     model = onnx.ModelProto()
-    model.CopyFrom(stored.model)
+    model.CopyFrom(detached.model)
     for name in names:
         one, other = (trial.results.get(name) for trial in (first, second))
         if isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.ndim == other.ndim:
             kind = onnx.helper.np_dtype_to_tensor_dtype(one.dtype)
             dims = _dims([one.shape, other.shape], first.attempt.sizes, second.attempt.sizes)
             model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, dims))
-    return replace(stored, model=model)
+    return replace(detached, model=model)
 
 
 def _two_runs(model: onnx.ModelProto, path: Path) -> tuple[Trial, Trial]:

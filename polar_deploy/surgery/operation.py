@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import report, rounds
 from polar_deploy.surgery.inline import inlined
-from polar_deploy.surgery.model import NotUnderstoodError
 from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
+from polar_deploy.surgery.validation import NotUnderstoodError
 from polar_deploy.surgery.verify import NotVerifiedError, UndecidedError, inputs_taken, verify
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.stored import Stored
+    from polar_deploy.surgery.detached import DetachedModel
     from polar_deploy.surgery.verify import Proof
 
 MOST_ATTEMPTS = 200  # at inputs for a model that surgery cannot follow
@@ -47,14 +47,14 @@ class Operation:
     write: writes the cut model to where it belongs, and gives the path of a file that holds it.
     """
 
-    before: Stored
+    before: DetachedModel
     name: str
     source: Callable[[], Path]
-    write: Callable[[Stored], Path]
+    write: Callable[[DetachedModel], Path]
     verify: bool
     allow_unverified: bool
 
-    def run(self) -> tuple[Stored | None, dict[str, Any]]:
+    def run(self) -> tuple[DetachedModel | None, dict[str, Any]]:
         """The cut model, or None where the model stays as it is; and the report.
 
         Raises:
@@ -74,7 +74,7 @@ class Operation:
             except UndecidedError as doubt:
                 return None, report.as_it_is(self.before.model, doubt.what, unproven=True)
 
-    def _cut(self) -> tuple[Stored, dict[str, Any]]:
+    def _cut(self) -> tuple[DetachedModel, dict[str, Any]]:
         seen = with_observed(inlined(self.before))
         done = rounds.operate(seen)
         after = self.before if done[-1].model is seen else done[-1].model
@@ -82,7 +82,7 @@ class Operation:
         proof = self._prove(after, path) if self.verify else None
         return after, report.build(done, self.before, proof)
 
-    def _prove(self, after: Stored, path: Path) -> Proof | str:
+    def _prove(self, after: DetachedModel, path: Path) -> Proof | str:
         """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""
         try:
             return verify(self.before.model, self.source(), path)
@@ -91,7 +91,7 @@ class Operation:
                 raise
             return error.what
 
-    def _without_strictness(self, refusal: NotUnderstoodError) -> tuple[Stored | None, dict[str, Any]]:
+    def _without_strictness(self, refusal: NotUnderstoodError) -> tuple[DetachedModel | None, dict[str, Any]]:
         """Where onnx finds the shapes wrong and ONNX Runtime takes the model: a cut with what is known of them."""
         try:
             onnx_runtime(self.source())

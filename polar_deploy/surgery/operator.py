@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import any_of
+from polar_deploy.surgery.dtype_limits import any_of
+from polar_deploy.surgery.facts import Unsupported
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Step
@@ -28,19 +28,19 @@ class Retained(NamedTuple):
 class Operator:
     """Handler of an operator family.
 
-    fragile: whether numbers of usual size can give something infinite, or no number at all (Exp, Log, Div).
+    can_be_nonfinite: whether numbers of usual size can give something infinite, or no number at all (Exp, Log, Div).
     """
 
-    fragile = False
+    can_be_nonfinite = False
 
     def couple(self, step: Step) -> None:
-        """Opens the output's channels and links them with the inputs'. Raises Wall where they cannot be followed."""
+        """Opens the output's channels and links them with the inputs'. Raises Unsupported where they cannot be followed."""
         raise NotImplementedError
 
     def constants(self, step: Step) -> None:
         """Forward: which output channels are constant. Default: what their one source says.
 
-        Asked twice: before it is known what is needed and (`step.facts.settled`) after; the second answer counts for
+        Asked twice: before it is known what is needed and (`step.facts.after_cut`) after; the second answer counts for
         channels that nobody needs, and describes the graph after the cut.
         """
         for link in step.links:
@@ -69,24 +69,24 @@ class Operator:
 
         Default: an operator that goes on working keeps one channel of each input.
         """
-        if all(channels.gone for channels in step.outputs):
+        if all(channels.is_removed for channels in step.outputs):
             return []
         first = np.zeros(1, np.int64)
         reason = "an operator must keep one input channel"
         data = [x for i, x in enumerate(step.inputs) if x is not None and i not in step.replaced]
-        return [Retained(channels, first, reason) for channels in data if channels.gone]
+        return [Retained(channels, first, reason) for channels in data if channels.is_removed]
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         """[output channels] where other finite inputs than those of the graph as given might come out infinite."""
-        return np.full(len(step.output), self.fragile)
+        return np.full(len(step.output), self.can_be_nonfinite)
 
-    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
         """Kept channels of inputs that nobody needs, and that must hold what they held all the same, given the cut.
 
         What the cut leaves there (zero, or what an opened gate lets through) might come out infinite: infinite times
         zero would then reach channels that somebody needs.
         """
-        if not self.fragile:
+        if not self.can_be_nonfinite:
             return []
         found = []
         for link in step.links:
@@ -94,7 +94,7 @@ class Operator:
             free = target.kept & ~target.needed & ~target.constant
             if not any_of(free):
                 continue
-            unsure = (free & self.risky(step))[link.into]
+            unsure = (free & self.nonfinite_risk(step))[link.into]
             which = np.zeros(len(source), bool)
             which[link.out_of[unsure]] = True
             which &= ~source.needed
@@ -132,11 +132,11 @@ class Operator:
         raise NotImplementedError
 
 
-class Unknown(Operator):
+class UnsupportedOp(Operator):
     """A wall: a node that channels cannot be followed through. Its memo is the note that says why."""
 
     def couple(self, step: Step) -> None:
-        raise Wall("this operator is not known to surgery")
+        raise Unsupported("this operator is not known to surgery")
 
     def constants(self, step: Step) -> None:
         """Nothing is known."""

@@ -16,7 +16,7 @@ from polar_deploy.surgery import rounds
 from polar_deploy.surgery.choices import NEVER, Block, Site
 from polar_deploy.surgery.count import WEIGHTS, count, foldable_norms, layer_macs, parameters
 from polar_deploy.surgery.mixing import Mixing
-from polar_deploy.surgery.regroup import ALONG_ONE
+from polar_deploy.surgery.reshape_channels import ALONG_ONE
 from polar_deploy.surgery.survey import Survey, is_writer, numbers
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Pricing:
         return np.where(unit == NEVER, NEVER, self._gate_of[unit])
 
     def _macs(self) -> Iterator[Part]:
-        macs = layer_macs(self._survey.stored.model)
+        macs = layer_macs(self._survey.detached.model)
         for position, node in enumerate(self._survey.graph.original_nodes):
             step = self._survey.steps.get(id(node))
             if step is not None and macs.get(position):
@@ -124,7 +124,7 @@ class Pricing:
 
     def _params(self) -> Iterator[Part]:
         """The parameters that are left where nothing is closed: surgery folds factors and what is constant."""
-        opened = rounds.operate(self._survey.stored)[-1]
+        opened = rounds.operate(self._survey.detached)[-1]
         model = opened.model.model
         shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         sizes = parameters(model)

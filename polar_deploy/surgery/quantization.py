@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, frozen
-from polar_deploy.surgery.numbers import all_of, is_whole
+from polar_deploy.surgery.dtype_limits import all_of, is_whole
+from polar_deploy.surgery.facts import Unsupported, frozen
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Floats, Step
     from polar_deploy.surgery.graph import Graph
     from polar_deploy.surgery.ir import Node, Tensor
-    from polar_deploy.surgery.stored import Array
 
 ONE = frozen(np.ones(1))  # the scale of numbers that are stored as they are
 INPUT, SCALE, ZERO = 0, 1, 2  # inputs of QuantizeLinear and DequantizeLinear
@@ -47,20 +47,20 @@ def scheme(graph: Graph, node: Node, scale: int | None, zero: int, axis: int, dt
     """The scheme at two inputs of a node; without a zero point it is 0, as `dtype` writes it.
 
     Raises:
-        Wall: it is computed, has a value for every block of several numbers, or its parts have different sizes.
+        Unsupported: it is computed, has a value for every block of several numbers, or its parts have different sizes.
     """
     parts: dict[int, Array] = {}
     for index, what in ((scale, "scale"), (zero, "zero point")):
         if index is not None and index < len(node.inputs) and node.inputs[index].name:
             values = graph.constant(node, index)
             if values is None:
-                raise Wall(f"its {what} is computed")
+                raise Unsupported(f"its {what} is computed")
             if node.attrs.get("block_size", 0) or values.size != max(values.shape, default=1):
-                raise Wall("it is quantised in blocks")
+                raise Unsupported("it is quantised in blocks")
             parts[index] = values
     vectors = tuple(index for index, values in parts.items() if values.size > 1)
     if len({parts[index].size for index in vectors}) > 1:
-        raise Wall("its scale and zero point have different sizes")
+        raise Unsupported("its scale and zero point have different sizes")
     scales = parts[scale].astype(np.float64).ravel() if scale is not None else np.ones(1)
     zeros = parts[zero].ravel() if zero in parts else np.zeros(1, dtype)
     return Scheme(scales, zeros, axis if vectors else None, vectors)
@@ -155,7 +155,7 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     """The constant at an input, where quantised with a scale for all, or one for every index of `axis`, the outputs'.
 
     Raises:
-        Wall: it is computed, or quantised in a way that a cut does not go along with.
+        Unsupported: it is computed, or quantised in a way that a cut does not go along with.
     """
     graph, values = step.graph, step.constant(index)
     if values is not None:
@@ -163,14 +163,14 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     node = _dequantize(step.node.inputs[index])
     values = None if node is None else graph.constant(node, INPUT)
     if node is None or values is None:
-        raise Wall(f"its {what} is computed")
+        raise Unsupported(f"its {what} is computed")
     result = node.outputs[0]
     if len(result.outputs) != 1 or not graph.is_private(result.name):
-        raise Wall(f"its dequantised {what} is shared")
+        raise Unsupported(f"its dequantised {what} is shared")
     rank = max(values.ndim, 1)
     found = scheme(graph, node, SCALE, ZERO, node.attrs.get("axis", 1) % rank, values.dtype)
     if found.axis not in (None, axis % rank):
-        raise Wall(f"its {what} is quantised along another axis than that of its outputs")
+        raise Unsupported(f"its {what} is quantised along another axis than that of its outputs")
     vectors = tuple((node, vector) for vector in found.vectors)
     return Weight(node, INPUT, values, found.scale, found.zero, vectors, plain=False)
 

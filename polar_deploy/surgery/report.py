@@ -10,10 +10,10 @@ import numpy as np
 
 from polar_deploy.surgery.count import count, parameters
 from polar_deploy.surgery.cut import Gate
+from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
-from polar_deploy.surgery.numbers import any_of
-from polar_deploy.surgery.operator import Unknown
+from polar_deploy.surgery.operator import UnsupportedOp
 from polar_deploy.surgery.verify import Proof
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from polar_deploy.surgery.count import Cost, Layer
+    from polar_deploy.surgery.detached import DetachedModel
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Ints, Step
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
-    from polar_deploy.surgery.stored import Stored
 
 SCHEMA = 1
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
@@ -33,7 +33,7 @@ LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
-def build(rounds: list[Round], given: Stored, proof: Proof | str | None) -> dict[str, Any]:
+def build(rounds: list[Round], given: DetachedModel, proof: Proof | str | None) -> dict[str, Any]:
     """The report as `polar_deploy/schemas/surgery.schema.json` describes it.
 
     `given`: the model before the first round. `proof`: or why there is none, or None where
@@ -54,7 +54,7 @@ def build(rounds: list[Round], given: Stored, proof: Proof | str | None) -> dict
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
         "cuts_not_made": _cuts_not_made(last.facts, last.sets),
-        "walls": [_entry(step.memo) for step in last.facts.alive if _is_wall(step)],
+        "unsupported": [_entry(step.memo) for step in last.facts.alive if _is_unsupported(step)],
     }
 
 
@@ -68,7 +68,7 @@ def as_it_is(model: onnx.ModelProto, reason: str, *, unproven: bool = False) -> 
         "params": [sum(parameters(model).values())] * 2,
         "padding": None,
         "operators": _operators(model, model),
-        **{key: [] for key in ("layers", "blocks_removed", "gates", "cuts_not_made", "walls")},
+        **{key: [] for key in ("layers", "blocks_removed", "gates", "cuts_not_made", "unsupported")},
     }
 
 
@@ -163,11 +163,11 @@ def _branch(step: Step, makers: dict[str, Step], dropped: set[int]) -> list[str]
     return layers[::-1]
 
 
-def _is_wall(step: Step) -> bool:
+def _is_unsupported(step: Step) -> bool:
     """Whether channels end at a node that they cannot be followed through; arithmetic on indices has none."""
     graph = step.graph
     ends = [tensor for tensor in (*step.original, *step.made) if step.facts.of(tensor) is not None]
-    return isinstance(step.handler, Unknown) and any(graph.dtype(tensor) != np.int64 for tensor in ends)
+    return isinstance(step.handler, UnsupportedOp) and any(graph.dtype(tensor) != np.int64 for tensor in ends)
 
 
 def _entry(note: Note) -> dict[str, Any]:
@@ -268,8 +268,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"kept: {entry['channels']} closed channels of {entry['layer']}: {entry['reason']} "
             f"({entry['operator']} {entry['node']})"
         )
-    for wall in report["walls"]:
-        tell(f"wall: {wall['operator']} {wall['node']}: {wall['reason']}")
+    for entry in report["unsupported"]:
+        tell(f"wall: {entry['operator']} {entry['node']}: {entry['reason']}")
     if report["verified"]:
         tell(f"verified: outputs differ by {report['difference']:.2g} of their scale")
     else:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
+from polar_deploy.surgery.detached import are_same
+from polar_deploy.surgery.dtype_limits import all_of, any_of
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.model import NotUnderstoodError
-from polar_deploy.surgery.numbers import all_of, any_of
-from polar_deploy.surgery.stored import are_same
+from polar_deploy.surgery.validation import NotUnderstoodError
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.cut import Cut
+    from polar_deploy.surgery.detached import DetachedModel
     from polar_deploy.surgery.facts import Facts
     from polar_deploy.surgery.sets import Sets
-    from polar_deploy.surgery.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Round:
     facts: Facts
     sets: Sets
     cut: Cut
-    model: Stored
+    model: DetachedModel
 
     @property
     def labels(self) -> list[str]:
@@ -35,7 +35,7 @@ class Round:
         return [graph.label(node) for node in graph.nodes]
 
     @property
-    def worth_another(self) -> bool:
+    def needs_another_round(self) -> bool:
         """Whether the cut has left more to do: facts that hold only now."""
         changed = bool(self.cut.dropped) or not all(all_of(c.kept) for c in self.facts.everything())
         return changed and (
@@ -51,7 +51,7 @@ class Round:
     def _has_new_constants(self) -> bool:
         """Tensors that are constant throughout by now: their readers can do without them."""
         channels = self.facts.everything()
-        return any(not c.was_constant and not c.gone and all_of(c.constant | ~c.kept) for c in channels)
+        return any(not c.was_constant and not c.is_removed and all_of(c.constant | ~c.kept) for c in channels)
 
     @property
     def _has_new_gates(self) -> bool:
@@ -68,16 +68,16 @@ class Round:
         return gates and any(note.operator == "MatMul" and note.channels is not None for note in notes)
 
 
-def operate(model: Stored) -> list[Round]:
+def operate(model: DetachedModel) -> list[Round]:
     """Cuts a model. Returns the rounds; the last one holds the result, which was checked as the input was.
 
     A round that changed nothing is not among them, unless it is the first.
     """
     rounds: list[Round] = []
-    while not rounds or rounds[-1].worth_another:
+    while not rounds or rounds[-1].needs_another_round:
         graph = Graph(rounds[-1].model, rounds[-1].labels) if rounds else Graph(model)
         facts, plan = sets.plan(graph)
-        found = Round(facts, plan, cut.apply(facts), graph.to_stored())
+        found = Round(facts, plan, cut.apply(facts), graph.to_detached())
         if rounds and are_same(found.model, rounds[-1].model):
             break
         rounds.append(found)

@@ -10,7 +10,7 @@ import numpy as np
 
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery.inputs import Value, Values
-from polar_deploy.surgery.model import first_line
+from polar_deploy.surgery.validation import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -44,9 +44,9 @@ def plan(graph: Graph) -> tuple[Facts, Sets]:
     while True:
         facts = Facts(graph, demands)
         sets = decide(facts)
-        facts.settle()
+        facts.update_after_cut()
         retained.update(sets.retained)
-        found = [found for step in facts.alive for found in step.handler.endangered(step)]
+        found = [found for step in facts.alive for found in step.handler.must_keep_values(step)]
         if not found:
             return facts, replace(sets, retained={int(sets.labels[label]): note for label, note in retained.items()})
         for channels, which in found:
@@ -85,7 +85,7 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
 
     while changed:
         changed = False
-        all_there = not any(channels.gone for channels in facts.everything())
+        all_there = not any(channels.is_removed for channels in facts.everything())
         for step in reversed(facts.alive):
             if all_there and type(step.handler).retain is Operator.retain:
                 continue  # it asks for one channel of what is gone

@@ -14,8 +14,8 @@ import numpy as np
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.choices import with_values
+from polar_deploy.surgery.detached import Array, DetachedModel
 from polar_deploy.surgery.graph import Graph
-from polar_deploy.surgery.stored import Array, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 FIRST = 3  # what index 0 is numbered; a factor of 1 would be dropped, and zero closes
 
 
-def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
-    """What cutting `stored` leaves of its `parameters` (names of initializers): one array of indices an axis.
+def slices(detached: DetachedModel, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
+    """What cutting `detached` leaves of its `parameters` (names of initializers): one array of indices an axis.
 
     Those that go altogether are not there.
 
     Raises:
         ContentError: a parameter is cut in two ways, or is not used as it stands and cannot be cut.
     """
-    shapes = {t.name: tuple(t.dims) for t in stored.model.graph.initializer if t.name in parameters}
+    shapes = {t.name: tuple(t.dims) for t in detached.model.graph.initializer if t.name in parameters}
     kept: dict[str, list[Ints]] = {name: [np.arange(size) for size in shape] for name, shape in shapes.items()}
-    direct = _direct(stored)  # what is computed with keeps its values: numbers might make a weight of zeros of it
+    direct = _direct(detached)  # what is computed with keeps its values: numbers might make a weight of zeros of it
     for axis in range(max(map(len, shapes.values()), default=0)):
-        trimmed = _Trimmed(_numbered(stored, {name: shape for name, shape in shapes.items() if name in direct}, axis))
+        trimmed = _Trimmed(_numbered(detached, {name: shape for name, shape in shapes.items() if name in direct}, axis))
         if axis == 0:
             for name in shapes:
                 if name not in trimmed.left and not trimmed.is_read(name):
@@ -54,9 +54,9 @@ def slices(stored: Stored, parameters: set[str]) -> dict[str, tuple[Ints, ...]]:
     return {name: tuple(axes) for name, axes in kept.items()}
 
 
-def paddings(stored: Stored) -> dict[int, tuple[Ints, Ints]]:
-    """What each Pad adds once `stored` is cut, by the position of its node: int [rank], before and after."""
-    graph = Graph(stored)
+def paddings(detached: DetachedModel) -> dict[int, tuple[Ints, Ints]]:
+    """What each Pad adds once `detached` is cut, by the position of its node: int [rank], before and after."""
+    graph = Graph(detached)
     facts, _ = sets.plan(graph)
     ranks = {id(step.node): len(graph.shape(step.made[0]) or ()) for step in facts.alive}
     cut.trim(facts)
@@ -73,9 +73,9 @@ def paddings(stored: Stored) -> dict[int, tuple[Ints, Ints]]:
     return found
 
 
-def _direct(stored: Stored) -> set[str]:
+def _direct(detached: DetachedModel) -> set[str]:
     """Names of the constants that are read, as they stand or rearranged, together with something that is computed."""
-    graph, found, known = Graph(stored), set[str](), {""}  # known: what comes of constants alone
+    graph, found, known = Graph(detached), set[str](), {""}  # known: what comes of constants alone
     for node in graph.nodes:
         constants = [tensor.name for tensor in node.inputs if graph.is_constant(tensor)]
         if {tensor.name for tensor in node.inputs} <= {*constants, *known}:
@@ -88,8 +88,8 @@ def _direct(stored: Stored) -> set[str]:
 class _Trimmed:
     """A graph after the cut. left: for each parameter that is read as it stands, what the nodes read of it."""
 
-    def __init__(self, stored: Stored) -> None:
-        graph = Graph(stored)
+    def __init__(self, detached: DetachedModel) -> None:
+        graph = Graph(detached)
         read = [tensor for node in graph.nodes for tensor in node.inputs]
         before = {tensor.name: tensor.values.shape for tensor in read if tensor.values is not None}
         facts, _ = sets.plan(graph)
@@ -107,7 +107,7 @@ class _Trimmed:
                     if before.get(tensor.name) != values.shape:
                         self._changed.add(tensor.name)
         self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for proto in stored.model.graph.node:
+        for proto in detached.model.graph.node:
             for name in proto.input:
                 self._readers.setdefault(name, []).append(proto)
 
@@ -186,7 +186,7 @@ def _computed_with(name: str) -> ContentError:
     )
 
 
-def _numbered(stored: Stored, shapes: dict[str, tuple[int, ...]], axis: int) -> Stored:
+def _numbered(detached: DetachedModel, shapes: dict[str, tuple[int, ...]], axis: int) -> DetachedModel:
     """The graph with ascending numbers along an axis of its parameters, the same along the others."""
 
     def numbers(shape: tuple[int, ...]) -> Array:
@@ -195,4 +195,4 @@ def _numbered(stored: Stored, shapes: dict[str, tuple[int, ...]], axis: int) -> 
             values += np.arange(shape[axis]).reshape([-1 if at == axis else 1 for at in range(len(shape))])
         return values
 
-    return with_values(stored, {name: numbers(shape) for name, shape in shapes.items()})
+    return with_values(detached, {name: numbers(shape) for name, shape in shapes.items()})

@@ -18,8 +18,8 @@ from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.mixing import Mixing
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import DetachedModel
     from polar_deploy.surgery.facts import Bools, Channels, Ints
-    from polar_deploy.surgery.stored import Stored
 
 QUIET_ROUNDS = 2  # pairs of random halves that have to be closed without a channel that stays
 
@@ -42,13 +42,13 @@ class Survey:
     """
 
     def __init__(
-        self, whole: Stored, stored: Stored, masks: Sequence[Mask], name_of: Callable[[int], str | None]
+        self, whole: DetachedModel, detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None]
     ) -> None:
-        self.whole, self.stored, self.masks = whole.model, stored, masks
-        self.graph = Graph(stored)
+        self.whole, self.detached, self.masks = whole.model, detached, masks
+        self.graph = Graph(detached)
         self.facts = Facts(self.graph)
         sets.decide(self.facts)
-        self.facts.settle()
+        self.facts.update_after_cut()
         self.steps = {id(step.node): step for step in self.facts.alive}
         held = {self.graph.metadata(node).get(MASK): node for node in self.graph.original_nodes}
         own = [node for node in self.graph.original_nodes if MASK not in self.graph.metadata(node)]
@@ -199,7 +199,7 @@ class Survey:
         for closed in _closed_together(found, self._sums(found)):
             masks = [self.masks[cone.mask] for cone in closed]
             zeros = {constant_name(mask): np.zeros(mask.shape, np.float32) for mask in masks}
-            left = set(rounds.operate(with_values(self.stored, zeros))[-1].labels)
+            left = set(rounds.operate(with_values(self.detached, zeros))[-1].labels)
             stay = [
                 c for c in closed if any(id(n) in c.nodes and self.graph.label(n) in left for n in self.graph.nodes)
             ]

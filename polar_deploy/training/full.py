@@ -9,21 +9,21 @@ from torch.optim import Optimizer
 
 from polar_deploy.progress import Progress
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import Fit, autocast, cross_entropy, fit, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, autocast, cross_entropy, fit, set_rate, sgd
 
 
 class Plain:
     """Ordinary training: cross-entropy, SGD, warm-up and cosine."""
 
-    def __init__(self, run: Fit) -> None:
-        self.run = run
-        self.optimizer = sgd(run.network, run.settings)
-        self.criterion = cross_entropy(run.settings)
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.optimizer = sgd(job.network, job.settings)
+        self.criterion = cross_entropy(job.settings)
 
     @property
     def network(self) -> nn.Module:
         """The run's."""
-        return self.run.network
+        return self.job.network
 
     def optimizers(self) -> list[Optimizer]:
         """The one optimizer."""
@@ -31,13 +31,13 @@ class Plain:
 
     def before_step(self, done: float) -> None:
         """Set the learning rate."""
-        training = self.run.settings.training
+        training = self.job.settings.training
         set_rate(self.optimizer, training.lr, training.warmup, done)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, classes]."""
-        with autocast(self.run.settings, self.run.device):
-            logits = self.run.network(images)
+        with autocast(self.job.settings, self.job.device):
+            logits = self.job.network(images)
         return self.criterion(logits, labels), logits
 
     def after_step(self) -> None:
@@ -55,6 +55,6 @@ class Plain:
         return {"work": 3.0}
 
 
-def train_full(run: Fit, progress: Progress) -> State:
+def train_full(job: TrainingJob, progress: Progress) -> State:
     """Train the full network in place; see `loop.fit`."""
-    return fit(run, Plain(run), progress)
+    return fit(job, Plain(job), progress)

@@ -23,7 +23,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import Fit, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
 
 NORM_BATCHES = 20  # that statistics are estimated from
 FREEZE_IMAGES = 2000  # of the validation set, that show what the freeze changed
@@ -35,20 +35,24 @@ class OnePass:
     """Training of a network with gates under a budget, with the full network as teacher where the settings say so.
 
     Args:
-        run: the training run; its network carries the gates.
+        job: the training run; its network carries the gates.
         gates: of that network.
         teacher: the full network, or None.
-        tell: is told what a user should know.
+        on_progress: is told what a user should know.
     """
 
     def __init__(
-        self, run: Fit, gates: Gates, teacher: nn.Module | None, tell: Callable[[str], None] = lambda message: None
+        self,
+        job: TrainingJob,
+        gates: Gates,
+        teacher: nn.Module | None,
+        on_progress: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.run, self.gates, self.tell = run, gates, tell
+        self.job, self.gates, self.on_progress = job, gates, on_progress
         self.teacher = teacher.eval() if teacher is not None else None
         self.small: nn.Module | None = None  # the cut network, once gates are fixed
-        self.weights = sgd(run.network, run.settings)
-        self.criterion = cross_entropy(run.settings)
+        self.weights = sgd(job.network, job.settings)
+        self.criterion = cross_entropy(job.settings)
         self._work = 0.0  # of the epoch's steps, see `loop.Method`
         self._share: Tensor | None = None  # of the last epoch's samples that open each gate, summed over steps
         self._steps = 0
@@ -57,7 +61,7 @@ class OnePass:
     @property
     def network(self) -> nn.Module:
         """The one that is trained: the run's with its gates, and when they are fixed what is left of it."""
-        return self.small if self.small is not None else self.run.network
+        return self.small if self.small is not None else self.job.network
 
     def optimizers(self) -> list[Optimizer]:
         """The weights' own; gates move by themselves."""
@@ -65,12 +69,12 @@ class OnePass:
 
     def before_step(self, done: float) -> None:
         """Set the learning rate."""
-        training = self.run.settings.training
+        training = self.job.settings.training
         set_rate(self.weights, training.gated_lr, training.warmup, done)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, classes]."""
-        with autocast(self.run.settings, self.run.device):
+        with autocast(self.job.settings, self.job.device):
             logits = self.network(images)
             loss = self.criterion(logits, labels)
             if self.teacher is not None:
@@ -80,16 +84,16 @@ class OnePass:
     def after_step(self) -> None:
         """Let the gates learn; when they are fixed, note what samples say and what that changes, and cut."""
         left = self.gates.cost()["macs"] if self.small is not None else 1.0
-        asked = self.run.settings.training.distill_share if self.teacher is not None else 0.0
+        asked = self.job.settings.training.distill_share if self.teacher is not None else 0.0
         self._work += 3 * left + asked
         share = self.gates.share
         self._share = share if self._share is None else self._share + share
         self._steps += 1
         freezes = self.gates.freezes_next
-        before = self._validated(self.run.network) if freezes else None
+        before = self._validated(self.job.network) if freezes else None
         self.gates.step()
         if freezes:
-            after = self._validated(self.run.network)
+            after = self._validated(self.job.network)
             self.cut()
             self._estimate_norms()
             settled = self._validated(self.network)
@@ -128,14 +132,14 @@ class OnePass:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the gates, and of the whole network where a cut one is trained."""
-        whole = self.run.network.state_dict() if self.small is not None else None
+        whole = self.job.network.state_dict() if self.small is not None else None
         return {"gates": self.gates.state_dict(), "whole": whole}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self.gates.load_state_dict(state["gates"])
         if state["whole"] is not None:
-            self.run.network.load_state_dict(state["whole"])
+            self.job.network.load_state_dict(state["whole"])
             self.cut()
 
     def finish(self) -> None:
@@ -148,21 +152,21 @@ class OnePass:
         try:
             small = self.gates.cut()
         except ContentError as error:
-            self.tell(f"trained with masks to the end: {str(error).splitlines()[0]}")
+            self.on_progress(f"trained with masks to the end: {str(error).splitlines()[0]}")
             return
-        self.small = prepare(small, self.run.settings, self.run.device)
-        self.weights = sgd(self.small, self.run.settings)
+        self.small = prepare(small, self.job.settings, self.job.device)
+        self.weights = sgd(self.small, self.job.settings)
 
     def _validated(self, network: nn.Module) -> float | None:
         """Accuracy on the beginning of the validation set, where there is one."""
-        return evaluate(network, self.run.validation, FREEZE_IMAGES) if self.run.validation else None
+        return evaluate(network, self.job.validation, FREEZE_IMAGES) if self.job.validation else None
 
     def _estimate_norms(self) -> None:
         """Statistics of BatchNorms anew, of training images: the closed channels moved them all."""
-        images = (images for images, _ in islice(self.run.train.epoch(0), NORM_BATCHES))
+        images = (images for images, _ in islice(self.job.train.epoch(0), NORM_BATCHES))
         frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
         if not frozen:  # who keeps them fixed wants them fixed
-            with autocast(self.run.settings, self.run.device):
+            with autocast(self.job.settings, self.job.device):
                 update_bn(images, self.network)
 
     def _taught(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ class OnePass:
         is so cheap that the teacher's forward pass would be a third of it.
         """
         assert self.teacher is not None
-        training = self.run.settings.training
+        training = self.job.settings.training
         heat, seen = training.distill_temperature, math.ceil(training.distill_share * len(images))
         with torch.inference_mode():
             wanted = F.log_softmax(self.teacher(images[:seen]).float() / heat, dim=1)
@@ -182,13 +186,13 @@ class OnePass:
         return (1 - weight) * loss + weight * divergence
 
 
-def train_gated(run: Fit, gates: Gates, teacher: nn.Module | None, progress: Progress) -> State:
+def train_gated(job: TrainingJob, gates: Gates, teacher: nn.Module | None, progress: Progress) -> State:
     """Train a network with gates in place, to the end of its run; afterwards its gates are frozen.
 
     The state's note "freeze" holds the share of samples that opened each gate and what freezing changed.
     """
-    method = OnePass(run, gates, teacher, progress.note)
-    state = fit(run, method, progress)
+    method = OnePass(job, gates, teacher, progress.note)
+    state = fit(job, method, progress)
     method.finish()
     return state
 

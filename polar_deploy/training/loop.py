@@ -52,7 +52,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainingJob:
     """One training run: what it needs besides its method."""
 
     stage: str
@@ -66,8 +66,8 @@ class Fit:
     device: torch.device
 
 
-def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
-    """Train to the end, from the folder's checkpoint if there is one for `run.key`; of another it says so.
+def fit(job: TrainingJob, method: Method, progress: Progress) -> checkpoint.State:
+    """Train to the end, from the folder's checkpoint if there is one for `job.key`; of another it says so.
 
     Writes `checkpoint.safetensors` and `training.jsonl` after every epoch, so that a killed run goes on from the
     last whole epoch and, on CPU with the same number of threads, ends with the same weights as an unbroken one.
@@ -75,31 +75,31 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     Raises:
         ContentError: the loss is not finite.
     """
-    path = run.folder / "checkpoint.safetensors"
-    state, tensors = checkpoint.load(path, run.key)
+    path = job.folder / "checkpoint.safetensors"
+    state, tensors = checkpoint.load(path, job.key)
     if path.is_file() and not state.epoch:
-        progress.note(f"{run.stage}: begins again: its checkpoint is damaged, or of other settings, data or training")
+        progress.note(f"{job.stage}: begins again: its checkpoint is damaged, or of other settings, data or training")
     if state.epoch:
         method.load_state_dict(state.method)
         checkpoint.restore(tensors, method.network, method.optimizers())
-        write_log(run.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
-    progress.stage(run.stage, total_epochs=run.epochs, done=state.epoch)
-    meter = Meter(run.device)
-    while state.epoch < run.epochs:
-        started, waited = time.monotonic(), run.train.waited
-        losses, accuracy = _epoch(run, method, state.epoch, progress)
+        write_log(job.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
+    progress.stage(job.stage, total_epochs=job.epochs, done=state.epoch)
+    meter = Meter(job.device)
+    while state.epoch < job.epochs:
+        started, waited = time.monotonic(), job.train.waited
+        losses, accuracy = _epoch(job, method, state.epoch, progress)
         state.epoch += 1
         record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5), "train_accuracy": round(accuracy, 3)}
-        record["images"] = run.train.images_an_epoch
+        record["images"] = job.train.images_an_epoch
         record |= method.after_epoch(state)
-        record["val_accuracy"] = evaluate(method.network, run.validation) if run.validation else None
+        record["val_accuracy"] = evaluate(method.network, job.validation) if job.validation else None
         joules = meter.read()
-        record |= {"data_seconds": round(run.train.waited - waited, 2)} if run.train.reads else {}
+        record |= {"data_seconds": round(job.train.waited - waited, 2)} if job.train.reads else {}
         record |= {"joules": round(joules, 1)} if joules is not None else {}
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()
-        checkpoint.save(path, run.key, state, method.network, method.optimizers())
-        write_log(run.folder / "training.jsonl", state.records)
+        checkpoint.save(path, job.key, state, method.network, method.optimizers())
+        write_log(job.folder / "training.jsonl", state.records)
         progress.epoch(
             epoch=state.epoch,
             loss=losses,
@@ -111,14 +111,14 @@ def fit(run: Fit, method: Method, progress: Progress) -> checkpoint.State:
     return state
 
 
-def _epoch(run: Fit, method: Method, epoch: int, progress: Progress) -> tuple[float, float]:
+def _epoch(job: TrainingJob, method: Method, epoch: int, progress: Progress) -> tuple[float, float]:
     """One pass over the training set; mean loss and training accuracy in percent."""
     method.network.train()
-    torch.manual_seed(run.settings.seed * 1_000_003 + epoch)  # dropout and stochastic depth, the same after a resume
-    total = torch.zeros(2, device=run.device)
-    steps = run.train.steps
-    for step, (images, labels) in enumerate(run.train.epoch(epoch)):
-        method.before_step((epoch + step / steps) / run.epochs)
+    torch.manual_seed(job.settings.seed * 1_000_003 + epoch)  # dropout and stochastic depth, the same after a resume
+    total = torch.zeros(2, device=job.device)
+    steps = job.train.steps
+    for step, (images, labels) in enumerate(job.train.epoch(epoch)):
+        method.before_step((epoch + step / steps) / job.epochs)
         loss, logits = method.loss(images, labels)
         for optimizer in method.optimizers():
             optimizer.zero_grad(set_to_none=True)
@@ -131,7 +131,7 @@ def _epoch(run: Fit, method: Method, epoch: int, progress: Progress) -> tuple[fl
     mean_loss, accuracy = (total / steps).tolist()
     if not math.isfinite(mean_loss):
         raise ContentError(
-            f"the loss is {mean_loss} in epoch {epoch + 1} of {run.epochs} of stage {run.stage}",
+            f"the loss is {mean_loss} in epoch {epoch + 1} of {job.epochs} of stage {job.stage}",
             "lower training.lr (or training.gated_lr), or check the weights and the normalisation",
         )
     return mean_loss, 100 * accuracy

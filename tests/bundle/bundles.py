@@ -117,9 +117,9 @@ def _network(name: str, target: str, backend: str, precision: str) -> dict[str, 
         "precision": {
             "asked": precision,
             "found": {precision: 2},
-            "edges": "fp32",
+            "io_dtype": "fp32",
             "types": {precision: 2},
-            "kept": [],
+            "high_precision_layers": [],
             "calibration": None,
         },
         "reformats": None,
@@ -146,7 +146,7 @@ def _plan(name: str, backend: str) -> dict[str, Any]:
         "version_compatible": False,
         "hardware_compatible": False,
         "timing_cache": "engines/timing.cache" if backend == "trt" else None,
-        "profile": {"smallest": 1, "usual": 8, "largest": 64},
+        "profile": {"min": 1, "opt": 8, "max": 64},
         "trtexec": None,
     }
 

@@ -33,7 +33,7 @@ PICTURES = {
     "tiny grey.png": ("L", (3, 4), (11, 14), (2, 3)),
 }
 EDGES: dict[str, Any] = {"input": {"name": "images"}, "output": {"name": "logits"}}
-PROFILE: dict[str, Any] = {"networks": {"compressed": {"plan": {"profile": {"smallest": 2, "usual": 3, "largest": 5}}}}}
+PROFILE: dict[str, Any] = {"networks": {"compressed": {"plan": {"profile": {"min": 2, "opt": 3, "max": 5}}}}}
 
 Answer = dict[str, list[tuple[str, float]]]  # picture -> (label, percent), the likeliest first
 

@@ -63,7 +63,7 @@ def test_built_loaded_and_run(precision: str, tmp_path: Path) -> None:
     assert (entry["backend"], entry["provider"], entry["threads"]) == ("ov", "OpenVINO CPU", 1)
     assert entry["precision"]["types"] == {precision: 7}
     assert "not kept" in entry["plan"]
-    engine, exact = loaded(tmp_path, precision), engines.graph(tmp_path / "source.onnx")
+    engine, exact = loaded(tmp_path, precision), engines.reference_engine(tmp_path / "source.onnx")
     assert engine.input_shape == (3, 8, 8)
     for count in (5, 1, 2, 3, 4, 5):  # more sizes than are held compiled
         least, most = OFF[precision]
@@ -115,10 +115,10 @@ def test_transposed_convolutions_are_computed_in_int8_without_groups(groups: int
         network.graph.initializer.append(numpy_helper.from_array(weights[name].astype(np.float32), name))
     entry = built(tmp_path, "int8", network)["engines"]["full"]
     assert entry["precision"]["types"] == ({"int8": 8} if groups == 1 else {"int8": 7, "fp32": 1})
-    assert [each["layer"] for each in entry["precision"]["kept"]] == ([] if groups == 1 else ["up"])
+    assert [each["layer"] for each in entry["precision"]["high_precision_layers"]] == ([] if groups == 1 else ["up"])
     layers = json.loads((tmp_path / "engines/full.layers.json").read_text())["layers"]
     assert [layer["type"] for layer in layers if layer["op"] == "Deconvolution"] == ["int8" if groups == 1 else "fp32"]
-    exact = engines.graph(tmp_path / "source.onnx").infer(IMAGES)
+    exact = engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)
     assert off(loaded(tmp_path, "int8").infer(IMAGES), exact) < 0.05
 
 
@@ -133,18 +133,18 @@ def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
     for node in extra[::-1]:
         network.graph.node.insert(1, node)
     next(node for node in network.graph.node if node.name == "relu0").input[0] = "down"
-    kept = built(tmp_path, "bf16", network)["engines"]["full"]["precision"]["kept"]
+    kept = built(tmp_path, "bf16", network)["engines"]["full"]["precision"]["high_precision_layers"]
     assert "up" in {each["layer"] for each in kept}
-    exact = engines.graph(tmp_path / "source.onnx").infer(IMAGES)
+    exact = engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)
     assert off(loaded(tmp_path, "bf16").infer(IMAGES), exact) < 0.03
 
 
 def test_native_edges_take_and_give_fp32(tmp_path: Path) -> None:
-    entry = built(tmp_path, "bf16", edges="native")["engines"]["full"]
-    assert entry["precision"]["edges"] == "native"
+    entry = built(tmp_path, "bf16", io_dtype="native")["engines"]["full"]
+    assert entry["precision"]["io_dtype"] == "native"
     found = loaded(tmp_path, "bf16").infer(IMAGES)
     assert found.dtype == np.float32
-    assert off(found, engines.graph(tmp_path / "source.onnx").infer(IMAGES)) < 0.02
+    assert off(found, engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)) < 0.02
 
 
 def test_engines_are_timed(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_kernels_that_prove_a_graph_are_openvino_s(tmp_path: Path) -> None:
     network, path = residual(), tmp_path / "a.onnx"
     network.graph.output.append(helper.make_tensor_value_info("relu2.out", onnx.TensorProto.FLOAT, None))
     found = kernels.outputs(network, IMAGES, path)
-    exact = engines.graph(saved(residual(), path)).infer(IMAGES)
+    exact = engines.reference_engine(saved(residual(), path)).infer(IMAGES)
     assert off(found["logits"], exact) < 1e-5
     assert found["relu2.out"].shape == (5, 8, 8, 8)
 

@@ -55,7 +55,7 @@ def test_engine_is_described(built: tuple[Path, dict[str, Any]]) -> None:
     assert entry["versions"]["TensorRT for RTX"] == version
     plan = entry["plan"]
     assert (plan["file"], plan["version"], plan["timing_cache"]) == ("full.plan", version, None)
-    assert plan["profile"] == {"smallest": 2, "usual": 4, "largest": 16}
+    assert plan["profile"] == {"min": 2, "opt": 4, "max": 16}
     assert "8.9" in plan["capabilities"]
     assert not plan["version_compatible"]
     valid("build", {"schema": 1, "target": RTX.name, "engines": {"full": entry, "compressed": entry}})

@@ -57,7 +57,7 @@ class Chain(nn.Module):
 EXAMPLE = torch.zeros(1, 1, 6, 10)
 Batch = tuple[Tensor, Tensor]
 
-QUICK = {"freeze": 0.5, "rehearse": 0}
+QUICK = {"freeze_at": 0.5, "rehearse": 0}
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +475,7 @@ def test_gradient_checkpointing_changes_nothing(make: Callable[..., Gates], reen
 def test_a_compiled_network_learns_and_computes_what_the_eager_one_does(
     make: Callable[..., Gates], backend: str
 ) -> None:
-    plain, gates = make(start=0.4), make(start=0.4)  # the first step is compiled before it is known to be
+    plain, gates = make(close_from=0.4), make(close_from=0.4)  # the first step is compiled before it is known to be
     torch.compiler.reset()
     compiled = torch.compile(gates.model, backend=backend)
     train(plain, optimizer_of(plain), range(STEPS))

@@ -61,7 +61,7 @@ def _fit(analysis: Any, *others: Any, resume: str | None = None, mode: str = "ba
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
-    options = {"mode": mode, "freeze": 0.5, "rehearse": 0, "analysis": analysis}
+    options = {"mode": mode, "freeze_at": 0.5, "rehearse": 0, "analysis": analysis}
     callback = GatesCallback(lambda module, steps: Gates(module.net, EXAMPLE, steps=steps, **options))
     silent = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = pl.Trainer(
@@ -123,7 +123,7 @@ def _train(analysis: Any, folder: Path, *, resume: bool | str = False, mode: str
             loss = loss + callback.loss()
             return (loss, outputs) if return_outputs else loss
 
-    options = {"mode": mode, "freeze": 0.5, "rehearse": 0, "analysis": analysis}
+    options = {"mode": mode, "freeze_at": 0.5, "rehearse": 0, "analysis": analysis}
     callback = GatesCallback(lambda model, steps: Gates(model.net, EXAMPLE, steps=steps, **options))
     arguments = transformers.TrainingArguments(
         str(folder), num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=6,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from polar_deploy import parity
-from polar_deploy.config import Verdict
+from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.data import Split
 from polar_deploy.engines import Array
 from tests.engines.networks import TimedEngine, steady
 from tests.schemas import valid
 
-VERDICT = Verdict(max_drop=1.0, min_speedup=1.02, batch=1)
+VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 RNG = np.random.default_rng(7)
 FILES = {"files": {"full/model.onnx": "0" * 64}, "class_names": ["a"]}  # which the stage adds
 
@@ -61,7 +61,7 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
     answers = {n: np.where(np.arange(100) < n, wrong, labels) for n in (0, 1, 10, 15)}
     full, engine = TableEngine(answering(answers[1])), TableEngine(answering(answers[15]))
     same = graphs(answering(answers[0]), answering(answers[10]), answering(answers[10]), reference)
-    result = parity.compare(full, engine, numbered(labels), Verdict(max_drop=4.0), graphs=same)
+    result = parity.compare(full, engine, numbered(labels), AcceptanceCriteria(max_drop=4.0), graphs=same)
     valid("parity", result | FILES)
     assert result["accuracy"]["drop"] == pytest.approx(14)
     assert result["graphs"]["drop"] == pytest.approx(10)
@@ -108,7 +108,7 @@ class NarrowEngine(TableEngine):
 def test_engines_get_the_batches_that_they_take() -> None:
     labels = np.arange(130) % 3  # 130 = 8 * 16 + 2
     narrow = NarrowEngine(answering(labels))
-    verdict = Verdict(batch=8)
+    verdict = AcceptanceCriteria(batch=8)
     result = parity.compare(narrow, NarrowEngine(narrow.logits), numbered(labels), verdict, batches=(4, 16))
     assert result["accuracy"]["samples"] == 130
     assert result["accuracy"]["full"] == 100

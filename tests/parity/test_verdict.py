@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from polar_deploy import parity
-from polar_deploy.config import Verdict
+from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines.timing import Interval, Latency, Percentile, Round, Timing
 
-VERDICT = Verdict(max_drop=1.0, min_speedup=1.02, batch=1)
+VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 
 
 def measured(median: float, low: float, high: float, control: float = 1.0, batch: int = 1) -> Timing:
@@ -84,7 +84,7 @@ def test_control_limits(control: float, answer: str) -> None:
 
 
 def test_a_better_network_passes_where_no_drop_is_allowed() -> None:
-    strict = Verdict(max_drop=0.0)
+    strict = AcceptanceCriteria(max_drop=0.0)
     better = parity.judge_accuracy(tally(-3), strict)
     assert better.result == "pass"
     assert better.reason.startswith("accuracy rises by 3.00 points (95 %: -3.3")
@@ -107,7 +107,7 @@ def test_too_few_images_are_said_and_how_many_would_do() -> None:
 
 
 def test_the_drop_as_counted_decides_where_that_is_asked() -> None:
-    point = Verdict(accuracy_rule="point")
+    point = AcceptanceCriteria(accuracy_rule="point")
     assert [parity.judge_accuracy(tally(drop, samples=1000), point).result for drop in (1.0, 1.1)] == ["pass", "fail"]
 
 
@@ -130,7 +130,7 @@ def test_networks_at_chance_prove_nothing_by_agreeing(right: int, answer: str, w
 def test_a_compressed_network_at_chance_is_no_network() -> None:
     """However large a drop is allowed. The commonest class is 40 % of the test set."""
     counts = {"full_right": 900, "compressed_right": 400, "lost": 500, "seen_of": Counter({0: 400, 1: 300, 2: 300})}
-    judgement = parity.judge_accuracy(parity.Tally(samples=1000, **counts), Verdict(max_drop=100))
+    judgement = parity.judge_accuracy(parity.Tally(samples=1000, **counts), AcceptanceCriteria(max_drop=100))
     assert judgement.result == "fail"
     assert "the compressed network is right on 400" in judgement.reason
 
@@ -145,10 +145,10 @@ def test_a_test_set_of_one_class_tells_nothing() -> None:
     ("bound", "answer"), [(1.05, "pass"), (1.049, "undecided"), (0.95, "undecided"), (0.949, "fail")]
 )
 def test_latency_itself_may_be_bounded(bound: float, answer: str) -> None:
-    judgement = parity.judge_latency(FASTER, Verdict(max_latency_ms=bound))
+    judgement = parity.judge_latency(FASTER, AcceptanceCriteria(max_latency_ms=bound))
     assert judgement.result == answer
     assert "the median of an inference at batch 1 is 1 ms (95 %: 0.95 to 1.05)" in judgement.reason
-    assert parity.judge_latency(SLOWER, Verdict(max_latency_ms=bound)).result == "fail"
+    assert parity.judge_latency(SLOWER, AcceptanceCriteria(max_latency_ms=bound)).result == "fail"
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,16 @@ def test_latency_itself_may_be_bounded(bound: float, answer: str) -> None:
     ],
 )
 def test_a_percentile_may_be_bounded(percentile: str, bound: float, answer: str, words: str) -> None:
-    judgement = parity.judge_latency(FASTER, Verdict(max_latency_ms=bound, latency_percentile=percentile))
+    judgement = parity.judge_latency(FASTER, AcceptanceCriteria(max_latency_ms=bound, latency_percentile=percentile))
     assert judgement.result == answer
     assert re.search(words, judgement.reason)
 
 
 def test_as_many_single_inferences_as_a_percentile_needs() -> None:
-    asked = {name: parity.singles_for(Verdict(max_latency_ms=1, latency_percentile=name)) for name in ("p50", "p99.9")}
+    asked = {
+        name: parity.singles_for(AcceptanceCriteria(max_latency_ms=1, latency_percentile=name))
+        for name in ("p50", "p99.9")
+    }
     assert asked["p50"] >= 368
     assert asked["p99.9"] >= 3688
 

@@ -18,9 +18,9 @@ from tests.engines.networks import classifier, model, saved
 FLOAT, BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
-def converted(network: onnx.ModelProto, folder: Path, *, keep_edges: bool = True) -> onnx.ModelProto:
+def converted(network: onnx.ModelProto, folder: Path, *, keep_io_types: bool = True) -> onnx.ModelProto:
     path = saved(network, folder / "a.onnx")
-    result, _ = bf16.converted(graph.load(path), path, None, keep_edges=keep_edges)
+    result, _ = bf16.to_bf16(graph.load(path), path, None, keep_io_types=keep_io_types)
     onnx.checker.check_model(result, full_check=True)
     return result
 
@@ -104,7 +104,7 @@ def test_every_float_is_bf16_between_the_edges(tmp_path: Path) -> None:
 
 
 def test_native_edges_need_no_cast(tmp_path: Path) -> None:
-    result = converted(classifier(), tmp_path, keep_edges=False)
+    result = converted(classifier(), tmp_path, keep_io_types=False)
     assert set(kinds(result).values()) == {BF16}
     assert operators(result) == operators(classifier())
     assert [value.name for value in (*result.graph.input, *result.graph.output)] == ["input", "logits"]

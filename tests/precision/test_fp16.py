@@ -16,17 +16,17 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 LAYERS = ("stem", "conv1", "conv2", "conv3", "conv4", "shortcut", "fc")
 
 
-@pytest.mark.parametrize(("edges", "kind"), [("fp32", FLOAT), ("native", HALF)])
-def test_layers_are_fp16_and_edges_as_asked(edges: str, kind: int, tmp_path: Path) -> None:
-    typed, said = written(residual(), "rtx-fp16", tmp_path, edges=edges)
-    assert said == {"edges": edges, "types": {"fp16": 7}, "kept": [], "calibration": None}
+@pytest.mark.parametrize(("io_dtype", "kind"), [("fp32", FLOAT), ("native", HALF)])
+def test_layers_are_fp16_and_io_types_as_asked(io_dtype: str, kind: int, tmp_path: Path) -> None:
+    typed, said = written(residual(), "rtx-fp16", tmp_path, io_dtype=io_dtype)
+    assert said == {"io_dtype": io_dtype, "types": {"fp16": 7}, "high_precision_layers": [], "calibration": None}
     onnx.checker.check_model(typed, full_check=True)
     types = element_types(typed)
     for name in LAYERS:
         assert {types[each] for each in (*nodes(typed)[name].input, *nodes(typed)[name].output)} == {HALF}
     assert (types["input"], types["logits"]) == (kind, kind)
     casts = [node for node in typed.graph.node if node.op_type == "Cast"]
-    assert len(casts) == (2 if edges == "fp32" else 0)
+    assert len(casts) == (2 if io_dtype == "fp32" else 0)
 
 
 def test_names_and_the_dynamic_batch_stay(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_weights_that_fp16_cannot_hold(factor: float, says: str, tmp_path: Path)
 
 def test_fp32_stays_as_it_is(tmp_path: Path) -> None:
     typed, said = written(residual(), "ort-fp32", tmp_path)
-    assert said == {"edges": "fp32", "types": {"fp32": 7}, "kept": [], "calibration": None}
+    assert said == {"io_dtype": "fp32", "types": {"fp32": 7}, "high_precision_layers": [], "calibration": None}
     assert typed == residual()
 
 

@@ -51,7 +51,7 @@ def test_numbers_are_those_of_fp32_to_int8s_precision(target: str, method: str, 
     typed, said = written(residual(), target, tmp_path, images(64), calibration=calibration)
     onnx.checker.check_model(typed, full_check=True)
     assert said["types"] == {"int8": 7}
-    assert said["kept"] == []
+    assert said["high_precision_layers"] == []
     assert (said["calibration"]["method"], said["calibration"]["images"]) == (method, 64)
     apart = difference(run(typed, images(8, seed=2)), run(residual(), images(8, seed=2)))
     assert 2e-3 < apart < 0.03  # 8 bits; FP16 alone would be below 1e-3
@@ -191,8 +191,10 @@ def test_a_layer_that_int8_hurts_stays_wide_and_is_listed(target: str, wider: st
     require_exact_halves(target)
     network, calibration = lopsided(), {"method": "minmax"}
     typed, said = written(network, target, tmp_path, images(32), calibration=calibration, max_layer_error=0.05)
-    assert [(each["layer"], each["operator"], each["type"]) for each in said["kept"]] == [("conv1", "Conv", wider)]
-    assert said["kept"][0]["error"] > 0.05
+    assert [(each["layer"], each["operator"], each["type"]) for each in said["high_precision_layers"]] == [
+        ("conv1", "Conv", wider)
+    ]
+    assert said["high_precision_layers"][0]["error"] > 0.05
     assert said["types"] == {"int8": 7, wider: 1}
     assert DQ not in behind(typed, "conv1")  # it does not read what "narrow" wants rounded
     assert behind(typed, "narrow")[0] == DQ
@@ -205,7 +207,7 @@ def test_a_layer_that_int8_hurts_stays_wide_and_is_listed(target: str, wider: st
 def test_a_wide_layer_reads_what_a_relu_gives(tmp_path: Path) -> None:
     """In front of a pair with unsigned numbers the quantizer would drop it."""
     typed, said = written(residual(), "ort-int8", tmp_path, images(16), max_layer_error=0.0022)
-    assert "shortcut" in {each["layer"] for each in said["kept"]}
+    assert "shortcut" in {each["layer"] for each in said["high_precision_layers"]}
     assert behind(typed, "shortcut") == ["Relu", None, None]
     assert difference(run(typed, images(8)), run(residual(), images(8))) < 0.03
 
@@ -325,7 +327,7 @@ print(sorted({str(l.get_output(0).dtype) for l in layers if l.type == trt.LayerT
 def test_tensorrt_for_rtx_builds_it(bound: float, tmp_path: Path) -> None:
     """Strongly typed, without a GPU; the second time with layers in FP16 beside those in INT8."""
     _, said = written(residual(), "rtx-int8", tmp_path, images(16), max_layer_error=bound)
-    assert bool(said["kept"]) == (bound < 0.1)
+    assert bool(said["high_precision_layers"]) == (bound < 0.1)
     command = [sys.executable, "-c", BUILD, str(tmp_path / "typed.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["['DataType.INT8']", "['DataType.HALF']"]), (

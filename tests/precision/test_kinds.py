@@ -54,7 +54,7 @@ def test_every_output_is_that_of_fp32(target: str, bound: float, name: str, tmp_
     expected = outputs(network, fused=False, batch=batch)
     found = outputs(typed, fused=target == "ort-int8", batch=batch)
     assert max(errors(found, expected).values()) < bound
-    assert [each["layer"] for each in said["kept"]] == WIDE.get((name, target), [])
+    assert [each["layer"] for each in said["high_precision_layers"]] == WIDE.get((name, target), [])
     if target == "ort-int8":  # integer kernels and the graph as it is written differ by single steps of a rounding
         assert max(errors(found, outputs(typed, fused=False, batch=batch)).values()) < 3e-3
 

@@ -101,13 +101,13 @@ def overflowing() -> onnx.ModelProto:
 def test_what_fp16_cannot_hold_stays_fp32_and_is_named(tmp_path: Path) -> None:
     network, batch = overflowing(), larger(8, 3)
     typed, said = written(network, "rtx-fp16", tmp_path)
-    layers = {each["layer"]: each for each in said["kept"]}
+    layers = {each["layer"]: each for each in said["high_precision_layers"]}
     assert layers.keys() == {"grown/Mul", "g/Conv", "shrunk/Mul"}
     assert {(each["type"], each["why"]) for each in layers.values()} == {("fp32", "it overflows")}
     assert said["types"] == {"fp16": 3, "fp32": 1}
     found = outputs(computed_wide(typed), fused=False, batch=batch)
     assert errors(found, outputs(network, fused=False, batch=batch))["logits"] < 0.005
-    assert written(network, "trt-bf16", tmp_path)[1]["kept"] == []
+    assert written(network, "trt-bf16", tmp_path)[1]["high_precision_layers"] == []
 
 
 def test_bf16_that_loses_too_much_stays_fp32(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_bf16_that_loses_too_much_stays_fp32(tmp_path: Path) -> None:
     net.node("Sub", ["up", "offset"], "down")
     network, batch = net.classifier(net.conv("down", "c", 8, 8), 8), larger(8, 3)
     typed, said = written(network, "trt-bf16", tmp_path)
-    assert {"up/Add"} <= {each["layer"] for each in said["kept"]} <= {"up/Add", "down/Sub", "r/Relu"}
+    assert {"up/Add"} <= {each["layer"] for each in said["high_precision_layers"]} <= {"up/Add", "down/Sub", "r/Relu"}
     found = outputs(computed_wide(typed), fused=False, batch=batch)
     assert errors(found, outputs(network, fused=False, batch=batch))["logits"] < 0.05
 
@@ -133,8 +133,8 @@ def test_a_layer_that_the_runtime_computes_otherwise_stays_wide_and_is_named(
 
     monkeypatch.setattr(int8._Writer, "_disagreement", disagreement)
     typed, said = written(residual(), "ort-int8", tmp_path, images(16))
-    assert [(each["layer"], each["error"]) for each in said["kept"]] == [("conv3", None)]
-    assert "integer kernel" in said["kept"][0]["why"]
+    assert [(each["layer"], each["error"]) for each in said["high_precision_layers"]] == [("conv3", None)]
+    assert "integer kernel" in said["high_precision_layers"][0]["why"]
     assert said["types"] == {"int8": 6, "fp32": 1}
     batch = images(8, seed=2)
     assert np.linalg.norm(run(typed, batch) - run(residual(), batch)) < 0.05 * np.linalg.norm(run(residual(), batch))
@@ -159,7 +159,7 @@ def test_an_output_beside_the_logits_counts(tmp_path: Path) -> None:
     net.node("Conv", ["grown", "second.w"], "second", pads=[1] * 4)
     network = net.classifier(net.conv("r", "c", 8, 8), 8, outputs={"second": 8})
     typed, said = written(network, "ort-int8", tmp_path, larger(32, 2), calibration={"method": "minmax"})
-    assert [each["layer"] for each in said["kept"]] == ["second/Conv"]
+    assert [each["layer"] for each in said["high_precision_layers"]] == ["second/Conv"]
     batch = larger(8, 3)
     found, expected = (outputs(each, fused=True, batch=batch) for each in (typed, network))
     assert max(errors(found, expected).values()) < 0.03

@@ -51,7 +51,7 @@ GATES = {
 
 def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
     files = {f"{name}.onnx": {"bytes": size, "sha256": "0" * 64}}
-    types = {"edges": "fp32", "types": {}, "kept": [], "calibration": None}
+    types = {"io_dtype": "fp32", "types": {}, "high_precision_layers": [], "calibration": None}
     precision = {"asked": "fp32", "found": {"fp32": 21}, **types}
     versions = {"onnxruntime": "1.32.0"}
     return {"macs": macs, "params": params, "files": files, "versions": versions, "precision": precision}
@@ -143,7 +143,7 @@ SURGERY = {
     ],
     "blocks_removed": [{"add": "node_add", "layers": ["node_2"]}],
     "cuts_not_made": [{"layer": "node_3", "channels": 2, "node": "n", "operator": "Softmax", "reason": "reads all"}],
-    "walls": [{"node": "w", "operator": "Odd", "reason": "unknown"}],
+    "unsupported": [{"node": "w", "operator": "Odd", "reason": "unknown"}],
 }
 LOG = [
     {

@@ -164,7 +164,9 @@ def test_what_the_precision_cost_is_a_line_of_its_own(folder: Path) -> None:
     }
     for name, drop in (("full", 0.28), ("compressed", -0.56)):
         document["precision"][name] |= {"asked": "int8", "loss": {**loss, "drop": drop}}
-    document["precision"]["compressed"]["kept"] = [{"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32"}]
+    document["precision"]["compressed"]["high_precision_layers"] = [
+        {"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32"}
+    ]
     text = printed(document)
     assert row(text, "int8 for fp32") == ["int8 for fp32", "-0.28", "+0.56", "points; 98.50 % agree"]
     assert row(text, "layers kept wider") == ["layers kept wider", "0", "1", "see build.json"]

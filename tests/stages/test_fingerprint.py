@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "device": ("rk3588", GATED),
     "seed": (1, {"full", "gates", "export"}),
     "build.batches": ([1, 2, 3], BUILT),
-    "build.edges": ("native", BUILT),
+    "build.io_dtype": ("native", BUILT),
     "build.tf32": (True, BUILT),
     "build.workspace": (64, BUILT),
     "build.optimization_level": (1, BUILT),
@@ -44,12 +44,12 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "build.calibration.images": (100, BUILT),
     "build.calibration.method": ("entropy", BUILT),
     "build.calibration.percentile": (99.0, BUILT),
-    "verdict.max_drop": (2.0, {"parity"}),
-    "verdict.accuracy_rule": ("point", {"parity"}),
-    "verdict.min_speedup": (1.5, {"parity"}),
-    "verdict.max_latency_ms": (5.0, {"parity"}),
-    "verdict.latency_percentile": ("p99", {"parity"}),
-    "verdict.batch": (8, {"parity"}),
+    "accept.max_drop": (2.0, {"parity"}),
+    "accept.accuracy_rule": ("point", {"parity"}),
+    "accept.min_speedup": (1.5, {"parity"}),
+    "accept.max_latency_ms": (5.0, {"parity"}),
+    "accept.latency_percentile": ("p99", {"parity"}),
+    "accept.batch": (8, {"parity"}),
     "bundle.full": (False, set()),
     "bundle.golden": ("random", set()),
     "bundle.licence": ("MIT", set()),
@@ -66,18 +66,18 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.crop_padding": (3, BOTH),
     "training.crop_scale": (0.5, BOTH),
     "training.cutout": (4, BOTH),
-    "training.start": ("scratch", GATED),
+    "training.init_from": ("scratch", GATED),
     "training.distill": (0.1, GATED),
     "training.distill_share": (1.0, GATED),
     "training.distill_temperature": (4.0, GATED),
     "training.amp": ("off", BOTH),
     "training.channels_last": (False, BOTH),
-    "training.final": (True, BOTH),
+    "training.train_on_validation": (True, BOTH),
     "training.threads": (1, BOTH),
     "gates.mode": ("sample", GATED),
     "gates.blocks": (False, GATED),
-    "gates.start": (0.1, GATED),
-    "gates.freeze": (0.5, GATED),
+    "gates.close_from": (0.1, GATED),
+    "gates.freeze_at": (0.5, GATED),
     "gates.min_width": (0.5, GATED),
 }
 GIVEN: dict[str, object] = {"model": "tests.tiny:net", "data": "digits", "budget.macs": 0.5, "training.full_epochs": 3}
@@ -135,7 +135,7 @@ def test_int8_is_calibrated_on_the_data(tmp_path: Path) -> None:
 def test_a_latency_budget_depends_on_what_is_measured(tmp_path: Path) -> None:
     limited = {"budget.latency": 0.8}
     before = fingerprints(context(tmp_path, **limited))
-    for change in ({"verdict.batch": 8}, {"build.tf32": True}, {"target": "ort-int8"}):
+    for change in ({"accept.batch": 8}, {"build.tf32": True}, {"target": "ort-int8"}):
         assert "gates" in changed(before, fingerprints(context(tmp_path, **limited, **change)))
 
 
@@ -143,7 +143,7 @@ def test_a_table_is_measured_again_only_where_its_engines_change(tmp_path: Path)
     before = gates._table_fingerprint(context(tmp_path))
     for change in ({"target": "ort-int8"}, {"build.tf32": True}, {"gates.blocks": False}, {"model": "resnet32"}):
         assert gates._table_fingerprint(context(tmp_path, **change)) != before
-    for change in ({"gates.freeze": 0.2}, {"training.lr": 0.3}, {"seed": 5}, {"gates.min_width": 0.1}):
+    for change in ({"gates.freeze_at": 0.2}, {"training.lr": 0.3}, {"seed": 5}, {"gates.min_width": 0.1}):
         assert gates._table_fingerprint(context(tmp_path, **change)) == before
 
 

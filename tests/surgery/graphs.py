@@ -212,7 +212,7 @@ def fates(
 ) -> list[str]:
     """What became of each output channel of `writer`, read off the weights of two layers, before and after.
 
-    Per channel: "open" (its filter is still there, and it was not to go), "gone" (no filter, no column in `reader`),
+    Per channel: "open" (its filter is still there, and it was not to go), "removed" (no filter, no column in `reader`),
     "folded" (gone, and the bias of `reader` took up its constant), or "kept: REASON" (its place is kept, with its
     filter or a zero one), with the reason from the report.
     """
@@ -224,7 +224,7 @@ def fates(
     reasons = [entry["reason"] for entry in surgery.report["cuts_not_made"] if entry["layer"] in (writer, "gate")]
     kept = f"kept: {'; '.join(dict.fromkeys(reasons))}"
     moved = reader in after and not np.array_equal(weight(model, reader, 2), weight(surgery.model, reader, 2))
-    away = kept if emptied else "folded" if moved else "gone"
+    away = kept if emptied else "folded" if moved else "removed"
     return [("open" if i not in closed else kept) if there[i] else away for i in range(len(before))]
 
 

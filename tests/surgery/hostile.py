@@ -371,7 +371,7 @@ def _structure() -> dict[str, Case]:
         "node without outputs": Case(changed(lambda g: g.graph.node[1].ClearField("output"))),
         "node with ten inputs": Case(changed(lambda g: g.graph.node[1].input.extend(["one"] * 9)), says="act"),
         "unknown operator": Case(changed(lambda g: setattr(g.graph.node[1], "op_type", "NoSuch")), says="NoSuch"),
-        "operator of a domain not imported": Case(changed(lambda g: setattr(g.graph.node[1], "domain", "gone"))),
+        "operator of a domain not imported": Case(changed(lambda g: setattr(g.graph.node[1], "domain", "removed"))),
         "sparse weight": Case(changed(_sparse), DONE),
         "sparse weight outside": Case(changed(_sparse_outside)),
         "function": Case(changed(_function([helper.make_node("Relu", ["x"], ["y"])], ["x"])), DONE),

@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 
 from polar_deploy.surgery import compress, ops
-from polar_deploy.surgery.ops.walls import REASONS
+from polar_deploy.surgery.ops.unsupported import REASONS
 from tests.surgery.graphs import CLOSED, Array, Net, around, cut, fates, names, outcome, weight
 
 SUM = "kept: its sum runs over all channels"
@@ -36,8 +36,8 @@ COUPLED = "kept: it goes together with channels in use, in tested"
         ("Hardmax", (), 17, {"axis": 1}, COMPARES, COMPARES),
         ("Hardmax", (), 17, {"axis": 3}, COUPLED, COUPLED),
         ("Hardmax", (), 11, {"axis": 1}, COMPARES, COMPARES),
-        ("CumSum", (np.array(2),), 17, {"reverse": 1}, "gone", "gone"),
-        ("CumSum", (np.array(-1, np.int32),), 11, {"exclusive": 1}, "gone", "gone"),
+        ("CumSum", (np.array(2),), 17, {"reverse": 1}, "removed", "removed"),
+        ("CumSum", (np.array(-1, np.int32),), 11, {"exclusive": 1}, "removed", "removed"),
         ("CumSum", (np.array(1),), 17, {}, "kept: its sums run over the channels", None),
     ],
 )
@@ -58,9 +58,9 @@ def test_closed_channels(
 @pytest.mark.parametrize(
     ("operator", "extra", "attributes", "expected"),
     [
-        ("Softmax", (), {"axis": 2}, "gone"),
+        ("Softmax", (), {"axis": 2}, "removed"),
         ("Softmax", (), {"axis": 1}, SUM),
-        ("Hardmax", (), {"axis": 3}, "gone"),
+        ("Hardmax", (), {"axis": 3}, "removed"),
         ("CumSum", (np.array(1),), {}, "kept: its sums run over the channels"),
     ],
 )
@@ -76,7 +76,7 @@ def test_sums_do_not_miss_what_is_zero() -> None:
     net = Net()
     x = net.gate(net.relu(net.conv("input", 6, "one"), "act"), CLOSED, "gate")
     x = net.node("CumSum", [x, net.constant("axis", np.array(1))], "tested")
-    assert outcome(net.model(net.conv(net.gate(x, CLOSED, "gate2"), 4, "two"))) == "gone"
+    assert outcome(net.model(net.conv(net.gate(x, CLOSED, "gate2"), 4, "two"))) == "removed"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_softmax_within_a_channel_shuffle(axis: int, expected: str) -> None:
 def test_topk_over_space(opset: int, attributes: dict[str, Any], read: str) -> None:
     model = _topk(opset, attributes, read)
     surgery = cut(model)
-    assert outcome(model, surgery) == ("gone" if read == "values" else COUPLED.replace("tested", "places"))
+    assert outcome(model, surgery) == ("removed" if read == "values" else COUPLED.replace("tested", "places"))
 
 
 def _topk(opset: int, attributes: dict[str, Any], read: str) -> onnx.ModelProto:
@@ -136,7 +136,7 @@ def test_topk_over_the_channels() -> None:
     two.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(two)[:, :4], "two.weight"))
     surgery = cut(model)
     assert outcome(model, surgery) == "kept: it sorts the channels"
-    assert surgery.report["walls"] == [{"node": "tested", "operator": "TopK", "reason": "it sorts the channels"}]
+    assert surgery.report["unsupported"] == [{"node": "tested", "operator": "TopK", "reason": "it sorts the channels"}]
 
 
 def _wall(operator: str) -> onnx.ModelProto:
@@ -164,8 +164,8 @@ def test_walls_say_why(operator: str, reason: str) -> None:
     model = _wall(operator)
     surgery = cut(model)
     assert fates(model, surgery, "one", "two")[1] == f"kept: {reason}"
-    assert fates(model, surgery, "two", "three", closed=[2]) == ["open", "open", "gone", "open", "open"]
-    assert surgery.report["walls"][0]["reason"] == reason
+    assert fates(model, surgery, "two", "three", closed=[2]) == ["open", "open", "removed", "open", "open"]
+    assert surgery.report["unsupported"][0]["reason"] == reason
 
 
 def test_a_loop_is_a_wall() -> None:

@@ -90,7 +90,7 @@ def test_flatten_of_a_single_channel() -> None:
     x = net.node("Concat", [x, net.node("Flatten", [y], "flat2", axis=1)], "cat", axis=1)
     surgery = cut(net.model(net.gemm(x, 32, 5, "logits")))
     assert names(surgery.model) == {"one", "flat", "logits"}
-    assert surgery.report["walls"] == []
+    assert surgery.report["unsupported"] == []
 
 
 def test_a_zero_filter_needs_no_gate() -> None:

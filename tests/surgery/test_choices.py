@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from polar_deploy.costs import State
-from polar_deploy.surgery import choices, stored
+from polar_deploy.surgery import choices, detached
 from polar_deploy.surgery.choices import MASK, NEVER, Choices, Mask
 from tests.surgery.graphs import Net, cut
 
@@ -48,7 +48,7 @@ def masks_of(model: onnx.ModelProto, blocks: Collection[str] = (), ignore: Colle
 def find(model: onnx.ModelProto, blocks: Collection[str] = (), ignore: Collection[str] = (), **how: bool) -> Choices:
     """The choices of a graph with masks everywhere."""
     names = [node.name for node in model.graph.node]
-    return choices.find(stored.take(model), masks_of(model, blocks, ignore), names.__getitem__, **how)
+    return choices.find(detached.detach_weights(model), masks_of(model, blocks, ignore), names.__getitem__, **how)
 
 
 def states(found: Choices, count: int = 6) -> list[np.ndarray]:
@@ -374,7 +374,7 @@ def test_surgery_leaves_what_is_promised_and_it_computes_the_same(
     for opened in states(found, 4):
         state = found.state(opened)
         assert found.measure(opened) == {name: round(cost.absolute(state)) for name, cost in found.costs.items()}
-    cut(stored.to_model(found.with_masks(found.stored, opened)))  # runs both
+    cut(detached.to_model(found.with_masks(found.detached, opened)))  # runs both
 
 
 def test_closing_any_gate_alone_saves_something(case: tuple[Case, onnx.ModelProto, Choices]) -> None:
@@ -512,7 +512,7 @@ def test_a_branch_that_somebody_else_reads_is_no_block() -> None:
     x = net.relu(net.add(x, z, "sum"), "out")
     model = net.model(net.head(net.add(x, net.node("Sigmoid", [y], "aside"), "more")))
     masks = [*masks_of(model), Mask("twin:out", "twin", (names(model).index("sum"),), 4, 1, 6, block=True)]
-    found = choices.find(stored.take(model), masks, names(model).__getitem__)
+    found = choices.find(detached.detach_weights(model), masks, names(model).__getitem__)
     assert found.blocks == ()
 
 
@@ -527,7 +527,7 @@ def test_a_mask_stands_in_front_of_its_readers_alone() -> None:
     model = residual()
     position = names(model).index("a1")
     mask = Mask("here", "stem.act", (position,), 4, 1, 6)
-    masked = stored.to_model(choices.insert(stored.take(model), [mask]))
+    masked = detached.to_model(choices.insert(detached.detach_weights(model), [mask]))
     onnx.checker.check_model(masked, full_check=True)
     nodes = {node.name: node for node in masked.graph.node}
     (product,) = [node for node in masked.graph.node if node.op_type == "Mul"]
@@ -543,11 +543,11 @@ def test_a_mask_stands_in_front_of_its_readers_alone() -> None:
 def test_a_state_sets_the_masks_of_any_graph_with_them() -> None:
     model = chain()
     found = find(model)
-    other = choices.insert(stored.take(model), found.masks)
+    other = choices.insert(detached.detach_weights(model), found.masks)
     opened = np.arange(found.gates) % 2 == 0
     held = {
         tensor.name: numpy_helper.to_array(tensor).ravel()
-        for tensor in stored.to_model(found.with_masks(other, opened)).graph.initializer
+        for tensor in detached.to_model(found.with_masks(other, opened)).graph.initializer
     }
     for mask, gates in zip(found.masks, found.gate_of, strict=True):
         expected = [1.0 if gate == NEVER else float(opened[gate]) for gate in gates]
@@ -560,9 +560,9 @@ def test_weights_that_are_zero_are_no_reason() -> None:
     for tensor in model.graph.initializer:
         if tensor.name in ("a2.weight", "a2.bias", "stem.bias"):
             tensor.CopyFrom(numpy_helper.from_array(np.zeros(tuple(tensor.dims), np.float32), tensor.name))
-    taken = stored.take(model)
+    taken = detached.detach_weights(model)
     blank = choices.without_values(taken, {"a2.weight", "a2.bias"})
-    held = {t.name: numpy_helper.to_array(t) for t in stored.to_model(blank).graph.initializer}
+    held = {t.name: numpy_helper.to_array(t) for t in detached.to_model(blank).graph.initializer}
     assert all(held[name].all() for name in ("a2.weight", "a2.bias"))
     assert not held["stem.bias"].any()  # was not named
     found = choices.find(blank, masks_of(model, ("a2", "b2")), names(model).__getitem__)

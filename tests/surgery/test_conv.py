@@ -102,7 +102,7 @@ def test_constants_before_a_convolution(
 ) -> None:
     """A channel that holds 0.5 goes where no padding comes in between; one that holds zero goes always."""
     found = [outcome(closed_before("Conv", shape, value, size, **attributes)[0]) for value in (0.0, 0.5)]
-    assert found == ["gone", expected]
+    assert found == ["removed", expected]
 
 
 def test_padding_is_nothing_to_a_kernel_that_is_zero_where_it_comes_in() -> None:
@@ -141,10 +141,10 @@ def test_constants_before_a_transposed_convolution(
     for value in (0.0, 0.5):
         model, _ = closed_before("ConvTranspose", shape, value, size, **attributes)
         surgery = cut(model)
-        kept = 4 if (fate := fates_of(model, surgery)) in ("gone", "folded") else 6
+        kept = 4 if (fate := fates_of(model, surgery)) in ("removed", "folded") else 6
         assert weight(surgery.model, "two").shape == (kept, *shape[1:])
         found.append(fate)
-    assert found == ["gone", expected]
+    assert found == ["removed", expected]
 
 
 def fates_of(model: onnx.ModelProto, surgery: Surgery) -> str:
@@ -315,7 +315,7 @@ def test_one_tap_is_enough_to_need_a_channel(tap: int) -> None:
     net.node("Conv", [*x, net.constant("two.bias", np.ones(4, np.float32))], "two")
     net.width["two"] = 4
     model = net.model("two")
-    assert fates(model, cut(model), closed=[1]) == ["open", "gone", *["open"] * 4]
+    assert fates(model, cut(model), closed=[1]) == ["open", "removed", *["open"] * 4]
 
 
 def test_a_bias_that_was_not_there_is_made() -> None:
@@ -336,7 +336,7 @@ def test_a_computed_weight_is_a_wall() -> None:
     net.width[x] = 1
     surgery = cut(net.model(x))
     assert weight(surgery.model, "one").shape[0] == 6
-    assert {"node": "tested", "operator": "Conv", "reason": "its weight is computed"} in surgery.report["walls"]
+    assert {"node": "tested", "operator": "Conv", "reason": "its weight is computed"} in surgery.report["unsupported"]
 
 
 def test_a_computed_bias_is_a_wall() -> None:
@@ -347,7 +347,7 @@ def test_a_computed_bias_is_a_wall() -> None:
     net.width[x] = 4
     surgery = cut(net.model(x))
     assert weight(surgery.model, "one").shape[0] == 6
-    assert {"node": "tested", "operator": "Conv", "reason": "its bias is computed"} in surgery.report["walls"]
+    assert {"node": "tested", "operator": "Conv", "reason": "its bias is computed"} in surgery.report["unsupported"]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
@@ -369,7 +369,7 @@ def test_deformable_convolution(value: float) -> None:
     assert weight(surgery.model, "deform").shape == (3, 6 if value else 4, 3, 3)
     assert weight(surgery.model, "deform", 3).shape == (3,)
     assert weight(surgery.model, "offset").shape[0] == 18
-    assert surgery.report["walls"] == []
+    assert surgery.report["unsupported"] == []
 
 
 def test_sampling_points_of_their_own_for_parts_of_the_channels_are_a_wall() -> None:
@@ -384,7 +384,7 @@ def test_sampling_points_of_their_own_for_parts_of_the_channels_are_a_wall() -> 
     net.width["deform"] = 4
     surgery = cut(net.model("deform"))
     assert weight(surgery.model, "one").shape[0] == 6
-    assert surgery.report["walls"] == [
+    assert surgery.report["unsupported"] == [
         {"node": "deform", "operator": "DeformConv", "reason": "its sampling points differ between channels"}
     ]
 

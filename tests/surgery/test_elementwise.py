@@ -20,7 +20,7 @@ def _number(value: float) -> Array:
 
 PER_CHANNEL = np.array([3, 0.5, -1, 2, 0.25, 1], np.float32).reshape(1, 6, 1, 1)
 PER_POSITION = np.arange(1, 65, dtype=np.float32).reshape(8, 8)
-GONE, IN_USE = "gone", "kept: it goes together with channels in use, in tested"
+GONE, IN_USE = "removed", "kept: it goes together with channels in use, in tested"
 
 
 def _padding(value: float) -> str:
@@ -83,11 +83,11 @@ def _mildest(model: onnx.ModelProto, others: list[Array]) -> str:
     ("operator", "left", "expected"),
     [
         ("Sub", 2.0, "folded"),
-        ("Sub", 0.0, "gone"),
+        ("Sub", 0.0, "removed"),
         ("Pow", 2.0, "folded"),
         ("Max", 1.0, "folded"),
-        ("Div", 0.0, "gone"),
-        ("Mul", 0.5, "gone"),
+        ("Div", 0.0, "removed"),
+        ("Mul", 0.5, "removed"),
     ],
 )
 def test_with_a_constant_on_the_left(operator: str, left: float, expected: str) -> None:
@@ -315,16 +315,16 @@ def _bounds(net: Net) -> list[str]:
 @pytest.mark.parametrize(
     ("operator", "threshold", "expected"),
     [
-        ("Greater", 0.5, "gone"),
+        ("Greater", 0.5, "removed"),
         ("Greater", -0.5, "folded"),
-        ("Greater", 0.0, "gone"),
+        ("Greater", 0.0, "removed"),
         ("GreaterOrEqual", 0.0, "folded"),
         ("Less", 0.5, "folded"),
-        ("Less", 0.0, "gone"),
+        ("Less", 0.0, "removed"),
         ("LessOrEqual", 0.0, "folded"),
-        ("LessOrEqual", -1.0, "gone"),
+        ("LessOrEqual", -1.0, "removed"),
         ("Equal", 0.0, "folded"),
-        ("Equal", 1.0, "gone"),
+        ("Equal", 1.0, "removed"),
     ],
 )
 def test_comparisons_with_zero_are_exact(operator: str, threshold: float, expected: str) -> None:
@@ -335,7 +335,7 @@ def test_comparisons_with_zero_are_exact(operator: str, threshold: float, expect
     assert outcome(net.model(net.conv(x, 4, "two", kernel=1))) == expected
 
 
-@pytest.mark.parametrize(("threshold", "expected"), [(0.4, "folded"), (0.6, "gone"), (0.5, IN_USE), (0.501, IN_USE)])
+@pytest.mark.parametrize(("threshold", "expected"), [(0.4, "folded"), (0.6, "removed"), (0.5, IN_USE), (0.501, IN_USE)])
 def test_comparisons_of_computed_constants_need_a_margin(threshold: float, expected: str) -> None:
     """sigmoid(0) is 0.5, or what a runtime makes of it."""
     net = Net()
@@ -348,12 +348,12 @@ def test_comparisons_of_computed_constants_need_a_margin(threshold: float, expec
 @pytest.mark.parametrize(
     ("operator", "other", "expected"),
     [
-        ("And", True, "gone"),
-        ("And", None, "gone"),
-        ("Or", False, "gone"),
+        ("And", True, "removed"),
+        ("And", None, "removed"),
+        ("Or", False, "removed"),
         ("Or", True, None),
         ("Or", None, "kept: it goes together with channels in use, in other"),
-        ("Xor", False, "gone"),
+        ("Xor", False, "removed"),
         ("Xor", True, "folded"),
         ("Xor", None, "kept: it goes together with channels in use, in other"),
         ("Equal", False, "folded"),
@@ -489,7 +489,7 @@ def test_tensors_with_channels_on_different_axes() -> None:
     y = net.conv("input", 1, "map", kernel=1)
     y = net.node("MatMul", [y, net.constant("w", net.random.standard_normal((6, 6)).astype("f"))], "product")
     net.width[y] = 1
-    assert outcome(net.model(net.conv(net.node("Mul", [x, y], "weighted"), 4, "two"))) == "gone"
+    assert outcome(net.model(net.conv(net.node("Mul", [x, y], "weighted"), 4, "two"))) == "removed"
 
 
 def test_one_map_for_all_channels() -> None:
@@ -498,7 +498,7 @@ def test_one_map_for_all_channels() -> None:
     y = net.node("Sigmoid", [net.conv("input", 1, "map")], "attention")
     model = net.model(net.conv(net.node("Mul", [x, y], "weighted"), 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert weight(surgery.model, "map").shape[0] == 1
 
 
@@ -521,7 +521,7 @@ def test_operands_that_are_no_numbers_or_have_no_elements_are_walls() -> None:
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 1
     surgery = compress(model, verify=False)
     assert weight(surgery.model, "one").shape[0] == 6
-    assert surgery.report["walls"] == [
+    assert surgery.report["unsupported"] == [
         {"node": "tested", "operator": "Add", "reason": "one of its inputs has no elements"}
     ]
 
@@ -532,7 +532,7 @@ def test_swiglu_in_the_reference_as_no_runtime_has_it() -> None:
     y = net.gate(net.conv("input", 6, "other"), [0], "gate2")
     model = net.model(net.conv(net.node("SwiGLU", [x, y], "tested", alpha=1.5), 4, "two"))
     surgery = compress(model, verify=False)
-    assert fates(model, surgery, closed=(0, *CLOSED)) == ["gone", "gone", "open", "open", "gone", "open"]
+    assert fates(model, surgery, closed=(0, *CLOSED)) == ["removed", "removed", "open", "open", "removed", "open"]
     feeds = {"input": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
     (expected,), (found,) = (ReferenceEvaluator(m).run(None, feeds) for m in (model, surgery.model))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -103,7 +103,7 @@ def test_factors_however_they_are_written(write: Callable[[Net], str], left: boo
     net.width[x] = 6
     model = net.model(net.conv(x, 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert operators(surgery.model) == {"Conv": 2, "Relu": 1}
     assert surgery.report["gates"] == [
         {"node": "gate", "width": 6, "closed": 2, "removed_channels": 2, "outcome": "removed"}
@@ -136,7 +136,7 @@ def test_a_mask_a_channel_is_a_gate(write: Callable[[Net, str], str], before: bo
     x = net.relu(write(net, x), "act") if before else write(net, net.relu(x, "act"))
     model = net.model(net.conv(x, 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert operators(surgery.model) == {"Conv": 2, "Relu": 1}
     assert surgery.report["gates"] == [
         {"node": "gate", "width": 6, "closed": 2, "removed_channels": 2, "outcome": "removed"}
@@ -174,11 +174,11 @@ def test_a_computed_mask(slope: float) -> None:
     mask = net.node("Greater", [x, _zero(net)], "mask")
     no = net.node("Mul", [x, net.constant("slope", np.float32(slope))], "scaled") if slope else "zero"
     model = net.model(net.conv(net.node("Where", [mask, x, no], "tested"), 4, "two"))
-    assert outcome(model) == "gone"
+    assert outcome(model) == "removed"
 
 
 @pytest.mark.parametrize(
-    ("closed", "expected"), [(([1, 4], [1, 4]), "gone"), (([1, 4], []), "kept"), (([], [1, 4]), "kept")]
+    ("closed", "expected"), [(([1, 4], [1, 4]), "removed"), (([1, 4], []), "kept"), (([], [1, 4]), "kept")]
 )
 def test_a_computed_choice_between_two_tensors(closed: tuple[list[int], list[int]], expected: str) -> None:
     net = Net()
@@ -188,7 +188,7 @@ def test_a_computed_choice_between_two_tensors(closed: tuple[list[int], list[int
     model = net.model(net.conv(net.node("Where", [mask, x, y], "tested"), 4, "two"))
     surgery = cut(model)
     widths = [weight(surgery.model, name).shape[0] for name in ("one", "other", "third")]
-    assert widths == ([4, 4, 4] if expected == "gone" else [6, 6, 6])
+    assert widths == ([4, 4, 4] if expected == "removed" else [6, 6, 6])
     assert weight(surgery.model, "two").shape[1] == widths[0]
 
 
@@ -212,7 +212,7 @@ def test_one_computed_mask_for_all_channels() -> None:
     net.width[x] = 6
     model = net.model(net.conv(x, 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert weight(surgery.model, "map").shape[0] == 1
 
 
@@ -263,7 +263,7 @@ def test_a_mask_over_positions_is_no_gate() -> None:
     mask = net.constant("mask", np.tril(np.ones((8, 8), bool)))
     model = net.model(net.conv(net.node("Where", [mask, x, _zero(net)], "tested"), 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert [gate["node"] for gate in surgery.report["gates"]] == ["gate"]
 
 
@@ -341,7 +341,7 @@ def test_gates_on_other_axes(there: list[Any], shape: tuple[int, ...], back: lis
     net.width[x] = 6
     model = net.model(net.conv(_moved(net, x, back, "back"), 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert "gate" not in names(surgery.model)
 
 
@@ -412,7 +412,7 @@ def test_two_gates_in_a_row() -> None:
     x = net.gate(x, [4], "gate2", left=True)
     model = net.model(net.conv(x, 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert operators(surgery.model) == {"Conv": 2, "Relu": 1}
     assert [(gate["closed"], gate["outcome"]) for gate in surgery.report["gates"]] == [(1, "removed")] * 2
 
@@ -508,7 +508,7 @@ def test_gates_of_integers_and_in_half_precision() -> None:
         x = net.node("Mul", [x, net.constant("factor", MASK.astype(dtype).reshape(6, 1, 1))], "gate")
         model = net.model(net.conv(net.node("Cast", [x], "back", to=1), 4, "two"))
         surgery = compress(model)
-        assert fates(model, surgery) == ["open", "gone", "open", "open", "gone", "open"]
+        assert fates(model, surgery) == ["open", "removed", "open", "open", "removed", "open"]
         assert "gate" not in names(surgery.model)
 
 

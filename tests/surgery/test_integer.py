@@ -106,7 +106,7 @@ def test_closed_channels_of_a_quantized_convolution(along: bool, attributes: dic
         constant(surgery.model, "w.scale").shape == constant(surgery.model, "w.zero").shape == ((3,) if along else ())
     )
     assert weight(surgery.model, "one").shape[0] == 4
-    assert surgery.report["walls"] == reasons(surgery) == []
+    assert surgery.report["unsupported"] == reasons(surgery) == []
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -180,7 +180,7 @@ def test_closed_channels_of_a_quantized_product(along: bool) -> None:
     assert (
         constant(surgery.model, "w.scale").shape == constant(surgery.model, "w.zero").shape == ((3,) if along else ())
     )
-    assert surgery.report["walls"] == reasons(surgery) == []
+    assert surgery.report["unsupported"] == reasons(surgery) == []
 
 
 def test_a_quantized_product_takes_no_constant() -> None:
@@ -196,7 +196,7 @@ def test_closed_channels_of_integer_layers(product: bool, zeros: bool) -> None:
     surgery = cut(model)
     expected = constant(model, "w")[OPEN][:, ROWS] if product else constant(model, "w")[ROWS][:, OPEN]
     np.testing.assert_array_equal(constant(surgery.model, "w"), expected)
-    assert surgery.report["walls"] == reasons(surgery) == []
+    assert surgery.report["unsupported"] == reasons(surgery) == []
 
 
 def test_zero_points_of_the_columns_of_a_product() -> None:
@@ -235,7 +235,7 @@ def test_walls(change: str, reason: str) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 6
     surgery = compress(model, verify=False)  # ONNX Runtime knows no zero points by rows
     assert weight(surgery.model, "one").shape[0] == 6
-    assert {"node": "two", "operator": "MatMulInteger", "reason": reason} in surgery.report["walls"]
+    assert {"node": "two", "operator": "MatMulInteger", "reason": reason} in surgery.report["unsupported"]
 
 
 # Dynamic quantisation
@@ -261,7 +261,7 @@ def test_zeros_do_not_change_a_dynamic_range(dynamic: onnx.ModelProto) -> None:
     assert constant(surgery.model, "up.b").shape == (4,)
     assert constant(surgery.model, "d_quantized").shape == (4, 3)
     assert surgery.report["difference"] == 0
-    assert surgery.report["walls"] == reasons(surgery) == []
+    assert surgery.report["unsupported"] == reasons(surgery) == []
 
 
 def dynamic_net(value: float = 0, *, unread: bool = False, kept: bool = False, read: bool = False) -> onnx.ModelProto:
@@ -313,4 +313,4 @@ def test_a_dynamic_zero_point_is_not_known_to_others() -> None:
     surgery = cut(dynamic_net(read=True))
     assert constant(surgery.model, "u").shape == (8, 6)
     reason = "its zero point is not known beforehand"
-    assert {"node": "q", "operator": "DynamicQuantizeLinear", "reason": reason} in surgery.report["walls"]
+    assert {"node": "q", "operator": "DynamicQuantizeLinear", "reason": reason} in surgery.report["unsupported"]

@@ -112,7 +112,7 @@ def test_walls_of_gemm(attributes: dict[str, Any], shape: tuple[int, ...], reaso
     net.node("Gemm", [x, matrix(net, "w", rows, 4), matrix(net, "b", *shape)], "two", **attributes)
     surgery = cut(finished(net, "two", rank=2))
     assert weight(surgery.model, "one").shape[0] == 6
-    assert surgery.report["walls"] == [{"node": "two", "operator": "Gemm", "reason": reason}]
+    assert surgery.report["unsupported"] == [{"node": "two", "operator": "Gemm", "reason": reason}]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -128,7 +128,7 @@ def test_perceptron(value: float, lead: tuple[int, ...], left: bool) -> None:
     x = product(net, x, matrix(net, "d", *lead, *shapes[1]), "down", 7, left=left)
     model = finished(net, x, rank=max(3, len(lead) + 2))
     surgery = cut(model)
-    assert surgery.report["cuts_not_made"] == surgery.report["walls"] == []
+    assert surgery.report["cuts_not_made"] == surgery.report["unsupported"] == []
     np.testing.assert_array_equal(
         constant(surgery.model, "u"), constant(model, "u").take(OPEN, axis=-2 if left else -1)
     )
@@ -287,7 +287,7 @@ def test_channels_on_an_axis_that_is_not_multiplied_go_through(lead: Sequence[in
     own = 6 in lead
     expected = constant(model, "w").take(OPEN, axis=-3) if own else constant(model, "w")
     np.testing.assert_array_equal(constant(surgery.model, "w"), expected)
-    assert surgery.report["walls"] == surgery.report["cuts_not_made"] == []
+    assert surgery.report["unsupported"] == surgery.report["cuts_not_made"] == []
 
 
 def test_a_constant_that_is_multiplied_along_another_axis_is_none_any_more() -> None:
@@ -314,7 +314,7 @@ def test_a_mixer_loses_channels_through_its_mixing_of_tokens() -> None:
     shapes = {name: constant(surgery.model, name).shape for name in ("tu", "td", "cu", "cd", "h")}
     assert shapes == {"tu": (16, 10), "td": (10, 16), "cu": (4, 7), "cd": (7, 4), "h": (4, 5)}
     assert weight(surgery.model, "patches").shape[0] == 4
-    assert surgery.report["walls"] == []
+    assert surgery.report["unsupported"] == []
 
 
 def test_products_of_two_computed_tensors_are_walls() -> None:
@@ -329,7 +329,7 @@ def test_products_of_two_computed_tensors_are_walls() -> None:
     surgery = cut(finished(net, scores))
     assert constant(surgery.model, "q").shape == constant(surgery.model, "k").shape == (8, 6)
     reason = "both of its factors are computed, and their channels are not those of attention heads"
-    assert surgery.report["walls"] == [{"node": "scores", "operator": "MatMul", "reason": reason}]
+    assert surgery.report["unsupported"] == [{"node": "scores", "operator": "MatMul", "reason": reason}]
     assert {entry["reason"] for entry in surgery.report["cuts_not_made"]} == {reason}
 
 
@@ -340,7 +340,7 @@ def test_vectors_are_walls() -> None:
     net.width[x] = 7
     surgery = cut(finished(net, x, rank=2))
     assert constant(surgery.model, "u").shape == (8, 6)
-    assert surgery.report["walls"] == [
+    assert surgery.report["unsupported"] == [
         {"node": "tested", "operator": "MatMul", "reason": "one of its factors is a vector"}
     ]
 
@@ -475,4 +475,4 @@ def test_einsum_that_is_something_else(equation: str) -> None:
     model.graph.output[0].type.tensor_type.ClearField("shape")
     surgery = compress(model)
     assert weight(surgery.model, "one").shape[0] == 6
-    assert surgery.report["walls"][0]["operator"] == "Einsum"
+    assert surgery.report["unsupported"][0]["operator"] == "Einsum"

@@ -50,4 +50,4 @@ def test_the_same_cut_in_every_opset(opset: int) -> None:
     assert weight(surgery.model, "inner").shape == (7, 6, 3, 3)
     assert weight(surgery.model, "last").shape[0] == weight(surgery.model, "scores").shape[1] == 5
     assert not names(surgery.model) & {"gate1", "gate2", "gate4"}
-    assert surgery.report["walls"] == []
+    assert surgery.report["unsupported"] == []

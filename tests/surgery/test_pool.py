@@ -34,7 +34,7 @@ NINE = {"kernel_shape": [3, 3]}
     ],
 )
 def test_zero_stays_zero(operator: str, opset: int, attributes: dict[str, Any]) -> None:
-    assert outcome(around(operator, opset=opset, kernel=3, **attributes)) == "gone"
+    assert outcome(around(operator, opset=opset, kernel=3, **attributes)) == "removed"
 
 
 def _halves(operator: str, opset: int = 17, dynamic: bool = False, **attributes: Any) -> onnx.ModelProto:
@@ -111,7 +111,7 @@ def test_one_and_three_dimensions(operator: str, dims: int) -> None:
     x = net.node("Mul", [conv("input", 3, 6, "one"), net.constant("factor", factor)], "gate")
     attributes = {} if operator.startswith("Global") else {"kernel_shape": [3] * dims, "pads": [1] * 2 * dims}
     x = net.node(operator, [x], "tested", **attributes)
-    assert outcome(net.model(conv(x, 6, 4, "two"), ranks=[dims + 2])) == "gone"
+    assert outcome(net.model(conv(x, 6, 4, "two"), ranks=[dims + 2])) == "removed"
 
 
 def _unpooled(size: int, *, read: bool = False, shape: Array | None = None) -> onnx.ModelProto:
@@ -134,7 +134,7 @@ def test_unpooling() -> None:
     """Indices count through all channels: pool and unpool lose the same ones."""
     model = _unpooled(8)
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert weight(surgery.model, "middle").shape == (4, 4, 3, 3)
 
 
@@ -179,13 +179,13 @@ def _sampled(operator: str, act: str, kernel: int = 1, opset: int = 17, **attrib
 @pytest.mark.parametrize(
     ("operator", "act", "opset", "attributes", "expected"),
     [
-        ("MaxRoiPool", "Relu", 17, {"pooled_shape": [2, 2]}, "gone"),
+        ("MaxRoiPool", "Relu", 17, {"pooled_shape": [2, 2]}, "removed"),
         ("MaxRoiPool", "Sigmoid", 17, {"pooled_shape": [2, 2]}, ZEROS),
-        ("RoiAlign", "Relu", 17, {"output_height": 3, "output_width": 2}, "gone"),
-        ("RoiAlign", "Relu", 10, {"mode": "max"}, "gone"),
+        ("RoiAlign", "Relu", 17, {"output_height": 3, "output_width": 2}, "removed"),
+        ("RoiAlign", "Relu", 10, {"mode": "max"}, "removed"),
         ("RoiAlign", "Sigmoid", 17, {"output_height": 3}, ZEROS),
-        ("GridSample", "Relu", 17, {}, "gone"),
-        ("GridSample", "Relu", 20, {"mode": "cubic"}, "gone"),
+        ("GridSample", "Relu", 17, {}, "removed"),
+        ("GridSample", "Relu", 20, {"mode": "cubic"}, "removed"),
         ("GridSample", "Sigmoid", 17, {}, ZEROS),
         ("GridSample", "Sigmoid", 17, {"padding_mode": "border"}, "folded"),
         ("GridSample", "Sigmoid", 20, {"padding_mode": "reflection", "mode": "cubic"}, "folded"),
@@ -203,7 +203,7 @@ def test_places_that_are_computed_stay() -> None:
     grid = net.node("Transpose", [grid], "grid", perm=[0, 2, 3, 1])
     model = net.model(net.conv(net.node("GridSample", [x, grid], "tested"), 4, "two"))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert weight(surgery.model, "offsets").shape[0] == 2
     reasons = {entry["layer"]: entry["reason"] for entry in surgery.report["cuts_not_made"]}
     assert reasons == {"offsets": "it reads places there"}
@@ -217,6 +217,6 @@ def test_pooling_over_the_channels() -> None:
     x = net.node("Transpose", [x], "back", perm=[0, 3, 1, 2])
     surgery = cut(net.model(net.conv(x, 4, "two")))
     assert "tested" in names(surgery.model)
-    assert surgery.report["walls"] == [
+    assert surgery.report["unsupported"] == [
         {"node": "tested", "operator": "MaxPool", "reason": "the channels of its input are not on axis 1"}
     ]

@@ -51,7 +51,7 @@ def _sizes(model: onnx.ModelProto, index: int = 3) -> list[int]:
 def test_resizing_space_lets_channels_pass(build: Build, opset: int) -> None:
     model = between(build, opset=opset, kernel=3)
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert "tested" in {node.name for node in surgery.model.graph.node}
 
 
@@ -64,7 +64,7 @@ def test_constants_are_what_they_are_at_every_size(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outside", "expected"), [(0.0, "gone"), (3.0, "kept: it goes together with channels in use, in tested")]
+    ("outside", "expected"), [(0.0, "removed"), (3.0, "kept: it goes together with channels in use, in tested")]
 )
 def test_what_lies_outside_of_the_image(outside: float, expected: str) -> None:
     corners = _scales(0, 0, -0.5, 0, 1, 1, 1, 1.5)
@@ -106,7 +106,7 @@ def test_constant_sizes_hold_the_number_of_channels(opset: int) -> None:
     roi = EMPTY if opset < 13 else None
     model = _fixed(between(_resize(roi, EMPTY if opset < 13 else None, np.array([2, 6, 5, 12])), opset=opset, kernel=3))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert _sizes(surgery.model) == [2, 4, 5, 12]
 
 
@@ -131,7 +131,7 @@ def test_sizes_that_are_computed_from_the_tensor_follow_it(opset: int, free: boo
     model = between(_computed, opset=opset, kernel=3)
     model = with_free_size(model) if free else model
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert operators(surgery.model)["Shape"] == 1, "the input stays as it was"
     assert_same_at(model, surgery.model, 2, 3, *((5, 9) if free else (8, 8)))
 
@@ -152,14 +152,14 @@ def test_sizes_of_another_tensor_tie_it_to_the_channels() -> None:
 
 @pytest.mark.parametrize(
     ("opset", "crop", "expected"),
-    [(18, False, "gone"), (17, False, "kept: its sizes are computed"), (18, True, "kept: its sizes are computed")],
+    [(18, False, "removed"), (17, False, "kept: its sizes are computed"), (18, True, "kept: its sizes are computed")],
 )
 def test_a_number_of_channels_baked_into_computed_sizes(opset: int, crop: bool, expected: str) -> None:
     """Since opset 18, sizes can be told for height and width alone, unless corners are told for all axes."""
     model = between(lambda net, x: _computed(net, x, width=6, crop=crop), opset=opset, kernel=3)
     surgery = cut(model)
     assert outcome(model, surgery) == expected
-    if expected == "gone":
+    if expected == "removed":
         assert _sizes(surgery.model) == [5, 12]
         assert "Shape" not in operators(surgery.model)
 
@@ -192,7 +192,7 @@ def test_space_to_depth(attributes: dict[str, str], opset: int) -> None:
         pytest.skip("this ONNX Runtime ends before opset 28")
     model = between(_resize(operator="SpaceToDepth", width=24, blocksize=2, **attributes), kernel=3, opset=opset)
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     if attributes.get("mode") == "CRD":
         columns = [channel * 4 + block for channel in (0, 2, 3, 5) for block in range(4)]
     else:
@@ -234,8 +234,8 @@ def test_zeros_that_are_added_around_a_constant(size: list[int], expected: str) 
 @pytest.mark.parametrize(
     ("size", "axes", "expected"),
     [
-        ([5, 9], [2, 3], "gone"),
-        ([6, 5, 9], [1, 2, 3], "gone"),
+        ([5, 9], [2, 3], "removed"),
+        ([6, 5, 9], [1, 2, 3], "removed"),
         ([8, 5], [1, 3], "kept: 6 channels come in and 8 go out"),
     ],
 )
@@ -248,5 +248,5 @@ def test_center_crop_pad(size: list[int], axes: list[int], expected: str) -> Non
     model = between(build, opset=18, kernel=3)
     surgery = cut(model)
     assert outcome(model, surgery) == expected
-    if axes[0] == 1 and expected == "gone":
+    if axes[0] == 1 and expected == "removed":
         assert _sizes(surgery.model, 1) == [4, 5, 9]

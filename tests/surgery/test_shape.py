@@ -54,7 +54,7 @@ def _shape_of(model: onnx.ModelProto, name: str = "tested") -> list[int]:
     ],
 )  # fmt: skip
 def test_channels_are_followed_there_and_back(steps: list[tuple[Any, ...]], opset: int) -> None:
-    assert outcome(between(_chain(*steps), opset=opset, kernel=3)) == "gone"
+    assert outcome(between(_chain(*steps), opset=opset, kernel=3)) == "removed"
 
 
 def test_windows_and_back_with_channels_last() -> None:
@@ -69,7 +69,7 @@ def test_windows_and_back_with_channels_last() -> None:
         ("Reshape", [-1, 8, 8, 6], {}),
         ("Transpose", {"perm": [0, 3, 1, 2]}),
     ]
-    assert outcome(between(_chain(*windows), kernel=3)) == "gone"
+    assert outcome(between(_chain(*windows), kernel=3)) == "removed"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_computed_shape_becomes_a_constant_one() -> None:
 
     model = between(build)
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert _shape_of(surgery.model, "tokens") == [0, 4, 64]
     assert _shape_of(surgery.model) == [0, 4, 8, 8]
     assert "Shape" not in operators(surgery.model)
@@ -313,7 +313,7 @@ def test_shapes_that_stay_computed(where: str) -> None:
 
     model = with_free_size(between(build, kernel=3))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert_same_at(model, surgery.model, 2, 3, 5, 9)
 
 
@@ -357,7 +357,7 @@ def test_sizes_of_a_part_of_a_shape() -> None:
 
     model = with_free_size(between(build))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert_same_at(model, surgery.model, 2, 3, 5, 9)
 
 
@@ -386,15 +386,15 @@ def test_a_size_that_looks_fixed_at_the_usual_sizes_is_not_written() -> None:
 @pytest.mark.parametrize(
     ("attributes", "index", "opset", "expected"),
     [
-        ({}, 0, 17, "gone"),
-        ({}, 2, 17, "gone"),
-        ({}, -1, 17, "gone"),
+        ({}, 0, 17, "removed"),
+        ({}, 2, 17, "removed"),
+        ({}, -1, 17, "removed"),
         ({}, 1, 17, READ),
         ({}, -3, 17, READ),
         ({"start": 1}, 0, 17, READ),
-        ({"start": 1}, 1, 17, "gone"),
-        ({"start": -2}, 0, 17, "gone"),
-        ({"end": 1}, 0, 17, "gone"),
+        ({"start": 1}, 1, 17, "removed"),
+        ({"start": -2}, 0, 17, "removed"),
+        ({"end": 1}, 0, 17, "removed"),
         ({"start": 0, "end": -2}, 1, 17, READ),
     ],
 )
@@ -461,13 +461,13 @@ def _pooled(build: Build) -> Build:
 def test_expand_over_space(asked: list[int], written: list[int]) -> None:
     model = between(_pooled(_chain(("Expand", asked, {}))), kernel=3)
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert _shape_of(surgery.model) == written
 
 
 def test_expand_to_a_higher_rank_moves_the_channels() -> None:
     steps: list[tuple[Any, ...]] = [("Expand", [1, 1, 6, 1, 1], {}), ("Squeeze", [0], {})]
-    assert outcome(between(_chain(*steps))) == "gone"
+    assert outcome(between(_chain(*steps))) == "removed"
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -484,7 +484,7 @@ def test_expand_to_a_computed_shape(free: bool) -> None:
     model = between(build, kernel=3)
     model = with_free_size(model) if free else model
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert_same_at(model, surgery.model, 2, 3, *((5, 9) if free else (8, 8)))
 
 
@@ -507,7 +507,7 @@ def test_expand_with_the_question_whether_a_size_is_minus_one(told: bool) -> Non
 
     model = with_free_size(between(build, kernel=3))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert_same_at(model, surgery.model, 2, 3, 5, 9)
 
 
@@ -522,14 +522,14 @@ def _one_map(net: Net, expand: Build) -> onnx.ModelProto:
 def test_one_channel_becomes_as_many_as_are_kept(operator: str) -> None:
     model = _one_map(Net(), _chain((operator, [1, 6, 1, 1], {})))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert remains(model, surgery.model, "map") == [0]
     assert _shape_of(surgery.model) == [1, 4, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("asked", "expected", "token"),
-    [(1, "gone", [7, 2, 3, 5]), (6, "kept: its shape is computed", [7, 0, 2, 3, 0, 5])],
+    [(1, "removed", [7, 2, 3, 5]), (6, "kept: its shape is computed", [7, 0, 2, 3, 0, 5])],
 )
 def test_a_token_for_every_image(asked: int, expected: str, token: list[int]) -> None:
     """A constant that is expanded over the batch: each of its numbers is a constant channel."""
@@ -586,7 +586,7 @@ def test_tile(repeats: list[int], width: int, columns: list[int]) -> None:
     """Along the channels, copy follows copy; a channel goes with all of its copies."""
     model = between(_chain(("Tile", repeats, {}), width=width))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     np.testing.assert_array_equal(weight(surgery.model, "two"), weight(model, "two")[:, columns])
 
 

@@ -11,32 +11,32 @@ import pytest
 from onnx import numpy_helper
 
 from polar_deploy.errors import ContentError
-from polar_deploy.surgery import cut, sets, stored
+from polar_deploy.surgery import cut, detached, sets
+from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.slices import slices
-from polar_deploy.surgery.stored import Stored
 from tests.surgery import test_choices as graphs
 from tests.surgery.graphs import Net, run
 
 
-def closed(case: str, seed: int) -> Stored:
+def closed(case: str, seed: int) -> DetachedModel:
     """A graph of `test_choices` with a random state of its gates."""
     wanted = graphs.CASES[case]
     found = graphs.find(wanted.build(), wanted.ends)
-    return found.with_masks(found.stored, graphs.states(found)[2 + seed])
+    return found.with_masks(found.detached, graphs.states(found)[2 + seed])
 
 
-def own(graph: Stored) -> set[str]:
+def own(graph: DetachedModel) -> set[str]:
     """The parameters: constants of numbers that are no masks."""
     tensors = graph.model.graph.initializer
     return {t.name for t in tensors if t.data_type == 1 and not t.name.startswith(("polar_deploy.mask", "gate"))}
 
 
-def values(graph: Stored) -> dict[str, np.ndarray]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in stored.to_model(graph).graph.initializer}
+def values(graph: DetachedModel) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in detached.to_model(graph).graph.initializer}
 
 
-def trimmed(graph: Stored) -> dict[str, np.ndarray]:
+def trimmed(graph: DetachedModel) -> dict[str, np.ndarray]:
     """What surgery itself leaves of each constant that is read as it stands, by its name in the graph before."""
     after = Graph(graph)
     facts, _ = sets.plan(after)
@@ -73,7 +73,7 @@ def test_indices_are_ascending_and_within_their_axis() -> None:
 
 
 def test_an_uncut_graph_keeps_all() -> None:
-    graph = stored.take(graphs.chain())
+    graph = detached.detach_weights(graphs.chain())
     for name, axes in slices(graph, own(graph)).items():
         assert [len(indices) for indices in axes] == list(values(graph)[name].shape)
 
@@ -83,7 +83,7 @@ def test_what_goes_with_its_branch_is_not_there() -> None:
     found = graphs.find(wanted.build(), wanted.ends)
     opened = np.ones(found.gates, bool)
     opened[found.blocks[0].gate] = False
-    graph = found.with_masks(found.stored, opened)
+    graph = found.with_masks(found.detached, opened)
     gone = {f"{layer}.{part}" for layer in ("a1", "a2") for part in ("weight", "bias")}
     assert own(graph) - slices(graph, own(graph)).keys() == gone
 
@@ -98,14 +98,14 @@ def test_values_make_no_difference() -> None:
     """Zeros, NaN and numbers that are too large to count on are parameters like any others."""
     graph = closed("chain", 0)
     model = onnx.ModelProto()
-    model.CopyFrom(stored.to_model(graph))
+    model.CopyFrom(detached.to_model(graph))
     for tensor in model.graph.initializer:
         if tensor.name in own(graph):
             odd = np.full(
                 tuple(tensor.dims), {"one.weight": 0.0, "one.bias": np.nan}.get(tensor.name, 3e38), np.float32
             )
             tensor.CopyFrom(numpy_helper.from_array(odd, tensor.name))
-    one, other = slices(graph, own(graph)), slices(stored.take(model), own(graph))
+    one, other = slices(graph, own(graph)), slices(detached.detach_weights(model), own(graph))
     assert one.keys() == other.keys()
     assert all(np.array_equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
 
@@ -115,13 +115,13 @@ def test_values_make_no_difference() -> None:
 CLOSED = (1, 4)
 
 
-def rearranged(between: Callable[[Net], str]) -> Stored:
+def rearranged(between: Callable[[Net], str]) -> DetachedModel:
     """Six channels, two of them closed, in front of a convolution whose weight [4, 6, 1, 1] `between` makes."""
     net = Net()
     x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
     x = net.node("Conv", [x, between(net)], "two", kernel_shape=[1, 1])
     net.width["two"] = 4
-    return stored.take(net.model(net.head(x)))
+    return detached.detach_weights(net.model(net.head(x)))
 
 
 def transposed(net: Net) -> str:
@@ -155,7 +155,7 @@ def test_a_network_with_sliced_parameters_computes_the_same() -> None:
     graph = rearranged(reshaped)
     kept, before = slices(graph, own(graph)), values(graph)
     model = onnx.ModelProto()
-    model.CopyFrom(stored.to_model(graph))
+    model.CopyFrom(detached.to_model(graph))
     for tensor in model.graph.initializer:
         if tensor.name == "gate.factor":
             tensor.CopyFrom(numpy_helper.from_array(np.ones((1, 4, 1, 1), np.float32), tensor.name))
@@ -163,7 +163,7 @@ def test_a_network_with_sliced_parameters_computes_the_same() -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.array([4, 4, 1, 1]), tensor.name))
         else:
             tensor.CopyFrom(numpy_helper.from_array(before[tensor.name][np.ix_(*kept[tensor.name])], tensor.name))
-    (expected,), (given,) = run(stored.to_model(graph), 3), run(model, 3)
+    (expected,), (given,) = run(detached.to_model(graph), 3), run(model, 3)
     np.testing.assert_allclose(given, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -186,15 +186,15 @@ def test_a_weight_that_is_computed_cannot_be_cut() -> None:
 def test_a_weight_that_is_computed_and_not_cut_stays_whole() -> None:
     graph = rearranged(computed)
     model = onnx.ModelProto()
-    model.CopyFrom(stored.to_model(graph))
+    model.CopyFrom(detached.to_model(graph))
     for tensor in model.graph.initializer:
         if tensor.name == "gate.factor":
             tensor.CopyFrom(numpy_helper.from_array(np.ones((1, 6, 1, 1), np.float32), tensor.name))
-    kept = slices(stored.take(model), {"weight"})["weight"]
+    kept = slices(detached.detach_weights(model), {"weight"})["weight"]
     assert [indices.tolist() for indices in kept] == [list(range(4)), list(range(6)), [0], [0]]
 
 
-def used_twice(closing: tuple[Collection[int], Collection[int]]) -> Stored:
+def used_twice(closing: tuple[Collection[int], Collection[int]]) -> DetachedModel:
     """One weight that reads six channels in two places, in which other ones are closed."""
     net, parts = Net(), []
     for number, which in enumerate(closing):
@@ -203,7 +203,7 @@ def used_twice(closing: tuple[Collection[int], Collection[int]]) -> Stored:
             net.constant("shared", net.random.standard_normal((4, 6, 1, 1)).astype(np.float32))
         parts.append(net.node("Conv", [x, "shared"], f"out{number}", kernel_shape=[1, 1]))
         net.width[parts[-1]] = 4
-    return stored.take(net.model(net.head(net.add(*parts, "sum"))))
+    return detached.detach_weights(net.model(net.head(net.add(*parts, "sum"))))
 
 
 def test_a_weight_in_two_places_is_cut_if_both_agree() -> None:
@@ -218,7 +218,7 @@ def test_a_weight_in_two_places_that_do_not_agree_cannot_be_cut(other: Collectio
 
 
 def test_weights_beside_the_graph_are_read_too() -> None:
-    """Large ones, which a `Stored` holds as arrays."""
+    """Large ones, which a `DetachedModel` holds as arrays."""
     graph = closed("chain", 0)
     name = "two.weight"
     model = onnx.ModelProto()

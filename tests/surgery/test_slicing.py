@@ -50,7 +50,7 @@ def _input(model: onnx.ModelProto, index: int, name: str = "tested") -> list[int
     ids=["width", "strides", "upside down", "no axes"],
 )
 def test_slices_of_space_let_channels_pass(bounds: tuple[list[int], ...]) -> None:
-    assert outcome(between(_slice(*bounds), kernel=3)) == "gone"
+    assert outcome(between(_slice(*bounds), kernel=3)) == "removed"
 
 
 # Bounds on axis 1, filters left of six where 1 and 4 are closed (-1: a zero one), new starts and ends, None: no Slice.
@@ -156,7 +156,7 @@ def test_computed_bounds() -> None:
 
         return made
 
-    assert outcome(with_free_size(between(build(2)))) == "gone"
+    assert outcome(with_free_size(between(build(2)))) == "removed"
     model = with_free_size(between(build(1)))
     assert outcome(model, compress(model)) == "kept: its bounds are computed"
 
@@ -217,7 +217,7 @@ def test_split_into_equal_parts(
     given = [size] * (parts - 1) + [width - size * (parts - 1)]
     model = between(lambda net, x: _split(net, x, given, told=told, back=True), width=width, closed=closed, opset=opset)
     smaller = cut(model).model
-    assert fates(model, cut(model), closed=closed) == ["gone" if i in closed else "open" for i in range(width)]
+    assert fates(model, cut(model), closed=closed) == ["removed" if i in closed else "open" for i in range(width)]
     found = _attributes(smaller)
     assert found.pop("axis") == 1
     assert found == attributes
@@ -283,7 +283,7 @@ def test_split_of_space_couples_its_parts() -> None:
         net.width["upper"] = net.width["lower"] = 6
         return net.add(net.relu("upper", "act"), "lower", "sum")
 
-    assert outcome(between(build, kernel=3)) == "gone"
+    assert outcome(between(build, kernel=3)) == "removed"
 
 
 # ---- Pad
@@ -300,12 +300,12 @@ def test_split_of_space_couples_its_parts() -> None:
     ],
 )
 def test_pads_of_space_let_channels_pass(pads: list[int], attributes: dict[str, Any], opset: int) -> None:
-    assert outcome(between(_pad(pads, **attributes), opset=opset, kernel=3)) == "gone"
+    assert outcome(between(_pad(pads, **attributes), opset=opset, kernel=3)) == "removed"
 
 
 @pytest.mark.parametrize(
     ("value", "before", "expected"),
-    [(0.0, "Sigmoid", "in use"), (0.5, "Sigmoid", "folded"), (2.0, "Neg", "in use"), (-0.0, "Neg", "gone")],
+    [(0.0, "Sigmoid", "in use"), (0.5, "Sigmoid", "folded"), (2.0, "Neg", "in use"), (-0.0, "Neg", "removed")],
 )
 def test_a_border_of_another_value_makes_a_constant_none(value: float, before: str, expected: str) -> None:
     build = _pad([0, 0, 1, 1, 0, 0, 1, 1], value=value)
@@ -334,11 +334,11 @@ def test_pad_of_some_axes() -> None:
 
 # Pads on axis 1 and their value, then the fate of each channel and the Pad that is left.
 PADS = [
-    ([1, 2], None, ["open", "gone", "open", "open", "gone", "open"], None),
+    ([1, 2], None, ["open", "removed", "open", "open", "removed", "open"], None),
     ([1, 2], 3.0, ["open", "folded", "open", "open", "folded", "open"], None),
-    ([-1, 0], None, ["gone", "gone", "open", "open", "gone", "open"], None),
-    ([-2, 1], None, ["gone", "gone", "open", "open", "gone", "open"], None),
-    ([0, -3], None, ["open", "gone", "open", "gone", "gone", "gone"], None),
+    ([-1, 0], None, ["removed", "removed", "open", "open", "removed", "open"], None),
+    ([-2, 1], None, ["removed", "removed", "open", "open", "removed", "open"], None),
+    ([0, -3], None, ["open", "removed", "open", "removed", "removed", "removed"], None),
 ]
 
 
@@ -400,10 +400,10 @@ def test_widths_that_are_computed() -> None:
         net.width["tested"] = 6
         return "tested"
 
-    assert outcome(between(build, kernel=3)) == "gone"
+    assert outcome(between(build, kernel=3)) == "removed"
     model = with_free_size(between(build, kernel=3))
     surgery = cut(model)
-    assert outcome(model, surgery) == "gone"
+    assert outcome(model, surgery) == "removed"
     assert_same_at(model, surgery.model, 2, 3, 7, 11)
 
 

@@ -20,7 +20,7 @@ from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.full import train_full
 from polar_deploy.training.gated import train_gated
-from polar_deploy.training.loop import Fit, prepare
+from polar_deploy.training.loop import TrainingJob, prepare
 from tests.tiny import Tiny
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def settings(
         data="made up",
         normalize=NORMALIZE,
         training=config.ResolvedTraining(**{**trained, **augmented, **(training or {})}),
-        gates=config.ResolvedGates(**{"start": 0.05, "freeze": 0.5} | (gates or {})),
+        gates=config.ResolvedGates(**{"close_from": 0.05, "freeze_at": 0.5} | (gates or {})),
         **held,
     )
 
@@ -95,7 +95,7 @@ def analysis() -> Analysis:
     return analyse(network(), Example.of(torch.zeros(2, 3, SIZE, SIZE)))
 
 
-def gates(run: Fit) -> Gates:
+def gates(run: TrainingJob) -> Gates:
     """Gates on the network of a run."""
     wanted = run.settings.gates
     return Gates(
@@ -106,20 +106,20 @@ def gates(run: Fit) -> Gates:
         align=run.settings.align,
         min_width=wanted.min_width,
         mode=wanted.mode,
-        start=wanted.start,
-        freeze=wanted.freeze,
+        close_from=wanted.close_from,
+        freeze_at=wanted.freeze_at,
         rehearse=0,
         analysis=analysis(),
     )
 
 
-def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> Fit:
+def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: int, key: str = "a key") -> TrainingJob:
     """What a run needs; with `final` all images are for training."""
     images, labels = data()
-    final = run_settings.training.final
+    final = run_settings.training.train_on_validation
     held = np.arange(TRAIN, TRAIN + VALIDATION)
     chosen = np.arange(TRAIN + VALIDATION if final else TRAIN)
-    return Fit(
+    return TrainingJob(
         stage="gates" if gated else "full",
         network=prepare(network(), run_settings, CPU),
         train=Batches(images, labels, chosen, run_settings, CPU),
@@ -133,7 +133,7 @@ def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: in
 
 
 def train(
-    run: Fit, on: Gates | None = None, *, teacher: nn.Module | None = None, progress: Progress | None = None
+    run: TrainingJob, on: Gates | None = None, *, teacher: nn.Module | None = None, progress: Progress | None = None
 ) -> State:
     """Train to the end or until `progress` breaks it off, with the gates `on` its network or without any."""
     progress = progress or Progress(quiet=True)

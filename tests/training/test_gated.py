@@ -21,7 +21,7 @@ from polar_deploy.progress import Progress
 from polar_deploy.training import loop
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.gated import OnePass, undecided
-from polar_deploy.training.loop import Fit
+from polar_deploy.training.loop import TrainingJob
 from tests.tiny import BLOCKS, SITES, costs
 from tests.training.runs import (
     CLASSES,
@@ -58,7 +58,7 @@ def _teacher() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fit, Gates, State]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingJob, Gates, State]:
     """An unbroken run with a teacher."""
     run = fit(settings(), tmp_path_factory.mktemp("whole"), gated=True, epochs=EPOCHS)
     on = gates(run)
@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fit, Gates, State]:
 
 @pytest.mark.parametrize("epoch", [1, 3, FREEZE, FREEZE + 1, FREEZE + 3])
 def test_a_run_broken_before_or_after_the_freeze_ends_the_same(
-    tmp_path: Path, whole: tuple[Fit, Gates, State], epoch: int
+    tmp_path: Path, whole: tuple[TrainingJob, Gates, State], epoch: int
 ) -> None:
     run, on, expected = whole
     broken = fit(settings(), tmp_path, gated=True, epochs=EPOCHS)
@@ -88,7 +88,7 @@ def test_a_run_broken_before_or_after_the_freeze_ends_the_same(
 def test_a_run_in_mode_sample_broken_while_gates_learn_ends_the_same(tmp_path: Path) -> None:
     wanted = settings(gates={"mode": "sample"})
 
-    def started(name: str, seed: int) -> tuple[Fit, Gates]:
+    def started(name: str, seed: int) -> tuple[TrainingJob, Gates]:
         run, _ = fit(wanted, tmp_path / name, gated=True, epochs=4), analysis()
         torch.manual_seed(seed)  # of what decides for each sample
         return run, gates(run)
@@ -103,7 +103,7 @@ def test_a_run_in_mode_sample_broken_while_gates_learn_ends_the_same(tmp_path: P
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.network.state_dict().items())
 
 
-def test_the_frozen_network_lies_in_the_window_of_its_budget(whole: tuple[Fit, Gates, State]) -> None:
+def test_the_frozen_network_lies_in_the_window_of_its_budget(whole: tuple[TrainingJob, Gates, State]) -> None:
     _, on, state = whole
     share = _shares(on)["macs"]
     assert 0.5 - WINDOW <= share <= 0.5
@@ -112,7 +112,7 @@ def test_the_frozen_network_lies_in_the_window_of_its_budget(whole: tuple[Fit, G
     assert all(record["costs"] == {"macs": record["cost"]} for record in state.records)
 
 
-def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[Fit, Gates, State]) -> None:
+def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[TrainingJob, Gates, State]) -> None:
     _, on, state = whole
     assert [("freeze" in record, "undecided" in record) for record in state.records] == (
         [(False, True)] * (FREEZE - 1) + [(True, False)] + [(False, False)] * (EPOCHS - FREEZE)
@@ -130,7 +130,7 @@ def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[Fit, Gates, St
     assert freeze["cut"]
 
 
-def test_the_network_learns_with_half_of_its_macs(whole: tuple[Fit, Gates, State]) -> None:
+def test_the_network_learns_with_half_of_its_macs(whole: tuple[TrainingJob, Gates, State]) -> None:
     run, on, state = whole
     assert state.records[-1]["val_accuracy"] > 60  # of 4 classes
     assert state.records[-1]["val_accuracy"] == loop.evaluate(run.network, run.validation)
@@ -139,7 +139,7 @@ def test_the_network_learns_with_half_of_its_macs(whole: tuple[Fit, Gates, State
 
 def test_an_evaluation_in_the_middle_of_a_step_sees_the_masks_and_not_what_samples_decided(tmp_path: Path) -> None:
     """As that before the freeze is one, of which `val_before` tells."""
-    run = fit(settings(gates={"mode": "sample", "start": 0.0}), tmp_path, gated=True, epochs=4)
+    run = fit(settings(gates={"mode": "sample", "close_from": 0.0}), tmp_path, gated=True, epochs=4)
     on = gates(run)
     method, (images, labels) = OnePass(run, on, None), next(run.train.epoch(0))
     for parameter in run.network.parameters():
@@ -165,7 +165,7 @@ def test_an_evaluation_in_the_middle_of_a_step_sees_the_masks_and_not_what_sampl
 class _Watch(Progress):
     """Notes phase, choice and masks after every step."""
 
-    def __init__(self, run: Fit, on: Gates) -> None:
+    def __init__(self, run: TrainingJob, on: Gates) -> None:
         super().__init__(quiet=True)
         self.run, self.on = run, on
         self.phases: list[str] = []
@@ -180,7 +180,7 @@ class _Watch(Progress):
 
 
 def test_gates_are_open_then_close_little_by_little_then_rest(tmp_path: Path) -> None:
-    run = fit(settings(gates={"start": 0.3, "freeze": 0.65}), tmp_path, gated=True, epochs=5)
+    run = fit(settings(gates={"close_from": 0.3, "freeze_at": 0.65}), tmp_path, gated=True, epochs=5)
     on = gates(run)
     told = _Watch(run, on)
     state = train(run, on, progress=told)
@@ -221,7 +221,7 @@ def test_gates_rest_exactly_as_frozen_while_weights_go_on(tmp_path: Path) -> Non
     assert not torch.equal(run.network.linear.weight, weight)
 
 
-def test_masks_are_no_part_of_what_is_saved(whole: tuple[Fit, Gates, State]) -> None:
+def test_masks_are_no_part_of_what_is_saved(whole: tuple[TrainingJob, Gates, State]) -> None:
     run, _, _ = whole
     assert run.network.state_dict().keys() == network().state_dict().keys()
 
@@ -236,7 +236,7 @@ def test_one_epoch_is_enough_to_freeze(tmp_path: Path) -> None:
 
 
 def test_a_final_run_uses_all_images_and_validates_nothing(tmp_path: Path) -> None:
-    run = fit(settings(training={"final": True}), tmp_path, gated=True, epochs=2)
+    run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=True, epochs=2)
     state = train(run, gates(run))
     assert len(run.train) == len(data()[1])
     assert [record["val_accuracy"] for record in state.records] == [None, None]
@@ -298,7 +298,7 @@ def test_the_teacher_has_its_share_of_the_loss_and_sees_its_part_of_the_batch(tm
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_gates_add_their_loss_only_while_samples_decide(tmp_path: Path, mode: str) -> None:
-    run = fit(settings(gates={"mode": mode, "start": 0.25, "freeze": 0.75}), tmp_path, gated=True, epochs=2)
+    run = fit(settings(gates={"mode": mode, "close_from": 0.25, "freeze_at": 0.75}), tmp_path, gated=True, epochs=2)
     on = gates(run)
     method, added, phases, shares = OnePass(run, on, None), [], [], []
     (optimizer,) = method.optimizers()

@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_without_validation_there_is_no_validation_accuracy(tmp_path: Path) -> None:
-    run = fit(settings(training={"final": True}), tmp_path, gated=False, epochs=1)
+    run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=False, epochs=1)
     assert len(run.train) == TRAIN + VALIDATION
     assert train(run).records[0]["val_accuracy"] is None
 
@@ -226,7 +226,7 @@ def test_progress_hears_of_stage_steps_and_epochs(tmp_path: Path) -> None:
     steps = TRAIN // 32
     parts = [(step + 1) / steps for step in range(steps)]
     assert told.said == [("full", 1, 0), *parts, state.records[0]["val_accuracy"] / 100]
-    final = fit(settings(training={"final": True}), tmp_path / "final", gated=False, epochs=1)
+    final = fit(settings(training={"train_on_validation": True}), tmp_path / "final", gated=False, epochs=1)
     assert train(final, progress=told).records[0]["train_accuracy"] / 100 == pytest.approx(told.said[-1], abs=1e-5)
 
 

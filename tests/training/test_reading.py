@@ -18,7 +18,7 @@ from polar_deploy.data.dataset import normalise
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.training import batches
 from polar_deploy.training.batches import Batches
-from polar_deploy.training.loop import Fit
+from polar_deploy.training.loop import TrainingJob
 from tests.training.runs import CPU, NORMALIZE, BreakIn, Broken, fit, network, settings, train, without_seconds
 
 COUNT, SIZE = 40, 16
@@ -179,7 +179,7 @@ def test_a_broken_run_on_files_ends_like_an_unbroken_one(
     """Weights bit by bit; the run that goes on has no memory to keep pictures in."""
     asked = settings(training={"batch_size": 8, "crop_scale": 0.3, "flip": True})
 
-    def run(folder: Path) -> Fit:
+    def run(folder: Path) -> TrainingJob:
         labels, parts = np.arange(COUNT) % 4, (np.arange(8, COUNT), np.arange(8))
         learned, validated = (Batches(pictures, labels, rows, asked, CPU) for rows in parts)
         made = fit(asked, folder, gated=False, epochs=4)

@@ -49,7 +49,7 @@ class _Builder:
         self.onnx = folder / f"{name}.onnx"
         self.backend = library.of(target)
         self.trt, self.logger = library.load(self.backend), library.logger(self.backend)
-        self.logger.aloud = True
+        self.logger.echo = True
         self.builder = self.trt.Builder(self.logger)
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is
         self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
@@ -79,7 +79,7 @@ class _Builder:
         parser = self.trt.OnnxParser(self.network, self.logger)
         if not parser.parse_from_file(str(self.onnx)):
             errors = [_sentence(parser.get_error(index)) for index in range(parser.num_errors)]
-            what = "; ".join(dict.fromkeys(errors)) or library.last_words(self.backend)
+            what = "; ".join(dict.fromkeys(errors)) or library.recent_errors(self.backend)
             raise ContentError(
                 f"{self.onnx}: {self._says} {what}",
                 "export the network in FP32, with operators that it has; lower precision is the target's job",
@@ -111,7 +111,7 @@ class _Builder:
                 config = self._config(profile, cache)
                 plan = EngineBytesFromNetwork((self.builder, self.network), config=config, save_timing_cache=cache)()
         except PolygraphyException as error:
-            said = f"{one_line(error)}; {library.last_words(self.backend)}"
+            said = f"{one_line(error)}; {library.recent_errors(self.backend)}"
             raise _refused(f"{self.onnx}: {self._says} {said}") from error
         finally:
             (self.folder / f"{_TIMING_CACHE}.lock").unlink(missing_ok=True)  # polygraphy's; the run has its own lock
@@ -166,7 +166,7 @@ class _Builder:
         engine = runtime.deserialize_cuda_engine(plan)
         context = engine and engine.create_execution_context()
         if context is None:
-            said = library.last_words(self.backend)
+            said = library.recent_errors(self.backend)
             raise _refused(f"{self.onnx}: {self._says} its own plan cannot be loaded: {said}")
         image = self.network.get_input(0)
         context.set_input_shape(image.name, (self.options.batches[1], *tuple(image.shape)[1:]))
@@ -192,7 +192,7 @@ class _Builder:
             "cuda": gpu.cuda_version() if here else None,
             "driver": nvml.conditions()["driver"] if here else None,
             "timing_cache": None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
-            "profile": dict(zip(("smallest", "usual", "largest"), self.options.batches, strict=True)),
+            "profile": dict(zip(("min", "opt", "max"), self.options.batches, strict=True)),
             "trtexec": None if jit else trtexec(self.name, image.name, tuple(image.shape)[1:], self.options),
         }
 

@@ -35,13 +35,13 @@ def load(backend: TensorRT) -> ModuleType:
 
 @cache
 def logger(backend: TensorRT) -> Any:
-    """The one logger of this process (TensorRT keeps the first it gets); `last_words` has what it heard."""
+    """The one logger of this process (TensorRT keeps the first it gets); `recent_errors` has what it heard."""
     trt = load(backend)
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         """Keeps errors, and prints them at once where a crash would take them along."""
 
-        aloud = False
+        echo = False
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -51,19 +51,19 @@ def logger(backend: TensorRT) -> Any:
             """Called by the library."""
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(one_line(message))
-                if self.aloud:
+                if self.echo:
                     print(self.errors[-1], file=sys.stderr, flush=True)
 
     return Logger()
 
 
-def last_words(backend: TensorRT) -> str:
+def recent_errors(backend: TensorRT) -> str:
     """The library's last errors, on one line; they are forgotten then."""
-    return heard(logger(backend))
+    return drain_errors(logger(backend))
 
 
-def heard(logger: Any) -> str:
-    """As `last_words`, of a logger."""
+def drain_errors(logger: Any) -> str:
+    """As `recent_errors`, of a logger."""
     words = "; ".join(logger.errors) or "the library says nothing more"
     logger.errors.clear()
     return words

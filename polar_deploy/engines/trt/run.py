@@ -27,7 +27,7 @@ _TYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, 
 
 
 @dataclass(frozen=True)
-class Edge:
+class IOTensor:
     """The engine's input or output: its name, the shape of one image's part of it, TensorRT's word for its type."""
 
     name: str
@@ -66,7 +66,7 @@ class TrtEngine:
         self._lane: _Lane | None = None
         with ExitStack() as owned:
             self._engine = _held(owned, _deserialised(path, trt, logger, owned, host_code=host_code))
-            self._input, self._output = edges(self._engine, trt, path)
+            self._input, self._output = io_tensors(self._engine, trt, path)
             self._owned = owned.pop_all()
         weakref.finalize(self, self._owned.close)
         smallest, _usual, largest = self._engine[0].get_tensor_profile_shape(self._input.name, 0)
@@ -118,7 +118,7 @@ class TrtEngine:
         return lane
 
     def _refusal(self, what: str) -> MachineError:
-        said = library.heard(self._logger)
+        said = library.drain_errors(self._logger)
         memory = "memory" in said.lower()
         todo = "end what else uses the GPU, or build with a smaller largest batch (--batch)" if memory else _BUILD_AGAIN
         return MachineError(f"{self.path}: {self._trt.__name__} {what}: {said}", todo)
@@ -144,7 +144,7 @@ class TrtTimer:
             close = owned.pop_all().close
         self.captured = launch is not None
         if launch is None:
-            library.heard(engine._logger)  # why it was not captured, is no error
+            library.drain_errors(engine._logger)  # why it was not captured, is no error
         self._launch, self._enqueue = launch, lane.enqueue
         weakref.finalize(self, close)
         engine._owned.callback(close)  # whichever comes first; the second finds nothing left
@@ -166,7 +166,7 @@ class TrtTimer:
 class _Lane:
     """A context, its stream, and the memory on both sides for up to `batch` images. Freed by `owner`."""
 
-    def __init__(self, source: Edge, result: Edge, batch: int, owner: ExitStack) -> None:
+    def __init__(self, source: IOTensor, result: IOTensor, batch: int, owner: ExitStack) -> None:
         self.source, self.result = source, result
         self.stream = cuda.stream(owner)
         self.images, self.logits = (
@@ -208,13 +208,13 @@ class _Lane:
         return self.result.read(part)
 
 
-def edges(engine: list[Any], trt: ModuleType, path: Path) -> tuple[Edge, Edge]:
+def io_tensors(engine: list[Any], trt: ModuleType, path: Path) -> tuple[IOTensor, IOTensor]:
     """Input [batch,C,H,W] and output [batch,classes] of the held engine; ContentError unless it has just these."""
     names = [engine[0].get_tensor_name(index) for index in range(engine[0].num_io_tensors)]
-    found: dict[Any, list[Edge]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
+    found: dict[Any, list[IOTensor]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
     for name in names:
         shape, kind = tuple(engine[0].get_tensor_shape(name)), str(engine[0].get_tensor_dtype(name).name)
-        found[engine[0].get_tensor_mode(name)].append(Edge(name, shape[1:], kind))
+        found[engine[0].get_tensor_mode(name)].append(IOTensor(name, shape[1:], kind))
     match list(found.values()):
         case [[source], [result]] if (len(source.shape), len(result.shape)) == (3, 1) and {
             source.kind,
@@ -239,7 +239,9 @@ def _deserialised(path: Path, trt: ModuleType, logger: Any, owner: ExitStack, *,
     runtime[0].engine_host_code_allowed = host_code
     engine = runtime[0].deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise ContentError(f"{path} is a corrupt plan: {trt.__name__} says: {library.heard(logger)}", _BUILD_AGAIN)
+        raise ContentError(
+            f"{path} is a corrupt plan: {trt.__name__} says: {library.drain_errors(logger)}", _BUILD_AGAIN
+        )
     return engine
 
 

@@ -7,12 +7,12 @@ import pkgutil
 from functools import cache
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.operator import Operator, Unknown
+from polar_deploy.surgery.operator import Operator, UnsupportedOp
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.ir import Node
 
-UNKNOWN = Unknown()
+UNSUPPORTED = UnsupportedOp()
 MICROSOFT = "com.microsoft"
 NEWEST_OPSET = 28  # whose definitions the handlers follow; what an operator means since a later one is not known
 
@@ -33,12 +33,12 @@ def contributed() -> dict[str, Operator]:
 
 
 def handler(node: Node, opset: int) -> Operator:
-    """The handler of a node; `UNKNOWN` where there is none for its operator, or for its definition in this opset."""
+    """The handler of a node; `UNSUPPORTED` where there is none for its operator, or for its definition in this opset."""
     if node.domain == MICROSOFT:
-        return contributed().get(node.op, UNKNOWN)
+        return contributed().get(node.op, UNSUPPORTED)
     if node.domain not in ("", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):
-        return UNKNOWN
-    return table().get(node.op, UNKNOWN)
+        return UNSUPPORTED
+    return table().get(node.op, UNSUPPORTED)
 
 
 @cache

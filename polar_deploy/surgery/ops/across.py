@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.dtype_limits import fits
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.trace import is_fixed
+from polar_deploy.surgery.shape_origin import is_fixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -75,7 +75,7 @@ class Span:
         self.spare, self.held = spare & self.crosses, source.value.copy()
 
     def disturbed(self, source: Channels) -> list[tuple[Channels, Bools]]:
-        """Spare channels that stay and would hold something else after the cut: see `Operator.endangered`."""
+        """Spare channels that stay and would hold something else after the cut: see `Operator.must_keep_values`."""
         same = source.constant & (source.value == self.held)
         which = self.spare & source.kept & ~source.needed & ~same
         return [(source, which)] if which.any() else []
@@ -86,7 +86,7 @@ def rank_of(step: Step) -> int:
     return len(step.graph.shape(step.original[0]) or ())
 
 
-class Across(Operator):
+class AlongAxes(Operator):
     """Handler of an operator whose output has the shape of its input.
 
     Args:
@@ -132,7 +132,7 @@ class Across(Operator):
         source, span = step.require(), self.span(step)
         values, constant = source.value[span.members], source.constant[span.members]
         same = constant.all(axis=0) & (values == values[0]).all(axis=0)
-        if step.facts.settled and span.crosses:  # what the cut leaves of a cell is not known yet
+        if step.facts.after_cut and span.crosses:  # what the cut leaves of a cell is not known yet
             same[:] = False
         found = span.evaluate(lambda repeats: self.uniform(values[0], repeats * len(span.members)))
         result: Floats = np.where(same, found, np.nan)[span.cell]
@@ -160,11 +160,11 @@ class Across(Operator):
         if span.crosses:
             source.notes.append(step.note(self.reason, needed))
 
-    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
-        return [*super().endangered(step), *self.span(step).disturbed(step.require())]
+    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+        return [*super().must_keep_values(step), *self.span(step).disturbed(step.require())]
 
 
-class Softmax(Across):
+class Softmax(AlongAxes):
     """Softmax, LogSoftmax and Hardmax."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
@@ -173,19 +173,19 @@ class Softmax(Across):
         return super().axes(step, rank)
 
 
-class CumSum(Across):
+class CumSum(AlongAxes):
     """Cumulative sums along one axis."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         return [int(step.parameter(1, "axis").reshape(())) % rank]
 
 
-class LRN(Across):
+class LRN(AlongAxes):
     """`x / (bias + sum of squares over neighbouring channels)`: a channel that goes would move the others."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         if step.node.attrs.get("bias", 1.0) <= 0:
-            raise Wall("it divides by what may be zero")
+            raise Unsupported("it divides by what may be zero")
         return [1]
 
 
@@ -195,7 +195,7 @@ class TopK(Operator):
     def couple(self, step: Step) -> None:
         source = step.require()
         if step.node.attrs.get("axis", -1) % rank_of(step) in source.axes:
-            raise Wall("it sorts the channels")
+            raise Unsupported("it sorts the channels")
         step.carry()
         if len(step.made) > 1 and step.made[1].name:
             numbers = every(len(source))
@@ -222,7 +222,7 @@ HANDLERS: dict[str, Operator] = {
     "LogSoftmax": Softmax("its sum runs over all channels", lambda x, n: np.full_like(x, -math.log(n))),
     "Hardmax": Softmax("it compares all channels", nothing, nonnegative=True),
     "CumSum": CumSum("its sums run over the channels", only_zero, ignores_zero=True),
-    "LpNormalization": Across("its norm runs over all channels", only_zero, zero_stays=True, ignores_zero=True),
+    "LpNormalization": AlongAxes("its norm runs over all channels", only_zero, zero_stays=True, ignores_zero=True),
     "LRN": LRN("its window runs over neighbouring channels", only_zero, zero_stays=True),
     "TopK": TopK(),
 }

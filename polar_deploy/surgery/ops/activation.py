@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.facts import no, yes
-from polar_deploy.surgery.numbers import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Unary(Operator):
     Args:
         function: from the values and the node's attributes.
         nonnegative: whether no result is below zero; None: where the input is not.
-        fragile: see `Operator`.
+        can_be_nonfinite: see `Operator`.
         steady: for a function that jumps, the relative change that is none; None: it does not jump.
     """
 
@@ -37,12 +37,12 @@ class Unary(Operator):
         function: Callable[[Floats, Attributes], Floats],
         nonnegative: bool | None = False,
         *,
-        fragile: bool = False,
+        can_be_nonfinite: bool = False,
         steady: float | None = None,
     ) -> None:
         self.function = function
         self.nonnegative = nonnegative
-        self.fragile = fragile
+        self.can_be_nonfinite = can_be_nonfinite
         self.steady = steady
 
     def couple(self, step: Step) -> None:

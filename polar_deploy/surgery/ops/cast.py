@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import is_whole
+from polar_deploy.surgery.dtype_limits import is_whole
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.ops.activation import ROUNDS, Unary
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ class Identity(Unary):
     def couple(self, step: Step) -> None:
         mask = step.made[1] if len(step.made) > 1 and step.made[1].name else None
         if mask is not None and (mask.outputs or not step.graph.is_private(mask.name)):
-            raise Wall("its mask is used")
+            raise Unsupported("its mask is used")
         if step.has(2) and np.any(step.parameter(2, "training mode")):
-            raise Wall("it is in training mode")
+            raise Unsupported("it is in training mode")
         step.carry()
 
 
@@ -37,7 +37,7 @@ class Cast(Unary):
     def couple(self, step: Step) -> None:
         kinds = [step.graph.dtype(tensor).kind for tensor in (step.original[0], step.made[0])]
         if not set(kinds) <= set("biufV"):
-            raise Wall("it casts from or to what is no number")
+            raise Unsupported("it casts from or to what is no number")
         step.carry()
 
     def apply(self, step: Step, values: Floats) -> Floats:
@@ -49,7 +49,7 @@ class Cast(Unary):
     def change(self, step: Step) -> float | None:
         return ROUNDS if is_whole(_types(step)[1]) else None
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         before, after = _types(step)  # a narrower type overflows
         return np.full(len(step.output), not is_whole(after) and after.itemsize < before.itemsize)
 
@@ -60,5 +60,5 @@ def _types(step: Step) -> tuple[np.dtype[Any], np.dtype[Any]]:
 
 HANDLERS: dict[str, Operator] = {
     **dict.fromkeys(("Identity", "Dropout"), Identity(lambda x, _: x, None)),
-    **dict.fromkeys(("Cast", "CastLike"), Cast(lambda x, _: x, None, fragile=True)),
+    **dict.fromkeys(("Cast", "CastLike"), Cast(lambda x, _: x, None, can_be_nonfinite=True)),
 }

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, frozen
-from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
+from polar_deploy.surgery.facts import Unsupported, frozen
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter, write_bias
 from polar_deploy.surgery.quantization import Weight, weight
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Step
     from polar_deploy.surgery.sizes import Dim
-    from polar_deploy.surgery.stored import Array
 
 
 LIKE = 1 << 10  # kinds of convolutions that are kept in mind
@@ -35,7 +35,7 @@ class Conv(Mixing):
         return weight(step, self.bias_input, "bias") if self.bias_input and step.has(self.bias_input) else None
 
     def to_blocks(self, values: Array, groups: int) -> Array:
-        """The weight as `Mix` takes it."""
+        """The weight as `MixingWeights` takes it."""
         blocks: Array = values.reshape(groups, -1, values.shape[1], prod(values.shape[2:]))
         return blocks
 
@@ -45,7 +45,7 @@ class Conv(Mixing):
         return values
 
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
-        """[taps] steady and loose ones, see `Mix`."""
+        """[taps] steady and loose ones, see `MixingWeights`."""
         shape, attrs, rank = step.graph.shape(step.original[0]), step.node.attrs, len(kernel)
         return _sight(
             kernel,
@@ -56,23 +56,23 @@ class Conv(Mixing):
             attrs.get("auto_pad", "NOTSET"),
         )
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         kernels, bias, groups = self.kernels(step), self.bias(step), step.node.attrs.get("group", 1)
         if groups < 1 or kernels.values.shape[0] % groups:
-            raise Wall(f"{kernels.values.shape[0]} channels do not divide into {groups} groups")
+            raise Unsupported(f"{kernels.values.shape[0]} channels do not divide into {groups} groups")
         zero, scale = per_filter(kernels, groups)
         steady, loose = self.sight(step, kernels.values.shape[2:])
         fixed = "an operator without a bias" if self.bias_input is None else "a quantised bias"
         plain = bias is None or bias.plain
-        return Mix(
+        return MixingWeights(
             weight=self.to_blocks(kernels.values, groups),
             bias=None if bias is None else bias.numbers.reshape(groups, -1),
             zero=zero,
             scale=scale,
-            steady=steady,
-            loose=loose if kernels.unsure is None else frozen(np.ones_like(loose)),
-            why=kernels.unsure or self.uneven,
-            fixed=None if plain and self.bias_input else fixed,
+            always_inside=steady,
+            sometimes_padded=loose if kernels.unsure is None else frozen(np.ones_like(loose)),
+            padded_by=kernels.unsure or self.uneven,
+            bias_locked_because=None if plain and self.bias_input else fixed,
             plain=plain and kernels.plain,
         )
 
@@ -94,7 +94,7 @@ class ConvTranspose(Conv):
     def kernels(self, step: Step) -> Weight:
         kernels = weight(step, 1, "weight", axis=1)
         if kernels.vectors and step.node.attrs.get("group", 1) > 1:
-            raise Wall("its groups share the scales of the weight")
+            raise Unsupported("its groups share the scales of the weight")
         return kernels
 
     def to_blocks(self, values: Array, groups: int) -> Array:
@@ -118,9 +118,9 @@ class DeformConv(Conv):
     bias_input = 3
     uneven = "sampling points outside of the input"
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         if step.node.attrs.get("offset_group", 1) != 1:
-            raise Wall("its sampling points differ between channels")
+            raise Unsupported("its sampling points differ between channels")
         return super().read(step)
 
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.heads import NOT_FOLLOWED
-from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter
 from polar_deploy.surgery.ops.slicing import rank_of
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
@@ -41,22 +41,22 @@ class Einsum(Mixing):
     bias_input = None
 
     def product(self, step: Step) -> Product:
-        """What the equation says. Raises Wall where it is another one."""
+        """What the equation says. Raises Unsupported where it is another one."""
         left, arrow, result = step.node.attrs["equation"].replace(" ", "").partition("->")
         terms = left.split(",")
         if not arrow or len(terms) != 2 or len(step.node.inputs) != 2:
-            raise Wall("its equation is no product of two tensors")
+            raise Unsupported("its equation is no product of two tensors")
         matrix = next((index for index in (1, 0) if is_stored(step, index)), None)
         if matrix is None:
-            raise Wall(NOT_FOLLOWED)
+            raise Unsupported(NOT_FOLLOWED)
         held, given = terms[matrix], terms[1 - matrix]
         summed, made = ([letter for letter in held if (letter in given) is inside] for inside in (True, False))
         own = given.replace(REST, "")
         simple = len(held) == 2 and len(summed) == len(made) == 1 and len(set(own)) == len(own)
         if not simple or result.replace(REST, "").count(made[0]) != 1 or summed[0] in result:
-            raise Wall("its equation is no product with a matrix")
+            raise Unsupported("its equation is no product with a matrix")
         if sorted(given.replace(summed[0], "")) != sorted(result.replace(made[0], "")):
-            raise Wall("its equation sums over several axes")
+            raise Unsupported("its equation sums over several axes")
         rank = rank_of(step, 1 - matrix)
         into, out = _axis(given, summed[0], rank), _axis(result, made[0], rank)
         return Product(1 - matrix, matrix, into, out, held[0] == summed[0])
@@ -75,19 +75,19 @@ class Einsum(Mixing):
         product = self.product(step)
         return weight(step, product.matrix, "matrix", axis=1 if product.by_column else 0)
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         matrix, product = self.matrix(step), self.product(step)
         rows = matrix.values.T if product.by_column else matrix.values
         zero, scale = per_filter(matrix, 1)
-        return Mix(
+        return MixingWeights(
             weight=rows[None, :, :, None],
             bias=None,
             zero=zero,
             scale=scale,
-            steady=np.ones(1, bool),
-            loose=np.full(1, matrix.unsure is not None),
-            why=matrix.unsure or "",
-            fixed="an operator without a bias",
+            always_inside=np.ones(1, bool),
+            sometimes_padded=np.full(1, matrix.unsure is not None),
+            padded_by=matrix.unsure or "",
+            bias_locked_because="an operator without a bias",
             plain=matrix.plain,
         )
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import is_half, is_whole
 from polar_deploy.surgery.elementwise import Elementwise, Operand, keeps_shape
-from polar_deploy.surgery.numbers import is_half, is_whole
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
@@ -80,7 +80,7 @@ class PRelu(Elementwise):
 class Quotient(Elementwise):
     """Div and Mod. Zero divided by anything is zero where the graph is finite; it must be what it was, though."""
 
-    fragile = True
+    can_be_nonfinite = True
 
     def combine(self, step: Step, values: list[Floats]) -> Floats:
         if step.node.op == "Mod":
@@ -91,7 +91,7 @@ class Quotient(Elementwise):
     def decided(self, step: Step, operands: list[Operand]) -> Bools:
         divisor = operands[1]
         certain = ~divisor.zero
-        if step.facts.settled:  # a divisor that nobody needs holds something else now
+        if step.facts.after_cut:  # a divisor that nobody needs holds something else now
             link = next((link for link in step.links if link.source is step.inputs[1]), None)
             certain &= divisor.constant | (True if link is None else link.source.needed[link.out_of])
         return np.asarray(operands[0].zero & certain)
@@ -101,7 +101,7 @@ class Quotient(Elementwise):
             return operands[0 if step.node.attrs.get("fmod", 0) else 1].nonnegative
         return super().is_nonnegative(step, operands)
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         divisor, values = self.operands(step)[1], step.constant(1)
         if values is not None and np.all(values):
             return np.zeros(len(step.output), bool)
@@ -111,13 +111,13 @@ class Quotient(Elementwise):
 class Power(Elementwise):
     """Pow. Even powers are never below zero; small ones do not overflow."""
 
-    fragile = True
+    can_be_nonfinite = True
 
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
         base, exponent = operands
         return np.asarray(base.nonnegative | (exponent.constant & (exponent.value % 2 == 0)))
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         exponent = self.operands(step)[1]
         small = exponent.constant & np.isin(exponent.value, (0, 1, 2, 3, 4))
         return ~small | is_half(step.graph.dtype(step.made[0]))

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.extent import Sized, Told
+from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
-from polar_deploy.surgery.trace import Size, is_fixed, trace, whole_numbers, write_numbers
+from polar_deploy.surgery.shape_origin import Size, is_fixed, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Channels, Step
     from polar_deploy.surgery.sizes import Shape
-    from polar_deploy.surgery.stored import Array
 
 
-class Expand(Sized):
+class Expand(ShapeDriven):
     """Expand of a tensor with channels, or of a constant: a token, or a map, for every image of a batch."""
 
     def held(self, step: Step) -> Array | None:
@@ -28,7 +28,7 @@ class Expand(Sized):
     def couple(self, step: Step) -> None:
         after = step.graph.shape(step.made[0])
         if after is None:
-            raise Wall("its shape is not known")
+            raise Unsupported("its shape is not known")
         held = self.held(step)
         given = held.shape if held is not None else step.graph.shape(step.original[0]) or ()
         before = (*(1,) * (len(after) - len(given)), *given)
@@ -36,8 +36,8 @@ class Expand(Sized):
             target = step.create(_wide(before))
         else:
             target = self._join(step, step.require(), len(after) - len(given))
-        step.memo = Told()
-        if step.constant(self.told_by(step)) is None:
+        step.memo = ShapeInput()
+        if step.constant(self.shape_input_index(step)) is None:
             self._go_along(step, target, before, after)
 
     def _join(self, step: Step, source: Channels, offset: int) -> Channels:
@@ -48,12 +48,12 @@ class Expand(Sized):
         elif len(source) == 1:
             step.link(source, target, np.zeros_like(numbers), numbers, coupled=False)
         else:
-            raise Wall("it repeats the channels")
+            raise Unsupported("it repeats the channels")
         return target
 
     def _go_along(self, step: Step, target: Channels, before: Shape, after: Shape) -> None:
         """A computed shape: a constant in its place, if it does not depend on the input; else the channels follow."""
-        sizes = trace(step.facts, step.original[self.told_by(step)])
+        sizes = trace(step.facts, step.original[self.shape_input_index(step)])
         sizes = [Size()] * len(after) if sizes is None or len(sizes) > len(after) else sizes
         offset = len(after) - len(sizes)
         sizes = [Size(1)] * offset + sizes
@@ -74,10 +74,10 @@ class Expand(Sized):
                 if new[axis] != 1 or sizes[axis].value != 1:
                     self.follow(step, target, axis, sizes[axis])
             step.memo.followed = frozenset(axis - offset for axis in target.axes)
-        except Wall as wall:
+        except Unsupported as reason:
             if self.held(step) is None:
                 raise
-            target.pin(step.note(str(wall)))
+            target.pin(step.note(str(reason)))
 
     def constants(self, step: Step) -> None:
         held, target = self.held(step), step.output
@@ -89,7 +89,7 @@ class Expand(Sized):
         target.constant[:], target.value[:], target.nonnegative[:] = by_channel(full, target.axes)
 
     def slice(self, step: Step) -> None:
-        target, index, written = step.output, self.told_by(step), step.memo.written
+        target, index, written = step.output, self.shape_input_index(step), step.memo.written
         asked = step.constant(index) if written is None else written
         if asked is not None and (written is not None or not target.kept.all()):
             step.graph.set_constant(step.node, index, _cut_shape(asked, step, target))
@@ -108,10 +108,10 @@ class Expand(Sized):
 
 
 def _wide(shape: Shape) -> tuple[int, ...]:
-    """Where the channels of a constant lie: where it has an extent, on axis 1 if it has none. Raises Wall."""
+    """Where the channels of a constant lie: where it has an extent, on axis 1 if it has none. Raises Unsupported."""
     wide = tuple(axis for axis, dim in enumerate(shape) if dim != 1)
     if len(wide) > 1 or len(shape) < 2:
-        raise Wall("the channels of its input are not known")
+        raise Unsupported("the channels of its input are not known")
     return wide or (1,)
 
 
@@ -129,7 +129,7 @@ def _cut_shape(asked: Array, step: Step, target: Channels) -> Array:
 class ConstantOfShape(Expand):
     """ConstantOfShape: the same number everywhere."""
 
-    def told_by(self, step: Step) -> int:
+    def shape_input_index(self, step: Step) -> int:
         return 0
 
     def held(self, step: Step) -> Array | None:
@@ -147,14 +147,14 @@ class Tile(Operator):
         source, rank = step.require(), rank_of(step)
         sizes = trace(step.facts, step.original[1])
         if sizes is None or len(sizes) != rank:
-            raise Wall("how often it repeats is computed")
+            raise Unsupported("how often it repeats is computed")
         times = [sizes[axis].value for axis in source.axes]
         if all(time == 1 for time in times):
             step.carry()
             return
         axis, time = only_axis(source), times[0]
         if not isinstance(time, int) or (len(source) == 1 and whole_numbers(step, 1) is None):
-            raise Wall("how often it repeats is computed")
+            raise Unsupported("how often it repeats is computed")
         target = step.create(source.axes)
         numbers = every(len(target))
         step.link(source, target, numbers % len(source), numbers, coupled=len(source) > 1)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Wall, every
+from polar_deploy.surgery.facts import Link, Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
-from polar_deploy.surgery.trace import taken, trace
+from polar_deploy.surgery.shape_origin import taken, trace
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
     from polar_deploy.surgery.ir import Node, Tensor
-    from polar_deploy.surgery.trace import Size
+    from polar_deploy.surgery.shape_origin import Size
 
 
 @dataclass
-class Told:
+class ShapeInput:
     """How an operator gets along with the input that tells it a shape.
 
     written: the constant that takes the place of shape arithmetic, before the cut; None: the input stays.
@@ -33,25 +33,25 @@ class Told:
     followed: frozenset[int] = frozenset()
 
 
-class Sized(Operator):
-    """Handler of an operator that is told a shape. Its memo is a `Told`."""
+class ShapeDriven(Operator):
+    """Handler of an operator that is told a shape. Its memo is a `ShapeInput`."""
 
-    def told_by(self, step: Step) -> int:
+    def shape_input_index(self, step: Step) -> int:
         """The input that tells the shape."""
         return 1
 
     def need(self, step: Step) -> None:
         super().need(step)
         if step.memo.written is not None:
-            step.replaced[self.told_by(step)] = step.memo.written.astype(np.float64)
+            step.replaced[self.shape_input_index(step)] = step.memo.written.astype(np.float64)
 
     def follow(self, step: Step, target: Channels, axis: int, size: Size) -> None:
-        """The output's channels on `axis` go with those of the tensor whose size that axis has. Raises Wall."""
+        """The output's channels on `axis` go with those of the tensor whose size that axis has. Raises Unsupported."""
         other = None if size.extent is None else step.facts.of(size.extent.tensor)
         if other is None or size.extent is None or other.axes != (size.extent.axis,) or len(other) != len(target):
-            raise Wall("its shape is computed")
+            raise Unsupported("its shape is computed")
         if target.axes != (axis,):
-            raise Wall("its shape is computed, and its channels lie on several axes")
+            raise Unsupported("its shape is computed, and its channels lie on several axes")
         numbers = every(len(target))
         step.ties.append(Link(other, target, numbers, numbers))
 
@@ -80,7 +80,7 @@ class Shape(Operator):
     def retain(self, step: Step) -> list[Retained]:
         """The tensor must be there, with at least one channel."""
         source = step.inputs[0]
-        gone = source is not None and source.gone
+        gone = source is not None and source.is_removed
         return [Retained(source, np.zeros(1, np.int64), "its shape is read")] if gone and source is not None else []
 
 
@@ -108,8 +108,8 @@ def _read(facts: Facts, reader: Node, index: int, position: int) -> list[int] | 
     step = next((step for step in facts.steps if step.node is reader), None)
     if step is None or index in step.replaced or isinstance(step.handler, Shape):
         return []
-    if isinstance(step.handler, Sized):
-        return [] if index == step.handler.told_by(step) and position in step.memo.followed else None
+    if isinstance(step.handler, ShapeDriven):
+        return [] if index == step.handler.shape_input_index(step) and position in step.memo.followed else None
     return _moved(facts, reader, index, position) if reader.domain in ("", "ai.onnx") else None
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import all_of, is_half
 from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, keeps_shape
-from polar_deploy.surgery.numbers import all_of, is_half
 from polar_deploy.surgery.ops.activation import swish
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Multiply(Absorbing):
     """Mul: zero wins over whatever the other side holds."""
 
-    fragile = True
+    can_be_nonfinite = True
 
     def operands(self, step: Step) -> list[Operand]:
         operands = super().operands(step)
-        index = self._factor(step) if step.facts.settled else None
+        index = self._factor(step) if step.facts.after_cut else None
         if index is not None:
             value, other = operands[index].value, operands[1 - index]
             free = ~step.output.needed | other.zero
@@ -60,7 +60,7 @@ class Multiply(Absorbing):
         switch = values.size == 1 and factor.value[0] in (0, 1)
         return index if all_of(factor.constant) and (values.size == len(step.output) or switch) else None
 
-    def risky(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
         operands = super().operands(step)
         known = np.any([operand.constant for operand in operands], axis=0)
@@ -99,7 +99,7 @@ class Where(Elementwise):
 
     def operands(self, step: Step) -> list[Operand]:
         operands = super().operands(step)
-        if step.facts.settled and self._has_mask(step, operands):
+        if step.facts.after_cut and self._has_mask(step, operands):
             mask = self._opened(step, operands).astype(np.float64)
             operands[0] = Operand(operands[0].constant, mask, mask >= 0, operands[0].finite)
         return operands

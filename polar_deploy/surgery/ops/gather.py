@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
 
@@ -25,7 +25,7 @@ class Gather(Operator):
         axis = step.node.attrs.get("axis", 0) % rank
         if step.constant(0) is not None:
             if rank != 2 or axis:
-                raise Wall("what it picks from is no table")
+                raise Unsupported("what it picks from is no table")
             step.create((added + 1,))
         elif axis in step.require().axes:
             self.pick(step, axis, step.parameter(1, "list of indices"))
@@ -58,7 +58,7 @@ class Gather(Operator):
             target.constant[:], target.value[:], target.nonnegative[:] = by_channel(table, (1,))
             return
         super().constants(step)
-        for link in step.links if step.memo is not None and step.facts.settled else ():
+        for link in step.links if step.memo is not None and step.facts.after_cut else ():
             there = link.source.needed[link.out_of]  # what is not may go, and another channel stands in for it
             link.target.constant &= there
             link.target.nonnegative &= there
@@ -97,11 +97,11 @@ class GatherND(Gather):
         source, shape, batch = step.require(), step.graph.shape(step.original[1]), step.node.attrs.get("batch_dims", 0)
         length = shape[-1] if shape else None
         if shape is None or not isinstance(length, int):
-            raise Wall("the shape of its indices is not known")
+            raise Unsupported("the shape of its indices is not known")
         if source.axes == (batch,) and (batch, length) == (0, 1):
             self.pick(step, 0, step.parameter(1, "list of indices")[..., 0])
         elif min(source.axes) < batch + length:
-            raise Wall("its indices pick channels together with positions")
+            raise Unsupported("its indices pick channels together with positions")
         else:
             step.carry(tuple(axis - batch - length + len(shape) - 1 for axis in source.axes))
 
@@ -113,13 +113,13 @@ class GatherElements(Operator):
         source, picking = step.require(), step.inputs[1]
         axis = only_axis(source)
         if step.node.attrs.get("axis", 0) % rank_of(step) == axis:
-            raise Wall("its indices pick a channel for each position")
+            raise Unsupported("its indices pick a channel for each position")
         target = step.create((axis,))
         numbers = every(len(target))
         step.link(source, target, numbers, numbers)
         if step.constant(1) is None:
             if picking is None or picking.axes != target.axes or len(picking) != len(target):
-                raise Wall("the channels of its indices are not known")
+                raise Unsupported("the channels of its indices are not known")
             step.link(picking, target, numbers, numbers)
 
     def constants(self, step: Step) -> None:
@@ -144,7 +144,7 @@ class ReverseSequence(Operator):
     def couple(self, step: Step) -> None:
         axes = {step.node.attrs.get("time_axis", 0), step.node.attrs.get("batch_axis", 1)}
         if axes.intersection(step.require().axes):
-            raise Wall("it reverses the channels, or each of them by a length of its own")
+            raise Unsupported("it reverses the channels, or each of them by a length of its own")
         step.carry()
 
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.ops.conv import Conv
 from polar_deploy.surgery.ops.linear import RIGHT, MatMul
 from polar_deploy.surgery.quantization import Scheme, Weight, doubt, quantize, scheme
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Floats, Step
     from polar_deploy.surgery.ir import Node
     from polar_deploy.surgery.operator import Operator
-    from polar_deploy.surgery.stored import Array
 
 
 class QLinearConv(Conv):
@@ -95,7 +95,7 @@ def _of_input(step: Step, scale: int | None, zero: int) -> Scheme:
     """The one scale and zero point of the input, or of the result."""
     found = scheme(step.graph, step.node, scale, zero, 0, np.dtype(np.uint8))
     if found.vectors:
-        raise Wall("it is quantised row by row")
+        raise Unsupported("it is quantised row by row")
     return found
 
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery import heads
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.mixing import Mix, Mixing, Trim, per_filter, write_bias
+from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter, write_bias
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Facts, Step
     from polar_deploy.surgery.ir import Node
-    from polar_deploy.surgery.stored import Array
 
 LEFT, RIGHT = 0, 1
 
@@ -23,10 +23,10 @@ LEFT, RIGHT = 0, 1
 class Gemm(Mixing):
     """`alpha * x @ weight + beta * bias`, weight: [outputs, inputs] with transB, else [inputs, outputs]."""
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         attrs = step.node.attrs
         if attrs.get("transA", 0):
-            raise Wall("its input is transposed")
+            raise Unsupported("its input is transposed")
         matrix, bias = self._matrix(step), self._bias(step)
         zero, scale = per_filter(matrix, 1)
         rows = matrix.values if attrs.get("transB", 0) else matrix.values.T
@@ -34,15 +34,15 @@ class Gemm(Mixing):
         offset = None
         if bias is not None:
             offset = attrs.get("beta", 1.0) * np.broadcast_to(bias.numbers.ravel(), (1, len(rows)))
-        return Mix(
+        return MixingWeights(
             weight=rows[None, :, :, None],
             bias=offset,
             zero=zero,
             scale=attrs.get("alpha", 1.0) * scale,
-            steady=np.ones(1, bool),
-            loose=np.full(1, matrix.unsure is not None),
-            why=matrix.unsure or "",
-            fixed=None if plain else "a quantised bias",
+            always_inside=np.ones(1, bool),
+            sometimes_padded=np.full(1, matrix.unsure is not None),
+            padded_by=matrix.unsure or "",
+            bias_locked_because=None if plain else "a quantised bias",
             plain=plain and matrix.plain,
         )
 
@@ -62,9 +62,9 @@ class Gemm(Mixing):
     def _bias(self, step: Step) -> Weight | None:
         bias = weight(step, 2, "bias", axis=-1) if step.has(2) else None
         if bias is not None and bias.values.size not in (1, *bias.values.shape[-1:]):
-            raise Wall("its bias differs from row to row")
+            raise Unsupported("its bias differs from row to row")
         if bias is not None and bias.values.size == 1 and not bias.plain:
-            raise Wall("its quantised bias is one number for all")
+            raise Unsupported("its quantised bias is one number for all")
         return bias
 
 
@@ -96,7 +96,7 @@ class MatMul(Mixing):
         for side in self.sides:
             if is_stored(step, self.factors[side]):
                 return side
-        raise Wall(heads.NOT_FOLLOWED)
+        raise Unsupported(heads.NOT_FOLLOWED)
 
     def matrix(self, step: Step) -> Weight:
         """The weight as stored."""
@@ -125,22 +125,22 @@ class MatMul(Mixing):
         else:
             super().couple(step)
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         matrix = self.matrix(step)
         if matrix.values.ndim < 2 or _rank(step, self.data(step)) < 2:
-            raise Wall("one of its factors is a vector")
+            raise Unsupported("one of its factors is a vector")
         stack = matrix.values.reshape(-1, *matrix.values.shape[-2:])
         steady = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
         zero, scale = per_filter(matrix, 1)
-        return Mix(
+        return MixingWeights(
             weight=stack.transpose((2, 1, 0) if self._is_by_column(step) else (1, 2, 0))[None],
             bias=None,
             zero=zero,
             scale=self.alpha(step) * scale,
-            steady=steady,
-            loose=~steady,
-            why=matrix.unsure or "several matrices",
-            fixed=None if self.adder(step) else "an operator without a bias",
+            always_inside=steady,
+            sometimes_padded=~steady,
+            padded_by=matrix.unsure or "several matrices",
+            bias_locked_because=None if self.adder(step) else "an operator without a bias",
             plain=matrix.plain,
         )
 
@@ -171,7 +171,7 @@ class MatMul(Mixing):
         return (node, index, values) if values.size == along in (1, shape[axis]) else None
 
 
-class Across(Operator):
+class MatMulOtherAxis(Operator):
     """MatMul along another axis than the channels': each channel by itself, and zero stays zero."""
 
     def couple(self, step: Step) -> None:
@@ -179,7 +179,7 @@ class Across(Operator):
         shift = MATMUL.output_axis(step) - MATMUL.input_axis(step)
         target = step.carry(tuple(axis + shift for axis in step.require(data).axes), data)
         if not matrix.plain and any(_own_axis(step, axis, matrix.values) is not None for axis in target.axes):
-            raise Wall("every channel has a quantised matrix of its own")
+            raise Unsupported("every channel has a quantised matrix of its own")
 
     def constants(self, step: Step) -> None:
         super().constants(step)
@@ -210,14 +210,14 @@ def _own_axis(step: Step, axis: int, values: Array) -> int | None:
     return own if 0 <= own < values.ndim - 2 and values.shape[own] > 1 else None
 
 
-MATMUL, ACROSS = MatMul(), Across()
+MATMUL, ACROSS = MatMul(), MatMulOtherAxis()
 HANDLERS: dict[str, Operator] = {"Gemm": Gemm(), "MatMul": MATMUL}
 
 
 def _rank(step: Step, index: int) -> int:
     shape = step.graph.shape(step.original[index])
     if shape is None:
-        raise Wall("the rank of its input is not known")
+        raise Unsupported("the rank of its input is not known")
     return len(shape)
 
 

@@ -12,15 +12,15 @@ from polar_deploy.surgery.ops.activation import ROUNDS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Step
     from polar_deploy.surgery.operator import Operator
-    from polar_deploy.surgery.stored import Array
 
 
 class Or(Absorbing):
     """Or: true wins."""
 
-    verdict = 1.0
+    absorbing_value = 1.0
 
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
         return np.ones(len(step.output), bool)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.elementwise import Elementwise
-from polar_deploy.surgery.facts import Wall, every
-from polar_deploy.surgery.mixing import Mix, Mixing
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.mixing import Mixing, MixingWeights
 from polar_deploy.surgery.ops.activation import HANDLERS as ACTIVATIONS
 from polar_deploy.surgery.ops.activation import Unary, gelu, swish
 from polar_deploy.surgery.ops.conv import Conv
@@ -37,9 +37,9 @@ class Activated(Mixing):
             return
         target, added = step.output, step.inputs[ADDEND]
         if added is None or (added.axes, added.dims) != (target.axes, target.dims):
-            raise Wall("the channels of what it adds are not known")
+            raise Unsupported("the channels of what it adds are not known")
         if step.node.attrs.get("group", 1) > 1:
-            raise Wall("it adds a tensor to what its groups make")
+            raise Unsupported("it adds a tensor to what its groups make")
         numbers = every(len(target))
         step.link(added, target, numbers, numbers)
         step.memo.addend = step.links[-1]
@@ -63,17 +63,17 @@ class Activated(Mixing):
         target.nonnegative = np.where(target.constant, target.value >= 0, name in ("Relu", "Sigmoid", "HardSigmoid"))
 
     def activation(self, step: Step) -> tuple[str, dict[str, Any]]:
-        """The activation's ONNX name ("": none), and its attributes. Raises Wall."""
+        """The activation's ONNX name ("": none), and its attributes. Raises Unsupported."""
         name, attrs = step.node.attrs.get("activation", ""), step.node.attrs
         if name and (name not in ACTIVATIONS or (name == "Clip" and len(attrs.get("activation_params", ())) != 2)):
-            raise Wall(f"its activation {name} is not known to surgery")
+            raise Unsupported(f"its activation {name} is not known to surgery")
         names = PARAMETERS.get(name, ())
         numbers = attrs.get("activation_params") or [
             attrs[f"activation_{n}"] for n in names if f"activation_{n}" in attrs
         ]
         return name, dict(zip(names, numbers, strict=False))
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         self.activation(step)
         return super().read(step)
 
@@ -102,9 +102,9 @@ class FusedMatMul(MatMul):
     def alpha(self, step: Step) -> float:
         return float(step.node.attrs.get("alpha", 1.0))
 
-    def read(self, step: Step) -> Mix:
+    def read(self, step: Step) -> MixingWeights:
         if any(step.node.attrs.get(name, 0) for name in ("transA", "transBatchA", "transBatchB")):
-            raise Wall("its input is transposed")
+            raise Unsupported("its input is transposed")
         return super().read(step)
 
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.ops.across import Across, Span, nothing, only_zero, rank_of
+from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.ops.across import AlongAxes, Span, nothing, only_zero, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
     from polar_deploy.surgery.operator import Operator
-    from polar_deploy.surgery.stored import Array
 
 SHARED = "its statistics run over all channels"
 SCALE, OFFSET, MEAN, VARIANCE = 1, 2, 3, 4
@@ -40,7 +40,7 @@ class Affine:
     own: bool
 
 
-class Normalisation(Across):
+class Normalisation(AlongAxes):
     """Handler of a normalisation with a scale and, maybe, an offset. Its memo is an `Affine`.
 
     Parameters are looked at *aligned*: as arrays with as many axes as the input.
@@ -67,11 +67,11 @@ class Normalisation(Across):
         step.memo = Affine(span, _per_channel(scale, target), _per_channel(offset, target), own)
 
     def check(self, step: Step) -> None:
-        """Raises Wall where the statistics are of use to others, or may divide zero by zero."""
+        """Raises Unsupported where the statistics are of use to others, or may divide zero by zero."""
         if any(tensor.outputs or not step.graph.is_private(tensor.name) for tensor in step.made[1:] if tensor.name):
-            raise Wall("its statistics are used")
+            raise Unsupported("its statistics are used")
         if step.node.attrs.get("epsilon", 1e-5) <= 0:
-            raise Wall("its epsilon is zero")
+            raise Unsupported("its epsilon is zero")
 
     def cells(self, step: Step) -> Span:
         """Which channels are normalised together."""
@@ -99,7 +99,7 @@ class Normalisation(Across):
         with np.errstate(all="ignore"):
             value = normalised * affine.scale + affine.offset
         value = np.where((normalised == 0) | (affine.scale == 0), affine.offset, value)
-        return np.where(~step.output.needed & affine.own, 0.0, value) if step.facts.settled else value
+        return np.where(~step.output.needed & affine.own, 0.0, value) if step.facts.after_cut else value
 
     def quiet(self, step: Step) -> Bools:
         """[channels] whose scale becomes zero."""
@@ -148,9 +148,9 @@ class BatchNormalization(Normalisation):
 
     def check(self, step: Step) -> None:
         if step.node.attrs.get("training_mode", 0) or len(step.made) > 1:
-            raise Wall("it is in training mode")
+            raise Unsupported("it is in training mode")
         if not step.node.attrs.get("spatial", 1):
-            raise Wall("it has a parameter for every position")
+            raise Unsupported("it has a parameter for every position")
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         return ()
@@ -175,11 +175,11 @@ class GroupNormalization(Normalisation):
     def cells(self, step: Step) -> Span:
         source, groups = step.require(), step.node.attrs["num_groups"]
         if source.axes != (1,):
-            raise Wall("the channels of its input are not on axis 1")
+            raise Unsupported("the channels of its input are not on axis 1")
         if groups < 1:  # older ONNX Runtimes divide by it, and end the process
             raise ValueError(f"{groups} groups")
         if len(source) % groups:
-            raise Wall(f"{len(source)} channels do not divide into {groups} groups")
+            raise Unsupported(f"{len(source)} channels do not divide into {groups} groups")
         members = np.arange(len(source)).reshape(groups, -1).T
         step.tie(step.output, np.broadcast_to(members[0], members[1:].shape).ravel(), members[1:].ravel())
         return Span(np.arange(groups).repeat(len(members)), members, None)
@@ -214,10 +214,10 @@ class RMSNormalization(LayerNormalization):
         self.uniform = only_zero
 
 
-class MeanVarianceNormalization(Across):
+class MeanVarianceNormalization(AlongAxes):
     """Statistics along any axes. What is the same everywhere is divided by zero in some runtimes, or next to it."""
 
-    fragile = True
+    can_be_nonfinite = True
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         return {axis % rank for axis in step.node.attrs.get("axes", [0, 2, 3])}

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.dtype_limits import fits
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.trace import is_fixed
+from polar_deploy.surgery.shape_origin import is_fixed
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
@@ -32,7 +32,7 @@ class Pool(Operator):
 
     def couple(self, step: Step) -> None:
         if step.require().axes != (1,):
-            raise Wall("the channels of its input are not on axis 1")
+            raise Unsupported("the channels of its input are not on axis 1")
         step.carry()
 
     def uniform(self, step: Step, values: Floats) -> Floats:
@@ -73,7 +73,7 @@ class MaxPool(Pool):
         indices = step.made[INDICES]
         unpools = all(reader.op == "MaxUnpool" and reader.inputs[INDICES] is indices for reader in indices.outputs)
         if not unpools or not step.graph.is_private(indices.name):
-            raise Wall("its indices are used")
+            raise Unsupported("its indices are used")
         numbers = every(len(step.output))
         step.link(step.require(), step.create((1,), output=INDICES), numbers, numbers)
 
@@ -91,16 +91,16 @@ class MaxUnpool(Pool):
 
     def couple(self, step: Step) -> None:
         if step.has(2):
-            raise Wall("its output shape is an input")
+            raise Unsupported("its output shape is an input")
         super().couple(step)
         indices, target = step.inputs[INDICES], step.output
         if indices is None or indices.axes != (1,) or len(indices) != len(target):
-            raise Wall("the channels of its indices are not known")
+            raise Unsupported("the channels of its indices are not known")
         pools = step.original[INDICES].inputs  # none where the indices are an input of the graph
         before = step.graph.shape(pools[0].inputs[0]) if pools else None
         after = step.graph.shape(step.made[0])
         if before is None or after is None or None in after or before[2:] != after[2:]:
-            raise Wall("its indices were not made for images of the size that it makes")
+            raise Unsupported("its indices were not made for images of the size that it makes")
         numbers = every(len(target))
         step.link(indices, target, numbers, numbers)
 

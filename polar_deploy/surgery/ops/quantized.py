@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.dtype_limits import fits
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.quantization import INPUT, SCALE, ZERO, doubt, quantize, scheme, smallest
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
     from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.quantization import Scheme
-    from polar_deploy.surgery.stored import Array
 
 
 class Quantization(Operator):
@@ -119,7 +119,7 @@ class DynamicQuantize(Operator):
         result, _, zero = step.node.outputs
         known = all(_reads(reader, result, zero) for reader in result.outputs)
         if not known or not step.graph.is_private(result.name):
-            raise Wall("its zero point is not known beforehand")
+            raise Unsupported("its zero point is not known beforehand")
         step.carry()
 
     def constants(self, step: Step) -> None:
@@ -133,7 +133,7 @@ class DynamicQuantize(Operator):
         source.needed |= counts
         source.notes.append(step.note("its range depends on every channel that is not zero", counts))
 
-    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
         """Zeros that stay must stay zero."""
         source = step.require()
         which = source.kept & ~source.needed

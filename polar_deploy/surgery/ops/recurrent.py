@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import fits
+from polar_deploy.surgery.dtype_limits import fits
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.ops.slicing import rank_of
 
@@ -39,7 +39,7 @@ class Recurrent(Operator):
     def couple(self, step: Step) -> None:
         source, axis = step.require(INPUT), rank_of(step) - 1
         if source.axes != (axis,):
-            raise Wall("it mixes another axis than that of the channels")
+            raise Unsupported("it mixes another axis than that of the channels")
         if step.parameter(WEIGHT, "weight").shape[-1] != len(source):
             raise ValueError(f"it reads {len(source)} channels with {step.parameter(WEIGHT, 'weight').shape}")
         if step.has(BIAS):
@@ -51,7 +51,7 @@ class Recurrent(Operator):
 
     def constants(self, step: Step) -> None:
         """Nothing is known of what comes out. Asked first, it finds what the bias can take up."""
-        if step.facts.settled:
+        if step.facts.after_cut:
             return
         source, weight = step.require(INPUT), step.parameter(WEIGHT, "weight")
         channels = source.constant.copy()
@@ -72,7 +72,9 @@ class Recurrent(Operator):
     def retain(self, step: Step) -> list[Retained]:
         source = step.require(INPUT)
         return (
-            [Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel")] if source.gone else []
+            [Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel")]
+            if source.is_removed
+            else []
         )
 
     def slice(self, step: Step) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.numbers import fits, is_half
+from polar_deploy.surgery.dtype_limits import fits, is_half
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.ops.across import Span, rank_of
 
@@ -31,7 +31,7 @@ class Reduce(Operator):
         reason: why channels stay that it reduces over.
         neutral: the number that makes no difference; None: there is none.
         nonnegative: whether no result is below zero; None: where the input is not.
-        fragile: see `Operator`.
+        can_be_nonfinite: see `Operator`.
         squares: whether it computes squares, which overflow in half precision.
     """
 
@@ -42,14 +42,14 @@ class Reduce(Operator):
         *,
         neutral: float | None = None,
         nonnegative: bool | None = None,
-        fragile: bool = False,
+        can_be_nonfinite: bool = False,
         squares: bool = False,
     ) -> None:
         self.compute = compute
         self.reason = reason
         self.neutral = neutral
         self.nonnegative = nonnegative
-        self.fragile = fragile or squares
+        self.can_be_nonfinite = can_be_nonfinite or squares
         self.squares = squares
 
     def axes(self, step: Step, rank: int) -> set[int]:
@@ -60,7 +60,7 @@ class Reduce(Operator):
         if not step.node.attrs.get("noop_with_empty_axes", 0):
             return set(range(rank))
         if self.compute(np.array([[-2.0]]), 1) != -2:
-            raise Wall("it reduces over no axis")  # runtimes differ on whether it then squares, or does nothing
+            raise Unsupported("it reduces over no axis")  # runtimes differ on whether it then squares, or does nothing
         return set()
 
     def couple(self, step: Step) -> None:
@@ -80,7 +80,7 @@ class Reduce(Operator):
         target, source, found = step.facts.of(step.made[0]), step.require(), self._span(step)
         if target is None:
             return
-        if found.crosses and step.facts.settled:  # what the cut leaves of a cell is not known yet
+        if found.crosses and step.facts.after_cut:  # what the cut leaves of a cell is not known yet
             value, nonnegative = np.full(len(target), np.nan), np.zeros(len(target), bool)
         else:
             value = self.result(step, found, source)
@@ -121,16 +121,16 @@ class Reduce(Operator):
 
     def retain(self, step: Step) -> list[Retained]:
         source = step.require()
-        if step.facts.of(step.made[0]) is not None or not source.gone:
+        if step.facts.of(step.made[0]) is not None or not source.is_removed:
             return super().retain(step)
         return [Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel")]
 
-    def risky(self, step: Step) -> Bools:
-        risky = is_half(step.graph.dtype(step.made[0])) if self.squares else self.fragile
+    def nonfinite_risk(self, step: Step) -> Bools:
+        risky = is_half(step.graph.dtype(step.made[0])) if self.squares else self.can_be_nonfinite
         return np.full(len(step.output), risky)
 
-    def endangered(self, step: Step) -> list[tuple[Channels, Bools]]:
-        return [*super().endangered(step), *self._span(step).disturbed(step.require())]
+    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+        return [*super().must_keep_values(step), *self._span(step).disturbed(step.require())]
 
     def _span(self, step: Step) -> Span:
         found: Span = step.memo
@@ -201,14 +201,16 @@ HANDLERS: dict[str, Operator] = {
     "ReduceL2": Reduce(
         lambda x, n: np.sqrt(n * np.square(x).sum(axis=0)), ADDS, neutral=0.0, nonnegative=True, squares=True
     ),
-    "ReduceLogSum": Reduce(lambda x, n: np.log(n * x.sum(axis=0)), ADDS, neutral=0.0, nonnegative=False, fragile=True),
+    "ReduceLogSum": Reduce(
+        lambda x, n: np.log(n * x.sum(axis=0)), ADDS, neutral=0.0, nonnegative=False, can_be_nonfinite=True
+    ),
     "ReduceLogSumExp": Reduce(
         lambda x, n: np.log(n) + np.logaddexp.reduce(x, axis=0),
         "it adds up the exponentials of all channels, and that of zero is one",
         nonnegative=False,
     ),
     "ReduceProd": Product(
-        lambda x, n: np.prod(x, axis=0) ** n, "it multiplies all channels", neutral=1.0, fragile=True
+        lambda x, n: np.prod(x, axis=0) ** n, "it multiplies all channels", neutral=1.0, can_be_nonfinite=True
     ),
     "ReduceMean": Reduce(lambda x, n: x.mean(axis=0), "it divides by the number of channels"),
     "ReduceMax": Extremum(lambda x, n: x.max(axis=0), 1),

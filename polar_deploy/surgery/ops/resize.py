@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.extent import Sized, Told
+from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
 from polar_deploy.surgery.ops.shape import Moving
 from polar_deploy.surgery.ops.slicing import rank_of
-from polar_deploy.surgery.trace import Size, is_fixed, trace, whole_numbers, write_numbers
+from polar_deploy.surgery.shape_origin import Size, is_fixed, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
@@ -21,32 +21,32 @@ ROI, SCALES, SIZES = 1, 2, 3  # inputs of Resize since opset 11; before, and of 
 
 
 @dataclass
-class Resized(Told):
+class ResizeInput(ShapeInput):
     """Of a Resize. axes: those that `written` is about, where it is not about all that the sizes were."""
 
     axes: tuple[int, ...] | None = None
 
 
-class Resize(Sized):
+class Resize(ShapeDriven):
     """Resize and Upsample of other axes than the channels'."""
 
-    def told_by(self, step: Step) -> int:
+    def shape_input_index(self, step: Step) -> int:
         return SIZES
 
     def couple(self, step: Step) -> None:
         source, axes = step.require(), _axes(step)
         step.carry()
-        step.memo = Resized()
+        step.memo = ResizeInput()
         for axis in set(source.axes).intersection(axes):
             at = axes.index(axis)
             if _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize":
                 corners = _numbers(step, ROI, 2 * len(axes))
                 if (corners[at].value, corners[at + len(axes)].value) != (0, 1):
-                    raise Wall("it crops the channels")
+                    raise Unsupported("it crops the channels")
             if _is_given(step, SIZES):
                 self._obey(step, axis, at, axes)
             elif self._scale(step, at, len(axes)) != 1:
-                raise Wall("it resizes the channels")
+                raise Unsupported("it resizes the channels")
 
     def _scale(self, step: Step, at: int, count: int) -> float | None:
         if "scales" in step.node.attrs:
@@ -57,7 +57,7 @@ class Resize(Sized):
     def _obey(self, step: Step, axis: int, at: int, axes: list[int]) -> None:
         """Sizes that say how many channels there are, too."""
         if _mode(step, "keep_aspect_ratio_policy", "stretch") != "stretch":
-            raise Wall("it keeps a ratio of sizes that the channels are one of")
+            raise Unsupported("it keeps a ratio of sizes that the channels are one of")
         if step.constant(SIZES) is not None:
             return
         sizes = _numbers(step, SIZES, len(axes))
@@ -80,7 +80,7 @@ class Resize(Sized):
         ]
         crops = _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize"
         if step.graph.opset < 18 or crops or not changed or len(wanted) < len(changed):
-            raise Wall("its sizes are computed")
+            raise Unsupported("its sizes are computed")
         step.memo.written, step.memo.axes = np.array(wanted, np.int64), tuple(changed)
 
     def constants(self, step: Step) -> None:
@@ -136,7 +136,7 @@ class DepthToSpace(Moving):
     def couple(self, step: Step) -> None:
         source, count = step.require(), step.node.attrs["blocksize"] ** 2
         if source.axes != (1,):
-            raise Wall("the channels of its input are not on axis 1")
+            raise Unsupported("the channels of its input are not on axis 1")
         target = step.create((1,))
         numbers = every(len(source))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
@@ -149,7 +149,7 @@ class SpaceToDepth(Operator):
     def couple(self, step: Step) -> None:
         source, count = step.require(), step.node.attrs["blocksize"] ** 2
         if source.axes != (1,):
-            raise Wall("the channels of its input are not on axis 1")
+            raise Unsupported("the channels of its input are not on axis 1")
         target = step.create((1,))
         numbers = every(len(target))
         depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
@@ -164,7 +164,7 @@ class CenterCropPad(Operator):
         step.carry()
         step.memo = {axis: axes.index(axis) for axis in source.axes if axis in axes}
         if step.memo and step.constant(1) is None:
-            raise Wall("its sizes are computed")
+            raise Unsupported("its sizes are computed")
 
     def constants(self, step: Step) -> None:
         super().constants(step)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from polar_deploy.surgery import regroup
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery import reshape_channels
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
-from polar_deploy.surgery.ops.extent import Sized, Told
-from polar_deploy.surgery.trace import Size, is_fixed, trace
+from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
+from polar_deploy.surgery.shape_origin import Size, is_fixed, trace
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Channels, Facts, Ints, Step
     from polar_deploy.surgery.ir import Node
-    from polar_deploy.surgery.stored import Array
 
 
 class Moving(Operator):
@@ -38,19 +38,19 @@ class Regroup(Moving):
     def couple(self, step: Step) -> None:
         before, after = step.graph.shape(step.original[0]), step.graph.shape(step.made[0])
         if before is None or after is None:
-            raise Wall("its shape is not known")
+            raise Unsupported("its shape is not known")
         source, result = step.require(), step.node.outputs[0]
         if len(source.axes) > 1 and (axes := _ones_moved(step, source)) is not None:
             step.carry(axes)
             return
-        heads = regroup.feeds_heads(step.graph, result)
+        heads = reshape_channels.feeds_heads(step.graph, result)
 
         def choose(spread: Array, among: range) -> int | None:
-            return regroup.cut_axis(step.graph, result, _origins(step.facts, source)[spread], among)
+            return reshape_channels.cut_axis(step.graph, result, _origins(step.facts, source)[spread], among)
 
-        places = regroup.apart(before, after, source.axes) if heads else None
+        places = reshape_channels.apart(before, after, source.axes) if heads else None
         if places is None:
-            places, heads = regroup.follow(before, after, source.axes, choose), False
+            places, heads = reshape_channels.follow(before, after, source.axes, choose), False
         target = step.create(places.axes)
         step.link(source, target, places.out_of, places.into)
         if places.split and not heads:  # position by position along the last axis, so that what is left is a block
@@ -89,18 +89,18 @@ def _origins(facts: Facts, channels: Channels) -> Ints:
 
 
 @dataclass
-class Reshaped(Told):
+class ReshapeInput(ShapeInput):
     """Of a Reshape. edit: the number (input, position) of the Concat that makes the shape which is to become -1."""
 
     edit: tuple[int, int] | None = None
 
 
-class Reshape(Sized, Regroup):
+class Reshape(ShapeDriven, Regroup):
     """Reshape to a constant shape, or to a computed one that a constant can stand for or that goes with the cut."""
 
     def couple(self, step: Step) -> None:
         super().couple(step)
-        step.memo = Reshaped()
+        step.memo = ReshapeInput()
         if step.constant(1) is not None:
             return
         rank = len(step.graph.shape(step.made[0]) or ())
@@ -115,7 +115,7 @@ class Reshape(Sized, Regroup):
         """The shape as a constant with at most one -1, and 0 for leading dimensions that stay; None: there is none."""
         before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
         fixed = (*range(len(after)),) if is_fixed(step.graph) else step.output.axes
-        head = regroup.same_head(before, after)
+        head = reshape_channels.same_head(before, after)
         new = [
             dim if isinstance(dim, int) and (axis in fixed or size.value == dim) else 0 if axis < head else -1
             for axis, (dim, size) in enumerate(zip(after, sizes, strict=True))
@@ -126,7 +126,7 @@ class Reshape(Sized, Regroup):
         """A shape that stays computed: the axis that the cut goes along has to get its size from somewhere."""
         (*others, axis), size = step.output.axes, sizes[step.output.axes[-1]]
         if others and not step.ties:
-            raise Wall("its shape is computed, and its channels lie on several axes")
+            raise Unsupported("its shape is computed, and its channels lie on several axes")
         if size.value == -1 or (size.value == 0 and step.output.axes == step.require().axes and not _zeros(step)):
             return
         step.memo.edit = _place(step, axis)
@@ -212,7 +212,7 @@ class Squeeze(Regroup):
 
     def couple(self, step: Step) -> None:
         if not self._is_told(step) and len(step.require().axes) > 1:
-            raise Wall("it squeezes whatever has size 1, and its channels lie on several axes")
+            raise Unsupported("it squeezes whatever has size 1, and its channels lie on several axes")
         super().couple(step)
 
     def _is_told(self, step: Step) -> bool:
@@ -221,7 +221,7 @@ class Squeeze(Regroup):
     def retain(self, step: Step) -> list[Retained]:
         retained = super().retain(step)
         source = step.require()
-        if not self._is_told(step) and not step.output.gone and len(source) > 1 == int(source.kept.sum()):
+        if not self._is_told(step) and not step.output.is_removed and len(source) > 1 == int(source.kept.sum()):
             retained.append(Retained(source, np.flatnonzero(~source.kept)[:1], "it squeezes whatever has size 1"))
         return retained
 

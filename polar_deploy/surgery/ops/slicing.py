@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
-from polar_deploy.surgery.trace import Size, trace, whole_numbers, write_numbers
+from polar_deploy.surgery.shape_origin import Size, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Ints, Step
-    from polar_deploy.surgery.stored import Array
 
 
 def only_axis(channels: Channels) -> int:
-    """The one axis that the channels lie on. Raises Wall."""
+    """The one axis that the channels lie on. Raises Unsupported."""
     if len(channels.axes) > 1:
-        raise Wall("its channels lie on several axes")
+        raise Unsupported("its channels lie on several axes")
     return channels.axes[0]
 
 
@@ -37,10 +37,10 @@ def renumbered(channels: Channels, axis: int) -> Ints:
 
 
 def rank_of(step: Step, index: int = 0) -> int:
-    """The rank of an input. Raises Wall."""
+    """The rank of an input. Raises Unsupported."""
     shape = step.graph.shape(step.original[index])
     if shape is None:
-        raise Wall("the rank of its input is not known")
+        raise Unsupported("the rank of its input is not known")
     return len(shape)
 
 
@@ -82,7 +82,7 @@ class Slice(Operator):
         target = step.create(source.axes)
         step.link(source, target, along(source, axis, memo.taken), np.arange(len(target)))
         if len(source.axes) > 1 and memo.stride != 1:
-            raise Wall("it steps over channels that lie on several axes")
+            raise Unsupported("it steps over channels that lie on several axes")
         taken = memo.taken
         if (width := abs(memo.stride)) > 1:
             between = np.arange(taken.min(), taken.max() + 1)
@@ -98,7 +98,7 @@ class Slice(Operator):
         else:
             axes = range(len(trace(step.facts, step.original[1]) or range(rank)))
         if axes is None:
-            raise Wall("its axes are computed")
+            raise Unsupported("its axes are computed")
         return [axis % rank for axis in axes]
 
     def _cutting(self, step: Step, at: int) -> Cutting:
@@ -109,7 +109,7 @@ class Slice(Operator):
             if step.has(index):
                 values = whole_numbers(step, index)
                 if values is None:
-                    raise Wall("its bounds are computed")
+                    raise Unsupported("its bounds are computed")
                 bounds[name] = values
                 computed += [index] if step.constant(index) is None else []
         return Cutting(bounds, at, computed)
@@ -185,16 +185,16 @@ class Pad(Operator):
         before, after = self._widths(step)
         low, high = before[axis], after[axis]
         if low is None or high is None:
-            raise Wall("its widths are computed")
+            raise Unsupported("its widths are computed")
         mode = self._mode(step)
         if (low or high) and mode != "constant":
-            raise Wall(f"it pads the channels by {low} and {high} in mode {mode}")
+            raise Unsupported(f"it pads the channels by {low} and {high} in mode {mode}")
         written = step.has(1) and step.constant(1) is None and bool(low or high)
         if written and any(width is None for width in (*before, *after)):
-            raise Wall("its widths are computed")
+            raise Unsupported("its widths are computed")
         taken = range(len(source))[max(-low, 0) : len(source) - max(-high, 0)]
         if not taken:
-            raise Wall("it crops all channels")
+            raise Unsupported("it crops all channels")
         step.memo = Padding(axis, before, after, taken, written)
         target = step.create(source.axes)
         step.link(source, target, np.array(taken), max(low, 0) + np.arange(len(taken)))
@@ -250,7 +250,7 @@ class Pad(Operator):
     def retain(self, step: Step) -> list[Retained]:
         """Of what is not cropped, one channel is left."""
         source, taken = step.require(), step.memo.taken
-        if step.output.gone or source.kept[taken].any():
+        if step.output.is_removed or source.kept[taken].any():
             return []
         return [Retained(source, np.array(taken[:1]), "an operator must keep one input channel")]
 
@@ -284,15 +284,15 @@ class Concat(Operator):
     def couple(self, step: Step) -> None:
         shape = step.graph.shape(step.made[0])
         if shape is None:
-            raise Wall("its shape is not known")
+            raise Unsupported("its shape is not known")
         axis = step.node.attrs["axis"] % len(shape)
         found = {channels.axes for channels in step.inputs if channels is not None}
         if len(found) != 1:
-            raise Wall("its inputs have their channels on different axes")
+            raise Unsupported("its inputs have their channels on different axes")
         axes = found.pop()
         step.memo = along = axes == (axis,)
         if not along and axis in axes:
-            raise Wall("its channels lie on several axes")
+            raise Unsupported("its channels lie on several axes")
         target = step.create(axes)
         at = 0
         for index, source in enumerate(step.inputs):
@@ -300,14 +300,14 @@ class Concat(Operator):
             if source is not None:
                 step.link(source, target, np.arange(size), at + np.arange(size))
             elif step.constant(index) is None:
-                raise Wall(f"the channels of {step.original[index].name} are not known")
+                raise Unsupported(f"the channels of {step.original[index].name} are not known")
             at += size if along else 0
 
     def _size(self, step: Step, index: int, axis: int) -> int:
         shape = step.graph.shape(step.original[index])
         size = shape[axis] if shape is not None else None
         if not isinstance(size, int):
-            raise Wall(f"the number of channels of {step.original[index].name} is not known")
+            raise Unsupported(f"the number of channels of {step.original[index].name} is not known")
         return size
 
     def constants(self, step: Step) -> None:

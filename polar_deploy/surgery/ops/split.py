@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall, every
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import only_axis, rank_of
-from polar_deploy.surgery.trace import whole_numbers, write_numbers
+from polar_deploy.surgery.shape_origin import whole_numbers, write_numbers
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
@@ -43,7 +43,7 @@ class Split(Operator):
         if step.has(1):
             sizes = whole_numbers(step, 1)
             if sizes is None:
-                raise Wall("its sizes are computed")
+                raise Unsupported("its sizes are computed")
             return sizes
         return list(step.node.attrs["split"]) if "split" in step.node.attrs else _equal(width, len(step.made))
 

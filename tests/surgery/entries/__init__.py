@@ -6,7 +6,7 @@ function that adds it, and from which opset on there is one.
 
 from __future__ import annotations
 
-from tests.surgery.entries import activations, elementwise, integers, mixing, norms, shapes, walls
+from tests.surgery.entries import activations, elementwise, integers, mixing, norms, shapes, unsupported
 
 ENTRIES = {
     **activations.ENTRIES,
@@ -15,7 +15,7 @@ ENTRIES = {
     **shapes.ENTRIES,
     **mixing.ENTRIES,
     **integers.ENTRIES,
-    **walls.ENTRIES,
+    **unsupported.ENTRIES,
 }
 
 # Where rounding can flip a result: a difference counts when it shows at other batch sizes too.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.facts import Wall
-from polar_deploy.surgery.operator import Unknown
+from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.operator import UnsupportedOp
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
     from polar_deploy.surgery.operator import Operator
 
 
-class Stated(Unknown):
+class UnsupportedOp(Unknown):
     """A wall with a reason of its own."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def couple(self, step: Step) -> None:
-        raise Wall(self.reason)
+        raise Unsupported(self.reason)
 
 
 REASONS = {
@@ -51,5 +51,5 @@ REASONS = {
     "it works on text": ("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer"),
 }
 HANDLERS: dict[str, Operator] = {
-    operator: Stated(reason) for reason, operators in REASONS.items() for operator in operators
+    operator: UnsupportedOp(reason) for reason, operators in REASONS.items() for operator in operators
 }

@@ -20,7 +20,7 @@ def test_an_unknown_operator_is_a_wall() -> None:
     assert weight(surgery.model, "two").shape[0] == weight(surgery.model, "three").shape[1] == 5, (
         "behind it the cut goes on"
     )
-    assert surgery.report["walls"] == [
+    assert surgery.report["unsupported"] == [
         {"node": "triangle", "operator": "Trilu", "reason": "this operator is not known to surgery"}
     ]
     assert surgery.report["cuts_not_made"] == [
@@ -29,7 +29,7 @@ def test_an_unknown_operator_is_a_wall() -> None:
             "channels": 2,
             "node": "triangle",
             "operator": "Trilu",
-            "reason": surgery.report["walls"][0]["reason"],
+            "reason": surgery.report["unsupported"][0]["reason"],
         }
     ]
     assert not np.any(weight(surgery.model, "one")[[0, 1]]), "closed channels are folded all the same"
@@ -43,7 +43,7 @@ def test_an_operator_of_another_domain_is_a_wall_whatever_its_name() -> None:
     model.graph.value_info.append(helper.make_tensor_value_info("custom", 1, ["batch", 6, 8, 8]))
     surgery = compress(model, verify=False)
     assert weight(surgery.model, "one").shape[0] == 6
-    assert surgery.report["walls"][0]["node"] == "custom"
+    assert surgery.report["unsupported"][0]["node"] == "custom"
     assert not surgery.report["verified"]
 
 
@@ -199,7 +199,7 @@ def test_operators_from_before_opset_7_are_walls() -> None:
     x = net.gate(net.relu(net.conv("input", 4, "one"), "act"), [1], "gate")
     surgery = compress(net.model(net.conv(x, 4, "two")), verify=False)
     assert weight(surgery.model, "one").shape[0] == 4
-    assert {wall["node"] for wall in surgery.report["walls"]} == {"one", "act", "gate", "two"}
+    assert {entry["node"] for entry in surgery.report["unsupported"]} == {"one", "act", "gate", "two"}
 
 
 def test_constants_that_stand_in_for_a_branch_have_its_type() -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.surgery import wire
 from polar_deploy.surgery.inference import Skeleton
-from polar_deploy.surgery.model import EXPORT_AGAIN, SMALL, check_text, dtype_of, first_line
+from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, check_text, dtype_of, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -39,7 +39,7 @@ DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, 
 
 
 @dataclass
-class Stored:
+class DetachedModel:
     """A checked model. `model`: its graph, in which large initializers have a name, type and shape, and no data.
 
     arrays: their values, by name.
@@ -65,16 +65,16 @@ class Stored:
         return self.external or sum(array.nbytes for array in self.arrays.values()) > MAX_MESSAGE
 
 
-def take(model: onnx.ModelProto, *, check: bool = True) -> Stored:
+def detach_weights(model: onnx.ModelProto, *, check: bool = True) -> DetachedModel:
     """Takes the weights out of `model`, which is left as it is. `check`: whether it is valid ONNX.
 
     Raises:
         ContentError: the model is invalid.
     """
-    return _take(model, "the model", None, check, None)
+    return _detach(model, "the model", None, check, None)
 
 
-def read(path: Path, *, check: bool = True) -> Stored:
+def read(path: Path, *, check: bool = True) -> DetachedModel:
     """Reads the model in `path`; external data is mapped, not read. `check`: whether it is valid ONNX.
 
     Raises:
@@ -97,10 +97,10 @@ def read(path: Path, *, check: bool = True) -> Stored:
             raise ContentError(
                 f"{path} is not an ONNX file: {first_line(error)}", "give a complete ONNX file"
             ) from error
-    return _take(model, str(path), path.parent, check, weights)
+    return _detach(model, str(path), path.parent, check, weights)
 
 
-def are_same(one: Stored, other: Stored) -> bool:
+def are_same(one: DetachedModel, other: DetachedModel) -> bool:
     """Whether two models would be written as the same bytes."""
     if one is other:
         return True
@@ -112,40 +112,40 @@ def are_same(one: Stored, other: Stored) -> bool:
     )
 
 
-def to_model(stored: Stored) -> onnx.ModelProto:
+def to_model(detached: DetachedModel) -> onnx.ModelProto:
     """The model as one message."""
     import onnx
 
     model = onnx.ModelProto()
-    model.CopyFrom(stored.model)
+    model.CopyFrom(detached.model)
     for tensor in model.graph.initializer:
-        if tensor.name in stored.arrays:
-            tensor.raw_data = stored.arrays[tensor.name].tobytes()
+        if tensor.name in detached.arrays:
+            tensor.raw_data = detached.arrays[tensor.name].tobytes()
     return model
 
 
-def write(stored: Stored, path: Path, data: Path | None = None, name: str | None = None) -> None:
+def write(detached: DetachedModel, path: Path, data: Path | None = None, name: str | None = None) -> None:
     """Writes a model to `path`: in one file, or with the weights in the file `data` (referred to as `name`)."""
     if data is None:
         weights = {
-            index: np.ascontiguousarray(stored.arrays[tensor.name]).reshape(-1).view(np.uint8).data
-            for index, tensor in enumerate(stored.model.graph.initializer)
-            if tensor.name in stored.arrays
+            index: np.ascontiguousarray(detached.arrays[tensor.name]).reshape(-1).view(np.uint8).data
+            for index, tensor in enumerate(detached.model.graph.initializer)
+            if tensor.name in detached.arrays
         }
         with open(path, "wb") as file:
-            file.writelines(wire.join(stored.model.SerializeToString(deterministic=True), weights))
+            file.writelines(wire.join(detached.model.SerializeToString(deterministic=True), weights))
         return
     import onnx
 
     model = onnx.ModelProto()
-    model.CopyFrom(stored.model)
+    model.CopyFrom(detached.model)
     at = 0
     with open(data, "wb") as file:
         for tensor in model.graph.initializer:
-            if tensor.name in stored.arrays:
+            if tensor.name in detached.arrays:
                 at = -(-at // DATA_ALIGNMENT) * DATA_ALIGNMENT
                 file.seek(at)
-                np.ascontiguousarray(stored.arrays[tensor.name]).tofile(file)
+                np.ascontiguousarray(detached.arrays[tensor.name]).tofile(file)
                 _refer(tensor, name or data.name, at, file.tell() - at)
                 at = file.tell()
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -171,9 +171,9 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _take(
+def _detach(
     model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array] | None
-) -> Stored:
+) -> DetachedModel:
     """`weights`: of a message that may be changed, the data of initializers that was left out, by their positions.
 
     None: the message is somebody else's, and whole.
@@ -184,12 +184,12 @@ def _take(
     shell = _copy_without_weights(model) if weights is None else model
     weights = weights or {}
     sort_nodes(shell.graph)
-    stored = Stored(shell)
+    detached = DetachedModel(shell)
     files: dict[str, Array] = {}
     for index, (tensor, own) in enumerate(zip(model.graph.initializer, shell.graph.initializer, strict=True)):
         where = f"initializer {tensor.name} of {name}"
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
-        stored.external |= external
+        detached.external |= external
         if index in weights and (external or _is_packed(tensor) or math.prod(tensor.dims) <= SMALL):
             tensor.raw_data = weights.pop(index).tobytes()
         values = _mapped(tensor, where, folder, files) if external else _values(tensor, where, weights.get(index))
@@ -197,15 +197,15 @@ def _take(
             if external or shell is not model:
                 own.CopyFrom(tensor if values is None else _inline(tensor, values))
         else:
-            stored.arrays[tensor.name] = values
+            detached.arrays[tensor.name] = values
             for part in DATA:
                 own.ClearField(part)
     for tensor in _other_tensors(shell.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(_inline(tensor, _mapped(tensor, f"constant {tensor.name} of {name}", folder, files)))
     if check:
-        stored.skeleton.check(name)
-    return stored
+        detached.skeleton.check(name)
+    return detached
 
 
 def _copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

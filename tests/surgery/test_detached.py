@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from polar_deploy.surgery import compress, compress_file, stored
+from polar_deploy.surgery import compress, compress_file, detached
 from tests.surgery.graphs import Net, assert_same, weight
 
 
@@ -31,10 +31,10 @@ def _save_external(model: onnx.ModelProto, path: Path) -> None:
 
 def test_a_model_comes_out_of_storage_as_it_went_in() -> None:
     model = _wide()
-    taken = stored.take(model)
+    taken = detached.detach_weights(model)
     assert set(taken.arrays) == {"one.weight", "two.weight"}
     assert sum(len(tensor.raw_data) for tensor in taken.model.graph.initializer) < 2 * 4096
-    assert stored.to_model(taken) == model
+    assert detached.to_model(taken) == model
 
 
 def test_external_data_stays_external(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import onnx, onnx.shape_inference
-from polar_deploy.surgery import compress_file, count, report, rounds, stored, verify, ops
+from polar_deploy.surgery import compress_file, count, report, rounds, detached, verify, ops
 ops.table()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 compress_file(Path("in.onnx"), Path("out.onnx"), verify=False)

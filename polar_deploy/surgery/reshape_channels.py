@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Wall
+from polar_deploy.surgery.facts import Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Ints
     from polar_deploy.surgery.graph import Graph
     from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.sizes import Dim, Shape
-    from polar_deploy.surgery.stored import Array
 
 Group = tuple[range, range]  # dimensions before, dimensions after
 MOST = 1 << 24  # elements of a group that are numbered one by one
@@ -56,7 +56,7 @@ def follow(before: Shape, after: Shape, axes: tuple[int, ...], choose: Callable[
             is told the range of axes, and which channel each element along these holds.
 
     Raises:
-        Wall: they cannot be followed.
+        Unsupported: they cannot be followed.
     """
     inside, outside = _around(groups(before, after), before, axes)
     inner, outer = ([shape[i] for i in dims] for shape, dims in ((before, inside), (after, outside)))
@@ -66,7 +66,7 @@ def follow(before: Shape, after: Shape, axes: tuple[int, ...], choose: Callable[
     if len(sizes) < len(inner) or len(wanted) < len(outer):
         return _at_an_end(inside, outside, outer, axes, count)
     if math.prod(sizes) > MOST:
-        raise Wall(f"it spreads the channels over {math.prod(sizes)} elements")
+        raise Unsupported(f"it spreads the channels over {math.prod(sizes)} elements")
     numbers = np.arange(count).reshape([size if axis in axes else 1 for axis, size in zip(inside, sizes, strict=True)])
     spread = np.broadcast_to(numbers, sizes).reshape(wanted)
     varying = varies(spread)
@@ -112,7 +112,7 @@ def _at_an_end(inside: range, outside: range, outer: list[Dim], axes: tuple[int,
             return Places((outside[-1],), np.arange(size) % count, np.arange(size))
         if count % size == 0:
             return Places((outside[-1],), np.arange(count), np.arange(count) % size)
-    raise Wall("it joins or splits the channels with a dimension that is not fixed")
+    raise Unsupported("it joins or splits the channels with a dimension that is not fixed")
 
 
 def groups(before: Shape, after: Shape) -> list[Group]:
@@ -177,7 +177,7 @@ def _around(found: list[Group], before: Shape, axes: tuple[int, ...]) -> Group:
         elif last + 1 < len(found):
             last += 1
         else:
-            raise Wall("nothing is left of the axis of its channels")
+            raise Unsupported("nothing is left of the axis of its channels")
     inside, outside = (range(found[first][k].start, found[last][k].stop) for k in (0, 1))
     return inside, outside
 

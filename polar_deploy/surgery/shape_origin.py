@@ -15,10 +15,10 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Facts, Step
     from polar_deploy.surgery.graph import Graph
     from polar_deploy.surgery.ir import Node, Tensor
-    from polar_deploy.surgery.stored import Array
 
 LONGEST = 64  # numbers; what is longer is no shape
 DEEPEST = 100  # nodes from the number to where it comes from
