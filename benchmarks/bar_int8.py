@@ -102,7 +102,7 @@ def _engine(
 ) -> tuple[Engine, dict[str, Any]]:
     """Build an engine and load it; the engine, and its entry in build.json."""
     entry = engines.build(onnx, folder, "full", target, options, images.train[: options.calibration.images])
-    write_json(folder / "build.json", {"schema": 1, "target": target.name, "engines": {"full": entry}})
+    write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": {"full": entry}})
     return engines.load(folder, "full", target), entry
 
 

@@ -82,7 +82,7 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['network']:20} {'exact' if row['exact'] else 'DIFFERS'} {row['difference']['largest']:.1e}"
         f"  channels {c0} -> {c1}  MACs {m1 / m0:.1%}  params {p1 / p0:.1%}  {row['seconds']:.2f} s"
-        f"  gates {row['gates']} -> {row['gates_left']}  {row['walls'] or ''} {'; '.join(row['faults'])}",
+        f"  gates {row['gates']} -> {row['gates_left']}  {row['unsupported'] or ''} {'; '.join(row['faults'])}",
         flush=True,
     )
 

@@ -163,7 +163,7 @@ def examine(name: str, target: targets.Target, graphs: Path, folder: Path) -> in
     folder.mkdir(parents=True)
     calibration = images.calibration if target.precision == "int8" else None
     built = {each: engines.build(graphs / f"{each}.onnx", folder, each, target, OPTIONS, calibration) for each in names}
-    write_json(folder / "build.json", {"schema": 1, "target": target.name, "engines": built})
+    write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": built})
     loaded: dict[str, Engine] = {each: engines.load(folder, each, target) for each in names}
     layers = {each: read_json(folder / f"{each}.layers.json") for each in names}
     accuracy = {each: against_graph(loaded[each], graphs / f"{each}.onnx", images) for each in names}

@@ -161,9 +161,9 @@ class Build(_Frozen):
 
     @model_validator(mode="after")
     def _ordered(self) -> Build:
-        least, usual, largest = self.batches
-        if not least <= usual <= largest:
-            raise ValueError(f"build.batches are min,opt,max, but {least},{usual},{largest} do not ascend")
+        least, opt, most = self.batches
+        if not least <= opt <= most:
+            raise ValueError(f"build.batches are min,opt,max, but {least},{opt},{most} do not ascend")
         return self
 
 

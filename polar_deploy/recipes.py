@@ -100,12 +100,10 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_batches(text: str) -> list[int]:
-    """Read the batch sizes of an engine: "1,8,64" are the smallest, the usual and the largest; "16" is all three."""
+    """Read the batch sizes of an engine: "1,8,64" are min, opt and max; "16" is all three."""
     parts = text.split(",")
     if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(
-            f"--batch {text}: not one size, or three", "give the smallest, the usual and the largest: 1,8,64"
-        )
+        raise UsageError(f"--batch {text}: not one size, or three", "give min, opt and max: 1,8,64")
     sizes = [int(part) for part in parts]
     return sizes * 3 if len(sizes) == 1 else sizes
 
@@ -159,6 +157,14 @@ def _entries(
 
 
 _KEYS = {key: kind for key, kind in kinds().items() if key}
+_RENAMED = {  # what settings and groups were called once: an error names the key of today
+    "build.edges": "build.io_dtype",
+    "gates.freeze": "gates.freeze_at",
+    "gates.start": "gates.close_from",
+    "training.final": "training.train_on_validation",
+    "training.start": "training.init_from",
+    "verdict": "accept",
+}
 
 
 @dataclass
@@ -172,7 +178,7 @@ class _Draft:
     def put(self, key: str, value: object, place: str) -> None:
         """Lay one value, or a whole group, over what is there."""
         if key not in _KEYS:
-            self.problems.append(f"{place}: unknown key {key!r}; {_hint(key)}")
+            self.problems.append(f"{place}: {_unknown(key)}")
             return
         # pydantic would take true for 1
         if isinstance(value, bool) and bool not in (_KEYS[key], *get_args(_KEYS[key])):
@@ -208,6 +214,13 @@ class _Draft:
         return ""
 
 
+def _unknown(key: str) -> str:
+    """Say that there is no such key: what it is called today, or the nearest one."""
+    group, _, name = key.partition(".")
+    today = _RENAMED.get(key) or (f"{_RENAMED[group]}.{name}" if group in _RENAMED else None)
+    return f"{key} is called {today} now" if today in _KEYS else f"unknown key {key!r}; {_hint(key)}"
+
+
 def _hint(key: str) -> str:
     """Name the known key that was probably meant, or all keys of the group."""
     above, _, name = key.rpartition(".")
@@ -232,7 +245,7 @@ def _sentence(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {_hint(key)}"
+        return _unknown(key)
     if detail["type"] == "model_type":
         return f"{key} is a group of settings ({', '.join(GROUPS[key].model_fields)}), not {detail['input']!r}"
     if detail["type"] == "value_error":

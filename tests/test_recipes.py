@@ -156,7 +156,7 @@ def test_a_whole_group_on_the_command_line_is_checked_too(tmp_path: Path) -> Non
 
 
 def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: Path) -> None:
-    text = "model: resnet20\nseed: -1\ntraining:\n  lr: .nan\n  start: half\nbudget: 0.5\n"
+    text = "model: resnet20\nseed: -1\ntraining:\n  lr: .nan\n  init_from: half\nbudget: 0.5\n"
     lines = refused(
         tmp_path, text, {"training.epochs": 0, "accept.batch": "x"}, options={"training.epochs": "--epochs"}
     )
@@ -181,7 +181,7 @@ def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: P
         ),
         ("model: a\nnormalize:\n  mean: [0, 0, 0]", "r.yaml:3: normalize.std is missing"),
         (
-            "model: a\n\ngates: {start: 0.6, freeze: 0.3}",
+            "model: a\n\ngates: {close_from: 0.6, freeze_at: 0.3}",
             "r.yaml:3: gates.close_from (0.6) must lie before gates.freeze_at (0.3)",
         ),
         ("model: a\nbudget: {macs: null}", "r.yaml:2: a budget names at least one of macs, params, latency"),

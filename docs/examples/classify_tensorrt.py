@@ -82,7 +82,9 @@ def main(bundle: Path, pictures: list[str]) -> None:
     if plan is None or plan["library"] != "TensorRT":
         sys.exit(f"this bundle is for {manifest['target']}: it has no plan of TensorRT")
     if (source["dtype"], result["dtype"]) != ("fp32", "fp32"):
-        sys.exit(f"the plan's edges are {source['dtype']} and {result['dtype']}; this example copies fp32 only")
+        sys.exit(
+            f"the plan's input and output are {source['dtype']} and {result['dtype']}; this example copies fp32 only"
+        )
     batch = plan["profile"]["opt"]
     with ExitStack() as owned:  # frees in reverse order
         stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))  # where there is no GPU, ends here

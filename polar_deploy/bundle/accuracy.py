@@ -57,7 +57,7 @@ def measure(
     if "accuracy" in found:
         precision = {name: found[name].tally for name in here.engines if name in found}
         tally = found["accuracy"].tally
-        return tally.as_dict(), parity.judge_accuracy(tally, bundle.manifest.verdict.asked, precision)
+        return tally.as_dict(), parity.judge_accuracy(tally, bundle.manifest.verdict.asked.settings(), precision)
     if "compressed" in found:
         counted = found["compressed"].tally.as_dict()
         return {key: counted[key] for key in ("samples", "compressed")}, None

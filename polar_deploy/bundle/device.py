@@ -202,7 +202,9 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     types = {name: each.precision.model_dump(mode="json") for name, each in networks.items()}
     for each in types.values():
         del each["asked"], each["found"]
-    here = bundle.manifest.build.model_copy(update={"capabilities": ()})  # for this GPU, whatever they were built for
+    here = bundle.manifest.build.settings().model_copy(
+        update={"capabilities": ()}
+    )  # for this GPU, whatever they were built for
     built = engines.rebuild(sources, folder, target, here, types)
     write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
 

@@ -79,7 +79,7 @@ def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, ty
     except ValueError as error:
         raise refused(path, f"is not valid ONNX: {error}") from error
     if found != expected:
-        raise refused(path, f"has the edges {found}, the manifest says {expected}")
+        raise refused(path, f"has the inputs and outputs {found}, the manifest says {expected}")
 
 
 def io_tensors(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -93,7 +93,9 @@ def element_type(name: str) -> ElementType:
     """The manifest's word for an element type of `io_tensors`, one of three."""
     known: dict[str, ElementType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
     if name not in known:
-        raise ContentError(f"an edge of type {name} cannot be bundled", "export the network with floating-point edges")
+        raise ContentError(
+            f"an input or output of type {name} cannot be bundled", "export the network with floating-point ones"
+        )
     return known[name]
 
 
@@ -104,7 +106,9 @@ def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
     written = onnx.TensorProto.DataType.Name(tensor.elem_type)
     kind = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}.get(written, written.lower())
     if any(isinstance(text, bytes) for text in (value.name, *(size.dim_param for size in tensor.shape.dim))):
-        raise ValueError(f"a name at the edge {value.name!r} is not UTF-8")  # ONNX Runtime stumbles over these
+        raise ValueError(
+            f"the name of an input or output, {value.name!r}, is not UTF-8"
+        )  # ONNX Runtime stumbles over these
     return value.name, kind, tuple(size.dim_value for size in tensor.shape.dim[1:])
 
 

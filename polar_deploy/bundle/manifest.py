@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from polar_deploy import config
 from polar_deploy.backends import PLAN
-from polar_deploy.config import AcceptanceCriteria, Build, Capability, Count, Text
+from polar_deploy.config import Capability, Count, Text
 from polar_deploy.targets import TARGETS
 
-SCHEMA = 1
+SCHEMA = 2
 MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
 MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float32
 
@@ -36,6 +37,55 @@ class File(_Part):
 
     bytes: NonNegativeInt
     sha256: Sha256
+
+
+class Calibration(_Part):
+    """What fixed the ranges of INT8."""
+
+    images: Count = 512
+    method: Literal["minmax", "entropy", "percentile"] = "percentile"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+
+
+class BuildOptions(_Part):
+    """How the engines are built. A copy of the settings `build`, so that the format stands still when these move."""
+
+    batches: tuple[Count, Count, Count] = (1, 8, 64)
+    io_dtype: Literal["fp32", "native"] = "fp32"
+    tf32: bool = False
+    workspace: Count | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    capabilities: tuple[Capability, ...] = ()
+    max_layer_error: Annotated[float, Field(gt=0)] = 0.1
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BuildOptions:
+        least, opt, most = self.batches
+        if not least <= opt <= most:
+            raise ValueError(f"batches are min,opt,max, but {least},{opt},{most} do not ascend")
+        return self
+
+    def settings(self) -> config.Build:
+        """The same as settings, to build by."""
+        return config.Build.model_validate(self.model_dump())
+
+
+class Criteria(_Part):
+    """What was asked of the compressed network. A copy of the settings `accept`, as `BuildOptions` is of `build`."""
+
+    max_drop: Annotated[float, Field(ge=0)] = 1.0
+    accuracy_rule: Literal["interval", "point"] = "interval"
+    min_speedup: Annotated[float, Field(gt=0)] = 1.02
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    latency_percentile: Literal["p50", "p90", "p95", "p99", "p99.9"] = "p50"
+    batch: Count = 1
+
+    def settings(self) -> config.AcceptanceCriteria:
+        """The same as settings, to judge by."""
+        return config.AcceptanceCriteria.model_validate(self.model_dump())
 
 
 class Images(_Part):
@@ -229,7 +279,7 @@ class Judgement(_Part):
 class Judged(_Part):
     """What was asked of the compressed network, and the answers where the bundle was made."""
 
-    asked: AcceptanceCriteria
+    asked: Criteria
     accuracy: Judgement
     latency: Judgement
     overall: Judgement
@@ -256,12 +306,12 @@ class Provenance(_Part):
 class Manifest(_Part):
     """manifest.json."""
 
-    schema_version: Literal[1] = Field(alias="schema")
+    schema_version: Literal[2] = Field(alias="schema")
     kind: Literal["polar_deploy.bundle"]
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
     licence: Text | None
     target: Text
-    build: Build
+    build: BuildOptions
     input: Images
     output: Logits
     preprocessing: Preprocessing

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from polar_deploy.bundle import graphs
+from polar_deploy.bundle import format1, graphs
 from polar_deploy.bundle.manifest import SCHEMA, Manifest
 from polar_deploy.bundle.refusal import refused
 from polar_deploy.errors import ContentError, UsageError, one_line, printable
@@ -160,7 +160,7 @@ def parse(content: bytes, place: Path | str) -> Manifest:
             "update polar_deploy",
         )
     try:
-        return Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(content if version == SCHEMA else json.dumps(format1.renamed(document)))
     except ValidationError as error:
         first, count = error.errors()[0], error.error_count()
         where = ".".join(map(str, first["loc"])) or "the manifest"

@@ -94,7 +94,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         "accuracy": counted,
         "verdict": {
             **{name: asdict(each) for name, each in judged.items()},
-            "overall": asdict(parity.together(*judged.values())),
+            "overall": asdict(parity.combine(*judged.values())),
         },
     }
 
@@ -161,7 +161,10 @@ def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, A
         return None, parity.Judgement("undecided", "the engines are not run here")
     if "full" not in here.engines:
         return None, None
-    asked, (full, compressed) = bundle.manifest.verdict.asked, (here.engines[name] for name in ("full", "compressed"))
+    asked, (full, compressed) = (
+        bundle.manifest.verdict.asked.settings(),
+        (here.engines[name] for name in ("full", "compressed")),
+    )
     images = np.resize(bundle.inputs, (asked.batch, *bundle.manifest.input.shape))
     measured = timing.compare(full, compressed, images, singles=parity.singles_for(asked))
     return parity.latency_document(full, compressed, images, measured), parity.judge_latency(measured, asked)

@@ -65,7 +65,7 @@ def build_all(
     """
     sources = {"full": full_onnx, "compressed": compressed_onnx}
     engines = {name: build(source, folder, name, target, options, calibration) for name, source in sources.items()}
-    return {"schema": 1, "target": target.name, "engines": engines}
+    return {"schema": 2, "target": target.name, "engines": engines}
 
 
 def build(
@@ -100,7 +100,7 @@ def rebuild(
         with atomic_path(folder / f"{name}.onnx") as temporary:
             shutil.copyfile(typed, temporary)
         engines[name] = _built(network.read(fp32), folder, name, target, options, types[name], start)
-    return {"schema": 1, "target": target.name, "engines": engines}
+    return {"schema": 2, "target": target.name, "engines": engines}
 
 
 def _built(

@@ -184,7 +184,7 @@ def _odd(precision: str) -> set[str]:
 
 
 def _running(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Of the runtime's nodes, in order, those that compute: no edges, and nothing done once with constants."""
+    """The runtime's nodes that compute, in order: no input, no output, and nothing done once with constants."""
     constant: set[str] = set()
     for node in nodes:
         sources = [each.get_source_output().get_node().friendly_name for each in node.inputs()]
@@ -237,12 +237,12 @@ def _compiled(model: Any, threads: int | None = None) -> Any:
 def _with_fp32_edges(model: Any) -> Any:
     """A model that takes and gives FP32, whatever the types of its inputs and outputs are."""
     library = _library()
-    edges = library.preprocess.PrePostProcessor(model)
+    typed = library.preprocess.PrePostProcessor(model)
     for index in range(len(model.inputs)):
-        edges.input(index).tensor().set_element_type(library.Type.f32)
+        typed.input(index).tensor().set_element_type(library.Type.f32)
     for index in range(len(model.outputs)):
-        edges.output(index).tensor().set_element_type(library.Type.f32)
-    return edges.build()
+        typed.output(index).tensor().set_element_type(library.Type.f32)
+    return typed.build()
 
 
 def _image_shape(model: Any, path: Path) -> tuple[int, int, int]:

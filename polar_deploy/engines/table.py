@@ -270,7 +270,7 @@ class Bench:
         set_gates(self.constants, self.gates, opened)
         onnx.save(compress(self.model, verify=False).model, folder / "source.onnx")
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
-        write_json(folder / "build.json", {"schema": 1, "target": self.target.name, "engines": {name: entry}})
+        write_json(folder / "build.json", {"schema": 2, "target": self.target.name, "engines": {name: entry}})
         self.versions = entry["versions"]
         return load(folder, name, self.target)
 

@@ -185,7 +185,7 @@ def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str
 
 def _dead(network: nn.Module, analysis: Analysis, closed: Sequence[Block]) -> list[str]:
     """The outermost modules with parameters that work for closed branches alone."""
-    gone = frozenset[int]().union(*(block.nodes for block in closed))
+    removed = frozenset[int]().union(*(block.nodes for block in closed))
     graph = analysis.choices.detached.model.graph
     constant = {tensor.name for tensor in graph.initializer}
     runs: dict[str, bool] = {}
@@ -195,7 +195,7 @@ def _dead(network: nn.Module, analysis: Analysis, closed: Sequence[Block]) -> li
             continue
         path = module_of(node)
         while path:
-            runs[path] = runs.get(path, False) or position not in gone
+            runs[path] = runs.get(path, False) or position not in removed
             path = path.rpartition(".")[0]
     dead = {path for path, is_running in runs.items() if not is_running and _has_parameters(network, path)}
     return [path for path in sorted(dead) if not any(is_within(path, other) and path != other for other in dead)]

@@ -6,8 +6,8 @@
         optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
     gates.export("gated.onnx"); small = gates.cut()
 
-`step` watches what each gate is worth while all are open, chooses at `close_from` what stays within the budget, closes the
-rest little by little, and fixes them at `freeze_at`.
+`step` watches what each gate is worth while all are open, chooses at `close_from` what stays within the budget, closes
+the rest little by little, and fixes them at `freeze_at`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Gates:
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
-        close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed. What stays is
-            chosen at `close_from`: a network that is trained from nothing should have learned something by then.
+        close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed. What stays
+            is chosen at `close_from`: a network that is trained from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
             without one, what `device` says.
         measured: for a latency budget: measures which share of the full latency a sub-network takes, given as open

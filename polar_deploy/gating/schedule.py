@@ -15,7 +15,7 @@ SPAN = 0.1  # share of all that close: so many are on their way at the same time
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run of `steps` steps: gates are watched, all open, until `close_from`; then they close, and are fixed at `freeze_at`.
+    """A run of `steps` steps: gates are watched until `close_from`; then they close, and are fixed at `freeze_at`.
 
     close_from, freeze_at: shares of the run, 0 <= close_from < freeze_at <= 1.
     """

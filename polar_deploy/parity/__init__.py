@@ -23,13 +23,13 @@ from polar_deploy.parity.tally import Comparison, Gap, Tally, drop_interval
 from polar_deploy.parity.verdict import (
     EXIT_CODES,
     Judgement,
+    combine,
     exit_code,
     judge,
     judge_accuracy,
     judge_latency,
     judge_not_run,
     singles_for,
-    together,
 )
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Judgement",
     "Tally",
     "TestSet",
+    "combine",
     "compare",
     "compare_all",
     "drop_interval",
@@ -52,7 +53,6 @@ __all__ = [
     "latency_document",
     "not_run",
     "singles_for",
-    "together",
 ]
 
 GRAPH_IMAGES = 10_000  # of the test set at most, for comparisons with the FP32 graphs, which run on the CPU

@@ -81,7 +81,7 @@ def judge_accuracy(
     for name, loss in (precision or {}).items():
         cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
         parts.append(_within_drop(loss, cost, criteria))
-    judged = together(*parts)
+    judged = combine(*parts)
     return pruning if judged.result == "pass" else judged
 
 
@@ -132,7 +132,7 @@ def judge_latency(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgem
     parts = [_speedup(result, criteria)]
     if criteria.max_latency_ms is not None:
         parts.append(_within(result, criteria.max_latency_ms, criteria.latency_percentile))
-    judged = together(*parts)
+    judged = combine(*parts)
     throttled = result.best.throttled
     return (
         Judgement(judged.result, f"{judged.reason}; the GPU throttled ({', '.join(throttled)})")
@@ -189,11 +189,11 @@ def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCrite
         **criteria.model_dump(),
         "accuracy": asdict(accuracy),
         "latency": asdict(latency),
-        "overall": asdict(together(accuracy, latency)),
+        "overall": asdict(combine(accuracy, latency)),
     }
 
 
-def together(*parts: Judgement) -> Judgement:
+def combine(*parts: Judgement) -> Judgement:
     """All in one: any fail fails, else any undecided is undecided; the reason is that of the parts that decided."""
     result: Result
     for result in ("fail", "undecided"):

@@ -35,14 +35,14 @@ def write(
         source: a valid FP32 network.
         destination: the .onnx file to write, atomically.
         target: precision, and for INT8 in which dialect.
-        options: `edges`, `max_layer_error` and `calibration` are read.
+        options: `io_dtype`, `max_layer_error` and `calibration` are read.
         calibration: normalised training images [N,C,H,W], un-augmented; for INT8 only.
         kernels: how the target's runtime computes a graph, to prove this one by; None: it cannot be asked here, and
             the graph is proven as it is written.
 
     Returns:
-        {"io_dtype": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "high_precision_layers": the nodes that stay
-        wider and why, "calibration": None or how}, as build.json has it.
+        {"io_dtype": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "high_precision_layers": the
+        nodes that stay wider and why, "calibration": None or how}, as build.json has it.
 
     Raises:
         ContentError: a tensor of another float type, a constant that FP16 cannot hold, an operator that ONNX does not
@@ -72,5 +72,5 @@ def write(
     types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)
-    edges = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"
-    return {"io_dtype": edges, "types": types, "high_precision_layers": kept, "calibration": described}
+    io_dtype = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"
+    return {"io_dtype": io_dtype, "types": types, "high_precision_layers": kept, "calibration": described}

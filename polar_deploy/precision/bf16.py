@@ -81,13 +81,13 @@ class _Caster:
 
     def run(self, keep_io_types: bool) -> None:
         """Convert the graph in place."""
-        edges = [self._edge(value, keep_io_types) for value in (*self.graph.input, *self.graph.output)]
+        casts = [self._cast_io(value, keep_io_types) for value in (*self.graph.input, *self.graph.output)]
         self._round_constants()
         for node in list(self.graph.node):
             self._convert(node)
-        self.graph.node.extend([*self.casts.values(), *filter(None, edges)])
+        self.graph.node.extend([*self.casts.values(), *filter(None, casts)])
 
-    def _edge(self, value: onnx.ValueInfoProto, keep: bool) -> onnx.NodeProto | None:
+    def _cast_io(self, value: onnx.ValueInfoProto, keep: bool) -> onnx.NodeProto | None:
         """Make an input or output of the graph BF16; or keep it, by name and type, and return the cast beside it."""
         if value.name not in self.floats:
             return None

@@ -39,7 +39,7 @@ def to_int8(
         model: FP32, as `graph.load` gives it.
         path: its file, for messages.
         scheme: `ORT` or `TRT`.
-        options: `max_layer_error`, `calibration` and `edges` are read.
+        options: `max_layer_error`, `calibration` and `io_dtype` are read.
         images: normalised training images [N,C,H,W].
         kernels: of the runtime that the graph is for, if they can be asked here.
 

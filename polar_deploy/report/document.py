@@ -55,7 +55,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
     measured = "latency" in gates.get("budget") and settings.latency_is_measured
     cut = network({key: surgery.get(key) for key in OF_SURGERY}, folder / "gated/model.onnx")
     return {
-        "schema": 1,
+        "schema": 2,
         "settings": _digest(settings),
         "recipe": without_places(settings),
         "model": settings.model,

@@ -23,11 +23,11 @@ def skyline(layers: Sequence[Mapping[str, Any]], blocks: int) -> Markup:
     """
     step = min(40.0, max(6.0, 850.0 / max(len(layers), 1)))
     width = _LEFT + step * len(layers) + 12
-    gone = sum(not layer["out"][1] for layer in layers)
+    removed = sum(not layer["out"][1] for layer in layers)
     narrower = sum(0 < layer["out"][1] < layer["out"][0] for layer in layers)
     about = (
-        f"{len(layers)} layers from input to output: {gone} removed with {blocks} residual blocks, {narrower} narrower "
-        f"than before, {len(layers) - gone - narrower} as they were. The table below has the figures."
+        f"{len(layers)} layers from input to output: {removed} removed with {blocks} residual blocks, {narrower} "
+        f"narrower than before, {len(layers) - removed - narrower} as they were. The table below has the figures."
     )
     parts = [
         _hatching(),

@@ -152,8 +152,8 @@ class Elementwise(Operator):
         return reduce(self.compute, values)
 
     def absorbed(self, step: Step, operands: list[Operand]) -> Bools | None:
-        """[output channels] where one operand alone makes the result `absorbing_value`, whatever finite the others hold; None:
-        nowhere."""
+        """[output channels] where one operand alone makes the result `absorbing_value`, whatever finite numbers the
+        others hold; None: nowhere."""
         return None
 
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:

@@ -232,7 +232,7 @@ class Step:
 
 
 class Facts:
-    """All facts about a graph. Building it runs the forward and the backward analysis; then comes `update_after_cut`."""
+    """All facts about a graph. Building it runs both analyses, forward and backward; `update_after_cut` comes later."""
 
     @np.errstate(all="ignore")
     def __init__(self, graph: Graph, demands: Mapping[str, Bools] | None = None) -> None:

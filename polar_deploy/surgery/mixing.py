@@ -24,10 +24,11 @@ class MixingWeights:
     weight: [groups, filters a group, inputs a group, taps] as stored: (weight - zero) * scale is meant
     bias: [groups, filters a group], None where there is none
     zero, scale: [1, 1] or [groups, filters a group]
-    steady, loose: [taps] which see data at every position of the output, and which at some only (because of padding);
-        a constant that is not zero comes out constant where loose taps are zero
-    why: what `sometimes_padded` comes from, in words
-    fixed: why no constant can be added to the bias, in words; None: it can
+    always_inside: [taps] which see data at every position of the output: of a 3 x 3 kernel with padding 1 the middle
+    sometimes_padded: [taps] which see padding at some positions: the other eight. A constant that is not zero comes out
+        constant where the weights of these taps are zero
+    padded_by: what `sometimes_padded` comes from, in words
+    bias_locked_because: why no constant can be added to the bias, in words; None: it can
     plain: the weights are numbers as they stand, so that factors can move into them
     """
 
@@ -66,22 +67,22 @@ class MixingWeights:
 
     def stays_constant(self, inputs: Bools) -> Bools:
         """[groups, inputs] which of `inputs` come out constant where they are."""
-        even: Bools = inputs.copy()
+        constant: Bools = inputs.copy()
         for group, block in self._columns(inputs) if self.sometimes_padded.any() else ():
-            even[group, inputs[group]] = (block[..., self.sometimes_padded] == self._zero(group)).all(axis=(0, 2))
-        return even
+            constant[group, inputs[group]] = (block[..., self.sometimes_padded] == self._zero(group)).all(axis=(0, 2))
+        return constant
 
     def bias_shift(self, inputs: Bools, value: Floats) -> Floats:
         """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
         used = inputs & (value != 0)
-        moved = np.zeros(self.shape[:2])
+        shift = np.zeros(self.shape[:2])
         if not any_of(used):
-            return moved
+            return shift
         for group, block in self._columns(used):
-            steady = block[..., self.always_inside]
-            sums = steady.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * steady.shape[2]
-            moved[group] = sums @ value[group, used[group]]
-        return moved * self.scale
+            inside = block[..., self.always_inside]
+            sums = inside.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * inside.shape[2]
+            shift[group] = sums @ value[group, used[group]]
+        return shift * self.scale
 
     def _columns(self, inputs: Bools) -> list[tuple[int, Array]]:
         """Group by group, the weights that read `inputs`: [filters, inputs, taps]."""
@@ -115,9 +116,7 @@ class Plan:
     """What a handler remembers of a node: see `Mixing.constants`."""
 
     mix: MixingWeights | None  # the constants as they stand; None: they have changed and were not read since
-    present: (
-        Array | None
-    )  # [groups, filters, inputs / 8] where weights are, see `MixingWeights.present`; a bit an input
+    present: Array | None  # [groups, filters, inputs / 8] as `MixingWeights.present` tells; a bit an input
     absorbed: Bools  # [groups, inputs] constant inputs that the bias takes up, so that nobody needs them
     value: Floats  # [groups, inputs] what they count as
     filters: int
@@ -301,8 +300,8 @@ class Mixing(Operator):
         weight = _select(mix.weight, kept_in, kept_out, alive) if cut else mix.weight.copy() if emptied else None
         if weight is not None and emptied:
             zero = _taken(np.broadcast_to(mix.zero, rows.shape), kept_out, alive)
-            gone = _taken(rows, kept_out, alive)[:, :, None] | _taken(columns, kept_in, alive)[:, None, :]
-            np.copyto(weight, zero[:, :, None, None], where=gone[..., None])
+            removed = _taken(rows, kept_out, alive)[:, :, None] | _taken(columns, kept_in, alive)[:, None, :]
+            np.copyto(weight, zero[:, :, None, None], where=removed[..., None])
         bias = mix.offset + mix.bias_shift(plan.absorbed, plan.value)
         bias[unneeded] = 0
         changed = (mix.bias is not None and not all_of(kept_out)) or not np.array_equal(bias, mix.offset)

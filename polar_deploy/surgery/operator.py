@@ -34,7 +34,11 @@ class Operator:
     can_be_nonfinite = False
 
     def couple(self, step: Step) -> None:
-        """Opens the output's channels and links them with the inputs'. Raises Unsupported where they cannot be followed."""
+        """Opens the output's channels and links them with the inputs'.
+
+        Raises:
+            Unsupported: they cannot be followed.
+        """
         raise NotImplementedError
 
     def constants(self, step: Step) -> None:
@@ -133,10 +137,17 @@ class Operator:
 
 
 class UnsupportedOp(Operator):
-    """A wall: a node that channels cannot be followed through. Its memo is the note that says why."""
+    """Handler of operators that channels cannot be followed through. Its memo is the note that says why.
+
+    Args:
+        reason: for the report.
+    """
+
+    def __init__(self, reason: str = "this operator is not known to surgery") -> None:
+        self.reason = reason
 
     def couple(self, step: Step) -> None:
-        raise Unsupported("this operator is not known to surgery")
+        raise Unsupported(self.reason)
 
     def constants(self, step: Step) -> None:
         """Nothing is known."""

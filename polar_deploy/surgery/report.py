@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.rounds import Round
     from polar_deploy.surgery.sets import Sets
 
-SCHEMA = 1
+SCHEMA = 2
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
 LONGEST_LINE = 400  # characters of what is printed
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
@@ -248,7 +248,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         if layer["out"][1]:
             table.add_row(_plain(layer["name"]), *row, _shares(layer["padding"]))
         else:
-            table.add_row(_plain(layer["name"]), *row[:1], f"{layer['out'][0]:,} → gone")
+            table.add_row(_plain(layer["name"]), *row[:1], f"{layer['out'][0]:,} → removed")
     console.print(table)
 
     def tell(line: str) -> None:
@@ -269,7 +269,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"({entry['operator']} {entry['node']})"
         )
     for entry in report["unsupported"]:
-        tell(f"wall: {entry['operator']} {entry['node']}: {entry['reason']}")
+        tell(f"not followed: {entry['operator']} {entry['node']}: {entry['reason']}")
     if report["verified"]:
         tell(f"verified: outputs differ by {report['difference']:.2g} of their scale")
     else:

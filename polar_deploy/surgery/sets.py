@@ -70,7 +70,7 @@ def decide(facts: Facts) -> Sets:
 
 
 def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
-    """Takes back what operators cannot do without; going backwards, a whole chain is settled in one pass."""
+    """Takes back what operators cannot do without; going backwards, one pass is enough for a whole chain."""
     order = np.argsort(sets.labels, kind="stable")
     starts = np.searchsorted(sets.labels[order], np.arange(facts.total + 1))
     blocks = [channels for channels in facts.everything() if len(channels.axes) > 1]

@@ -96,13 +96,13 @@ class OnePass:
             after = self._validated(self.job.network)
             self.cut()
             self._estimate_norms()
-            settled = self._validated(self.network)
+            estimated = self._validated(self.network)
             self._freeze = {
                 "undecided": undecided(share),
                 "share": [round(value, 4) for value in share.tolist()],
                 "val_before": before,
                 "val_after": after,
-                "val_estimated": settled,
+                "val_estimated": estimated,
                 "cut": self.small is not None,
             }
 

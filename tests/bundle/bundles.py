@@ -69,7 +69,7 @@ def _document(target: str, backend: str, precision: str, names: tuple[str, ...])
     golden = {name: f"golden/{name}.npy" if name in names else None for name in ("compressed", "full")}
     networks = {name: _network(name, target, backend, precision) if name in names else None for name in golden}
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "polar_deploy.bundle",
         "name": "net-pictures",
         "licence": "CC0",
@@ -164,9 +164,9 @@ def _write_network(folder: Path, name: str, document: dict[str, Any], backend: s
 
 
 def _graph(document: dict[str, Any], width: int, precision: str) -> bytes:
-    """Conv, Relu, GlobalAveragePool, Flatten, Gemm in a precision; the typed one has the edges of the manifest."""
+    """Conv, Relu, GlobalAveragePool, Flatten, Gemm in a precision; the typed one with the manifest's types."""
     source, result = document["input"], document["output"]
-    edges = ("fp32", "fp32") if precision == "fp32" else (source["dtype"], result["dtype"])
+    kinds = ("fp32", "fp32") if precision == "fp32" else (source["dtype"], result["dtype"])
     inner, weights = _TYPES[precision if precision in _TYPES else "fp32"]
     rng = np.random.default_rng(width)
     shapes = {"w": (width, 3, 3, 3), "b": (width,), "v": (result["classes"], width), "c": (result["classes"],)}
@@ -178,15 +178,15 @@ def _graph(document: dict[str, Any], width: int, precision: str) -> bytes:
         helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
         helper.make_node("Flatten", ["p"], ["f"], "flatten"),
         helper.make_node("Gemm", ["f", "v", "c"], ["g"], "classify", transB=1),
-        helper.make_node("Cast", ["g"], [result["name"]], "cast_out", to=_TYPES[edges[1]][0]),
+        helper.make_node("Cast", ["g"], [result["name"]], "cast_out", to=_TYPES[kinds[1]][0]),
     ]
     initial = [numpy_helper.from_array(rng.normal(size=shape).astype(weights), name) for name, shape in shapes.items()]
     scale = [numpy_helper.from_array(np.float32(0.04), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
     graph = helper.make_graph(
         nodes,
         "net",
-        [helper.make_tensor_value_info(source["name"], _TYPES[edges[0]][0], ["batch", *source["shape"]])],
-        [helper.make_tensor_value_info(result["name"], _TYPES[edges[1]][0], ["batch", result["classes"]])],
+        [helper.make_tensor_value_info(source["name"], _TYPES[kinds[0]][0], ["batch", *source["shape"]])],
+        [helper.make_tensor_value_info(result["name"], _TYPES[kinds[1]][0], ["batch", result["classes"]])],
         [*initial, *(scale if precision == "int8" else [])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

@@ -208,7 +208,7 @@ def no_memory(gpu: fake_gpu.Cuda) -> None:
 ENDS: dict[str, tuple[dict[str, Any], Callable[[fake_gpu.Cuda], None] | None, str]] = {
     "no plan": ({"target": "ort-fp32"}, None, "for ort-fp32: it has no plan of TensorRT"),
     "a plan of RTX": ({"target": "rtx-fp16"}, None, "for rtx-fp16: it has no plan of TensorRT"),
-    "FP16 edges": ({"input": {"name": "images", "dtype": "fp16"}}, None, "edges are fp16 and fp32"),
+    "FP16 inputs": ({"input": {"name": "images", "dtype": "fp16"}}, None, "input and output are fp16 and fp32"),
     "another version": ({}, None, "TensorRT 10.9.0.34 does not take .* for 10.13.3.9 on "),
     "no context": ({"plan": {"contextless": True}}, None, "makes no context"),
     "other names": ({"input": {"name": "pixels"}}, None, "not what the manifest says"),

@@ -208,7 +208,7 @@ def unpickled(folder: Path) -> None:
 
 
 def twice(content: str) -> str:
-    return content.replace('"schema": 1,', '"schema": 1, "schema": 1,', 1)
+    return content.replace('"schema": 2,', '"schema": 2, "schema": 2,', 1)
 
 
 STRUCTURE: dict[str, Case] = {
@@ -246,7 +246,7 @@ JSON: dict[str, Case] = {
     "Infinity": (text(lambda c: c.replace('"drop": ', '"drop": -Infinity, "x": ', 1)), "-Infinity is no number"),
     "beyond a float": (text(lambda c: c.replace('"drop": ', '"drop": 1e999, "x": ', 1)), "1e999 is too large"),
     "an endless number": (text(lambda c: c.replace('"macs": ', '"macs": ' + "9" * 5000, 1)), "not strict JSON"),
-    "a later version": (value("schema", to=2), "schema version 2, written by a later polar_deploy"),
+    "a later version": (value("schema", to=3), "schema version 3, written by a later polar_deploy"),
     "no version": (lambda folder: edit(folder, lambda d: d.pop("schema")), "has no schema version"),
     "version 0": (value("schema", to=0), "has no schema version"),
     "version true": (value("schema", to=True), "has no schema version"),
@@ -337,8 +337,8 @@ CONTENT: dict[str, Case] = {
         model(lambda network: network.graph.sparse_initializer.add(dims=[1])),
         "has sparse weights",
     ),
-    "another shape": (model(reshaped), "has the edges"),
-    "two inputs": (model(two_inputs), "has the edges"),
+    "another shape": (model(reshaped), "has the inputs and outputs"),
+    "two inputs": (model(two_inputs), "has the inputs and outputs"),
     "a graph that is not connected": (model(unconnected), "is not valid ONNX"),
     "a pickle": (unpickled, "is no .npy file of numbers"),
     "objects in an array": (array(lambda a: np.array([Shell()], object), allow_pickle=True), "is no .npy file"),

@@ -58,7 +58,7 @@ def test_engine_is_described(built: tuple[Path, dict[str, Any]]) -> None:
     assert plan["profile"] == {"min": 2, "opt": 4, "max": 16}
     assert "8.9" in plan["capabilities"]
     assert not plan["version_compatible"]
-    valid("build", {"schema": 1, "target": RTX.name, "engines": {"full": entry, "compressed": entry}})
+    valid("build", {"schema": 2, "target": RTX.name, "engines": {"full": entry, "compressed": entry}})
 
 
 @needs_rtx
@@ -74,7 +74,7 @@ def test_layers_are_those_of_the_network(built: tuple[Path, dict[str, Any]]) -> 
 
 
 def half_typed() -> onnx.ModelProto:
-    """All in FP16, its edges included."""
+    """All in FP16, input and output included."""
     network = classifier()
     for tensor in network.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))

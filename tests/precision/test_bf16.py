@@ -173,7 +173,7 @@ def test_casts_stand_where_an_operator_has_no_bf16(
     network = between(*made, **constants)
     before = operators(network).count("Cast")
     result = converted(network, tmp_path)
-    assert operators(result).count("Cast") - before - 2 == casts  # two at the edges
+    assert operators(result).count("Cast") - before - 2 == casts  # at the input and the output
     assert {name for name, kind in kinds(result).items() if kind == FLOAT} == fp32 | {"input", "logits"}
     for tensor in result.graph.initializer:
         if tensor.data_type == FLOAT:

@@ -223,7 +223,7 @@ def test_no_layer_that_int8_suits(target: str, tmp_path: Path) -> None:
 
 
 def changed(network: onnx.ModelProto, kind: int, *names: str) -> onnx.ModelProto:
-    """The network with constants and edges of another type."""
+    """The network with constants, input and output of another type."""
     for tensor in network.graph.initializer:
         if tensor.name in names:
             values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))

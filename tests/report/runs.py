@@ -58,7 +58,7 @@ def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
 
 
 BUILD = {
-    "schema": 1,
+    "schema": 2,
     "target": "ort-fp32",
     "engines": {
         "full": entry("full", 40_800_000, 272_474, 1_100_000),
@@ -134,7 +134,7 @@ def layer(name: str, width: tuple[int, int], macs: tuple[int, int]) -> dict[str,
 
 
 SURGERY = {
-    "schema": 1,
+    "schema": 2,
     "verified": True,
     "layers": [
         layer("node_1", (16, 16), (20_000_000, 20_000_000)),

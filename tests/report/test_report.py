@@ -123,7 +123,7 @@ def test_given_weights_are_named(folder: Path) -> None:
 
 
 def test_missing_file_and_missing_key_are_named(folder: Path) -> None:
-    write_json(folder / "engines/build.json", {"schema": 1, "target": "ort-fp32", "engines": {"full": {}}})
+    write_json(folder / "engines/build.json", {"schema": 2, "target": "ort-fp32", "engines": {"full": {}}})
     with pytest.raises(ContentError, match=r"build\.json has no 'engines\.compressed'"):
         report.build(folder, SETTINGS)
     (folder / "parity.json").write_text("half a {")

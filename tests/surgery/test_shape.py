@@ -318,7 +318,7 @@ def test_shapes_that_stay_computed(where: str) -> None:
 
 
 def test_one_computed_shape_for_two_tensors() -> None:
-    """Each has lost another number of channels, so none is written; with the channels on different axes: a wall."""
+    """Each has lost another number of channels, so none is written; with channels on different axes: not followed."""
 
     def build(net: Net, x: str) -> str:
         first = _tokens_and_back(net, x, net.constant("six", np.array([6])))

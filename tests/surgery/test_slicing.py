@@ -143,7 +143,7 @@ def test_bounds_that_are_computed_from_the_number_of_channels(free: bool) -> Non
 
 
 def test_computed_bounds() -> None:
-    """Those of space let channels pass; those of channels are a wall where they depend on the input."""
+    """Those of space let channels pass; those of channels are not followed where they depend on the input."""
 
     def build(axis: int) -> Build:
         def made(net: Net, x: str) -> str:

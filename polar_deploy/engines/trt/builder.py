@@ -86,8 +86,8 @@ class _Builder:
             )
         inputs = [self.network.get_input(index) for index in range(self.network.num_inputs)]
         outputs = [self.network.get_output(index) for index in range(self.network.num_outputs)]
-        edges = [tuple(tensor.shape) for tensor in (*inputs, *outputs)]
-        match edges:
+        shapes = [tuple(tensor.shape) for tensor in (*inputs, *outputs)]
+        match shapes:
             case [[-1, *image], [-1, int()]] if len(inputs) == 1 and len(image) == 3 and min(image) > 0:
                 return
         listed = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in (*inputs, *outputs)) or "neither"

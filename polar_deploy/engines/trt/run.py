@@ -79,7 +79,7 @@ class TrtEngine:
         return channels, height, width
 
     def infer(self, images: Array) -> Array:
-        """Normalised images [B,C,H,W] -> logits [B,classes], both float32 whatever the plan's edges are."""
+        """Normalised images [B,C,H,W] -> logits [B,classes], both float32 whatever types the plan has."""
         require_shape(images, self, str(self.path))
         if self._lane is None:
             with ExitStack() as owned:

@@ -206,9 +206,9 @@ class Program:
     def _absent(self, site: int, factor: Factor, blocks: Blocks, low: float, high: float) -> Linear:
         """The factor while the site is not there, else 0."""
         if not blocks:  # sites that go together with this one are then at level 0
-            gone = {s: t for s, t in factor.tables.items() if self.model.inside[s] >= self.model.inside[site]}
-            least, most = span(gone)
-            first = sum(float(table[0]) for table in gone.values())
+            removed = {s: t for s, t in factor.tables.items() if self.model.inside[s] >= self.model.inside[site]}
+            least, most = span(removed)
+            first = sum(float(table[0]) for table in removed.values())
             low, high = low - least + first, high - most + first
         column = self._one(int(self._new(1, min(low, 0.0), max(high, 0.0))[0]))
         gate = self._gate(self.model.inside[site])

@@ -33,7 +33,7 @@ def contributed() -> dict[str, Operator]:
 
 
 def handler(node: Node, opset: int) -> Operator:
-    """The handler of a node; `UNSUPPORTED` where there is none for its operator, or for its definition in this opset."""
+    """The handler of a node; `UNSUPPORTED` where its operator has none, or none for its definition in this opset."""
     if node.domain == MICROSOFT:
         return contributed().get(node.op, UNSUPPORTED)
     if node.domain not in ("", "ai.onnx") or (opset > NEWEST_OPSET and is_newer(node.op, opset)):

@@ -45,7 +45,7 @@ class Conv(Mixing):
         return values
 
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
-        """[taps] steady and loose ones, see `MixingWeights`."""
+        """[taps] `always_inside` and `sometimes_padded` of `MixingWeights`."""
         shape, attrs, rank = step.graph.shape(step.original[0]), step.node.attrs, len(kernel)
         return _sight(
             kernel,
@@ -61,7 +61,7 @@ class Conv(Mixing):
         if groups < 1 or kernels.values.shape[0] % groups:
             raise Unsupported(f"{kernels.values.shape[0]} channels do not divide into {groups} groups")
         zero, scale = per_filter(kernels, groups)
-        steady, loose = self.sight(step, kernels.values.shape[2:])
+        inside, padded = self.sight(step, kernels.values.shape[2:])
         fixed = "an operator without a bias" if self.bias_input is None else "a quantised bias"
         plain = bias is None or bias.plain
         return MixingWeights(
@@ -69,8 +69,8 @@ class Conv(Mixing):
             bias=None if bias is None else bias.numbers.reshape(groups, -1),
             zero=zero,
             scale=scale,
-            always_inside=steady,
-            sometimes_padded=loose if kernels.unsure is None else frozen(np.ones_like(loose)),
+            always_inside=inside,
+            sometimes_padded=padded if kernels.unsure is None else frozen(np.ones_like(padded)),
             padded_by=kernels.unsure or self.uneven,
             bias_locked_because=None if plain and self.bias_input else fixed,
             plain=plain and kernels.plain,
@@ -108,8 +108,8 @@ class ConvTranspose(Conv):
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
         attrs = step.node.attrs
         pointwise = {*kernel, *attrs.get("strides", ())} <= {1} and not any(attrs.get("pads", ()))
-        steady = np.full(prod(kernel), pointwise and "output_shape" not in attrs)
-        return steady, ~steady
+        inside = np.full(prod(kernel), pointwise and "output_shape" not in attrs)
+        return inside, ~inside
 
 
 class DeformConv(Conv):
@@ -124,8 +124,8 @@ class DeformConv(Conv):
         return super().read(step)
 
     def sight(self, step: Step, kernel: tuple[int, ...]) -> tuple[Bools, Bools]:
-        loose = np.ones(prod(kernel), bool)
-        return ~loose, loose
+        padded = np.ones(prod(kernel), bool)
+        return ~padded, padded
 
 
 @lru_cache(LIKE)
@@ -139,14 +139,14 @@ def _sight(
 ) -> tuple[Bools, Bools]:
     """[taps] which always see data, and which see padding at some positions of the output."""
     rank = len(kernel)
-    steady, blind = [], []
+    inside, blind = [], []
     for axis, (taps, size) in enumerate(zip(kernel, sizes, strict=True)):
         span = (taps - 1) * dilations[axis] + 1
         padding = (pads[axis], pads[axis + rank]) if mode == "NOTSET" else _automatic(mode, size, span, strides[axis])
         always, never = _sight_along(np.arange(taps) * dilations[axis], strides[axis], padding, size)
-        steady.append(always)
+        inside.append(always)
         blind.append(never)
-    always, never = reduce(np.logical_and.outer, steady).ravel(), reduce(np.logical_or.outer, blind).ravel()
+    always, never = reduce(np.logical_and.outer, inside).ravel(), reduce(np.logical_or.outer, blind).ravel()
     return frozen(always), frozen(~always & ~never)
 
 

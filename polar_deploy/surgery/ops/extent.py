@@ -80,8 +80,8 @@ class Shape(Operator):
     def retain(self, step: Step) -> list[Retained]:
         """The tensor must be there, with at least one channel."""
         source = step.inputs[0]
-        gone = source is not None and source.is_removed
-        return [Retained(source, np.zeros(1, np.int64), "its shape is read")] if gone and source is not None else []
+        removed = source is not None and source.is_removed
+        return [Retained(source, np.zeros(1, np.int64), "its shape is read")] if removed and source is not None else []
 
 
 def _is_used(facts: Facts, tensor: Tensor, position: int) -> bool:

@@ -67,10 +67,10 @@ class Multiply(Absorbing):
         if any(step.constant(index) is not None for index in (0, 1)):
             known[:] = True
         half = is_half(step.graph.dtype(step.made[0]))
-        risky = np.asarray(~known & half)
+        risk = np.asarray(~known & half)
         for operand in operands:
-            risky = risky if operand.finite is None else risky | ~operand.finite
-        return risky
+            risk = risk if operand.finite is None else risk | ~operand.finite
+        return risk
 
     def slice(self, step: Step) -> None:
         if (index := self._factor(step)) is not None:

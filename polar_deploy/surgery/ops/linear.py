@@ -130,15 +130,15 @@ class MatMul(Mixing):
         if matrix.values.ndim < 2 or _rank(step, self.data(step)) < 2:
             raise Unsupported("one of its factors is a vector")
         stack = matrix.values.reshape(-1, *matrix.values.shape[-2:])
-        steady = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
+        inside = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
         zero, scale = per_filter(matrix, 1)
         return MixingWeights(
             weight=stack.transpose((2, 1, 0) if self._is_by_column(step) else (1, 2, 0))[None],
             bias=None,
             zero=zero,
             scale=self.alpha(step) * scale,
-            always_inside=steady,
-            sometimes_padded=~steady,
+            always_inside=inside,
+            sometimes_padded=~inside,
             padded_by=matrix.unsure or "several matrices",
             bias_locked_because=None if self.adder(step) else "an operator without a bias",
             plain=matrix.plain,

@@ -71,7 +71,7 @@ class Reduce(Operator):
         if step.node.attrs.get("keepdims", 1):
             out = rest or [source.axes[0]]  # one channel where all were joined
         else:
-            out = [axis - sum(gone < axis for gone in axes) for axis in rest]  # none where all were joined
+            out = [axis - sum(removed < axis for removed in axes) for axis in rest]  # none where all were joined
         if out:
             target = step.create(tuple(out))
             step.link(source, target, np.arange(len(source)), step.memo.cell, coupled=bool(rest))
@@ -126,8 +126,8 @@ class Reduce(Operator):
         return [Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel")]
 
     def nonfinite_risk(self, step: Step) -> Bools:
-        risky = is_half(step.graph.dtype(step.made[0])) if self.squares else self.can_be_nonfinite
-        return np.full(len(step.output), risky)
+        risk = is_half(step.graph.dtype(step.made[0])) if self.squares else self.can_be_nonfinite
+        return np.full(len(step.output), risk)
 
     def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
         return [*super().must_keep_values(step), *self._span(step).disturbed(step.require())]

@@ -335,20 +335,20 @@ class Concat(Operator):
         target, node = step.output, step.node
         axis = target.axes[0]
         at = 0
-        gone: list[int] = []
+        removed: list[int] = []
         for index, source in enumerate(step.inputs):
             size = len(target) if not step.memo else self._size(step, index, axis)
             kept = target.kept[at : at + size]
             at += size if step.memo else 0
             if step.memo and not kept.any():
-                gone.append(index)
+                removed.append(index)
             elif source is None and not kept.all():
                 values = step.parameter(index, "part")
                 for each in target.axes:
                     own = np.flatnonzero(kept) if step.memo else target.keep(each)
                     values = values.take(own, axis=each)
                 step.graph.set_constant(node, index, values)
-        for index in reversed(gone):
+        for index in reversed(removed):
             step.graph.drop_input(node, index)
         if len(node.inputs) == 1:
             step.graph.bypass(node)

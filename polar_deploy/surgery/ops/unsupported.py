@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import UnsupportedOp
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Step
     from polar_deploy.surgery.operator import Operator
-
-
-class UnsupportedOp(Unknown):
-    """A wall with a reason of its own."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def couple(self, step: Step) -> None:
-        raise Unsupported(self.reason)
 
 
 REASONS = {

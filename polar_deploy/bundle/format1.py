@@ -1,0 +1,34 @@
+"""Manifests of format 1 in today's words: it differs in the names of a few fields alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BUILD = {"edges": "io_dtype"}
+_PRECISION = {"edges": "io_dtype", "kept": "high_precision_layers"}
+_PROFILE = {"smallest": "min", "usual": "opt", "largest": "max"}
+
+
+def renamed(document: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the names of format 2. What is no manifest is none afterwards either."""
+    networks = document.get("networks")
+    if isinstance(networks, dict):
+        networks = {name: _network(each) for name, each in networks.items()}
+    return document | {"schema": 2, "build": _renamed(document.get("build"), _BUILD), "networks": networks}
+
+
+def _network(network: Any) -> Any:
+    if not isinstance(network, dict):
+        return network
+    plan = network.get("plan")
+    if isinstance(plan, dict):
+        plan = plan | {"profile": _renamed(plan.get("profile"), _PROFILE)}
+    return network | {"precision": _renamed(network.get("precision"), _PRECISION), "plan": plan}
+
+
+def _renamed(part: Any, names: dict[str, str]) -> Any:
+    """Format 1 has no field of a new name: one that is there keeps its place under a name that is refused."""
+    new = set(names.values())
+    if not isinstance(part, dict):
+        return part
+    return {f"format 1 has no {key}" if key in new else names.get(key, key): value for key, value in part.items()}
