@@ -13,6 +13,7 @@ FROM ${BASE}
 
 COPY pyproject.toml README.md LICENSE /opt/polar-deploy/
 COPY pipelines /opt/polar-deploy/pipelines
+COPY examples /opt/polar-deploy/examples
 COPY polar_deploy /opt/polar-deploy/polar_deploy
 RUN python3 -m pip install --no-cache-dir '/opt/polar-deploy[trt]'
 

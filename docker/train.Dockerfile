@@ -10,6 +10,7 @@ FROM ${BASE}
 
 COPY pyproject.toml README.md LICENSE /opt/polar-deploy/
 COPY pipelines /opt/polar-deploy/pipelines
+COPY examples /opt/polar-deploy/examples
 COPY polar_deploy /opt/polar-deploy/polar_deploy
 # The container holds its own packages to their versions by PIP_CONSTRAINT: what is there is not installed again.
 RUN pip install --no-cache-dir '/opt/polar-deploy[train,trt]'

@@ -16,15 +16,17 @@ from typing import NoReturn, TypeAlias
 
 from polar_deploy import __version__
 from polar_deploy.commands import INTERRUPTED, add_debug, guarded
+from polar_deploy.limits import SECONDS, SHARE, Limits, available_memory, confined
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its module, one line of help, and what is said after Ctrl-C."""
+    """One command: its module, one line of help, what is said after Ctrl-C, and whether it runs strangers' files."""
 
     module: str
     help: str
     interrupted: str = INTERRUPTED
+    confined: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ COMMANDS = Group(
             "train, cut, build, compare, bundle: all of it, or some stages",
             "interrupted; the same command goes on from here",
         ),
-        "surgery": Command("polar_deploy.surgery.command", "cut closed channels and blocks out of an ONNX graph"),
+        "surgery": Command(
+            "polar_deploy.surgery.command", "cut closed channels and blocks out of an ONNX graph", confined=True
+        ),
         "engines": Group(
             "what runs here, and how fast",
             {
@@ -62,10 +66,14 @@ COMMANDS = Group(
         "bundle": Group(
             "what an edge team does with a bundle",
             {
-                "verify": Command("polar_deploy.bundle.verify", "is it whole, right, and fast on this device?"),
-                "run": Command("polar_deploy.bundle.classify", "classify pictures"),
-                "triton": Command("polar_deploy.bundle.triton", "write a model repository for NVIDIA Triton"),
-                "archive": Command("polar_deploy.bundle.archive", "write it as one .zip file"),
+                "verify": Command(
+                    "polar_deploy.bundle.verify", "is it whole, right, and fast on this device?", confined=True
+                ),
+                "run": Command("polar_deploy.bundle.classify", "classify pictures", confined=True),
+                "triton": Command(
+                    "polar_deploy.bundle.triton", "write a model repository for NVIDIA Triton", confined=True
+                ),
+                "archive": Command("polar_deploy.bundle.archive", "write it as one .zip file", confined=True),
                 "schema": Command("polar_deploy.bundle.schema", "print the JSON Schema of manifest.json"),
             },
         ),
@@ -116,6 +124,9 @@ def alone(name: str, module: str, argv: Sequence[str] | None = None) -> int:
 def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:
     """Run a command, or one of a group's; return its exit code, whatever it raises.
 
+    This process's own command line runs in a child process with limits where it reads strangers' files; a command line
+    that a caller gives runs in the caller's process, without any.
+
     Args:
         node: what to run.
         prog: how the user calls it.
@@ -127,7 +138,12 @@ def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:
         arguments, unknown = parser(node, prog, given).parse_known_args(given)
         if unknown:
             _refuse(arguments.parser, unknown)
-        code: int = arguments.run(arguments)
+        limits = _limits(arguments) if argv is None and arguments.confined else None
+        code: int = (
+            confined(lambda: arguments.run(arguments), arguments.parser.prog, limits)
+            if limits
+            else arguments.run(arguments)
+        )
         return code
 
     return guarded(command, given, interrupted=_interrupted(node, _words(given)))
@@ -152,8 +168,10 @@ def _fill(made: argparse.ArgumentParser, node: Node, words: Sequence[str] | None
         module = import_module(node.module)
         made.description = module.__doc__
         module.add_arguments(made)
+        if node.confined:
+            _add_limits(made)
         add_debug(made)
-        made.set_defaults(run=module.run, parser=made)
+        made.set_defaults(run=module.run, parser=made, confined=node.confined)
         return
     made.description = node.help
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
@@ -164,6 +182,26 @@ def _fill(made: argparse.ArgumentParser, node: Node, words: Sequence[str] | None
         )
         if asked_for:
             _fill(inner, child, None if words is None else words[1:])
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits, beyond which the command ends with exit code 4").add_argument
+    add("--time-limit", metavar="SECONDS", type=_positive, default=SECONDS, help=f"default: {SECONDS:g}")
+    add(
+        "--memory-limit", metavar="GB", type=_positive, help=f"default: {SHARE:.0%} of what is free".replace("%", " %%")
+    )
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    asked = arguments.memory_limit
+    return Limits(arguments.time_limit, int(SHARE * available_memory() if asked is None else asked * 1e9))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:

@@ -56,6 +56,10 @@ class MachineError(PolarDeployError):
     exit_code = 3
 
 
+class OutOfMemoryError(MachineError):
+    """A library asked for more memory than there is, or than its process may have."""
+
+
 class ContentError(PolarDeployError):
     """The content of a file (data, weights, ONNX, plan) is not what it should be, or a stage failed on it."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polar_deploy import limits
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `_aside` gives
@@ -101,7 +102,9 @@ def remove_folder(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     """A hidden sibling with the same suffix, which the next run clears away."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    made = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    limits.note_temporary(made)
+    return made
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

@@ -75,9 +75,13 @@ def test_make_names_a_python_that_is_too_old(checkout: Path) -> None:
 def test_a_wheel_can_be_built_of_what_an_image_copies(image: str) -> None:
     """Hatch wants all files that pyproject.toml names; in Docker there are those that are copied, and not ignored."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    keys = (r'readme = "(.+)"', r'license-files = \["(.+)"\]', r'force-include = \{ "(.+)" = ')
-    named = [name for key in keys for name in re.findall(f"^{key}", project, re.MULTILINE)]
-    assert len(named) == 3
+    keys = (
+        r'fragments = \[{ path = "(.+)"',
+        r'license-files = \["(.+)"\]',
+        r'force-include = \{ "(.+)" = .+ "(.+)" = ',
+    )
+    named = [name for key in keys for found in re.finditer(f"^{key}", project, re.MULTILINE) for name in found.groups()]
+    assert len(named) == 4
     dockerfile = (ROOT / "docker" / f"{image}.Dockerfile").read_text(encoding="utf-8")
     copied = {word for line in re.findall(r"^COPY (.+) /\S+$", dockerfile, re.MULTILINE) for word in line.split()}
     assert copied == {"polar_deploy", "pyproject.toml", *named}

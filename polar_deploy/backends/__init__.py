@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from polar_deploy.backends.base import GRAPH, PLAN, Artefact, Backend, Package
-from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA
+from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_RTX, ORT_TRT
 from polar_deploy.backends.openvino import OPENVINO
 from polar_deploy.backends.tensorrt import RTX, TRT
 
 __all__ = ["BACKENDS", "GRAPH", "PLAN", "Artefact", "Backend", "Package"]
 
-BACKENDS: tuple[Backend, ...] = (ORT, ORT_CUDA, TRT, RTX, OPENVINO)
+BACKENDS: tuple[Backend, ...] = (ORT, ORT_CUDA, TRT, RTX, OPENVINO, ORT_TRT, ORT_RTX)

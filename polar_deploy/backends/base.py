@@ -89,6 +89,7 @@ class Backend:
         int8: the dialect of Q/DQ pairs that it fuses, a key of `precision.qdq.SCHEMES`.
         gpu: the GPUs that it runs on; None: it runs on the CPU.
         triton: name of Triton's backend that serves its artefact; None: there is none.
+        proves_types: whether a built engine tells in which types its layers run, so that `build` can hold it to that.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Backend:
     int8: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     gpu: GpuSupport | None = None
     triton: str | None = None
+    proves_types: bool = True
 
     def lacks_to_build(self, precision: str) -> list[str]:
         """What is missing here to build an engine in a precision, a clause each; [] if nothing is."""

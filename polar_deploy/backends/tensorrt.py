@@ -8,7 +8,8 @@ from polar_deploy import gpu
 from polar_deploy.backends import onnx_runtime
 from polar_deploy.backends.base import PLAN, Backend, GpuSupport, Package, numbers
 
-_POLYGRAPHY = Package("polygraphy", ("polygraphy",), "0.53.4")  # older ones break on TensorRT 11
+_POLYGRAPHY = Package("polygraphy", ("polygraphy",), "0.49")  # that of NVIDIA's containers
+_SINCE_11 = "0.53.4"  # older ones break on TensorRT 11
 _CUDA = Package("cuda.bindings", ("cuda-bindings",), "12.6")
 _WHEELS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 
@@ -30,6 +31,14 @@ class TensorRT(Backend):
     def module(self) -> str:
         """Name of its Python module."""
         return self.packages[0].module
+
+    def lacks_to_build(self, precision: str) -> list[str]:
+        """As `Backend.lacks_to_build`; how old Polygraphy may be depends on the library."""
+        lacking = super().lacks_to_build(precision)
+        library, polygraphy = (each.installed() or "" for each in (self.packages[0], _POLYGRAPHY))
+        if lacking or numbers(library) < (11,) or numbers(polygraphy) >= numbers(_SINCE_11):
+            return lacking
+        return [f"polygraphy is {polygraphy}, older than {_SINCE_11}, which {self.library} {library} takes"]
 
     def lacks_to_run(self, precision: str) -> list[str]:
         """As `Backend.lacks_to_run`; what CUDA's bindings ask of the driver counts, too."""
@@ -67,7 +76,7 @@ RTX = TensorRT(
     extra="rtx",
     align={"fp32": 1, "fp16": 8, "int8": 32},
     packages=(Package("tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "1.1"), _CUDA),
-    build_packages=(_POLYGRAPHY, onnx_runtime.PACKAGE),
+    build_packages=(Package("polygraphy", ("polygraphy",), _SINCE_11), onnx_runtime.PACKAGE),
     artefact=PLAN,
     int8="tensorrt",
     # none of the GPUs for data centres

@@ -18,7 +18,6 @@ from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError
 
 _DETAIL = 1.5  # shorter side of a picture that crops are made of, over the pixels a side of the crop
-_CGROUP = Path("/sys/fs/cgroup")  # version 2; tells a container's limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +107,3 @@ class PictureCache:
                 self._left -= picture.nbytes
                 self._kept[each] = picture.copy()  # not a view, which would keep its whole batch
         return pictures
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container where that has less."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        return min(
-            free, max(0, limit - used + int(stat["inactive_file"]))
-        )  # cached files make room when it is asked for
-    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
-        return free

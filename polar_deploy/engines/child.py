@@ -5,7 +5,6 @@ python -m polar_deploy.engines.child package.module:function REQUEST.json ANSWER
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,12 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, PolarDeployError, UsageError
+from polar_deploy.limits import die_with
 from polar_deploy.workspace import read_json, write_json
 
-_KINDS = {kind.__name__: kind for kind in (UsageError, MachineError, ContentError)}
+_KINDS = {kind.__name__: kind for kind in (UsageError, MachineError, OutOfMemoryError, ContentError)}
 _LAST_WORDS = 6  # lines
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def call(function: str, request: dict[str, Any], what: str) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def call(function: str, request: dict[str, Any], what: str) -> dict[str, Any]:
 
     Raises:
         PolarDeployError: that the function raised.
-        MachineError: it ran out of memory.
+        OutOfMemoryError: it ran out of memory.
         ContentError: it died, or raised anything else; the message has its last words.
     """
     with TemporaryDirectory(prefix="polar_deploy-") as name:
@@ -64,7 +63,7 @@ def _died(code: int, said: str, what: str) -> PolarDeployError:
     lines = [line.strip() for line in said.splitlines() if line.strip(" ^~")]  # Python underlines what failed
     words = " | ".join(lines[-_LAST_WORDS:]) or "none"
     if code == -signal.SIGKILL or "MemoryError" in words or "out of memory" in words.lower():
-        return MachineError(
+        return OutOfMemoryError(
             f"{what} ran out of memory, or was killed for lack of it; last words: {words}",
             "free some memory, or lower build.workspace or the largest batch",
         )
@@ -78,21 +77,13 @@ def _died(code: int, said: str, what: str) -> PolarDeployError:
 
 def main(function: str, request: str, answer: str, parent: str) -> None:
     """What the child does. `parent` is the number of the process that waits for it."""
-    _die_with(int(parent))
+    die_with(int(parent))
     module, _, name = function.partition(":")
     try:
         result = {"result": getattr(import_module(module), name)(read_json(request))}
     except PolarDeployError as error:
         result = {"error": type(error).__name__, "what": error.what, "todo": error.todo}
     write_json(answer, result)
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux to end this process when the one that waits for it is gone: nobody else would read the answer."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it went while Python started
-            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,32 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polar_deploy import __version__, gpu, targets
 from polar_deploy.backends import BACKENDS
 from polar_deploy.backends.base import PRECISION_SINCE
 from polar_deploy.engines import machine
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    parser.add_argument("--time", action="store_true", help="time a small network in each target that runs here, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the page; exit code 0, whatever is missing."""
+    """Print the page; exit code 0, whatever is missing. `--time` takes about a minute."""
     found = examine()
+    if arguments.time:
+        from polar_deploy.engines import quick
+
+        lacks = found["targets"]
+        runs = [each for name, each in targets.TARGETS.items() if not lacks[name]["build"] + lacks[name]["run"]]
+        found["timed"] = quick.measure(runs)
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
@@ -61,6 +71,7 @@ def _target(target: targets.Target) -> dict[str, Any]:
     return {
         "build": targets.lacks_to_build(target),
         "run": targets.lacks_to_run(target),
+        "proves_types": target.backend.proves_types,
         "install": targets.install(target),
     }
 
@@ -104,9 +115,32 @@ def _print(found: dict[str, Any]) -> None:
         answers = ("no" if target[what] else "yes" for what in ("build", "run"))
         table.add_row(name, *answers, "\n".join(missing), style="" if missing else "green")
     page.print(table)
+    if unproven := [name for name, target in found["targets"].items() if not target["proves_types"]]:
+        words = "in which types their layers run is asked for, and told by nobody"
+        page.print(f"types          {', '.join(unproven)}: {words}", soft_wrap=True)
+    if "timed" in found:
+        _print_times(found["timed"], page)
     for install in dict.fromkeys(each["install"] for each in found["targets"].values() if _installable(each)):
         page.print(f"to install     {install}")
     page.print(f"--target auto  means {found['auto']} here")
+
+
+def _print_times(timed: dict[str, Any], page: Console) -> None:
+    """The fastest first."""
+    from rich.table import Table
+
+    from polar_deploy.engines.quick import BATCHES
+
+    table = Table(title="a small residual network, median milliseconds an inference")
+    for heading in ("target", *(f"batch {batch}" for batch in BATCHES), "build"):
+        table.add_column(heading, overflow="fold")
+    ran = {name: each for name, each in timed.items() if "ms" in each}
+    for name, each in sorted(ran.items(), key=lambda item: item[1]["ms"][str(BATCHES[0])]):
+        table.add_row(name, *(f"{each['ms'][str(batch)]:.3g}" for batch in BATCHES), f"{each['build_seconds']:.1f} s")
+    page.print(table)
+    for name, each in timed.items():
+        if "error" in each:
+            page.print(f"not timed      {name}: {each['error']}", soft_wrap=True)
 
 
 def _installable(target: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
-from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 from polar_deploy.precision.graph import count_wider, described
 from polar_deploy.precision.proof import Kernels
 from polar_deploy.workspace import write_json
@@ -270,7 +270,7 @@ def _translated(path: Path, model: onnx.ModelProto | None = None) -> Iterator[No
         said = message.partition("failed with ")[2] or message
         what = f"{path}: {_unknown(given, message) or network.blame(given, message)}OpenVINO says: {said}"
         if "bad_alloc" in message or "allocate" in message:
-            raise MachineError(what, "free some memory, or use smaller batches or images") from error
+            raise OutOfMemoryError(what, "free some memory, or use smaller batches or images") from error
         raise ContentError(what, "export the network with operators that this OpenVINO has") from error
 
 

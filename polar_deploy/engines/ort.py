@@ -15,15 +15,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
 from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, require_shape
-from polar_deploy.errors import ContentError, MachineError, one_line
+from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, one_line
+from polar_deploy.limits import is_out_of_memory
 from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from polar_deploy.config import Build
     from polar_deploy.targets import Target
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 THREADS = 1  # the figure that a shared machine disturbs least, and that compares between machines
 _NO_PLAN = "none: the graph that ONNX Runtime optimises when it loads the ONNX file is not portable, so it is not kept"
 # the profile's names; integers wider than a byte are shapes and indices, and no precision
@@ -47,6 +49,7 @@ _PRECISIONS = {
     "int8": "int8",
     "uint8": "int8",
 }
+_COMPUTING = re.compile("Conv|Gemm|MatMul")  # layers with weights
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -55,7 +58,7 @@ class OrtEngine:
 
     Args:
         path: an ONNX file.
-        provider: `CPU` or `CUDA`.
+        backend: one of `backends.onnx_runtime`, whose provider runs it.
         threads: CPU threads of an inference.
         tf32: on a GPU, whether FP32 may be computed as TF32.
 
@@ -67,9 +70,9 @@ class OrtEngine:
 
     batches = (1, None)
 
-    def __init__(self, path: Path, provider: str = CPU, threads: int = THREADS, *, tf32: bool = False) -> None:
-        self.path, self.provider, self.threads, self.tf32 = path, provider, threads, tf32
-        self._session = _session(path, _options(threads), provider, tf32=tf32)
+    def __init__(self, path: Path, backend: OnnxRuntime = ORT, threads: int = THREADS, *, tf32: bool = False) -> None:
+        self.path, self.backend, self.threads, self.tf32 = path, backend, threads, tf32
+        self._session = _session(path, _options(threads), backend, tf32=tf32)
         self._input, self.input_shape, self._type = _image_input(self._session, path)
         self._output = _logits_output(self._session, path)
 
@@ -85,7 +88,8 @@ class OrtEngine:
         import onnxruntime
 
         require_shape(images, self, str(self.path))
-        device = "cuda" if self.provider == CUDA else "cpu"
+        # what registers a plugin is the package for CPUs, which has no memory on a GPU
+        device = "cpu" if self.backend.gpu is None or self.backend.plugin else "cuda"
         session, binding = self._session, self._session.io_binding()
         held: npt.NDArray[Any] = np.ascontiguousarray(images, self._type)
         binding.bind_ortvalue_input(self._input, onnxruntime.OrtValue.ortvalue_from_numpy(held, device, 0))
@@ -103,11 +107,11 @@ class OrtEngine:
 
     def duplicate(self) -> OrtEngine:
         """A second session, loaded from the same file."""
-        return OrtEngine(self.path, self.provider, self.threads, tf32=self.tf32)
+        return OrtEngine(self.path, self.backend, self.threads, tf32=self.tf32)
 
     def conditions(self) -> dict[str, Any] | None:
         """The GPU's state; None on the CPU."""
-        if self.provider == CPU:
+        if self.backend.gpu is None:
             return None
         from polar_deploy.engines import nvml
 
@@ -118,13 +122,16 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     """Write `folder/NAME.layers.json`: what ran, in which type. The rest as `Runtime.build` says."""
     import onnxruntime
 
-    layers_path, provider = folder / f"{name}.layers.json", _provider(target)
-    layers = read_layers(onnx_path, provider, tf32=options.tf32)
-    wider = count_wider(onnx_path, target.precision)
-    found = require_precision(layers, target.precision, onnx_path, provider, wider)
+    layers_path, backend = folder / f"{name}.layers.json", _backend(target)
+    layers = read_layers(onnx_path, backend, tf32=options.tf32)
+    if backend.proves_types:
+        wider = count_wider(onnx_path, target.precision)
+        found = require_precision(layers, target.precision, onnx_path, backend.provider, wider)
+    else:
+        found = require_fused(layers, onnx_path, backend.provider)
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
     return {
-        "provider": provider,
+        "provider": backend.provider,
         "threads": THREADS,
         "tf32": options.tf32,
         "versions": {"onnxruntime": onnxruntime.__version__},
@@ -143,18 +150,19 @@ def kernels(target: Target) -> Kernels | None:
 
 def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OrtEngine:
     """Load the typed ONNX file that `build` looked at."""
-    return OrtEngine(artefact, _provider(target), tf32=bool(entry.get("tf32")))
+    return OrtEngine(artefact, _backend(target), tf32=bool(entry.get("tf32")))
 
 
 def require_fit(artefact: Path, target: Target, described: Any) -> None:
     """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
 
 
-def _provider(target: Target) -> str:
-    return CPU if target.backend.gpu is None else CUDA
+def _backend(target: Target) -> OnnxRuntime:
+    assert isinstance(target.backend, OnnxRuntime)
+    return target.backend
 
 
-def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[dict[str, Any]]:
+def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -> list[dict[str, Any]]:
     """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order.
 
     Each is {"name", "op", "provider", "inputs", "type"}: `inputs` the element types read, `type` the one written.
@@ -163,7 +171,7 @@ def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[
         options = _options(THREADS)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, options, provider, tf32=tf32)
+        session = _session(path, options, backend, tf32=tf32)
         name, shape, kind = _image_input(session, path)
         with _translated(path):
             session.run(None, {name: np.zeros((1, *shape), kind)})
@@ -172,14 +180,14 @@ def read_layers(path: Path, provider: str = CPU, *, tf32: bool = False) -> list[
 
 
 def require_precision(
-    layers: list[dict[str, Any]], precision: str, path: Path, provider: str = CPU, wider: int = 0
+    layers: list[dict[str, Any]], precision: str, path: Path, provider: str = ORT.provider, wider: int = 0
 ) -> dict[str, int]:
     """Count layers by the type they write; ContentError unless the layers with weights run as and where they should.
 
     In a float precision all of them have to, but for those that the graph keeps `wider` on purpose. For INT8 half:
     which ones stay wider is measured, and reported.
     """
-    computing = [layer for layer in layers if re.search("Conv|Gemm|MatMul", layer["op"])]
+    computing = [layer for layer in layers if _COMPUTING.search(layer["op"])]
     odd = [layer for layer in computing if not _runs_in(precision, layer)]
     if len(odd) == len(computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
@@ -191,6 +199,23 @@ def require_precision(
             f"target is {precision} on {provider}",
             "export the network in FP32, or choose another target",
         )
+    return dict(Counter(layer["type"] for layer in layers).most_common())
+
+
+def require_fused(layers: list[dict[str, Any]], path: Path, provider: str) -> dict[str, int]:
+    """Count layers by the type they write, where whole parts of the network are one layer of a provider's.
+
+    In which type it computes what is inside, it does not tell: what is found is what goes in and out.
+
+    Raises:
+        ContentError: a layer with weights runs elsewhere, or nothing at all in this provider.
+    """
+    stray = next((each for each in layers if _COMPUTING.search(each["op"]) and each["provider"] != provider), None)
+    if stray or not any(layer["provider"] == provider for layer in layers):
+        where = (
+            f"layer {stray['name']!r} ({stray['op']}) runs on {stray['provider']}" if stray else "nothing runs there"
+        )
+        raise ContentError(f"{path}: the target is for {provider}, but {where}", "choose another target")
     return dict(Counter(layer["type"] for layer in layers).most_common())
 
 
@@ -231,21 +256,41 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def _session(
-    path: Path, options: onnxruntime.SessionOptions, provider: str, *, tf32: bool = False
+    path: Path, options: onnxruntime.SessionOptions, backend: OnnxRuntime, *, tf32: bool = False
 ) -> onnxruntime.InferenceSession:
-    """Load a network. On a GPU what CUDA cannot run may fall to the CPU, but CUDA itself has to start."""
+    """Load a network. What the provider cannot run may fall to the CPU, but the provider itself has to start."""
     import onnxruntime
 
-    providers = [CPU] if provider == CPU else [(provider, {"use_tf32": str(int(tf32))}), CPU]
+    settings = {ORT_CUDA: {"use_tf32": str(int(tf32))}, ORT_TRT: {"trt_fp16_enable": "1"}}.get(backend, {})
+    providers = None if backend.plugin else [(backend.provider, settings), *([] if backend is ORT else [ORT.provider])]
     with _translated(path):
+        if backend.plugin:
+            _register(backend.plugin, options)
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    if provider not in session.get_providers():
+    if backend.provider not in session.get_providers():
         raise MachineError(
-            f"ONNX Runtime does not start its {provider} here: it has {', '.join(session.get_providers())}",
-            "install the onnxruntime-gpu that fits this CUDA and cuDNN; its own messages say what it lacks",
+            f"ONNX Runtime does not start its {backend.provider} here: it has {', '.join(session.get_providers())}",
+            "install the package that fits this GPU's CUDA; its own messages say what it lacks",
         )
     session.disable_fallback()  # else what fails on the GPU later runs on the CPU, without a word
     return session
+
+
+def _register(plugin: str, options: onnxruntime.SessionOptions) -> None:
+    """Ask for a provider that comes in a package of its own, on all of its devices."""
+    import onnxruntime
+
+    module = import_module(plugin)
+    name = module.get_ep_name()
+
+    def devices() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+    if not devices():
+        onnxruntime.register_execution_provider_library(name, module.get_library_path())
+    if not (found := devices()):
+        raise MachineError(f"{plugin} finds no device here", "see whether its package is the one for this CUDA")
+    options.add_provider_for_devices(found, {})
 
 
 @contextmanager
@@ -262,8 +307,8 @@ def _translated(path: Path) -> Iterator[None]:
         model = network.read(path)  # which has a better word for a file that is missing, damaged or no ONNX
         message = one_line(error)
         what = f"{path}: {network.blame(model, message)}ONNX Runtime says: {message}"
-        if "Failed to allocate memory" in message:
-            raise MachineError(what, "free some memory, or use smaller batches or images") from error
+        if is_out_of_memory(message):
+            raise OutOfMemoryError(what, "free some memory, or use smaller batches or images") from error
         raise ContentError(what, "export the network with operators that this ONNX Runtime has") from error
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError
 from polar_deploy.surgery import detached as files
 from polar_deploy.surgery.runtime import onnx_runtime
 from polar_deploy.surgery.sizes import Sizes, input_shapes, vary
@@ -59,7 +59,7 @@ def _two_runs(model: onnx.ModelProto, path: Path) -> tuple[Trial, Trial]:
     first = inputs_taken(model, run)[0]
 
     def takes(sizes: Sizes) -> Trial:
-        reasons: list[ContentError] = []
+        reasons: list[PolarDeployError] = []
         trial = try_inputs(model, run, first.attempt._replace(sizes=sizes), reasons)
         if trial is None:
             raise reasons[0]

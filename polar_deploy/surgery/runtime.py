@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, PolarDeployError
+from polar_deploy.limits import is_out_of_memory
 from polar_deploy.surgery.inputs import Value, Values
 from polar_deploy.surgery.validation import first_line
 
@@ -40,6 +41,7 @@ def onnx_runtime(path: Path) -> Run:
         MachineError: it is not installed.
         BeyondRuntimeError: it cannot run this graph.
         ContentError: it finds the graph invalid; when run, that these inputs do not fit.
+        OutOfMemoryError: it got no memory for it.
     """
     try:
         import onnxruntime as ort
@@ -55,8 +57,7 @@ def onnx_runtime(path: Path) -> Run:
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has no common class for its errors
-        kind = BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
-        raise kind(f"ONNX Runtime refuses the graph: {first_line(error)}", NOT_RUN) from error
+        raise _kind(error)(f"ONNX Runtime refuses the graph: {first_line(error)}", NOT_RUN) from error
     names = [value.name for value in session.get_outputs()]
     taken = {value.name for value in session.get_inputs()}
     is_native = not any(name in value.type for value in session.get_outputs() for name in ("bfloat16", "float8", *BITS))
@@ -69,10 +70,16 @@ def onnx_runtime(path: Path) -> Run:
             values = session.run_with_ort_values(names, {name: _to_ort(value) for name, value in given.items()})
             return dict(zip(names, map(_from_ort, values), strict=True))
         except Exception as error:
-            kind = BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
-            raise kind(f"ONNX Runtime cannot run the graph: {first_line(error)}", NOT_RUN) from error
+            raise _kind(error)(f"ONNX Runtime cannot run the graph: {first_line(error)}", NOT_RUN) from error
 
     return run
+
+
+def _kind(error: Exception) -> type[PolarDeployError]:
+    """Of an error of ONNX Runtime's: what it cannot run, has no memory for, or finds wrong."""
+    if is_out_of_memory(str(error)) or isinstance(error, MemoryError):
+        return OutOfMemoryError
+    return BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
 
 
 def reference(model: onnx.ModelProto, reason: str) -> Run:
@@ -92,6 +99,8 @@ def reference(model: onnx.ModelProto, reason: str) -> Run:
     def run(inputs: Values) -> Values:
         try:
             results = evaluator.run(names, inputs)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"onnx's reference cannot run the graph: {first_line(error)}", NOT_RUN) from error
         except Exception as error:
             raise ContentError(f"no runtime takes the graph: {reason}", NOT_RUN) from error
         return {

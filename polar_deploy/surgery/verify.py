@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, OutOfMemoryError, PolarDeployError
 from polar_deploy.surgery import inputs
 from polar_deploy.surgery.runtime import NOT_RUN, BeyondRuntimeError, onnx_runtime, reference
 from polar_deploy.surgery.sizes import input_shapes, symbols
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BATCHES = (1, 3)
 JUDGED = 4  # inputs of each batch size that decide whether a difference above the tolerance is rounding
 MOST_ATTEMPTS = 1000  # at inputs that a model takes
+MOST_OUT_OF_MEMORY = 5  # of them; each may take as long as filling the memory does
 TOLERANCE = {"FLOAT": 1e-5, "FLOAT16": 5e-3, "BFLOAT16": 4e-2, "DOUBLE": 1e-12}
 FLIPS = 1e-4  # share of integers and truth values that may differ in float64, where weights were rounded once more
 REPORT = "please report this graph as a bug of polar_deploy.surgery"
@@ -164,11 +165,16 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
     Raises:
         UndecidedError: none were found, which may be for want of the right sizes or indices.
         NotVerifiedError: none were found, and no input holds such.
+        OutOfMemoryError: none were found, and the first ones took more memory than there is.
     """
     first, *others = BATCHES
-    reasons: list[ContentError] = []
-    tried = (try_inputs(model, run, attempt, reasons) for attempt in islice(inputs.attempts(model, first), most))
-    found = next((trial for trial in tried if trial is not None), None)
+    reasons: list[PolarDeployError] = []
+    for attempt in islice(inputs.attempts(model, first), most):
+        found = try_inputs(model, run, attempt, reasons)
+        if found or sum(isinstance(reason, OutOfMemoryError) for reason in reasons) == MOST_OUT_OF_MEMORY:
+            break
+    if found is None and isinstance(reasons[0], OutOfMemoryError):  # the likeliest inputs come first
+        raise reasons[0]
     if found is None:
         kind = UndecidedError if inputs.hold_sizes(model) else NotVerifiedError
         raise kind(f"the cut cannot be verified, no inputs were found that the graph takes: {reasons[0].what}", NOT_RUN)
@@ -177,12 +183,12 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
     return [found, *(trial for attempt in more if (trial := try_inputs(model, run, attempt, reasons)) is not None)]
 
 
-def try_inputs(model: onnx.ModelProto, run: Run, attempt: Attempt, reasons: list[ContentError]) -> Trial | None:
+def try_inputs(model: onnx.ModelProto, run: Run, attempt: Attempt, reasons: list[PolarDeployError]) -> Trial | None:
     """One run; None where the model does not take these inputs, the reason is added to `reasons` then."""
     try:
         values = inputs.make(model, attempt)
         return Trial(attempt, values, run(values))
-    except ContentError as error:
+    except (ContentError, OutOfMemoryError) as error:  # with other inputs it may take less
         reasons.append(error)
         return None
 

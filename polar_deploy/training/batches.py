@@ -23,8 +23,9 @@ from torch import Tensor
 from polar_deploy.config import ResolvedSettings
 from polar_deploy.data.crops import DRAWS, resized_crop
 from polar_deploy.data.dataset import Indices, Pixels
-from polar_deploy.data.pictures import PictureCache, available_memory
+from polar_deploy.data.pictures import PictureCache
 from polar_deploy.data.threads import parallel
+from polar_deploy.limits import available_memory
 
 EVALUATION_BATCH = 500
 _AHEAD = 2  # batches that are read before they are asked for

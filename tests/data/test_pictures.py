@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polar_deploy.data import pictures
 from polar_deploy.data.decode import decode
 from polar_deploy.data.pictures import LazyImages, PictureCache
 
@@ -92,19 +91,3 @@ def test_what_is_kept_is_no_view_of_a_batch() -> None:
     cache(np.array([0, 1]))
     batch[:] = 1
     assert not any(each.any() for each in cache(np.array([0, 1])))
-
-
-@pytest.mark.parametrize(
-    ("maximum", "current", "expected"), [("1000000", "700000", 350_000), ("max", "700000", None), ("5", "700", 0)]
-)
-def test_a_containers_limit_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maximum: str, current: str, expected: int | None
-) -> None:
-    whole = pictures.available_memory()
-    assert whole > 0
-    (tmp_path / "memory.max").write_text(f"{maximum}\n")
-    (tmp_path / "memory.current").write_text(f"{current}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 650000\ninactive_file {50_000 if maximum != '5' else 0}\n")
-    monkeypatch.setattr(pictures, "_CGROUP", tmp_path)
-    given = pictures.available_memory()
-    assert given > 10**6 if expected is None else given == expected

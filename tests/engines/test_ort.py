@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from polar_deploy import engines, targets
+from polar_deploy.backends.onnx_runtime import OnnxRuntime
 from polar_deploy.config import Build
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
@@ -204,7 +207,7 @@ def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
 
 
 def layer(name: str, op: str, kind: str) -> dict[str, object]:
-    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind, "provider": ort.CPU}
+    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind, "provider": ort.ORT.provider}
 
 
 def test_layers_of_another_precision_are_an_error() -> None:
@@ -230,7 +233,51 @@ def test_layers_without_weights_prove_nothing() -> None:
 
 def test_layers_on_another_device_are_an_error() -> None:
     with pytest.raises(ContentError, match=r"'conv' \(Conv\) runs in fp16 on CPUExecutionProvider, .* on CUDAExec"):
-        ort.require_precision([layer("conv", "Conv", "fp16")], "fp16", Path("a.onnx"), ort.CUDA)
+        ort.require_precision([layer("conv", "Conv", "fp16")], "fp16", Path("a.onnx"), ort.ORT_CUDA.provider)
+
+
+def test_what_a_provider_fuses_has_to_be_all_that_computes() -> None:
+    provider = ort.ORT_TRT.provider
+    fused = layer("TRTKernel_graph_network", "TRTKernel", "fp32") | {"provider": provider}
+    beside = layer("shape", "Reshape", "fp32")
+    assert ort.require_fused([fused, beside], Path("a.onnx"), provider) == {"fp32": 2}
+    with pytest.raises(ContentError, match=r"the target is for Tensorrt.*, but layer 'conv' \(Conv\) runs on CPU"):
+        ort.require_fused([fused, layer("conv", "Conv", "fp16")], Path("a.onnx"), provider)
+    with pytest.raises(ContentError, match="but nothing runs there"):
+        ort.require_fused([beside], Path("a.onnx"), provider)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("backend", [ort.ORT_CUDA, ort.ORT_TRT])
+def test_a_provider_that_does_not_start_is_an_error(backend: OnnxRuntime, tmp_path: Path) -> None:
+    if backend.provider in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {backend.provider}")
+    with pytest.raises(MachineError, match=f"ONNX Runtime does not start its {backend.provider} here: it has CPU"):
+        ort.OrtEngine(saved(classifier(), tmp_path / "a.onnx"), backend)
+
+
+def test_a_plugin_is_registered_once_and_asked_for_on_its_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    devices: list[SimpleNamespace] = []
+    given: list[object] = []
+    module = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "libnv.so")
+
+    def register(name: str, path: str) -> None:
+        given.append((name, path))
+        devices.append(SimpleNamespace(ep_name=name))
+
+    options = SimpleNamespace(add_provider_for_devices=lambda found, settings: given.append((found, settings)))
+    monkeypatch.setitem(sys.modules, "plugin_of_a_test", module)
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [SimpleNamespace(ep_name="CPU"), *devices])
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", register)
+    for _ in range(2):
+        ort._register("plugin_of_a_test", options)
+    assert given == [("Nv", "libnv.so"), (devices, {}), (devices, {})]
+    devices.clear()
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda name, path: None)
+    with pytest.raises(MachineError, match="plugin_of_a_test finds no device here"):
+        ort._register("plugin_of_a_test", options)
 
 
 def test_int8_has_to_be_half_of_the_layers() -> None:
