@@ -20,25 +20,27 @@ from onnx import numpy_helper
 from benchmarks.devices.staircase import FOLDER
 from polar_deploy import cpu
 from polar_deploy.devices import Device
-from polar_deploy.devices.measure import onnx_runtime, onnx_runtime_int8
+from polar_deploy.devices.measure import session, session_int8
 from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
 
+Size = tuple[int, ...]
 
-def sample() -> np.ndarray:
+
+def sample(size: Size) -> np.ndarray:
     """The input of a network."""
-    return np.random.default_rng(1).normal(size=shape()).astype(np.float32)
+    return np.random.default_rng(1).normal(size=size).astype(np.float32)
 
 
-def openvino(path: Path) -> Run:
+def openvino(path: Path, size: Size) -> Run:
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(sample()))
+    request.set_input_tensor(openvino.Tensor(sample(size)))
     return request.infer
 
 
-def mnn(path: Path) -> Run:
+def mnn(path: Path, size: Size) -> Run:
     import MNN
 
     made = path.with_suffix(".mnn")
@@ -46,11 +48,14 @@ def mnn(path: Path) -> Run:
     subprocess.run([*command, "--MNNModel", str(made), "--bizCode", "x"], check=True, capture_output=True)
     interpreter = MNN.Interpreter(str(made))
     session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": "normal"})
+    interpreter.resizeTensor(interpreter.getSessionInput(session), size)  # which is [batch, …] in the file
+    interpreter.resizeSession(session)
     run: Run = lambda: interpreter.runSession(session)  # noqa: E731
     return run
 
 
-def ncnn(path: Path) -> Run:
+def ncnn(path: Path, size: Size) -> Run:
+    """Convolutions one behind the other, as in a sweep: its converter is no package."""
     import ncnn
 
     graph = onnx.load(path).graph
@@ -72,7 +77,7 @@ def ncnn(path: Path) -> Run:
     network.opt.num_threads = 1
     network.load_param(str(path.with_suffix(".param")))
     network.load_model(str(path.with_suffix(".bin")))
-    x = ncnn.Mat(sample()[0])
+    x = ncnn.Mat(sample(size)[0])
 
     def run() -> object:
         extractor = network.create_extractor()
@@ -82,18 +87,18 @@ def ncnn(path: Path) -> Run:
     return run
 
 
-def tract_(path: Path) -> Run:
+def tract_(path: Path, size: Size) -> Run:
     import tract
 
     runnable = tract.onnx().load(str(path)).into_model().into_runnable()
-    x = sample()
+    x = sample(size)
     return lambda: runnable.run([x])
 
 
-# name -> title, its package, precision, how a model is loaded
-RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path], Run]]] = {
-    "onnxruntime-x86": ("ONNX Runtime on an x86 CPU", "onnxruntime", "fp32", onnx_runtime),
-    "onnxruntime-x86-int8": ("ONNX Runtime on an x86 CPU, INT8", "onnxruntime", "int8", onnx_runtime_int8),
+# name -> title, its package, precision, how a model with an input of some size is loaded
+RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
+    "onnxruntime-x86": ("ONNX Runtime on an x86 CPU", "onnxruntime", "fp32", session),
+    "onnxruntime-x86-int8": ("ONNX Runtime on an x86 CPU, INT8", "onnxruntime", "int8", session_int8),
     "openvino-x86": ("OpenVINO on an x86 CPU", "openvino", "fp32", openvino),
     "mnn-x86": ("MNN on an x86 CPU", "mnn", "fp32", mnn),
     "ncnn-x86": ("ncnn on an x86 CPU", "ncnn", "fp32", ncnn),
@@ -111,7 +116,7 @@ def machine() -> str:
 def main(name: str, rounds: int = 75) -> None:
     """Measure and write the file."""
     title, package, precision, load = RUNTIMES[name]
-    found = {layer: sweep(load, layer, widths, rounds) for layer, widths in LAYERS.items()}
+    found = {layer: sweep(lambda path: load(path, shape()), layer, each, rounds) for layer, each in LAYERS.items()}
     source = {
         "tool": package,
         "version": version(package),

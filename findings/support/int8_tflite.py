@@ -15,12 +15,14 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 SCALE, WEIGHT_SCALE = 0.05, 0.002  # of all activations, and of all weights
 OPTIONS = {"CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "FULLY_CONNECTED": "FullyConnected"}
-OPTIONS |= {"ADD": "Add", "MUL": "Mul", "QUANTIZE": "Quantize"}
+OPTIONS |= {"ADD": "Add", "MUL": "Mul", "QUANTIZE": "Quantize", "MAX_POOL_2D": "Pool2D"}
+OPTIONS |= {"CONCATENATION": "Concatenation"}
 VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "ADD": 2, "MUL": 2, "QUANTIZE": 1}
+VERSIONS |= {"MAX_POOL_2D": 2, "CONCATENATION": 2}
 
 
 class Network:
-    """A network of one input; a method adds a layer and returns the tensor that it makes (NHWC, stride 1)."""
+    """A network of one input; a method adds a layer and returns the tensor that it makes (NHWC)."""
 
     def __init__(self, seed=0):
         self._random = np.random.default_rng(seed)
@@ -38,10 +40,29 @@ class Network:
     def floats(self, channels):
         return self._tensor([1, channels], kind="FLOAT32", scale=None)
 
-    def conv(self, x, channels, kernel=3):
+    def conv(self, x, channels, kernel=3, stride=1):
         *_, size, _, width = self._graph.tensors[x].shape
-        weight = self._weight([channels, kernel, kernel, width], channels)
-        return self._layer("CONV_2D", [x, weight, self._bias(channels)], [1, size, size, channels], **_STRIDES)
+        weight, size = self._weight([channels, kernel, kernel, width], channels), -(-size // stride)
+        settings = {**_STRIDES, "strideW": stride, "strideH": stride}
+        return self._layer("CONV_2D", [x, weight, self._bias(channels)], [1, size, size, channels], **settings)
+
+    def pool(self, x, kernel, stride):
+        """The largest of kernel x kernel pixels."""
+        *_, size, _, channels = self._graph.tensors[x].shape
+        settings = {"filterWidth": kernel, "filterHeight": kernel, "strideW": stride, "strideH": stride, "padding": 0}
+        size = -(-size // stride)
+        return self._layer("MAX_POOL_2D", [x], [1, size, size, channels], **settings)
+
+    def pad(self, x, before, after):
+        """Channels of zeros before and after those of x."""
+        *_, size, _, channels = self._graph.tensors[x].shape
+        parts = [(before, None), (channels, x), (after, None)]
+        zeros = [
+            self._tensor([1, size, size, width], np.zeros([1, size, size, width], np.int8)) if part is None else part
+            for width, part in parts
+            if width
+        ]
+        return self._layer("CONCATENATION", zeros, [1, size, size, before + channels + after], axis=3)
 
     def depthwise(self, x, kernel=3):
         shape = self._graph.tensors[x].shape

@@ -39,8 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise MachineError("onnxruntime is not installed", "install it: pip install 'polar-deploy[ort]'")
     import onnxruntime
 
-    load = onnx_runtime if arguments.precision == "fp32" else onnx_runtime_int8
-    found = {layer: sweep(load, layer, widths, arguments.rounds) for layer, widths in LAYERS.items()}
+    load = session if arguments.precision == "fp32" else session_int8
+    found = {
+        layer: sweep(lambda path: load(path, shape()), layer, widths, arguments.rounds)
+        for layer, widths in LAYERS.items()
+    }
     off = max(abs(control) for _, control in found.values())
     if off > MOST_OFF:
         raise MachineError(
@@ -62,13 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def onnx_runtime(path: Path) -> Run:
-    """An ONNX file of `sweep.model` in ONNX Runtime, on one thread."""
-    return session(path, shape())
-
-
 def session(path: Path, size: tuple[int, ...]) -> Run:
-    """Any ONNX file with one input of that size."""
+    """An ONNX file with one input of that size in ONNX Runtime, on one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -79,18 +77,19 @@ def session(path: Path, size: tuple[int, ...]) -> Run:
     return lambda: made.run(None, given)
 
 
-def onnx_runtime_int8(path: Path) -> Run:
+def session_int8(path: Path, size: tuple[int, ...]) -> Run:
     """The same with Q/DQ pairs as `ort-int8` has them."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Samples(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = [np.random.default_rng(1).normal(size=shape()).astype(np.float32)]
+            self.left = [np.random.default_rng(1).normal(size=size).astype(np.float32)]
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return {"x": self.left.pop()} if self.left else None
+            return {onnx.load(path).graph.input[0].name: self.left.pop()} if self.left else None
 
     quantised = path.with_suffix(".int8.onnx")
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize_static(str(path), str(quantised), Samples(), per_channel=True, **kinds)
-    return onnx_runtime(quantised)
+    return session(quantised, size)

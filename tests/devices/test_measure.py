@@ -48,7 +48,7 @@ def test_a_sweep_gives_the_milliseconds_of_each_width(clock: Clock) -> None:
 def test_what_is_measured_is_written(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "onnx_runtime", clock.load)
+    monkeypatch.setattr(measure, "session", lambda path, size: clock.load(path))
     monkeypatch.setattr(measure, "LAYERS", {"conv3x3": (8, 16, 32)})
     path = tmp_path / "Mine.json"
     assert main(["measure", str(path), "--rounds", "5"]) == 0
@@ -75,10 +75,12 @@ def test_a_file_needs_its_ending(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("layer", sweep.LAYERS)
-@pytest.mark.parametrize("load", [measure.onnx_runtime, measure.onnx_runtime_int8])
-def test_every_network_runs(load: Callable[[Path], Callable[[], object]], layer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [measure.session, measure.session_int8])
+def test_every_network_runs(
+    load: Callable[[Path, tuple[int, ...]], Callable[[], object]], layer: str, tmp_path: Path
+) -> None:
     onnx.checker.check_model(sweep.model(layer, 12), full_check=True)
     onnx.save(sweep.model(layer, 12), tmp_path / "model.onnx")
-    (y,) = load(tmp_path / "model.onnx")()
+    (y,) = load(tmp_path / "model.onnx", sweep.shape())()
     assert y.shape == sweep.shape()
     assert y.any()

@@ -1,0 +1,125 @@
+"""Does a device's file pay? Networks cut to the same MACs with widths chosen by it, and by MACs alone, and their speed.
+
+    python -m benchmarks.bar_device_choice [NAME ...]     # some of the runtimes and compilers; all by default
+
+The utilities of gates are random and the same for all ways of choosing: any width (MACs alone), multiples of 8, and
+what the device's file offers. Whole blocks may go as well; `kept` is the share of all utility that a way keeps. Each
+runtime, or compiler, works in an environment with its own packages, made with pip unless this one has them: it needs
+a package index, and a quiet machine for a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from benchmarks.common import ROOT, write_result
+from benchmarks.devices.compare import TOOLS
+from polar_deploy import devices, models
+from polar_deploy.export import Example
+from polar_deploy.gating.analysis import analyse
+from polar_deploy.gating.choice import Limits, choose
+from polar_deploy.surgery import detached, rounds
+
+NETWORKS = (("resnet20", 32, 10), ("resnet18", 64, 200))  # name, pixels, classes
+SEEDS = range(2)
+MACS = 0.5
+RUNTIMES = 4  # that have to be measured, at least
+BETTER = 1.15  # in the median
+
+
+def main(names: list[str]) -> int:
+    """Run the bars; 0 if all are met."""
+    asked = [name for name in names or TOOLS if TOOLS[name].device in devices.names()]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = [row for network in NETWORKS for row in write(folder, asked, *network)]
+        for tool in asked:
+            rows += compared(folder, tool)
+    gains = [row["speed_up"]["device"] / row["speed_up"]["macs"] for row in rows]
+    off = {tool: max(abs(row["control"] - 1) for row in rows if row["on"] == tool) for tool in asked}
+    worse = [row for row, gain in zip(rows, gains, strict=True) if gain < 1 - off[row["on"]]]
+    measured = [tool for tool in asked if TOOLS[tool].measured]
+    bars = {
+        f"measured on {RUNTIMES} runtimes or more": len(measured) >= RUNTIMES,
+        "estimates of vela and of rknn-toolkit2 as well": {"ethos-u55-128", "rk3588-fp16"} <= {*asked},
+        "by the device's file never slower than by MACs alone, as far as the control tells": not worse,
+        f"{BETTER} times as fast or more, in the median": statistics.median(gains) >= BETTER,
+    }
+    figures = {
+        "without_a_file": sorted({*(names or TOOLS)} - {*asked}),
+        "median": round(statistics.median(gains), 3),
+        "least": round(min(gains), 3),
+        "control_off": {tool: round(share, 4) for tool, share in off.items()},
+        "rows": rows,
+        "chosen": chosen,
+    }
+    return write_result("device-choice", bars, figures)
+
+
+def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) -> list[dict[str, Any]]:
+    """Write ONNX graphs NETWORK/full.onnx and NETWORK/WAY-SEED.onnx; return what was chosen."""
+    ways: dict[str, Any] = {"macs": (1, None), "eights": (8, None)}
+    ways |= {tool: (1, devices.choose(TOOLS[tool].device, TOOLS[tool].precision).offers) for tool in tools}
+    torch.manual_seed(0)
+    network = models.build(name, classes, pixels).eval()
+    choices = analyse(network, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
+    (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def save(path: Path, opened: np.ndarray) -> None:
+        small = rounds.operate(choices.with_masks(choices.detached, opened))[-1].model
+        onnx.save(detached.to_model(small), path)
+
+    save(folder / name / "full.onnx", np.ones(choices.gates, bool))
+    rows = []
+    for seed in SEEDS:
+        worth = np.random.default_rng(seed).gamma(1, size=choices.gates)
+        for way, (align, offers) in ways.items():
+            limits = Limits.of(choices.sites, align, 0.25, offers)
+            opened = choose(choices, limits, choices.costs, {"macs": MACS}, worth)
+            save(folder / name / f"{way}-{seed}.onnx", opened)
+            state = choices.state(opened)
+            found = {"network": name, "way": way, "seed": seed, "macs": round(choices.costs["macs"].share(state), 4)}
+            kept = round(float(worth[opened].sum() / worth.sum()), 4)
+            rows.append(found | {"kept": kept, "widths": list(state.widths), "blocks": int(sum(state.blocks))})
+            print(found, flush=True)
+    return rows
+
+
+def compared(folder: Path, tool: str) -> list[dict[str, Any]]:
+    """What a runtime, or a compiler, says of the graphs, in a process of an environment that has it."""
+    needed = TOOLS[tool]
+    python = Path(sys.executable)
+    if find_spec(needed.module) is None:
+        python = folder / "environments" / needed.module / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            subprocess.run([*pip, str(ROOT), *needed.packages], check=True)
+    rows = []
+    for network, pixels, _ in NETWORKS:
+        for seed in SEEDS:
+            paths = [folder / network / f"{way}.onnx" for way in ("full", f"macs-{seed}", f"eights-{seed}")]
+            paths.append(folder / network / f"{tool}-{seed}.onnx")
+            line = [str(python), "-m", "benchmarks.devices.compare", tool, str(pixels), *map(str, paths)]
+            done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
+            control, *speed = json.loads(done.stdout.splitlines()[-1])
+            found = dict(zip(("macs", "eights", "device"), speed, strict=True))
+            rows.append({"network": network, "seed": seed, "on": tool, "speed_up": found, "control": control})
+            print(rows[-1], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
