@@ -6,14 +6,12 @@ process: what is beyond its limit ends there, and the machine goes on.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import select
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +54,8 @@ def confined(command: Callable[[], int], name: str, limits: Limits) -> int:
     Raises:
         ContentError: the command took more than its limits, or died.
     """
+    import tempfile
+
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -83,6 +83,8 @@ def confined(command: Callable[[], int], name: str, limits: Limits) -> int:
 
 def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str) -> int:
     """What the child does."""
+    import tempfile
+
     global _scratch
     tempfile.tempdir = os.environ["TMPDIR"] = _scratch = scratch
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nobody wants gigabytes of a stranger's memory on the disk
@@ -141,6 +143,8 @@ def _clear(notes: Path) -> None:
 def die_with(parent: int) -> None:
     """Ask Linux to end this process when the one that waits for it is gone: nobody else would read its answer."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:  # it went while this process started
             os._exit(1)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from polar_deploy.targets import Target
 
 _SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
-_BACKENDS = {backend.triton: backend for backend in BACKENDS if backend.triton is not None}
+_BACKENDS = {each.triton: each for each in reversed(BACKENDS) if each.triton is not None}  # of several, the first
 _FILENAMES = {name: f"model{backend.artefact.suffix}" for name, backend in _BACKENDS.items()}
 _OURS = {"config.pbtxt", "labels.txt", "1", *(f"1/{name}" for name in _FILENAMES.values())}
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"  # a folder's name, and no path

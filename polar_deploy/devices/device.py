@@ -38,10 +38,11 @@ class _Frozen(BaseModel):
 class Source(_Frozen):
     """Where the numbers come from.
 
-    kind: what a compiler says ("estimate"), or what a clock said ("measured").
+    kind: what a compiler says ("estimate"), what a clock said ("measured"), or what follows from what the maker writes
+    of the device ("documented").
     """
 
-    kind: Literal["estimate", "measured"]
+    kind: Literal["documented", "estimate", "measured"]
     tool: Text
     version: Text
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
@@ -83,7 +84,7 @@ class Device(_Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     title: Text
     source: Source
-    unit: Literal["cycles", "ms"]
+    unit: Literal["cycles", "macs", "ms"]
     sweeps: tuple[Sweep, ...] = Field(min_length=1)
     gate_left_over: Positive | None = None
     addition: NonNegative | None = None
