@@ -1,7 +1,7 @@
 """Widths in TensorRT as NVIDIA documents them: `python -m benchmarks.devices.tensorrt`. Nothing is measured, or asked.
 
-The page is https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/data-format-desc.html: channels are packed, by
-8 in NHWC8, which FP16 and BF16 use, by 32 in CHW32, which INT8 uses, and rounded up to whole packs.
+The page is https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/data-format-desc.html: channels are packed,
+by 8 in NHWC8, which FP16 and BF16 use, by 32 in CHW32, which INT8 uses, and rounded up to whole packs.
 """
 
 from __future__ import annotations
