@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.surgery.graph import FOLDED_ANYWAY
+from polar_deploy.surgery.folding import FOLDED_ANYWAY
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:

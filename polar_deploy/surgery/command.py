@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from polar_deploy.errors import UsageError, printable
 from polar_deploy.surgery import compress_file
 
 WIDTH = 120  # characters, where the table goes into a file
@@ -16,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `polar-deploy surgery`."""
     add = parser.add_argument
     add("source", metavar="IN.onnx", type=Path, help="any ONNX model")
-    add("target", metavar="OUT.onnx", type=Path, help="the smaller model")
+    add("target", metavar="OUT.onnx", type=Path, nargs="?", help="the smaller model")
+    add("--explain", metavar="TENSOR", help="only tell what is known of a tensor's channels, and why they go or stay")
     add("--report", metavar="R.json", type=Path, help="write what was cut, and what was not and why")
     add("--no-verify", action="store_true", help="skip the proof in ONNX Runtime")
     add("--allow-unverified", action="store_true", help="write the model even where the proof cannot be made")
@@ -25,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Cut, and show what became of each layer; the exit code is 0, errors are raised."""
+    if arguments.explain is not None:
+        from polar_deploy.surgery.explain import explain_file
+
+        for line in explain_file(arguments.source, arguments.explain):
+            print(printable(line))
+        return 0
+    if arguments.target is None:
+        raise UsageError("no place for the smaller model", "give OUT.onnx, or ask about a tensor with --explain TENSOR")
     report = compress_file(
         arguments.source,
         arguments.target,

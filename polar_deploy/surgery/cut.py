@@ -11,6 +11,7 @@ import numpy as np
 from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.elementwise import keeps_shape
 from polar_deploy.surgery.ops.gates import Multiply
+from polar_deploy.surgery.standins import STANDARD
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
@@ -74,7 +75,18 @@ def trim(facts: Facts) -> list[Node]:
     for step in facts.alive:
         if not step.outputs or not all(channels.is_removed for channels in step.outputs):
             step.handler.slice(step)
+        if step.node.domain not in STANDARD:
+            _declare(facts, step)
     return facts.graph.drop_unused()
+
+
+def _declare(facts: Facts, step: Step) -> None:
+    """Says how large the results are of an operator for which onnx infers no shapes."""
+    for tensor in step.node.outputs:
+        channels = facts.of(tensor)
+        if channels is not None and not channels.kept.all():
+            for axis in channels.axes:
+                facts.graph.resize(tensor, axis, len(channels.keep(axis)))
 
 
 def _record(step: Step, factors: Floats) -> Gate:

@@ -88,14 +88,28 @@ class Elementwise(Operator):
             elif (values := step.constant(index)) is not None:
                 _check(values)
             elif not _is_broadcast(step, index, target):
-                raise Unsupported(f"the channels of {step.original[index].name} are not known")
+                self._go_whole(step, index, target, f"the channels of {step.original[index].name} are not known")
+
+    def _go_whole(self, step: Step, index: int, target: Channels, reason: str) -> None:
+        """What differs along some of several axes of channels, and stays as it is: along those, all go or none.
+
+        So heads go by which positions turn the dimensions. Raises Unsupported where it differs along all axes.
+        """
+        shape = step.graph.shape(step.original[index])
+        offset = len(_shape(step)) - len(shape or ())
+        alike = [] if shape is None else [axis < offset or shape[axis - offset] == 1 for axis in target.axes]
+        if not any(alike):
+            raise Unsupported(reason)
+        numbers = np.arange(len(target)).reshape(target.dims)
+        first = numbers[tuple(slice(None) if same else slice(1) for same in alike)]
+        step.tie(target, np.broadcast_to(first, numbers.shape).ravel(), numbers.ravel())
 
     def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
         numbers = every(len(target))
         offset = len(_shape(step)) - len(step.graph.shape(step.original[index]) or ())
         if tuple(axis + offset for axis in source.axes) != target.axes:
             if not _is_broadcast(step, index, target):
-                raise Unsupported("its inputs have their channels on different axes")
+                self._go_whole(step, index, target, "its inputs have their channels on different axes")
         elif source.dims == target.dims:
             step.link(source, target, numbers, numbers)
         elif len(source) == 1:

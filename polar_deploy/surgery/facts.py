@@ -260,7 +260,11 @@ class Facts:
 
     def of(self, tensor: Tensor) -> Channels | None:
         """Facts about `tensor`; None for constants and where no channel axis is known."""
-        return self._channels.get(tensor.name)
+        return self.named(tensor.name)
+
+    def named(self, name: str) -> Channels | None:
+        """Facts about the tensor of that name."""
+        return self._channels.get(name)
 
     def everything(self) -> list[Channels]:
         """The channels of all tensors, in topological order."""
@@ -280,11 +284,17 @@ class Facts:
         self.total += len(channels)
         return channels
 
+    def inner(self, step: Step, name: str, width: int) -> Channels:
+        """Opens the facts about something inside of a node that has channels of its own, as if it were an output."""
+        tensor = Tensor(f"{step.label}/{name}", np.broadcast_to(np.zeros(1, bool), (width,)))
+        step.made.append(tensor)
+        return self.create(step, tensor, (0,))
+
     def _open_inputs(self) -> None:
         for tensor in self.graph.inputs:
-            self._open_opaque(None, tensor, Note(tensor.name, "input", "it is a graph input"), needed=False)
+            self.open_opaque(None, tensor, Note(tensor.name, "input", "it is a graph input"), needed=False)
 
-    def _open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
+    def open_opaque(self, step: Step | None, tensor: Tensor, note: Note, *, needed: bool = True) -> None:
         """Channels of a tensor that comes from the unknown: on axis 1, and none of them goes."""
         shape = self.graph.shape(tensor)
         if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_CHANNELS:
@@ -298,13 +308,13 @@ class Facts:
             step.handler.couple(step)
             step.handler.constants(step)
         except Unsupported as reason:
-            for tensor in node.outputs:
+            for tensor in step.made:
                 self._channels.pop(tensor.name, None)
             step = Step(node, self, self._unsupported)
             step.memo = step.note(str(reason))
             for tensor in node.outputs:
                 if tensor.name:
-                    self._open_opaque(step, tensor, step.memo)
+                    self.open_opaque(step, tensor, step.memo)
         except (ValueError, IndexError, TypeError, KeyError) as error:  # numbers that do not fit together
             raise NotUnderstoodError(
                 f"node {step.label} ({node.op}) contradicts its inputs: {error}", "export the model again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from polar_deploy.surgery.detached import (
     copy_fields,
     names_in_bodies,
 )
-from polar_deploy.surgery.ir import Node, Tensor, attributes
-from polar_deploy.surgery.shape_folding import evaluate
+from polar_deploy.surgery.folding import fold
+from polar_deploy.surgery.ir import Node, Tensor, attributes, has_body
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.transposes import join_transposes
@@ -32,11 +31,8 @@ if TYPE_CHECKING:
 
     import onnx
 
-MAX_FOLDED = 1 << 24  # elements of constants that are looked at
 FLOAT = 1  # the number of an element type in ONNX
-BODIES = (5, 10)  # the numbers of attribute types that hold nodes
 UNNAMED_OPSET = 11
-FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays computed: the file would grow
 
 
 class Graph:
@@ -61,14 +57,14 @@ class Graph:
         self.original_nodes = list(self._nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self._nodes}
         self._outputs = {tensor.name for tensor in self.outputs}
-        self._bodies = {id(node): set(names_in_bodies([node.proto])) for node in self._nodes if _has_body(node.proto)}
+        self._bodies = {id(node): set(names_in_bodies([node.proto])) for node in self._nodes if has_body(node.proto)}
         self._inner = set[str]().union(*self._bodies.values())
         self._names = self._inner | self._tensors.keys()
         self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
         self._originals: dict[str, Tensor] = {}
         self._touched: dict[int, set[str]] = {}
-        self._origins: dict[str, str] = {}
-        self._fold_constants()
+        self._sizes: dict[str, dict[int, int]] = {}  # by tensor and axis, of what was cut and no inference tells
+        self._origins = fold(self)
         if self.follows_heads:
             join_transposes(self)
 
@@ -144,6 +140,10 @@ class Graph:
         node.set_input(index, Tensor(name, np.asarray(values, order="C")))
         self._edited.setdefault(name, []).append((node, index))
         self.is_changed = True
+
+    def resize(self, tensor: Tensor, axis: int, size: int) -> None:
+        """Says how long an axis of a tensor is now: of those whose shapes are declared because none can be inferred."""
+        self._sizes.setdefault(tensor.name, {})[axis] = size
 
     def drop_input(self, node: Node, index: int) -> None:
         """Takes an input away from an operator that has any number of them."""
@@ -255,6 +255,9 @@ class Graph:
         self._write_inputs(graph)
         opaque = set(not_inferred(model))
         graph.value_info.extend(value for value in source.graph.value_info if value.name in opaque)
+        for value in graph.value_info:
+            for axis, size in self._sizes.get(value.name, {}).items():
+                value.type.tensor_type.shape.dim[axis].dim_value = size
         copy_annotations(source.graph, graph)
         return replace(self._detached, model=model, arrays=arrays)
 
@@ -342,20 +345,11 @@ class Graph:
                 constant.name = name if free else _free_name(name, taken)
                 free = False
 
-    def _fold_constants(self) -> None:
-        """Turns what is computed from constants alone into constants: gates come as Cast, Not, Greater, Where …"""
-        for node in self._nodes:
-            if any(tensor.values is None and tensor.name for tensor in node.inputs):
-                continue
-            results = [tensor for tensor in node.outputs if tensor.name]
-            if results and all(self.is_private(tensor.name) for tensor in results) and self._is_foldable(node):
-                found = self._evaluate(node)
-                if found is None or any(x.size > MAX_FOLDED or x.dtype.kind in "OSU" for x in found):
-                    continue
-                self._note_origin(node)
-                for tensor, values in zip(results, found, strict=True):
-                    tensor.values = values
-                node.clear_outputs()
+    def hold(self, node: Node, values: Sequence[Array]) -> None:
+        """Makes constants of a node's results; the node then makes nothing."""
+        for tensor, each in zip([tensor for tensor in node.outputs if tensor.name], values, strict=True):
+            tensor.values = each
+        node.clear_outputs()
 
     def stand_for(self, node: Node, before: Node, after: Node, name: str, value: object) -> None:
         """Makes `node`, with another attribute, do what `before`, it and `after` did one behind the other."""
@@ -364,41 +358,6 @@ class Graph:
         after.clear_outputs()
         node.set_output(0, result)
         self.set_attribute(node, name, value)
-
-    def _note_origin(self, node: Node) -> None:
-        if node.op in REARRANGING:
-            self._origins[node.outputs[0].name] = self.origin(node.inputs[0].name)
-
-    def _is_foldable(self, node: Node) -> bool:
-        if node.domain not in STANDARD or node.op in UNFOLDED:
-            return False
-        if node.op in FLATTENING and self.opset < 13:
-            return False
-        if _has_body(node.proto):
-            return False
-        given = sum(tensor.values.size for tensor in node.inputs if tensor.values is not None)
-        shapes = [self._types.shape(tensor.name) for tensor in node.outputs if tensor.name]
-        result: int = sum(
-            math.prod(dim if isinstance(dim, int) else MAX_FOLDED + 1 for dim in ((None,) if shape is None else shape))
-            for shape in shapes
-        )
-        return given <= MAX_FOLDED and result <= max(given, FOLDED_ANYWAY)
-
-    def _evaluate(self, node: Node) -> list[Array] | None:
-        """The results of a node of constants; None where onnx's reference cannot compute them, and it stays a node."""
-        inputs = {tensor.name: np.asarray(tensor.values) for tensor in node.inputs if tensor.name}
-        if node.op == "Constant" and isinstance(held := node.attrs.get("value"), np.ndarray):
-            return [held]
-        return evaluate(node.proto, inputs, self.opset)
-
-
-REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
-
-# Weights stay quantised, and what is drawn at random is no constant.
-UNFOLDED = {"DequantizeLinear", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"}
-UNFOLDED |= {"RandomNormalLike", "RandomUniformLike", "Dropout"}
-# Before opset 13 these took several axes together, which onnx's reference does not know.
-FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -410,11 +369,6 @@ def _given(tensor: onnx.TensorProto, detached: DetachedModel) -> Array:
     """The values of an initializer."""
     values = detached.arrays.get(tensor.name)
     return array_of(tensor) if values is None else values
-
-
-def _has_body(proto: onnx.NodeProto) -> bool:
-    """Whether other nodes stand in an attribute: that of an If, Loop or Scan."""
-    return any(entry.type in BODIES for entry in proto.attribute)
 
 
 def _labels(nodes: Sequence[onnx.NodeProto]) -> list[str]:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from polar_deploy.surgery.detached import Array
 
+BODIES = (5, 10)  # the numbers of attribute types that hold nodes
+
 
 @dataclass(eq=False, slots=True)
 class Tensor:
@@ -76,6 +78,11 @@ class Node:
         self.outputs[index].inputs.remove(self)
         self.outputs[index] = tensor
         tensor.inputs.append(self)
+
+
+def has_body(proto: onnx.NodeProto) -> bool:
+    """Whether other nodes stand in an attribute: that of an If, Loop or Scan."""
+    return any(entry.type in BODIES for entry in proto.attribute)
 
 
 def attributes(proto: onnx.NodeProto) -> dict[str, Any]:

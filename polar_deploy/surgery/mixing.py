@@ -282,7 +282,7 @@ class Mixing(Operator):
         alive = np.any([channels.kept.reshape(groups, -1).any(axis=1) for channels in sides], axis=0)
         if source is None:
             alive[:] = True
-        missing = [(channels, _unbalanced(channels.kept.reshape(groups, -1), alive)) for channels in sides]
+        missing = [(channels, unbalanced(channels.kept.reshape(groups, -1), alive)) for channels in sides]
         reason = "every group keeps as many channels as the fullest one"
         return [Retained(channels, indices, reason) for channels, indices in missing if len(indices)]
 
@@ -366,7 +366,7 @@ def _rows(weight: Array, filters: Ints) -> Array:
     return taken.reshape(1, -1, inputs, taps)
 
 
-def _unbalanced(kept: Bools, alive: Bools) -> Ints:
+def unbalanced(kept: Bools, alive: Bools) -> Ints:
     """Channels to take back so that every living group keeps as many as the fullest one, and at least one."""
     size = kept.shape[1]
     counts = kept.sum(axis=1)

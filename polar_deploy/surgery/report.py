@@ -189,16 +189,19 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
         labels = labels[~asked[labels]]
         asked[labels] = True
         found.append((step.label, labels))
-    reasons = _reasons(facts, sets, asked)
-    counts = Counter((layer, reasons[label]) for layer, labels in found for label in labels.tolist())
+    why = reasons(facts, sets, asked)
+    counts = Counter((layer, why[label]) for layer, labels in found for label in labels.tolist())
     return [
         {"layer": layer, "channels": number, "node": node, "operator": operator, "reason": reason}
         for (layer, (node, operator, reason)), number in counts.items()
     ]
 
 
-def _reasons(facts: Facts, sets: Sets, asked: Bools) -> dict[int, tuple[str, str, str]]:
-    """Why sets stay: what an operator retains, then pins, then constants that cannot move, then live members."""
+def reasons(facts: Facts, sets: Sets, asked: Bools) -> dict[int, tuple[str, str, str]]:
+    """Why the sets stay that are asked for ([channels of the graph] by label), each with node, operator and reason.
+
+    What an operator retains comes first, then pins, then constants that cannot move, then live members.
+    """
     best: dict[int, tuple[int, tuple[str, str, str]]] = {}
     if not asked.any():
         return {}

@@ -31,7 +31,9 @@ AXIS = {  # where operators want the channels
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "LRN"), 1),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization"), 1),
 }
-PASSING = ("Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout")
+PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout"}
+PASSING |= {"Add", "Neg", "Concat", "Unsqueeze", "Expand", "RotaryEmbedding", "RMSNormalization"}  # of rotated heads
+PRODUCTS = ("MatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 MOST_STEPS = 30  # tensors that are looked at behind a reshape
 ALONG_ONE = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")  # parameters lie along axis 1
 
@@ -86,6 +88,26 @@ def apart(before: Shape, after: Shape, axes: tuple[int, ...]) -> Places | None:
         return None
     every = np.arange(math.prod(dims))
     return Places(tuple(outside), every, every, split=True) if len(every) == before[axes[0]] else None
+
+
+def each(before: Shape, after: Shape, axes: tuple[int, ...]) -> Places | None:
+    """Several axes of channels that go their own ways, each to one axis; None where one of them does not.
+
+    Heads of keys that were repeated for several heads of queries come out as so many heads.
+    """
+    places, order = np.zeros(1, np.int64), list[int]()
+    for axis in axes:
+        inside, outside = next(group for group in groups(before, after) if axis in group[0])
+        sizes = [dim for i in inside if isinstance(dim := before[i], int)]
+        wide = [i for i in outside if after[i] != 1]
+        fixed = len(sizes) == len(inside) and all(isinstance(after[i], int) for i in outside)
+        if not fixed or not outside or len(wide) > 1 or len({*inside} & {*axes}) > 1:
+            return None
+        size = sizes[axis - inside.start]
+        numbers = np.arange(size).reshape([size if i == axis else 1 for i in inside])
+        places = (places[:, None] * size + np.broadcast_to(numbers, sizes).ravel()).ravel()
+        order.append(wide[0] if wide else outside[0])
+    return Places(tuple(order), places, np.arange(len(places))) if order == sorted({*order}) else None
 
 
 def varies(spread: Array) -> list[int]:
@@ -218,12 +240,18 @@ def feeds_heads(graph: Graph, tensor: Tensor) -> bool:
     while pending and seen < MOST_STEPS:
         seen += 1
         for reader in (tensor := pending.pop()).outputs:
-            if reader.op == "MatMul":
-                if not any(graph.is_constant(factor) for factor in reader.inputs):
+            if reader.op in PRODUCTS:
+                if not any(graph.is_constant(factor) for factor in reader.inputs[:2]):
                     return True
-            elif reader.op in PASSING and reader.outputs:
+            elif reader.outputs and (reader.op in PASSING or _joins_repeated(reader)):
                 pending += reader.outputs
     return False
+
+
+def _joins_repeated(reader: Node) -> bool:
+    """Whether a Reshape makes one axis of heads of what was repeated for several of them."""
+    makers = reader.inputs[0].inputs
+    return reader.op == "Reshape" and bool(makers) and makers[0].op == "Expand"
 
 
 def _moved(graph: Graph, reader: Node, marks: list[int]) -> tuple[list[int], list[set[int]]] | None:

@@ -1,4 +1,7 @@
-"""The table of operators: every module of this folder lists its handlers in `HANDLERS`, by ONNX operator type."""
+"""The table of operators: every module of this folder lists its handlers by ONNX operator type.
+
+Those of standard operators stand in `HANDLERS`, those of the domain com.microsoft in `MICROSOFT`.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,20 @@ NEWEST_OPSET = 28  # whose definitions the handlers follow; what an operator mea
 @cache
 def table() -> dict[str, Operator]:
     """All handlers, by operator type of the standard ONNX domain."""
-    handlers: dict[str, Operator] = {}
-    for module in pkgutil.iter_modules(__path__):
-        handlers.update(importlib.import_module(f"{__name__}.{module.name}").HANDLERS)
-    return handlers
+    return _listed("HANDLERS")
 
 
 @cache
 def contributed() -> dict[str, Operator]:
     """All handlers, by operator type of the domain com.microsoft."""
-    return importlib.import_module(f"{__name__}.microsoft").MICROSOFT  # type: ignore[no-any-return]
+    return _listed("MICROSOFT")
+
+
+def _listed(name: str) -> dict[str, Operator]:
+    handlers: dict[str, Operator] = {}
+    for module in pkgutil.iter_modules(__path__):
+        handlers.update(getattr(importlib.import_module(f"{__name__}.{module.name}"), name, {}))
+    return handlers
 
 
 def handler(node: Node, opset: int) -> Operator:

@@ -28,7 +28,7 @@ class QLinearConv(Conv):
     bias_input = 8
 
     def kernels(self, step: Step) -> Weight:
-        return _weight(step, 3, scale=4, zero=5, axis=0)
+        return stored_weight(step, 3, scale=4, zero=5, axis=0)
 
     def bias_type(self, step: Step) -> np.dtype[Any]:
         return np.dtype(np.int32)
@@ -37,7 +37,7 @@ class QLinearConv(Conv):
         return value - _of_input(step, 1, 2).offset
 
     def result(self, step: Step, sums: Floats) -> tuple[Floats, Bools]:
-        return _rounded(step, sums)
+        return rounded(step, sums)
 
 
 class ConvInteger(Conv):
@@ -46,7 +46,7 @@ class ConvInteger(Conv):
     bias_input = None
 
     def kernels(self, step: Step) -> Weight:
-        return _weight(step, 1, scale=None, zero=3, axis=0)
+        return stored_weight(step, 1, scale=None, zero=3, axis=0)
 
     def contribution(self, step: Step, value: Floats) -> Floats:
         return value - _offset(step)
@@ -59,7 +59,7 @@ class MatMulInteger(MatMul):
     across = False
 
     def matrix(self, step: Step) -> Weight:
-        return _weight(step, 1, scale=None, zero=3, axis=-1)
+        return stored_weight(step, 1, scale=None, zero=3, axis=-1)
 
     def contribution(self, step: Step, value: Floats) -> Floats:
         return value - _offset(step)
@@ -71,7 +71,7 @@ class QLinearMatMul(MatMulInteger):
     factors = (0, 3)
 
     def matrix(self, step: Step) -> Weight:
-        return _weight(step, 3, scale=4, zero=5, axis=-1)
+        return stored_weight(step, 3, scale=4, zero=5, axis=-1)
 
     def adder(self, step: Step) -> tuple[Node, int, Array] | None:
         return None
@@ -80,10 +80,10 @@ class QLinearMatMul(MatMulInteger):
         return value - _of_input(step, 1, 2).offset
 
     def result(self, step: Step, sums: Floats) -> tuple[Floats, Bools]:
-        return _rounded(step, sums)
+        return rounded(step, sums)
 
 
-def _weight(step: Step, index: int, scale: int | None, zero: int, axis: int) -> Weight:
+def stored_weight(step: Step, index: int, scale: int | None, zero: int, axis: int) -> Weight:
     """A weight whose scale and zero point are inputs of the layer itself; sums are in units of the scale."""
     values = step.parameter(index, "weight")
     found = scheme(step.graph, step.node, scale, zero, axis, values.dtype)
@@ -107,10 +107,10 @@ def _offset(step: Step) -> Floats:
     return _of_input(step, None, 2).offset
 
 
-def _rounded(step: Step, sums: Floats) -> tuple[Floats, Bools]:
-    """Sums as integers of the result."""
-    after = _of_input(step, 6, 7)
-    units = [step.parameter(index, "scale").astype(np.float64).ravel() for index in (1, 4)]
+def rounded(step: Step, sums: Floats, *, factors: tuple[int, int] = (1, 4), result: int = 6) -> tuple[Floats, Bools]:
+    """Sums, in units of the scales at the inputs `factors`, as integers with the scale at `result`."""
+    after = _of_input(step, result, result + 1)
+    units = [step.parameter(index, "scale").astype(np.float64).ravel() for index in factors]
     return quantize(sums * units[0] * units[1], after.scale, after.zero, doubt(np.dtype(np.float32)))
 
 

@@ -23,11 +23,13 @@ LEFT, RIGHT = 0, 1
 class Gemm(Mixing):
     """`alpha * x @ weight + beta * bias`, weight: [outputs, inputs] with transB, else [inputs, outputs]."""
 
+    bias_at = 2
+
     def read(self, step: Step) -> MixingWeights:
         attrs = step.node.attrs
         if attrs.get("transA", 0):
             raise Unsupported("its input is transposed")
-        matrix, bias = self._matrix(step), self._bias(step)
+        matrix, bias = self.matrix(step), self._bias(step)
         zero, scale = per_filter(matrix, 1)
         rows = matrix.values if attrs.get("transB", 0) else matrix.values.T
         plain = bias is None or bias.plain
@@ -47,20 +49,21 @@ class Gemm(Mixing):
         )
 
     def write(self, step: Step, trim: Trim) -> None:
-        matrix, bias = self._matrix(step), self._bias(step)
+        matrix, bias = self.matrix(step), self._bias(step)
         values = None if trim.weight is None else trim.weight[0, :, :, 0]
         if values is not None and not step.node.attrs.get("transB", 0):
             values = values.T
         matrix.write(step.graph, values, trim.kept)
-        write_bias(step, 2, bias, trim, self.bias_type(step))
+        write_bias(step, self.bias_at, bias, trim, self.bias_type(step))
         if trim.bias is not None and (bias is None or bias.plain) and step.node.attrs.get("beta", 1.0) != 1:
             step.graph.set_attribute(step.node, "beta", 1.0)  # the new bias has taken it up
 
-    def _matrix(self, step: Step) -> Weight:
+    def matrix(self, step: Step) -> Weight:
+        """The weight as stored."""
         return weight(step, 1, "weight", axis=0 if step.node.attrs.get("transB", 0) else 1)
 
     def _bias(self, step: Step) -> Weight | None:
-        bias = weight(step, 2, "bias", axis=-1) if step.has(2) else None
+        bias = weight(step, self.bias_at, "bias", axis=-1) if step.has(self.bias_at) else None
         if bias is not None and bias.values.size not in (1, *bias.values.shape[-1:]):
             raise Unsupported("its bias differs from row to row")
         if bias is not None and bias.values.size == 1 and not bias.plain:

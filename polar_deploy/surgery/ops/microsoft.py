@@ -134,7 +134,6 @@ def _quick_gelu(x: Floats, attrs: dict[str, Any]) -> Floats:
     return swish(x, {"alpha": attrs.get("alpha", 1.702)})
 
 
-HANDLERS: dict[str, Operator] = {}
 MICROSOFT: dict[str, Operator] = {
     "FusedConv": FusedConv(),
     "FusedGemm": FusedGemm(),

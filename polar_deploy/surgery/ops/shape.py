@@ -49,6 +49,8 @@ class Regroup(Moving):
             return reshape_channels.cut_axis(step.graph, result, _origins(step.facts, source)[spread], among)
 
         places = reshape_channels.apart(before, after, source.axes) if heads else None
+        if places is None and len(source.axes) > 1:
+            places = reshape_channels.each(before, after, source.axes)
         if places is None:
             places, heads = reshape_channels.follow(before, after, source.axes, choose), False
         target = step.create(places.axes)

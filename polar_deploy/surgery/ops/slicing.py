@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.dtype_limits import all_of
+from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.shape_origin import Size, trace, whole_numbers, write_numbers
 
@@ -279,29 +280,47 @@ class Pad(Operator):
 
 
 class Concat(Operator):
-    """Concat along the channels (each input brings its own) or along another axis (channels must agree)."""
+    """Concat along the channels (each input brings its own) or along another axis (channels must agree).
+
+    Its memo: for each part, the numbers of the output's channels that it brings; None: all of them.
+    """
+
+    first, stride = 0, 1  # where the parts stand among the inputs
+
+    def parts(self, step: Step) -> range:
+        """The inputs that are joined."""
+        return range(self.first, len(step.original), self.stride)
+
+    def convert(self, step: Step, index: int, values: Array) -> Array:
+        """What becomes of constants of part `index`."""
+        return values
 
     def couple(self, step: Step) -> None:
         shape = step.graph.shape(step.made[0])
         if shape is None:
             raise Unsupported("its shape is not known")
-        axis = step.node.attrs["axis"] % len(shape)
-        found = {channels.axes for channels in step.inputs if channels is not None}
+        axis = self._axis(step)
+        parts = self.parts(step)
+        found = {channels.axes for index in parts if (channels := step.inputs[index]) is not None}
         if len(found) != 1:
             raise Unsupported("its inputs have their channels on different axes")
         axes = found.pop()
-        step.memo = along = axes == (axis,)
-        if not along and axis in axes:
-            raise Unsupported("its channels lie on several axes")
         target = step.create(axes)
-        at = 0
-        for index, source in enumerate(step.inputs):
-            size = len(target) if not along else self._size(step, index, axis)
-            if source is not None:
-                step.link(source, target, np.arange(size), at + np.arange(size))
+        step.memo = [None] * len(parts) if axis not in axes else self._parts(step, target, axis)
+        for index, part in zip(parts, step.memo, strict=True):
+            if (source := step.inputs[index]) is not None:
+                numbers = every(len(target)) if part is None else part
+                step.link(source, target, every(len(numbers)), numbers)
             elif step.constant(index) is None:
                 raise Unsupported(f"the channels of {step.original[index].name} are not known")
-            at += size if along else 0
+
+    def _axis(self, step: Step) -> int:
+        axis: int = step.node.attrs["axis"] % len(step.graph.shape(step.made[0]) or ())
+        return axis
+
+    def _parts(self, step: Step, target: Channels, axis: int) -> list[Ints]:
+        ends = np.cumsum([self._size(step, index, axis) for index in self.parts(step)])
+        return [along(target, axis, part) for part in np.split(np.arange(ends[-1]), ends[:-1])]
 
     def _size(self, step: Step, index: int, axis: int) -> int:
         shape = step.graph.shape(step.original[index])
@@ -313,43 +332,40 @@ class Concat(Operator):
     def constants(self, step: Step) -> None:
         """A part that the model holds counts like one that is computed; joined otherwise, all parts have to agree."""
         target = step.output
-        at = 0
         target.constant[:] = target.nonnegative[:] = True
-        for index, source in enumerate(step.inputs):
-            if source is not None:
+        for index, numbers in zip(self.parts(step), step.memo, strict=True):
+            if (source := step.inputs[index]) is not None:
                 constant, value, nonnegative = source.constant, source.value, source.nonnegative
             else:
                 constant, value, nonnegative = by_channel(step.parameter(index, "part"), target.axes)
-            part = slice(at, at + len(value)) if step.memo else slice(None)
-            if step.memo or index == 0:
+            value, part = self.convert(step, index, value), slice(None) if numbers is None else numbers
+            if numbers is not None or index == self.first:
                 target.value[part] = value
             target.constant[part] &= constant & (target.value[part] == value)
             target.nonnegative[part] &= nonnegative
-            at += len(value)
 
     def retain(self, step: Step) -> list[Retained]:
         """An input that has gone is left out."""
         return []
 
     def slice(self, step: Step) -> None:
-        target, node = step.output, step.node
-        axis = target.axes[0]
-        at = 0
-        removed: list[int] = []
-        for index, source in enumerate(step.inputs):
-            size = len(target) if not step.memo else self._size(step, index, axis)
-            kept = target.kept[at : at + size]
-            at += size if step.memo else 0
-            if step.memo and not kept.any():
+        target, node, axis = step.output, step.node, self._axis(step)
+        removed, first = list[int](), 0
+        for index, numbers in zip(self.parts(step), step.memo, strict=True):
+            if numbers is not None and not target.kept[numbers].any():
                 removed.append(index)
-            elif source is None and not kept.all():
+            elif step.inputs[index] is None and not all_of(target.kept):
                 values = step.parameter(index, "part")
                 for each in target.axes:
-                    own = np.flatnonzero(kept) if step.memo else target.keep(each)
-                    values = values.take(own, axis=each)
+                    left = target.keep(each)
+                    if each == axis:
+                        left = left[(left >= first) & (left < first + values.shape[axis])] - first
+                    values = values.take(left, axis=each)
                 step.graph.set_constant(node, index, values)
+            first += 0 if numbers is None else self._size(step, index, axis)
         for index in reversed(removed):
-            step.graph.drop_input(node, index)
+            for each in reversed(range(index, index + self.stride)):
+                step.graph.drop_input(node, each)
         if len(node.inputs) == 1:
             step.graph.bypass(node)
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 
 REASONS = {
-    "attention heads are not followed": ("Attention", "LinearAttention"),
-    "it turns channels by their position": ("RotaryEmbedding",),
+    "its heads are not followed": ("LinearAttention",),
     "its state is carried from call to call": ("CausalConvWithState", "TensorScatter"),
     "its body is not followed": ("If", "Loop", "Scan", "SequenceMap"),
     "it mixes all numbers along an axis": ("DFT", "Det", "STFT"),

@@ -20,8 +20,9 @@ ENTRIES = {
 
 # Where rounding can flip a result: a difference counts when it shows at other batch sizes too.
 STEPS = {"ArgMax", "ArgMin", "Bernoulli", "Cast", "Ceil", "DynamicQuantizeLinear", "Equal", "Floor", "Hardmax", "Mod",
-         "Multinomial", "NonZero", "QLinearConv", "QLinearMatMul", "QuantizeLinear", "Round", "Shrink", "Sign",
-         "ThresholdedRelu"}  # fmt: skip
+         "Multinomial", "NonZero", "QGemm", "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearConv",
+         "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul", "QLinearSigmoid", "QuantizeLinear", "Round", "Shrink",
+         "Sign", "ThresholdedRelu"}  # fmt: skip
 
 # Operators that no random graph holds, and why.
 ABSENT = {

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from tests.surgery.entries.entry import Entry
+from polar_deploy.surgery.standins import MICROSOFT
+from tests.surgery.entries.entry import Add, Entry
+from tests.surgery.graphs import Array
 from tests.surgery.random_graphs import RandomGraph
 
 
@@ -84,6 +86,52 @@ def _dynamic(g: RandomGraph, x: str) -> str:
     return g.op("DequantizeLinear", *g.ops("DynamicQuantizeLinear", x, widths=[None] * 3))
 
 
+def _arithmetic(operator: str) -> Add:
+    """Of an image and another one, or of a mask that was quantised."""
+
+    def add(g: RandomGraph, x: str) -> str:
+        if g.chance(5):
+            mask = np.full((1, g.width[x], 1, 1), 130, np.uint8)
+            mask[:, g.closed(g.width[x])] = 128
+            other: list[str | Array] = [mask, np.float32(0.5), np.uint8(128)]
+        else:
+            other = [y := _quantized(g, g.partner(x), signed=False), *g.scales[y]]
+        x = _quantized(g, x, signed=False)
+        out = [np.float32(0.0625), np.uint8(128)]
+        return g.op("DequantizeLinear", g.op(operator, x, *g.scales[x], *other, *out, domain=MICROSOFT), *out)
+
+    return add
+
+
+def _pointwise(operator: str, **attributes: Any) -> Add:
+    def add(g: RandomGraph, x: str) -> str:
+        x = _quantized(g, x, signed=False)
+        out = [np.float32(0.03125), np.uint8(128)]
+        return g.op("DequantizeLinear", g.op(operator, x, *g.scales[x], *out, domain=MICROSOFT, **attributes), *out)
+
+    return add
+
+
+def _qlinear_concat(g: RandomGraph, x: str) -> str:
+    out = [np.float32(0.0625), np.uint8(128)]
+    parts = [_quantized(g, part, signed=False) for part in (x, g.partner(x))]
+    given = [tensor for part in parts for tensor in (part, *g.scales[part])]
+    width = sum(g.width[part] for part in parts)
+    return g.op("DequantizeLinear", g.op("QLinearConcat", *out, *given, axis=1, width=width, domain=MICROSOFT), *out)
+
+
+def _qgemm(g: RandomGraph, x: str) -> str:
+    """Of the means of an image, which are added to it again."""
+    width, out = g.width[x], [np.float32(0.0625), np.uint8(128)]
+    means = g.op("Flatten", g.op("GlobalAveragePool", x))
+    y = _quantized(g, means, signed=False)
+    numbers = g.random.integers(-127, 128, (width, width)).astype(np.int8)
+    bias = g.random.integers(-500, 500, width).astype(np.int32)
+    weight = [numbers, np.float32(1 / 64), np.int8(0), bias]
+    z = g.op("QGemm", y, *g.scales[y], *weight, *out, transB=1, domain=MICROSOFT)
+    return g.op("Add", x, g.as_image(g.op("DequantizeLinear", z, *out), width))
+
+
 LAST = 27  # opset: ONNX Runtime has no QuantizeLinear and DequantizeLinear of 28 yet
 ENTRIES: dict[str, Entry] = {
     "QuantizeLinear": Entry(_quantize, 10, LAST),
@@ -93,4 +141,13 @@ ENTRIES: dict[str, Entry] = {
     "ConvInteger": Entry(_conv_integer, 10, LAST),
     "MatMulInteger": Entry(_matmul_integer, 10, LAST, fixed=True),
     "DynamicQuantizeLinear": Entry(_dynamic, 11, LAST),
+    "QLinearAdd": Entry(_arithmetic("QLinearAdd"), 10, LAST, fixed=True),
+    "QLinearMul": Entry(_arithmetic("QLinearMul"), 10, LAST, fixed=True),
+    "QLinearConcat": Entry(_qlinear_concat, 10, LAST, fixed=True),
+    "QLinearSigmoid": Entry(_pointwise("QLinearSigmoid"), 10, LAST, fixed=True),
+    "QLinearLeakyRelu": Entry(_pointwise("QLinearLeakyRelu", alpha=0.25), 10, LAST, fixed=True),
+    "QLinearAveragePool": Entry(
+        _pointwise("QLinearAveragePool", kernel_shape=[3, 3], pads=[1] * 4), 10, LAST, fixed=True
+    ),
+    "QGemm": Entry(_qgemm, 10, LAST, fixed=True),
 }

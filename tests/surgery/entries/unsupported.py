@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
+from polar_deploy.surgery.standins import MICROSOFT
 from tests.surgery.entries.entry import Add, Entry, inside, small
 from tests.surgery.random_graphs import RandomGraph
 
@@ -17,19 +18,92 @@ def recurrent(operator: str, gates: int) -> Add:
     def add(g: RandomGraph, x: str) -> str:
         width, space, hidden = g.width[x], g.space[x], 3
         steps = g.op("Transpose", g.tokens(x), perm=[1, 0, 2])
-        weights = (g.normal(1, gates * hidden, width) * np.float32(0.3), g.normal(1, gates * hidden, hidden))
-        y = g.op(operator, steps, *weights, hidden_size=hidden)
+        weight, recurrence = g.normal(1, gates, hidden, width) * np.float32(0.3), g.normal(1, gates, hidden, hidden)
+        closed = g.chance(5)
+        if closed:  # unit 0 is not read, at the next step
+            recurrence[:, :, 1:, 0] = 0
+        if g.chance(2):  # unit 1 stays zero
+            weight[:, :, 1] = recurrence[:, :, 1] = 0
+        flat = (np.reshape(values, (1, gates * hidden, -1)) for values in (weight, recurrence))
+        y = g.op(operator, steps, *flat, hidden_size=hidden)
         y = g.op("Transpose", g.axes("Squeeze", y, [1], 13), perm=[1, 0, 2])
+        if closed:
+            y = g.op("Mul", y, np.array([0, 1, 1], np.float32))
         return g.untokens(y, hidden, space)
 
     return add
 
 
+def _halves(g: RandomGraph, x: str, width: int) -> str:
+    """A product of which, now and then, every second channel is zero."""
+    weight = g.matrix(g.width[x], width)
+    if g.chance(2):
+        weight[:, ::2] = 0
+    return g.op("MatMul", g.tokens(x), weight)
+
+
 def _attention(g: RandomGraph, x: str) -> str:
-    width, space = g.width[x], g.space[x]
-    tokens = g.tokens(x)
-    query, key, value = (g.op("MatMul", tokens, g.matrix(width, 4)) for _ in range(3))
-    return g.untokens(g.op("Attention", query, key, value, q_num_heads=2, kv_num_heads=2), 4, space)
+    """Heads of two dimensions each, some of them with keys and values for two; now and then one is closed."""
+    space, heads, groups = g.space[x], g.pick((1, 2)), g.pick((1, 2))
+    few, many = 2 * heads, 2 * heads * groups
+    query, key, value = (_halves(g, x, width) for width in (many, few, few))
+    y = g.op("Attention", query, key, value, q_num_heads=heads * groups, kv_num_heads=heads)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array([0, 0, *[1] * (many - 2)], np.float32))
+    return g.untokens(y, many, space)
+
+
+def _multi_head(g: RandomGraph, x: str) -> str:
+    """The same of com.microsoft, with a bias for all three."""
+    space, heads = g.space[x], g.pick((1, 2))
+    width = 2 * heads
+    three = [_halves(g, x, width) for _ in range(3)]
+    bias = g.normal(3 * width)
+    if g.chance(5):
+        bias[: 2 * width : 2] = 0
+    y = g.op("MultiHeadAttention", *three, bias, num_heads=heads, domain=MICROSOFT)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array([0, 0, *[1] * (width - 2)], np.float32))
+    return g.untokens(y, width, space)
+
+
+def _grouped(g: RandomGraph, x: str) -> str:
+    """Two heads of eight dimensions for one of keys and values, of com.microsoft."""
+    space = g.space[x]
+    query, key, value = (_halves(g, x, width) for width in (16, 8, 8))
+    length = space[0] * space[1]
+    batch = g.op("Gather", g.op("Shape", x), np.array([0]), axis=0)
+    lengths = g.op("Expand", np.array([length - 1], np.int32), batch)
+    given = [query, key, value, "", "", lengths, np.array(length, np.int32)]
+    y, *_ = g.ops("GroupQueryAttention", *given, widths=[16, 1, 1], num_heads=2, kv_num_heads=1, domain=MICROSOFT)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array([0] * 8 + [1] * 8, np.float32))
+    return g.untokens(y, 16, space)
+
+
+def _projected(g: RandomGraph, x: str) -> str:
+    """Attention of com.microsoft, which multiplies by its weights itself."""
+    space, width, heads = g.space[x], g.width[x], g.pick((1, 2))
+    weight, bias = g.matrix(width, 6 * heads), g.normal(6 * heads)
+    if g.chance(3):
+        weight[:, ::2] = bias[::2] = 0
+    y = g.op("Attention", g.tokens(x), weight, bias, num_heads=heads, domain=MICROSOFT)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array([0, 0, *[1] * (2 * heads - 2)], np.float32))
+    return g.untokens(y, 2 * heads, space)
+
+
+def _rotated(g: RandomGraph, x: str) -> str:
+    """Two heads of two dimensions, turned by where they lie in the image."""
+    space, tokens = g.space[x], _halves(g, x, 4)
+    angles = g.normal(space[0] * space[1], 1)
+    batch = g.op("Gather", g.op("Shape", x), np.array([0]), axis=0)
+    shape = g.op("Concat", batch, np.array([1, 1]), axis=0)
+    tables = (g.op("Expand", table(angles)[None].astype(np.float32), shape) for table in (np.cos, np.sin))
+    y = g.op("RotaryEmbedding", tokens, *tables, num_heads=2)
+    if g.chance(5):
+        y = g.op("Mul", y, np.array([0, 0, 1, 1], np.float32))
+    return g.untokens(y, 4, space)
 
 
 def heads(g: RandomGraph, x: str) -> str:
@@ -225,7 +299,11 @@ def _has_element(g: RandomGraph, x: str) -> str:
 ENTRIES: dict[str, Entry] = {
     **{name: Entry(recurrent(name, gates), fixed=True) for name, gates in (("RNN", 1), ("GRU", 3), ("LSTM", 4))},
     "Attention": Entry(_attention, 23, fixed=True),
+    "Attention projected": Entry(_projected, fixed=True),
+    "MultiHeadAttention": Entry(_multi_head, fixed=True),
+    "GroupQueryAttention": Entry(_grouped, fixed=True),
     "RotaryEmbedding": Entry(_rotary, 23, fixed=True),
+    "RotaryEmbedding heads": Entry(_rotated, 23, fixed=True),
     "MatMul heads": Entry(heads, 13, fixed=True),
     "Einsum": Entry(_einsum, 12),
     "If": Entry(_if),

@@ -1,0 +1,91 @@
+"""Attention and RotaryEmbedding of ONNX: see `polar_deploy.surgery.attention`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polar_deploy.surgery.attention import Attention, Layer, cut_mask, mask_channels
+from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.ops.slicing import rank_of
+
+if TYPE_CHECKING:
+    from polar_deploy.surgery.detached import Array
+    from polar_deploy.surgery.facts import Bools, Step
+
+MASK, PAST_KEY = 3, 4
+HEAD_AXIS = -3  # of a mask: [batch, heads, queries, keys]
+
+
+class StandardAttention(Layer):
+    """Attention, on [batch, heads, tokens, dimensions] or on [batch, tokens, channels]."""
+
+    def read(self, step: Step) -> Attention:
+        rank, attrs = rank_of(step), step.node.attrs
+        axes = (1, 3) if rank == 4 else (2,)
+        queries, keys, values = (step.require(index) for index in range(3))
+        if any(channels.axes != axes for channels in (queries, keys, values)):
+            raise Unsupported("the channels of its inputs are not those of heads")
+        heads = keys.dims[0] if rank == 4 else attrs["kv_num_heads"]
+        count = queries.dims[0] if rank == 4 else attrs["q_num_heads"]
+        if heads < 1 or count % heads:
+            raise ValueError(f"{count} heads of queries for {heads} of keys")
+        layer = Attention(queries, keys, values, heads, count // heads, cached=step.has(PAST_KEY))
+        layer.mask = mask_channels(step, MASK, HEAD_AXIS, count)
+        return layer
+
+    def resize(self, step: Step, heads: int, groups: int) -> None:
+        for name, count in (("q_num_heads", heads * groups), ("kv_num_heads", heads)):
+            if name in step.node.attrs:
+                step.graph.set_attribute(step.node, name, count)
+
+    def cut_heads(self, step: Step, heads: Array) -> None:
+        cut_mask(step, MASK, HEAD_AXIS, heads)
+
+
+class Rotary(Operator):
+    """RotaryEmbedding turns pairs of dimensions of each head: heads go as a whole. Its memo: how many there are."""
+
+    def couple(self, step: Step) -> None:
+        source, rank = step.require(), rank_of(step)
+        if source.axes != ((1, 3) if rank == 4 else (2,)):
+            raise Unsupported("the channels of its input are not those of heads")
+        step.memo = source.dims[0] if rank == 4 else self.heads(step)
+        target = step.carry()
+        numbers = np.arange(len(target)).reshape(step.memo, -1)
+        step.tie(target, np.broadcast_to(numbers[:, :1], numbers[:, 1:].shape).ravel(), numbers[:, 1:].ravel())
+
+    def heads(self, step: Step) -> int:
+        """How many heads lie on the one axis of the channels."""
+        count: int = step.node.attrs.get("num_heads", 0)
+        if count < 1:
+            raise Unsupported("it is not told how many heads there are")
+        return count
+
+    def constants(self, step: Step) -> None:
+        source, target = step.require(), step.output
+        zero = (source.constant & (source.value == 0)).reshape(step.memo, -1).all(axis=1)
+        target.constant = np.repeat(zero, len(target) // step.memo)
+        target.nonnegative = target.constant.copy()
+
+    def need(self, step: Step) -> None:
+        source = step.require()
+        heads: Bools = np.any(step.output.needed.reshape(step.memo, -1), axis=1)
+        source.needed |= self.spread(step, heads)
+        for other in step.inputs[1:]:
+            if other is not None:
+                other.pin(step.note("it is read as a whole"))
+
+    def spread(self, step: Step, heads: Bools) -> Bools:
+        """[channels] those of the given heads."""
+        return np.repeat(heads, len(step.output) // len(heads))
+
+    def slice(self, step: Step) -> None:
+        kept = int(step.output.kept.reshape(step.memo, -1).any(axis=1).sum())
+        if kept != step.memo and step.node.attrs.get("num_heads", 0):
+            step.graph.set_attribute(step.node, "num_heads", kept)
+
+
+HANDLERS: dict[str, Operator] = {"Attention": StandardAttention(), "RotaryEmbedding": Rotary()}
