@@ -40,7 +40,6 @@ class Group:
 Node: TypeAlias = "Command | Group"
 
 _DOCTOR = Command("polar_deploy.engines.doctor", "what this machine can build and run, and what the rest takes")
-_GATES = Command("polar_deploy.report.gates", "draw which gates of a run stayed open")
 
 COMMANDS = Group(
     "Turn a CNN into a smaller, faster engine while it trains, prove that it is still as good, and hand it over.",
@@ -77,12 +76,14 @@ COMMANDS = Group(
                 "schema": Command("polar_deploy.bundle.schema", "print the JSON Schema of manifest.json"),
             },
         ),
-        "gates": _GATES,
+        "gates": Group(
+            "the gates of a run",
+            {"show": Command("polar_deploy.report.gates", "draw which gates stayed open, place by place")},
+        ),
         "report": Group(
             "the reports of runs",
             {
                 "view": Command("polar_deploy.report.view", "open the page of a run"),
-                "gates": _GATES,
                 "compare": Command(
                     "polar_deploy.report.compare", "several runs side by side, as a table and as Pareto plots"
                 ),

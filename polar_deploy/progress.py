@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+_BAR = 8  # characters
+
+
 def console(**options: Any) -> Console:
     """A console of rich; of its own it ends a process whose reader has enough with exit code 1, "parity failed"."""
     from rich.console import Console
@@ -46,7 +49,8 @@ class Progress:
         self._quiet = quiet
         self._bar: Bar | None = None  # None when not on a terminal
         self._task: TaskID | None = None
-        self._name, self._facts = "", ""  # the stage, and what its last epoch told
+        self._name = ""  # of the stage
+        self._facts: list[str] = []  # what its last epoch told, the first thing first
         self._total: int | None = None  # epochs of the stage; None: it has none
         self._ahead: dict[str, int] = {}  # stages that are still to come, and their epochs
         self._first = self._done = 0.0  # epochs done when the stage began, and now
@@ -60,7 +64,7 @@ class Progress:
 
         self._console = self._console or console(stderr=True)
         if self._console.is_terminal:
-            bar, line = BarColumn(bar_width=8), RenderableColumn(self)
+            bar, line = BarColumn(bar_width=_BAR), RenderableColumn(self)
             self._bar = Bar(bar, line, console=self._console, transient=True, redirect_stdout=False)
             self._bar.start()
         return self
@@ -84,7 +88,7 @@ class Progress:
             self._end_stage()
             self._began = time.monotonic()
         self._ahead.pop(name, None)
-        self._name, self._facts, self._total = name, "", total_epochs
+        self._name, self._facts, self._total = name, [], total_epochs
         self._first = self._done = float(done)
         self._paced_since = time.monotonic()
         if self._bar is not None:
@@ -96,8 +100,15 @@ class Progress:
 
     def up_to_date(self, name: str) -> None:
         """Tell that a stage has nothing to do."""
+        self._end_stage()
         self._ahead.pop(name, None)
         self.note(f"{name}: up to date")
+
+    def detail(self, text: str) -> None:
+        """Tell what the stage is at: beside the bar for as long as it is so, or on a line of its own."""
+        self._facts = [text]
+        if self._bar is None:
+            self.note(text)
 
     def step(self, fraction: float) -> None:
         """Tell which fraction (0 to 1) of the current epoch is done."""
@@ -124,14 +135,15 @@ class Progress:
             budget: what the cost has to come down to.
             undecided: share of gates on which the samples do not agree yet.
         """
-        facts = [f"loss {loss:.3f}"]
+        facts = []
         if accuracy is not None:
             facts.append(f"acc {accuracy:.1%}")
         if cost is not None:
             facts.append(f"cost {cost:.2f}" + (f"/{budget:.2f}" if budget is not None else ""))
+        facts.append(f"loss {loss:.3f}")
         if undecided is not None:
             facts.append(f"undecided {undecided:.0%}")
-        self._facts, self._done = " ".join(facts), float(epoch)
+        self._facts, self._done = facts, float(epoch)
         if self._bar is not None:
             self._show()
         else:
@@ -144,10 +156,11 @@ class Progress:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Text:
-        """The line beside the bar: the stage's name stands out."""
+        """The line beside the bar, as much of it as there is room for: the stage's name stands out."""
         from rich.text import Text
 
-        line = Text(self._line())
+        assert self._console
+        line = Text(self._line(self._console.width - _BAR - 1), no_wrap=True, overflow="ellipsis")
         line.stylize("bold cyan", 0, len(self._name))
         return line
 
@@ -160,17 +173,24 @@ class Progress:
         if self._name:
             took = _clock(time.monotonic() - self._began)
             epochs = f" {int(self._done)}/{self._total}" if self._total is not None else ""
-            facts = f" {self._facts}" if self._facts and self._bar is not None else ""  # else the line above has them
+            # Without a bar, the line above has them.
+            facts = "".join(f" {each}" for each in self._facts) if self._total and self._bar is not None else ""
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
                 self._task = None
+                self._bar.refresh()  # else the bar of what has ended stays below the next line
             self.note(f"{self._name}{epochs}: {took}{facts}")
         self._name = ""
 
-    def _line(self) -> str:
-        if self._total is None:
-            return self._name
-        return f"{self._name} {int(self._done)}/{self._total} {self._eta()} {self._facts}".rstrip()
+    def _line(self, width: int | None = None) -> str:
+        """What there is to tell, in `width` characters: what matters least is left out first."""
+        parts = [self._name, _clock(time.monotonic() - self._began)]
+        if self._total is not None:
+            parts = [f"{self._name} {int(self._done)}/{self._total}", self._eta()]
+        parts += self._facts
+        while width is not None and len(parts) > 2 and len(" ".join(parts)) > width:
+            parts.pop()
+        return " ".join(parts)
 
     def _eta(self) -> str:
         """Time to the end of the stage, at the pace since it began, and of the stages with epochs behind it."""
@@ -179,7 +199,7 @@ class Progress:
             return "ETA -:--"
         pace = (time.monotonic() - self._paced_since) / passed
         left = pace * (self._total - self._done)
-        run = f", run {_clock(left + pace * sum(self._ahead.values()))}" if self._ahead else ""
+        run = f" (run {_clock(left + pace * sum(self._ahead.values()))})" if self._ahead else ""
         return f"ETA {_clock(left)}{run}"
 
 

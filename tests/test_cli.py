@@ -97,7 +97,7 @@ commands:
     surgery      cut closed channels and blocks out of an ONNX graph
     engines      what runs here, and how fast
     bundle       what an edge team does with a bundle
-    gates        draw which gates of a run stayed open
+    gates        the gates of a run
     report       the reports of runs
     doctor       what this machine can build and run, and what the rest takes
     settings     list every setting with its default, unit and meaning

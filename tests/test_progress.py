@@ -51,14 +51,14 @@ def test_plain_lines_one_an_epoch(clock: Clock) -> None:
     run(Progress(Console(file=out, width=40)), clock)
     assert out.getvalue().splitlines() == [
         "full: goes on after epoch 3 of 6",
-        "full 4/6 ETA 3:00, run 6:00 loss 1.235 acc 98.8%",
-        "full 5/6 ETA 1:00:45, run 3:02:15 loss nan",
+        "full 4/6 ETA 3:00 (run 6:00) acc 98.8% loss 1.235",
+        "full 5/6 ETA 1:00:45 (run 3:02:15) loss nan",
         "full 5/6: 2:01:30",
         "export",
         "[exact] to 1e-7",
         "export: 0:04",
         "gates",
-        "gates 1/2 ETA 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+        "gates 1/2 ETA 1:00 acc 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
         "gates 1/2: 1:00",
     ]
 
@@ -73,8 +73,40 @@ def test_on_a_terminal_there_is_a_bar_and_each_stage_leaves_one_line(clock: Cloc
         "full 5/6: 2:01:30 loss nan",
         "[exact] to 1e-7",
         "export: 0:04",
-        "gates 1/2: 1:00 loss 0.500 acc 50.0% cost 0.73/0.50 undecided 12%",
+        "gates 1/2: 1:00 acc 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
     ]
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (60, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60"),
+        (80, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60 loss 0.634"),
+        (120, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60 loss 0.634 undecided 66%"),
+    ],
+)
+def test_the_line_beside_the_bar_is_one_line(width: int, shown: str, clock: Clock) -> None:
+    """On a narrow terminal what matters least is left out; the bar takes nine columns."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width)
+    with Progress(console) as progress:
+        progress.stage("gates", total_epochs=100)
+        clock.seconds += 110
+        progress.epoch(epoch=1, loss=0.634, accuracy=0.8133, cost=1.0, budget=0.6, undecided=0.66)
+        assert progress.__rich__().plain == shown
+
+
+def test_what_a_stage_is_at_leaves_no_line_on_a_terminal(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out, force_terminal=True, width=80)) as progress:
+        progress.stage("latency table")
+        progress.detail("12 engines timed")
+        clock.seconds += 65
+        assert progress.__rich__().plain == "latency table 1:05 12 engines timed"
+        progress.up_to_date("full")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line and "━" not in line]
+    assert lines == ["latency table: 1:05", "full: up to date"]  # in this order
 
 
 def test_the_estimate_counts_parts_of_an_epoch(clock: Clock) -> None:

@@ -135,12 +135,12 @@ class Point:
 
 def scatter(title: str, about: str, points: Sequence[Point], across: str, up: str) -> Markup:
     """Points with their intervals, and the line of the best ones; to the left and above is better."""
-    left, right, top, bottom = 52.0, WIDTH - 14.0, 14.0, 284.0
+    left, right, top, bottom = 52.0, WIDTH - 14.0, 30.0, 300.0
     xs, ys = (
         spanning([x for p in points for x in p.x], left, right),
         spanning([y for p in points for y in p.y], bottom, top),
     )
-    parts = [axis_y(ys, left, right), axis_x(xs, bottom, bottom + 4, across), text(left, top - 2, up, class_="tick")]
+    parts = [axis_y(ys, left, right), axis_x(xs, bottom, bottom + 4, across), text(left, top - 16, up, class_="tick")]
     for front in dict.fromkeys(point.front for point in points if point.front is not None):
         best = sorted((point.x[1], point.y[1]) for point in points if point.front == front)
         steps = "".join(f"H{xs(x):.1f}V{ys(y):.1f}" for x, y in best[1:])

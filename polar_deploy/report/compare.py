@@ -175,7 +175,7 @@ def table(compared: Mapping[str, Any]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=star, caption_justify="left")
     grid.add_column("#", justify="right", no_wrap=True)
     grid.add_column("run", overflow="fold", min_width=12)
-    for heading in ("verdict", "top-1", "change", "latency", "speed-up", "MACs", "params"):
+    for heading in ("verdict", "top-1", "change", "latency", "speed-up", "MACs"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for run in compared["runs"]:
         cells = (
@@ -185,7 +185,6 @@ def table(compared: Mapping[str, Any]) -> Table:
             formats.milliseconds(run["latency_ms"]["compressed"]["median"]) if run["latency_ms"] else "–",
             formats.times(run["speedup"]["median"]) if run["speedup"] else "–",
             formats.share(run["macs"]["ratio"]),
-            formats.share(run["params"]["ratio"]),
         )
         grid.add_row(f"{run['number']}{'*' if run['best']['latency_ms'] else ''}", Text(run["name"]), *cells)
     return grid

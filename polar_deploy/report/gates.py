@@ -15,12 +15,13 @@ from polar_deploy.report.document import JsonFile
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR = 32  # characters of the widest place
+BAR = 32  # characters of the widest place, at most
+_BESIDE = 24  # characters for the kind and the numbers
 _SIGNS = {True: ("█", "░"), False: ("#", ".")}  # open and closed, where a terminal knows Unicode and where not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `report gates`."""
+    """The options of `gates show`."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, whose gates stage has run")
 
 
@@ -37,21 +38,23 @@ def draw(gates: JsonFile, console: Console) -> None:
     sites = gates.get("sites")
     widest = max(site["width"] for site in sites)
     signs = _SIGNS[console.encoding.lower().startswith("utf")]
-    longest = min(max(len(site["name"]) for site in sites), max(12, console.width - BAR - 26))
+    named = max(len(site["name"]) for site in sites)
+    bar = min(BAR, max(8, console.width - named - _BESIDE))  # names tell more than lengths of bars do
+    longest = min(named, max(12, console.width - bar - _BESIDE))
     for site in sites:
-        console.print(_line(site, longest, widest, signs), markup=False, highlight=False, no_wrap=True, crop=True)
+        console.print(_line(site, longest, bar / widest, signs), markup=False, highlight=False, no_wrap=True, crop=True)
     asked, achieved = gates.get("budget"), gates.get("achieved")
     for name, share in achieved.items():
         console.print(f"{name}: {share:.3f} of the full network's, {asked[name]:g} asked", highlight=False)
 
 
-def _line(site: Mapping[str, Any], longest: int, widest: int, signs: tuple[str, str]) -> str:
+def _line(site: Mapping[str, Any], longest: int, scale: float, signs: tuple[str, str]) -> str:
     opened, width, name = len(site["open"]), site["width"], site["name"]
     name = name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[longest // 2 - longest :]}"
     head = f"{site['kind']:<8}{name:<{longest}}  "
     if site["kind"] == "block":
         return head + ("stays" if opened else "removed")
-    length = max(1, round(BAR * width / widest))
+    length = max(1, round(scale * width))
     filled = max(1, round(length * opened / width))
     narrowed = f"{opened} of {width}" if opened < width else f"{width}"
     return f"{head}{signs[0] * filled}{signs[1] * (length - filled)} {narrowed}"

@@ -31,6 +31,7 @@ def page(compared: dict[str, Any]) -> str:
         .render(
             compared=compared,
             costs=COSTS,
+            alike=len({tuple(run[key] for key in ("model", "data", "target")) for run in compared["runs"]}) == 1,
             figures=figures,
             chosen=_chosen(compared["runs"]),
             value=lambda path, form="plain": value(compared, path, form),
@@ -44,10 +45,10 @@ def _chosen(runs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, Mapping[st
     if not passed:
         return []
     fastest = max(passed, key=lambda run: run["speedup"]["median"])
-    return [
-        ("Fastest that passed", fastest),
-        ("Most accurate that passed", max(passed, key=lambda run: run["accuracy"]["compressed"])),
-    ]
+    best = max(passed, key=lambda run: run["accuracy"]["compressed"])
+    if fastest is best:
+        return [("Fastest and most accurate that passed", best)]
+    return [("Fastest that passed", fastest), ("Most accurate that passed", best)]
 
 
 def _plot(runs: Sequence[Mapping[str, Any]], cost: str) -> Markup | None:

@@ -126,12 +126,12 @@ def _measured_table(run: RunContext) -> dict[str, object]:
     def likely(table: LatencyTable) -> list[dict[str, int]]:
         return budgets.likely(run.analysis.choices, run.limits, run.budget, table)
 
-    run.progress.note(f"measuring the latency table on {run.target.name}")
+    run.progress.stage("latency table")
     with TemporaryDirectory(prefix="polar_deploy-") as folder:
         gated = Path(folder, "gated.onnx")
         write_open(run.network(), run.analysis, gated)
         batch, options = run.settings.accept.batch, run.settings.build
-        return latency_table.make(gated, run.target, batch, options, likely, run.progress.note)
+        return latency_table.make(gated, run.target, batch, options, likely, run.progress.detail)
 
 
 def _measured(run: RunContext) -> Measured:
