@@ -198,11 +198,11 @@ class Training(_Frozen):
     ] = None
     cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
     init_from: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
-    distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.5
+    distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.9
     distill_share: Annotated[
         PositiveShare, About("how much of each batch the full network looks at", "share of the images")
     ] = 0.5
-    distill_temperature: Annotated[Positive, About("of the teacher's and the student's logits")] = 2.0
+    distill_temperature: Annotated[Positive, About("of the teacher's and the student's logits")] = 4.0
     amp: Annotated[
         Literal["auto", "off", "bf16"], About("mixed precision; auto: bf16 where the device multiplies in it")
     ] = "auto"
@@ -211,6 +211,9 @@ class Training(_Frozen):
         bool, About("whether all of the training set is trained on, without a validation split")
     ] = False
     threads: Annotated[CountOrNone, About("CPU threads of PyTorch; 0: its own choice")] = 0
+
+
+CLOSING = {"batch": 0.07, "sample": 0.25}  # share of the run in which gates close; what samples decide is learned first
 
 
 class Gates(_Frozen):
@@ -225,7 +228,12 @@ class Gates(_Frozen):
         About("where gates begin to close", "share of the gated run", "0.05, or 0.3 in a run from scratch"),
     ] = None
     freeze_at: Annotated[
-        PositiveShare | None, About("where gates are fixed", "share of the gated run", "0.25 after gates.close_from")
+        PositiveShare | None,
+        About(
+            "where gates are fixed",
+            "share of the gated run",
+            "0.07 after gates.close_from, or 0.25 in a run from scratch or where samples decide",
+        ),
     ] = None
     min_width: Annotated[Share, About("what a layer that stays keeps at least", "share of its channels")] = 0.25
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import devices
+from polar_deploy.config import CLOSING
 from polar_deploy.costs import Floats, State
 from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
@@ -66,8 +67,9 @@ class Gates:
         blocks: whether whole residual branches have gates, too.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
-        close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed. What stays
-            is chosen at `close_from`: a network that is trained from nothing should have learned something by then.
+        close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed; None: 0.07
+            after `close_from`, 0.25 where samples decide. What stays is chosen at `close_from`: a network that is trained
+            from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
             without one, what `device` says.
         measured: for a latency budget: measures which share of the full latency a sub-network takes, given as open
@@ -102,13 +104,15 @@ class Gates:
         blocks: bool = True,
         mode: Literal["batch", "sample"] = "batch",
         close_from: float = 0.05,
-        freeze_at: float = 0.3,
+        freeze_at: float | None = None,
         latency_table: LatencyTable | Path | str | None = None,
         measured: Measured | None = None,
         rehearse: int = 2,
         analysis: Analysis | None = None,
     ) -> None:
         self.budget = _budget(budget)
+        if freeze_at is None:
+            freeze_at = min(1.0, close_from + CLOSING[mode])
         self.schedule = Schedule(steps, close_from, freeze_at)
         self.model, self.mode = model, mode
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)

@@ -21,8 +21,8 @@ class Schedule:
     """
 
     steps: int
-    close_from: float = 0.05
-    freeze_at: float = 0.3
+    close_from: float
+    freeze_at: float
 
     @property
     def chosen_at(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from polar_deploy import data, targets
-from polar_deploy.config import Budget, Normalize, ResolvedSettings, Settings
+from polar_deploy.config import CLOSING, Budget, Normalize, ResolvedSettings, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.stages.artefacts import GATES
 from polar_deploy.workspace import read_json
@@ -65,10 +65,12 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
 def _closing(settings: Settings) -> dict[str, float]:
     """When gates begin to close, and when they are fixed, as shares of the gated run."""
     close_from, freeze_at = settings.gates.close_from, settings.gates.freeze_at
+    trained = settings.training.init_from == "full"
     if close_from is None:
-        close_from = 0.05 if settings.training.init_from == "full" else 0.3
+        close_from = 0.05 if trained else 0.3
         close_from = close_from if freeze_at is None else min(close_from, freeze_at / 2)
-    return {"close_from": close_from, "freeze_at": min(1.0, close_from + 0.25) if freeze_at is None else freeze_at}
+    closing = CLOSING[settings.gates.mode] if trained else 0.25
+    return {"close_from": close_from, "freeze_at": min(1.0, close_from + closing) if freeze_at is None else freeze_at}
 
 
 def _alignment(settings: Settings, target: targets.Target) -> int:

@@ -69,7 +69,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.init_from": ("scratch", GATED),
     "training.distill": (0.1, GATED),
     "training.distill_share": (1.0, GATED),
-    "training.distill_temperature": (4.0, GATED),
+    "training.distill_temperature": (2.0, GATED),
     "training.amp": ("off", BOTH),
     "training.channels_last": (False, BOTH),
     "training.train_on_validation": (True, BOTH),

@@ -19,7 +19,7 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     assert (training.epochs, training.full_epochs, training.gated_lr) == (30, 30, 0.05)
     assert (training.flip, training.crop_padding, training.crop_scale) == (False, 1, 1.0)
     assert training.batch_size == 128
-    assert (gates.close_from, gates.freeze_at) == (0.05, pytest.approx(0.3))
+    assert (gates.close_from, gates.freeze_at) == (0.05, pytest.approx(0.12))
     assert settings.budget == Budget(latency=0.6)
     for name in ("input_size", "normalize", "budget", "align"):
         with pytest.raises(ValidationError):
