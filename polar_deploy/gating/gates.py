@@ -68,8 +68,8 @@ class Gates:
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
         close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed; None: 0.07
-            after `close_from`, 0.25 where samples decide. What stays is chosen at `close_from`: a network that is trained
-            from nothing should have learned something by then.
+            after `close_from`, 0.25 where samples decide. What stays is chosen at `close_from`: a network that is
+            trained from nothing should have learned something by then.
         latency_table: for a latency budget: what `polar_deploy.engines table` measured, or the path of its file;
             without one, what `device` says.
         measured: for a latency budget: measures which share of the full latency a sub-network takes, given as open
