@@ -22,7 +22,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         top, network = Path(folder, "top.png"), Path(folder, "network.png")
         chromium.picture(page.as_uri(), top, 1120, 1210)
-        chromium.picture(_alone(page, "network", Path(folder)).as_uri(), network, 1120, 580)
+        chromium.picture(_alone(page, "network", Path(folder)).as_uri(), network, 1120, 640)
         for source, name in ((top, "report.png"), (network, "network.png")):
             Image.open(source).convert("RGB").quantize(128).save(ROOT / "docs" / name, optimize=True)
     return 0
