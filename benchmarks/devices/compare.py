@@ -45,6 +45,7 @@ TOOLS = {
     "openvino-x86": Tool("openvino-x86", "fp32", "openvino", ("openvino",)),
     "mnn-x86": Tool("mnn-x86", "fp32", "MNN", ("MNN",)),
     "tract-x86": Tool("tract-x86", "fp32", "tract", ("tract",)),
+    "xnnpack-x86-int8": Tool("xnnpack-x86-int8", "int8", "ai_edge_litert", ("ai-edge-litert",)),
     "rk3588-fp16": Tool("rk3588", "fp16", "rknn", ("rknn-toolkit2", "setuptools<81"), measured=False),
     "ethos-u55-128": Tool("ethos-u55-128", "int8", "ethosu", ("ethos-u-vela", "ai-edge-litert"), measured=False),
     "ethos-u85-256": Tool("ethos-u85-256", "int8", "ethosu", ("ethos-u-vela", "ai-edge-litert"), measured=False),

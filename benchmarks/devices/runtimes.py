@@ -95,6 +95,20 @@ def tract_(path: Path, size: Size) -> Run:
     return lambda: runnable.run([x])
 
 
+def xnnpack(path: Path, size: Size) -> Run:
+    """LiteRT hands what it can to XNNPACK, which is all of it; the same layers in INT8 with random weights."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    from benchmarks.devices.tflite import convert
+
+    made = path.with_suffix(".tflite")
+    convert(path, size, made)
+    interpreter = Interpreter(str(made), num_threads=1)
+    interpreter.allocate_tensors()
+    run: Run = interpreter.invoke
+    return run
+
+
 # name -> title, its package, precision, how a model with an input of some size is loaded
 RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
     "onnxruntime-x86": ("ONNX Runtime on an x86 CPU", "onnxruntime", "fp32", session),
@@ -103,6 +117,7 @@ RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
     "mnn-x86": ("MNN on an x86 CPU", "mnn", "fp32", mnn),
     "ncnn-x86": ("ncnn on an x86 CPU", "ncnn", "fp32", ncnn),
     "tract-x86": ("tract on an x86 CPU", "tract", "fp32", tract_),
+    "xnnpack-x86-int8": ("XNNPACK (LiteRT) on an x86 CPU, INT8", "ai-edge-litert", "int8", xnnpack),
 }
 
 

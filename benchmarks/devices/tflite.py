@@ -1,4 +1,4 @@
-"""The layers of a ResNet's ONNX graph as an INT8 .tflite file with random weights: for what a compiler estimates."""
+"""The layers of an ONNX graph, a ResNet or a sweep's, as an INT8 .tflite file with random weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def convert(path: Path, size: tuple[int, ...], target: Path) -> None:
         tensors = [made[name] for name in node.input if name in made]
         if node.op_type == "Conv":
             weight = constants[node.input[1]]
-            assert attributes.get("group", 1) == 1, f"{node.name} has groups"
-            result = network.conv(tensors[0], weight.shape[0], weight.shape[2], stride)
+            if attributes.get("group", 1) == 1:
+                result = network.conv(tensors[0], weight.shape[0], weight.shape[2], stride)
+            else:
+                assert (weight.shape[1], stride) == (1, 1), f"{node.name} has groups"
+                result = network.depthwise(tensors[0], weight.shape[2])
         elif node.op_type == "Add":
             result = network.add(*tensors)
         elif node.op_type == "MaxPool":
@@ -45,4 +48,4 @@ def convert(path: Path, size: tuple[int, ...], target: Path) -> None:
         else:
             raise ValueError(f"{node.name} ({node.op_type}) is in no ResNet")
         made[node.output[0]] = result
-    raise ValueError(f"{path} has none of {_HEAD}")
+    network.save(target, made[graph.output[0].name])
