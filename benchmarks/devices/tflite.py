@@ -13,7 +13,7 @@ _HEAD = {"ReduceMean", "GlobalAveragePool"}  # where the last feature map ends; 
 
 
 def convert(path: Path, size: tuple[int, ...], target: Path) -> None:
-    """Write `target`. Rectifiers are part of the layer before, and stride 2 without a layer is a pool of one pixel."""
+    """Write `target`. Rectifiers and norms are part of the layer before, and stride 2 without a layer is a pool of one pixel."""
     graph = onnx.load(path).graph
     constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     network = Network()
@@ -37,13 +37,12 @@ def convert(path: Path, size: tuple[int, ...], target: Path) -> None:
         elif node.op_type == "MaxPool":
             result = network.pool(tensors[0], attributes["kernel_shape"][0], stride)
         elif node.op_type == "Slice":
-            steps = constants[node.input[4]].tolist() if len(node.input) > 4 else [1]
-            result = network.pool(tensors[0], 1, 2) if max(steps) == 2 else tensors[0]
+            axes, steps = (constants[name].tolist() for name in node.input[3:5])
+            result = network.pool(tensors[0], 1, 2) if (axes, steps) == ([2], [2]) else tensors[0]  # rows; then columns
         elif node.op_type == "Pad":
-            pads, axes = constants[node.input[1]].tolist(), 4
-            before, after = (pads[1], pads[axes + 1]) if len(pads) == 2 * axes else pads
+            _, before, _, _, _, after, _, _ = constants[node.input[1]].tolist()
             result = network.pad(tensors[0], before, after)
-        elif node.op_type in ("Relu", "Identity"):
+        elif node.op_type in ("Relu", "BatchNormalization", "Identity"):
             result = tensors[0]
         else:
             raise ValueError(f"{node.name} ({node.op_type}) is in no ResNet")
