@@ -13,7 +13,7 @@ _HEAD = {"ReduceMean", "GlobalAveragePool"}  # where the last feature map ends; 
 
 
 def convert(path: Path, size: tuple[int, ...], target: Path) -> None:
-    """Write `target`. Rectifiers and norms are part of the layer before; strides without a layer are pools of one pixel."""
+    """Write `target`. Rectifiers and norms are part of the layer before; strides without one are pools of a pixel."""
     graph = onnx.load(path).graph
     constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     network = Network()
