@@ -32,7 +32,7 @@ SCHEMA = 1
 MOST_NOISE = 0.15  # share of the full network's time by which all savings together may come out too large
 LEAST_LEFT = 0.01  # what is taken to be left of it then: something always is
 MOST_CORRECTION = 0.15  # that checks may call for: more, and the measurement was disturbed
-_AGAIN = "make it again: python -m polar_deploy.engines table GATED.onnx --target TARGET --out FILE"
+_AGAIN = "make it again: polar-deploy engines table GATED.onnx --target TARGET --out FILE"
 
 
 class DisturbedError(MachineError):

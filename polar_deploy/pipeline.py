@@ -179,7 +179,7 @@ def _print_bundle(folder: Path) -> None:
     if manifest.is_file():
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         print(f"bundle: {folder} ({size:.2f} MB). On the device:")
-        print(f"  python -m polar_deploy.bundle verify {folder.name} --manifest-sha256 {sha256(manifest)}")
+        print(f"  polar-deploy bundle verify {folder.name} --manifest-sha256 {sha256(manifest)}")
 
 
 if __name__ == "__main__":

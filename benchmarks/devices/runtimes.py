@@ -1,7 +1,7 @@
 """Times of a runtime on this machine, one of `RUNTIMES`: `python -m benchmarks.devices.runtimes NAME [ROUNDS]`.
 
 Run it from the project's folder with the Python of an environment that has the runtime, onnx, numpy and pydantic.
-ONNX Runtime has a command of its own: `python -m polar_deploy.devices measure`.
+ONNX Runtime has a command of its own: `polar-deploy devices measure`.
 """
 
 from __future__ import annotations

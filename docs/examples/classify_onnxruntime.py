@@ -3,7 +3,7 @@
     pip install numpy pillow onnxruntime
     python classify_onnxruntime.py BUNDLE picture.jpg …
 
-It checks nothing of the bundle; `python -m polar_deploy.bundle verify BUNDLE` does.
+It checks nothing of the bundle; `polar-deploy bundle verify BUNDLE` does.
 """
 
 from __future__ import annotations

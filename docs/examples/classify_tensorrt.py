@@ -3,7 +3,7 @@
     pip install numpy pillow tensorrt==VERSION cuda-python      (the VERSION of the manifest's plan)
     python classify_tensorrt.py BUNDLE picture.jpg …
 
-A plan is code, and this checks nothing: run `python -m polar_deploy.bundle verify BUNDLE --manifest-sha256 …` first.
+A plan is code, and this checks nothing: run `polar-deploy bundle verify BUNDLE --manifest-sha256 …` first.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
     if lacks := targets.lacks_to_run(target):
         raise MachineError(
             f"an engine for {target.name} cannot run here: {'; '.join(lacks)}",
-            "`python -m polar_deploy.engines doctor` says what can",
+            "`polar-deploy engines doctor` says what can",
         )
     entry = _entry(folder / "build.json", name, target)
     artefact = folder / f"{name}{target.backend.artefact.suffix}"

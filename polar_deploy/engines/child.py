@@ -70,7 +70,7 @@ def _died(code: int, said: str, what: str) -> PolarDeployError:
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return ContentError(
         f"{what} {how}; last words: {words}",
-        "see whether `python -m polar_deploy.engines doctor` finds the machine in order; "
+        "see whether `polar-deploy engines doctor` finds the machine in order; "
         "else another version of its library may take the network",
     )
 

@@ -20,7 +20,7 @@ from polar_deploy.errors import MachineError
 _TODO = {
     "cudaErrorMemoryAllocation": "end what else uses the GPU, or build with a smaller largest batch (--batch)",
     "cudaErrorInsufficientDriver": "install the cuda-bindings of the driver's CUDA, such as `cuda-bindings<13`, or "
-    "a newer driver; `python -m polar_deploy.engines doctor` says what is here",
+    "a newer driver; `polar-deploy engines doctor` says what is here",
 }
 _ELSE = "see what the driver says (`nvidia-smi`, `dmesg`), then run again"
 

@@ -1,6 +1,6 @@
 """latency-table.json: what each gate site of a network costs on a target, at each width that matters.
 
-    python -m polar_deploy.engines table GATED.onnx --target ort-fp32 --out latency-table.json
+    polar-deploy engines table GATED.onnx --target ort-fp32 --out latency-table.json
 
 A site is measured inside its network: its gate is set to so many ones, surgery cuts the graph, the target's own
 backend builds the engine, and that is timed in pairs against the engine of the whole network. So fusions, layouts and
@@ -163,7 +163,7 @@ class Bench:
         if lacks := targets.lacks_to_run(target):
             raise MachineError(
                 f"{target.name} cannot be measured here: {'; '.join(lacks)}",
-                "measure on the device; `python -m polar_deploy.engines doctor` says what can run here",
+                "measure on the device; `polar-deploy engines doctor` says what can run here",
             )
         self.folder, self.target, self.batch = folder, target, batch
         # Which layers of an INT8 network are too inexact depends on weights and images: here all are INT8.
@@ -293,7 +293,7 @@ def _monotone(curve: Mapping[int, float]) -> dict[int, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `python -m polar_deploy.engines table`."""
+    """Declare the options of `polar-deploy engines table`."""
     add = parser.add_argument
     add("gated", metavar="GATED.onnx", type=Path, help="a gated network, such as a run's gated/model.onnx")
     add("--target", required=True, help="what it shall run on, such as ort-fp32; it has to run here")

@@ -1,20 +1,23 @@
-"""What budgets mean for a network before its gates learn: whether they can be reached, and what would be chosen."""
+"""Budgets: what was asked, and what it means for a network before its gates learn: whether it can be reached."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polar_deploy.costs import Cost
+from polar_deploy.errors import UsageError
 from polar_deploy.gating import choice
 from polar_deploy.gating.latency import latency_cost
+from polar_deploy.latency import LatencyTable, read
+from polar_deploy.recipes import parse_budget
 
 if TYPE_CHECKING:
     from polar_deploy.devices import Chosen
     from polar_deploy.gating.choice import Limits
-    from polar_deploy.latency import LatencyTable
     from polar_deploy.surgery.choices import Choices
 
 LIKELY = 4  # sub-networks that a latency table is held against
@@ -51,3 +54,36 @@ def likely(choices: Choices, limits: Limits, budget: Mapping[str, float], table:
 
 def _costs(choices: Choices, latency: LatencyTable | Chosen | None) -> dict[str, Cost]:
     return choices.costs if latency is None else {**choices.costs, "latency": latency_cost(latency, choices)}
+
+
+def asked(budget: float | str | Mapping[str, float]) -> dict[str, float]:
+    """Bounds by the name of the cost, as shares in (0, 1): of a number (MACs), of what --budget takes, or a mapping.
+
+    Raises:
+        UsageError: there is none, a cost that is not known, or a share out of range.
+    """
+    shares = parse_budget(budget).asked() if isinstance(budget, str) else budget
+    shares = {"macs": float(shares)} if isinstance(shares, (int, float)) else {k: float(v) for k, v in shares.items()}
+    known = ("macs", "params", "latency")
+    for name, share in shares.items():
+        if name not in known or not 0 < share < 1:
+            raise UsageError(f"budget {name}={share}", f"name one of {', '.join(known)}, with a share between 0 and 1")
+    if not shares:
+        raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
+    return shares
+
+
+def latency_source(table: LatencyTable | Path | str | None, device: Chosen | None) -> LatencyTable | Chosen:
+    """What tells latency: a table as it was measured, or else a device's file.
+
+    Raises:
+        UsageError: neither was given.
+    """
+    if isinstance(table, (str, Path)):
+        return read(Path(table))
+    if source := table or device:
+        return source
+    raise UsageError(
+        "budget latency= needs a latency table, or a device",
+        "measure a table with `polar-deploy engines table`, or name a device: `polar-deploy devices list`",
+    )

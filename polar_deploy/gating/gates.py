@@ -12,7 +12,6 @@ the rest little by little, and fixes them at `freeze_at`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +26,14 @@ from polar_deploy.costs import Floats, State
 from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example, device_of
-from polar_deploy.gating import masking, processes, rehearsal
+from polar_deploy.gating import budgets, masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.choice import Limits, Measured, choose, choose_measured, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
 from polar_deploy.gating.schedule import Schedule, closing
-from polar_deploy.gating.utility import Observer
-from polar_deploy.latency import LatencyTable, read
-from polar_deploy.recipes import parse_budget
+from polar_deploy.gating.utility import Begin, Observer
+from polar_deploy.latency import LatencyTable
 from polar_deploy.surgery.choices import Block, Site
 from polar_deploy.surgery.facts import Bools
 
@@ -110,7 +108,7 @@ class Gates:
         rehearse: int = 2,
         analysis: Analysis | None = None,
     ) -> None:
-        self.budget = _budget(budget)
+        self.budget = budgets.asked(budget)
         if freeze_at is None:
             freeze_at = min(1.0, close_from + CLOSING[mode])
         self.schedule = Schedule(steps, close_from, freeze_at)
@@ -120,7 +118,7 @@ class Gates:
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
-            self._costs["latency"] = latency_cost(_latency(latency_table, chosen), self.analysis.choices)
+            self._costs["latency"] = latency_cost(budgets.latency_source(latency_table, chosen), self.analysis.choices)
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
@@ -133,7 +131,7 @@ class Gates:
         self._stay: Bools = self.opened.copy()  # what was chosen
         self._observer = Observer(self._carriers(), self.analysis.gate_of(device_of(model)), len(self.opened))
         self._sampler = SampleGates(self._carriers(), self.analysis, self._observer) if mode == "sample" else None
-        self._handles.append(model.register_forward_pre_hook(_Begin(self._observer), with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(Begin(self._observer), with_kwargs=True))
         self._watch()
         if rehearse:
             try:
@@ -244,7 +242,7 @@ class Gates:
     def export(self, path: Path | str, **names: Sequence[str]) -> None:
         """Write the gated model as ONNX, all layers at full size, each mask as one Mul; checked in ONNX Runtime.
 
-        `python -m polar_deploy.surgery` makes the small one of it.
+        `polar-deploy surgery` makes the small one of it.
 
         Args:
             path: the .onnx file, written atomically.
@@ -391,50 +389,3 @@ class Gates:
         masking.listen(self._observer, on=False)
         if self._sampler is not None:
             masking.listen(self._sampler, on=False)
-
-
-class _Begin:
-    """Forward pre-hook of the model: tells the observer that a pass begins. In a copy of the model it does nothing."""
-
-    def __init__(self, observer: Observer | None = None) -> None:
-        self._observer = weakref.ref(observer) if observer is not None else lambda: None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer = self._observer()
-        if observer is None or torch.compiler.is_compiling():
-            return
-        if torch.is_grad_enabled():
-            observer.begin(Example(args, kwargs).batch)
-        else:
-            observer.look_away()
-
-    def __deepcopy__(self, memo: object) -> _Begin:
-        return _Begin()
-
-    def __reduce__(self) -> tuple[type[_Begin], tuple[()]]:
-        return _Begin, ()
-
-
-def _budget(budget: float | str | Mapping[str, float]) -> dict[str, float]:
-    asked = parse_budget(budget).asked() if isinstance(budget, str) else budget
-    asked = {"macs": float(asked)} if isinstance(asked, (int, float)) else {k: float(v) for k, v in asked.items()}
-    known = ("macs", "params", "latency")
-    for name, share in asked.items():
-        if name not in known or not 0 < share < 1:
-            raise UsageError(f"budget {name}={share}", f"name one of {', '.join(known)}, with a share between 0 and 1")
-    if not asked:
-        raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
-    return asked
-
-
-def _latency(table: LatencyTable | Path | str | None, device: Chosen | None) -> LatencyTable | Chosen:
-    """As it was measured, or else as a device's file has it."""
-    if isinstance(table, (str, Path)):
-        return read(Path(table))
-    if source := table or device:
-        return source
-    raise UsageError(
-        "budget latency= needs a latency table, or a device",
-        "measure a table with `python -m polar_deploy.engines table`, or name a device: `python -m "
-        "polar_deploy.devices list`",
-    )

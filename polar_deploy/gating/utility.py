@@ -8,11 +8,14 @@ holds back times the gradient behind it, so that it can come back.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from polar_deploy.export import Example
 
 LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
 MOST_PASSES = 64  # that a step may consist of; older ones belong to nobody who calls `step`
@@ -126,3 +129,25 @@ class _Pass:
         if self._sum is None:
             return None
         return 0.5 * (self._sum[:, :-1] * self.batch).square().mean(0)
+
+
+class Begin:
+    """Forward pre-hook of the model: tells the observer that a pass begins. In a copy of the model it does nothing."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._observer = weakref.ref(observer) if observer is not None else lambda: None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer = self._observer()
+        if observer is None or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            observer.begin(Example(args, kwargs).batch)
+        else:
+            observer.look_away()
+
+    def __deepcopy__(self, memo: object) -> Begin:
+        return Begin()
+
+    def __reduce__(self) -> tuple[type[Begin], tuple[()]]:
+        return Begin, ()

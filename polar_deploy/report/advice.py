@@ -13,7 +13,7 @@ from polar_deploy.report import formats
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
 _QUIET = 1.2  # how far apart the ends of an interval may lie on a machine that is good for measurements
 _FEWEST_EPOCHS = 20  # worth another run
-_AGAIN = "python -m polar_deploy.pipeline --recipe RUN/run.yaml --out"
+_AGAIN = "polar-deploy run --recipe RUN/run.yaml --out"
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Step:
 _DELIVERED = (
     Step(
         "Verify it on your device, before anything else. Its maker sends you the hash by another way.",
-        "python -m polar_deploy.bundle verify BUNDLE --manifest-sha256 HASH",
+        "polar-deploy bundle verify BUNDLE --manifest-sha256 HASH",
     ),
-    Step("Try it on pictures of your own.", "python -m polar_deploy.bundle run BUNDLE cat.jpg dog.jpg"),
-    Step("Serve it with NVIDIA Triton.", "python -m polar_deploy.bundle triton BUNDLE repository"),
+    Step("Try it on pictures of your own.", "polar-deploy bundle run BUNDLE cat.jpg dog.jpg"),
+    Step("Serve it with NVIDIA Triton.", "polar-deploy bundle triton BUNDLE repository"),
 )
 
 
@@ -133,7 +133,7 @@ def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
             Step(
                 "Have it verified on the device. Send this command by another way than the bundle: its hash tells "
                 "whether somebody changed the bundle.",
-                f"python -m polar_deploy.bundle verify bundle --manifest-sha256 {digest}",
+                f"polar-deploy bundle verify bundle --manifest-sha256 {digest}",
             )
         )
     else:
@@ -285,7 +285,7 @@ def _not_run(report: dict[str, Any]) -> tuple[Step, ...]:
     digest = report["bundle"] and report["bundle"]["manifest_sha256"]
     device = Step("Go on with this folder on a machine that can run them.", f"{_AGAIN} RUN --from build")
     if digest:
-        verify = f"python -m polar_deploy.bundle verify bundle --rebuild --manifest-sha256 {digest}"
+        verify = f"polar-deploy bundle verify bundle --rebuild --manifest-sha256 {digest}"
         told = "Take RUN/bundle to the device; this builds, compares and times the engines there, and decides."
         device = Step(told, verify)
     if _lost_as_graphs(report):

@@ -51,7 +51,7 @@ def _require_measurable(target: targets.Target) -> None:
         raise UsageError(
             f"budget latency= needs a latency table, and {target.name} cannot be measured here: "
             f"{'; '.join(dict.fromkeys(lacks))}",
-            "make one where it runs, with `python -m polar_deploy.engines table GATED.onnx` on the gated/model.onnx of "
+            "make one where it runs, with `polar-deploy engines table GATED.onnx` on the gated/model.onnx of "
             "any run of this model, and give it with --latency-table",
         )
 

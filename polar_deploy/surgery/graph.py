@@ -10,7 +10,6 @@ import numpy as np
 
 from polar_deploy.surgery.detached import (
     ANNOTATIONS,
-    PACKED,
     Array,
     DetachedModel,
     annotated,
@@ -23,6 +22,7 @@ from polar_deploy.surgery.folding import fold
 from polar_deploy.surgery.ir import Node, Tensor, attributes, has_body
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import STANDARD
+from polar_deploy.surgery.tensor_data import PACKED
 from polar_deploy.surgery.transposes import join_transposes
 from polar_deploy.surgery.validation import SMALL, array_of, dtype_of, not_inferred
 

@@ -175,7 +175,7 @@ def test_the_bundle_of_an_earlier_verdict_is_gone(miniature: Miniature, tmp_path
 def test_the_report_and_the_last_line_tell_how_to_verify_it(miniature: Miniature, tmp_path: Path) -> None:
     outcome = again(miniature, tmp_path / "run")
     told = hashlib.sha256((tmp_path / "run/bundle/manifest.json").read_bytes()).hexdigest()
-    assert outcome.out.endswith(f"  python -m polar_deploy.bundle verify bundle --manifest-sha256 {told}\n")
+    assert outcome.out.endswith(f"  polar-deploy bundle verify bundle --manifest-sha256 {told}\n")
     sizes = [path.stat().st_size for path in (tmp_path / "run/bundle").rglob("*") if path.is_file()]
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["bundle"] == {"manifest_sha256": told, "bytes": sum(sizes)}

@@ -246,7 +246,7 @@ def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
     assert "--verdict-batch" not in commands(slow)  # nowhere is it as fast as that
     close = verdict(document, "pass", "undecided")
     assert "--budget macs=0.45" in commands(close)
-    again = "python -m polar_deploy.pipeline --recipe RUN/run.yaml --out RUN --from parity"
+    again = "polar-deploy run --recipe RUN/run.yaml --out RUN --from parity"
     close["latency"][0]["speedup_with_noise"] = {"median": 2.0, "low": 1.0, "high": 18.0}
     assert advise(close).headline == "Undecided: this machine is too noisy to time it"
     assert commands(close).strip() == again
