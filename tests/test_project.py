@@ -14,6 +14,7 @@ from polar_deploy import __version__
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 2_000_000  # bytes
+LONGEST = 400  # lines
 
 
 def test_imports_point_one_way() -> None:
@@ -26,6 +27,15 @@ def test_imports_point_one_way() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     versions = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == __version__
+
+
+def test_no_file_of_the_package_is_long() -> None:
+    """What is longer has two subjects: it is split by meaning."""
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "polar_deploy").rglob("*.py")
+    }
+    assert len(lengths) > 200
+    assert {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > LONGEST} == {}
 
 
 def test_no_file_is_large() -> None:
