@@ -49,6 +49,11 @@ COMMANDS = Group(
             "train, cut, build, compare, bundle: all of it, or some stages",
             "interrupted; the same command goes on from here",
         ),
+        "sweep": Command(
+            "polar_deploy.sweep.command",
+            "many runs, budgets × seeds × targets, trained side by side on Ray",
+            "interrupted; the same command goes on from here",
+        ),
         "surgery": Command(
             "polar_deploy.surgery.command", "cut closed channels and blocks out of an ONNX graph", confined=True
         ),

@@ -46,6 +46,13 @@ def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupt
         return code
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with an error, whatever it is."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else INTERNAL
+    return _told(error)[0] if isinstance(error, Exception) else 128 + signal.SIGINT
+
+
 def _told(error: Exception) -> tuple[int, str]:
     """Exit code and text of an error."""
     if isinstance(error, PolarDeployError):

@@ -175,6 +175,10 @@ class Training(_Frozen):
         Count | None, About("length of the full network's training", "epochs", "as training.epochs", "--full-epochs N")
     ] = None
     batch_size: Annotated[BatchSize | None, About("images in one step", "images", "what suits the data set")] = None
+    accumulate: Annotated[
+        Count,
+        About("passes that a step is made in, for devices with little memory; BatchNorm sees one pass's images"),
+    ] = 1
     lr: Annotated[Positive, About("largest learning rate")] = 0.1
     gated_lr: Annotated[
         Positive | None,
@@ -211,6 +215,10 @@ class Training(_Frozen):
         bool, About("whether all of the training set is trained on, without a validation split")
     ] = False
     threads: Annotated[CountOrNone, About("CPU threads of PyTorch; 0: its own choice")] = 0
+    deterministic: Annotated[
+        bool,
+        About("whether GPUs compute the same each time; slower, and some networks cannot", option="--deterministic"),
+    ] = False
 
 
 CLOSING = {"batch": 0.07, "sample": 0.25}  # share of the run in which gates close; what samples decide is learned first

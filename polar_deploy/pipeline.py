@@ -19,10 +19,12 @@ from polar_deploy import __version__, cli, recipes
 from polar_deploy.errors import UsageError
 from polar_deploy.settings import Setting, every
 from polar_deploy.stages import NAMES, between
+from polar_deploy.tracking import LIBRARIES, require
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
     from polar_deploy.stages.context import RunContext
+    from polar_deploy.stages.distributed import Team
 
 _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text says more than one value
     "budget": lambda text: {"budget": recipes.parse_budget(text)},
@@ -49,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/MODEL-DATA-TARGET-BUDGET-sSEED)")
     add("--from", metavar="STAGE", dest="first", choices=NAMES, default=NAMES[0], help=f"one of {', '.join(NAMES)}")
     add("--until", metavar="STAGE", dest="last", choices=NAMES, default=NAMES[-1], help="stop after this stage")
+    add(
+        "--track",
+        metavar="SERVICE",
+        action="append",
+        default=[],
+        choices=tuple(LIBRARIES),
+        help=f"tell {' or '.join(LIBRARIES)} of each epoch and the result; can be given twice",
+    )
     add("--dry-run", action="store_true", help="print the plan: stages, gates, costs, what the target needs")
     add("--json", action="store_true", help="print the result as JSON on stdout")
     add("--quiet", action="store_true", help="show no progress, only the result and errors")
@@ -80,6 +90,16 @@ def _written(setting: Setting) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the stages that are asked for, or print the plan; the exit code is the verdict's."""
+    from polar_deploy.stages import distributed
+
+    if distributed.rank():
+        return distributed.follow()
+    with distributed.Team() as team:
+        team.code = _lead(arguments, team)
+        return team.code
+
+
+def _lead(arguments: argparse.Namespace, team: Team) -> int:
     stages = between(arguments.first, arguments.last)
     if not stages:
         raise UsageError(
@@ -92,10 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
     from polar_deploy.stages.runner import require_machine, run_stages
 
     settings = choose_target(_settings(arguments))
+    require(arguments.track)
     require_machine(settings, stages, builds=not arguments.dry_run)
     folder = arguments.out or default_folder(settings)
     quiet = arguments.quiet or arguments.dry_run
-    context = RunContext(resolve(settings, folder), folder, Progress(quiet=quiet))
+    context = RunContext(resolve(settings, folder), folder, Progress(quiet=quiet), team=team, track=arguments.track)
     if arguments.dry_run:
         _print_plan(plan(context, stages), as_json=arguments.json)
         return 0

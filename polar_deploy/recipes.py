@@ -54,14 +54,19 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.suffix in (".yaml", ".yml"):
         return path  # whoever reads it says what is wrong with it
-    shipped = {recipe.stem: recipe for recipe in SHIPPED.glob("*.yaml")}
-    if name in shipped:
-        return shipped[name]
-    near = difflib.get_close_matches(name, shipped, n=1)
+    known = shipped()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
     raise UsageError(
-        f"--recipe {name}: no such file, and no recipe of that name; there are {', '.join(sorted(shipped))}",
+        f"--recipe {name}: no such file, and no recipe of that name; there are {', '.join(sorted(known))}",
         f"did you mean {near[0]}?" if near else "give a YAML file, or one of these names",
     )
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name; beside them lie sweeps over them."""
+    return {path.stem: path for path in SHIPPED.glob("*.yaml") if not path.stem.startswith("sweep-")}
 
 
 def dump(settings: Settings) -> str:

@@ -272,10 +272,13 @@ class Workspace:
         return self.folder / name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0) -> Iterator[None]:
         """Keep other runs out of the folder, and clear away what a killed run left half-written.
 
         The operating system holds the lock, so a dead process never does.
+
+        Args:
+            patience: seconds to wait for another run to end.
 
         Raises:
             UsageError: another process works in this folder; the message has its number. Or it is read-only.
@@ -285,7 +288,7 @@ class Workspace:
         lock, holder = filelock.FileLock(self.path(".lock")), self.path(".lock.pid")
         with _translated(self.path(".lock")):
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=patience)
             except filelock.Timeout as error:
                 number = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "?"
                 what = f"another run (process {number}) works in {self.folder}"

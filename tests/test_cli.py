@@ -94,6 +94,7 @@ options:
 commands:
   COMMAND
     run          train, cut, build, compare, bundle: all of it, or some stages
+    sweep        many runs, budgets × seeds × targets, trained side by side on Ray
     surgery      cut closed channels and blocks out of an ONNX graph
     engines      what runs here, and how fast
     bundle       what an edge team does with a bundle

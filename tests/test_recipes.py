@@ -15,7 +15,7 @@ from polar_deploy.errors import UsageError
 from polar_deploy.recipes import dump, find, load, parse_budget, parse_latency, parse_set
 from polar_deploy.targets import parse as parse_target
 
-PIPELINES = sorted(recipes.SHIPPED.glob("*.yaml"))
+PIPELINES = sorted(recipes.shipped().values())
 
 
 def refused(folder: Path, text: str, overrides: dict[str, object] | None = None, **options: Any) -> list[str]:

@@ -147,7 +147,11 @@ KEYS = {  # option: the settings it gives, where they are not named as it is
     "--seed": {"seed": 1},
 }
 
-SWITCHES = {"with-full": "bundle.full", "skip-broken": "skip_broken"}  # options for yes and no
+SWITCHES = {
+    "with-full": "bundle.full",
+    "skip-broken": "skip_broken",
+    "deterministic": "training.deterministic",
+}  # options for yes and no
 
 
 def test_every_option_of_a_setting_is_tried() -> None:

@@ -221,6 +221,12 @@ class Gates:
         self._close()
         self._watch()
 
+    def discard(self) -> None:
+        """Forget the passes since the last `step`, which failed and are made again."""
+        self._observer.conclude()
+        if self._sampler is not None:
+            self._sampler.discard()
+
     def freeze(self, opened: Bools | None = None) -> None:
         """Fix the gates: to a state bool [gates], or to the best one within the budget by what was learned."""
         if opened is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polar_deploy.surgery.facts import Bools
+
+T = TypeVar("T")
 
 
 def are_several() -> bool:
@@ -20,6 +24,40 @@ def are_several() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that decides for all."""
     return not are_several() or dist.get_rank() == 0
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if are_several() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if are_several() else 1
+
+
+def on_this_machine() -> int:
+    """How many of them run on this machine, as the launcher says; where it does not, all of them may."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if are_several() else 1
+
+
+def is_first_here() -> bool:
+    """Whether this is the first one on its machine, as the launcher says."""
+    return not are_several() or int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if not are_several():
+        return values
+    summed = values.to(_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over all processes, which have as many samples each."""
+    return total(values) / count() if are_several() else values
 
 
 def mean_of_seen(seen: Tensor | None, gates: int) -> Tensor | None:
@@ -40,18 +78,47 @@ def of_the_first(opened: Bools) -> Bools:
     return np.asarray(state.bool().cpu().numpy())
 
 
+def object_of_the_first(value: T) -> T:
+    """A value of the first process, tensors in it on the CPU, in all of them."""
+    if not are_several():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
 def share(parameters: Iterable[nn.Parameter]) -> None:
     """Parameters as they are in the first process."""
     for parameter in parameters if are_several() else ():
         dist.broadcast(parameter.data, 0)
 
 
+def share_network(network: nn.Module) -> nn.Module:
+    """A network with the parameters and buffers of the first process's."""
+    for tensor in network.state_dict().values() if are_several() else ():
+        held = tensor.contiguous()  # in memory with its channels last it is not
+        dist.broadcast(held, 0)
+        tensor.copy_(held)
+    return network
+
+
+@torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes."""
-    for parameter in parameters if are_several() else ():
+    """The mean of the gradients over all processes, which have gradients of the same parameters.
+
+    One message for each type, after the backward pass. DistributedDataParallel sends them during it; but it takes a
+    network that stays what it is, and this one is cut in the middle of its training.
+    """
+    if not are_several():
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
         if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+            kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in kinds.values():
+        flat = mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, averaged in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
+            gradient.copy_(averaged.view(gradient.shape))
 
 
 def _device() -> torch.device:

@@ -108,7 +108,9 @@ class SampleGates:
         sign = torch.where(wanted, 1.0, -1.0).to(device)
         pull = [torch.relu(MARGIN - sign[self._slice(s)] * logits) for s, logits in self._logits.items()]
         steering = torch.cat([each.mean(0) for each in pull]).mean()
-        return STEERING * steering + POLARIZATION * polarization(self.share)
+        own = self.share
+        share = own + (processes.mean(own.detach()) - own.detach())  # of all samples, with this process's gradient
+        return STEERING * steering + POLARIZATION * polarization(share)
 
     def step(self, progress: float) -> None:
         """After a backward pass: move the deciders; `progress` of the learning phase, in [0, 1], cools them."""
@@ -117,6 +119,10 @@ class SampleGates:
             processes.average_gradients(self.deciders.parameters())
             torch.nn.utils.clip_grad_norm_(self.deciders.parameters(), 1.0 / RATE, error_if_nonfinite=False)
             self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the passes since the last step."""
         self._optimizer.zero_grad(set_to_none=True)
         self._decisions = None
 
@@ -161,7 +167,7 @@ class SampleGates:
         A block's gate has a gradient hundreds of times a channel's, and would drown the pull to the plan.
         """
         self._observer.tell(self._spans[site].start, gradient)
-        size = gradient.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        size = processes.mean(gradient.square().mean(0)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         return torch.nan_to_num(gradient / size) / (len(gradient) * self._gates)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -23,15 +24,28 @@ if TYPE_CHECKING:
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import Analysis
     from polar_deploy.gating.choice import Limits
+    from polar_deploy.stages.distributed import Team
+    from polar_deploy.tracking import Trackers
 
 
 @dataclass
 class RunContext:
-    """One run: its settings, its folder (made when first needed), and what is read or found only once."""
+    """One run: its settings, its folder (made when first needed), and what is read or found only once.
+
+    Attributes:
+        leads: whether this process runs the stages; else it helps to train, and its folder has no weights.
+        team: the others, if there are any.
+        track: services that are told of the run, see `polar_deploy.tracking`.
+        trackers: these, while stages run.
+    """
 
     settings: ResolvedSettings
     folder: Path
     progress: Progress
+    leads: bool = True
+    team: Team | None = None
+    track: Sequence[str] = ()
+    trackers: Trackers | None = None
 
     def path(self, name: str | PathLike[str]) -> Path:
         """Where a file of the run's folder lies."""
@@ -110,8 +124,9 @@ class RunContext:
         from polar_deploy import models
 
         network = self.network()
-        models.load_weights(network, self.path(FULL_WEIGHTS))
-        return network
+        if self.leads:
+            models.load_weights(network, self.path(FULL_WEIGHTS))
+        return network  # the others are given them, see `stages.training`
 
     def example(self) -> Example:
         """Arguments of the network's forward, two black images."""

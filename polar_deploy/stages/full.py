@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import FULL_CHECKPOINT, FULL_LOG, FULL_WEIGHTS
 from polar_deploy.stages.stage import TORCH, Stage
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
 
@@ -18,20 +20,30 @@ _GATED_ALONE = {"epochs", "gated_lr", "init_from", "distill", "distill_share", "
 
 def _run(run: RunContext) -> None:
     from polar_deploy import models
+    from polar_deploy.training.loop import write_log
+
+    network, given = train(run)
+    if given is not None:
+        write_log(run.path(FULL_LOG), [given])
+    models.save_weights(network, run.path(FULL_WEIGHTS))
+
+
+def train(run: RunContext) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The full network, and what is to be logged of one that was given; every process of a run does this."""
+    from polar_deploy import models
     from polar_deploy.stages.training import training_job
     from polar_deploy.training.full import train_full
-    from polar_deploy.training.loop import evaluate, write_log
+    from polar_deploy.training.loop import evaluate
 
     given, network = run.settings.full_weights, run.network()
-    if given is not None:
+    if given is not None and run.leads:
         models.load_weights(network, given)
     fit = training_job(run, "full", "full", network, run.settings.training.full_epochs, _fingerprint(run))
     if given is None:
         train_full(fit, run.progress)
-    else:
-        accuracy = evaluate(fit.network, fit.validation) if fit.validation else None
-        write_log(run.path(FULL_LOG), [{"epoch": 0, "given": True, "val_accuracy": accuracy}])
-    models.save_weights(network, run.path(FULL_WEIGHTS))
+        return network, None
+    accuracy = evaluate(fit.network, fit.validation) if fit.validation else None
+    return network, {"epoch": 0, "given": True, "val_accuracy": accuracy}
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

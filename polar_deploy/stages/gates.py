@@ -33,21 +33,29 @@ if TYPE_CHECKING:
 def _run(run: RunContext) -> None:
     from polar_deploy import models
     from polar_deploy.gating.document import document
+    from polar_deploy.workspace import write_json
+
+    settings = run.settings
+    network, gates, share = train(run)
+    models.save_weights(network, run.path(GATED_WEIGHTS))
+    shape = (3, settings.input_size, settings.input_size)
+    write_json(run.path(GATES), document(settings.model, shape, settings.align, run.device, gates, share))
+
+
+def train(run: RunContext) -> tuple[nn.Module, Gates, list[float]]:
+    """The trained network, its gates, and the share of samples that opened each; every process of a run does this."""
+    from polar_deploy.gating.processes import share_network
     from polar_deploy.stages.training import training_job
     from polar_deploy.training.gated import train_gated
     from polar_deploy.training.loop import prepare
-    from polar_deploy.workspace import write_json
 
     settings = run.settings
     network = run.full_network() if settings.training.init_from == "full" else run.network()
     fit = training_job(run, "gates", "gated", network, settings.training.epochs, _fingerprint(run))
     gates = gates_on(run, fit.network, fit.epochs * fit.train.steps)
-    teacher = prepare(run.full_network(), settings, fit.device) if settings.training.distill else None
+    teacher = share_network(prepare(run.full_network(), settings, fit.device)) if settings.training.distill else None
     state = train_gated(fit, gates, teacher, run.progress)
-    models.save_weights(network, run.path(GATED_WEIGHTS))
-    shape = (3, settings.input_size, settings.input_size)
-    share = state.notes["freeze"]["share"]
-    write_json(run.path(GATES), document(settings.model, shape, settings.align, run.device, gates, share))
+    return network, gates, state.notes["freeze"]["share"]
 
 
 def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
@@ -106,6 +114,8 @@ def latency_table(run: RunContext) -> LatencyTable:
     from polar_deploy.workspace import read_json, write_json
 
     path, target, batch = run.path(LATENCY_TABLE), run.target.name, run.settings.accept.batch
+    if not run.leads:
+        return latency.read(path, target, batch)  # the first process's
     if run.settings.latency_table is not None:
         write_json(path, read_json(run.settings.latency_table))
         return latency.read(path, target, batch)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from polar_deploy import targets
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
-from polar_deploy.stages import full, gates
+from polar_deploy.stages import full, gates, report
 from polar_deploy.stages.artefacts import SETTINGS
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.stage import Stage
@@ -65,6 +66,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
         ContentError: a file is not what it should be, or a stage failed on it.
     """
     from polar_deploy import recipes
+    from polar_deploy.tracking import tracked
     from polar_deploy.workspace import atomic_path
 
     _preflight(run, stages)
@@ -73,13 +75,16 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     if run.settings.full_weights is None:
         epochs["full"] = training.full_epochs
     run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
-    with run.workspace.locked(), run.progress:
+    told = run.settings.model_dump(mode="json")
+    with run.workspace.locked(), run.progress, tracked(run.track, run.folder, told, run.progress) as run.trackers:
         with atomic_path(run.path(SETTINGS)) as temporary:
             temporary.write_text(recipes.dump(run.settings), encoding="utf-8")
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_measured_reachable(run)  # before an epoch is trained
         for stage in stages:
             run_stage(run, stage)
+        if report.STAGE in stages:
+            run.trackers.result()
 
 
 def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
@@ -117,23 +122,29 @@ def run_stage(run: RunContext, stage: Stage) -> None:
         if before := run.workspace.other_program(stage.name, fingerprint):
             run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {fingerprint.program}")
         run.workspace.invalidate(stage.name)
-        _translated(run, stage)
+        with translated(stage.name):
+            stage.run(run)
         if stage.cacheable(run):
             run.workspace.stamp(stage.name, fingerprint, inputs, stage.outputs(run))
     for artefact in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
         run.path(artefact).unlink(missing_ok=True)
 
 
-def _translated(run: RunContext, stage: Stage) -> None:
-    """Do what the stage does. The user's own network and data run in here: whatever they raise gets an exit code."""
+@contextmanager
+def translated(stage: str) -> Iterator[None]:
+    """Inside, a stage does what it does. The user's own network and data run there: whatever they raise gets a code."""
     try:
-        stage.run(run)
+        yield
     except (PolarDeployError, MemoryError):
         raise
     except Exception as error:
         if "out of memory" in str(error):
-            raise MachineError(f"stage {stage.name}: {error}", "use a smaller training.batch_size") from error
+            todo = "use a smaller training.batch_size, or training.accumulate=2"
+            raise MachineError(f"stage {stage}: {error}", todo) from error
+        if "closed by peer" in str(error) or "Connection reset" in str(error):
+            what = f"stage {stage}: another process of this run has ended"
+            raise MachineError(what, "it has said why; the same command goes on from the last whole epoch") from error
         raise ContentError(
-            f"stage {stage.name} failed: {type(error).__name__}: {error}",
+            f"stage {stage} failed: {type(error).__name__}: {error}",
             "see where with --debug; the same command goes on from here",
         ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from polar_deploy.gating import processes
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.loop import TrainingJob, choose_device, prepare
 
@@ -23,9 +25,11 @@ def training_job(
     Args:
         stage: its name, for whoever watches.
         folder: of the run's, for checkpoint and log.
-        network: moved to the device that trains.
+        network: moved to the device that trains; of several processes each has the weights of the first one.
         fingerprint: a checkpoint of another one is not gone on from.
     """
+    if run.team is not None:
+        run.team.call(run, stage)
     device = choose_device()
     training, validation = run.split
 
@@ -34,7 +38,7 @@ def training_job(
 
     return TrainingJob(
         stage=stage,
-        network=prepare(network, run.settings, device),
+        network=processes.share_network(prepare(network, run.settings, device)),
         train=batches(training),
         validation=batches(validation) if len(validation) else None,
         settings=run.settings,
@@ -42,4 +46,5 @@ def training_job(
         folder=run.path(folder),
         key=str(fingerprint),
         device=device,
+        on_epoch=partial(run.trackers.epoch, stage) if run.trackers else None,
     )

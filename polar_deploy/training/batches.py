@@ -25,6 +25,7 @@ from polar_deploy.data.crops import DRAWS, resized_crop
 from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.pictures import PictureCache
 from polar_deploy.data.threads import parallel
+from polar_deploy.gating import processes
 from polar_deploy.limits import available_memory
 
 EVALUATION_BATCH = 500
@@ -51,9 +52,14 @@ class _Plan:
     flip: Tensor | None = None
     square: Tensor | None = None
 
+    def part(self, rank: int, count: int) -> _Plan:
+        """What one of so many processes reads of it: every so many-th image."""
+        drawn = (self.chosen, self.crops, self.shift, self.flip, self.square)
+        return _Plan(*(each if each is None else each[rank::count] for each in drawn))  # type: ignore[arg-type]
+
 
 class Batches:
-    """Part of a data set, ready for training or evaluation.
+    """Part of a data set, ready for training or evaluation; of several processes each has its share of every batch.
 
     Args:
         images: uint8 [N, H, W, 3]; an array (then held on `device`) or a `LazySource`.
@@ -71,6 +77,7 @@ class Batches:
         self, images: Any, labels: np.ndarray, indices: np.ndarray, settings: ResolvedSettings, device: torch.device
     ) -> None:
         self.settings, self.device = settings, device
+        self.rank, self.processes = processes.rank(), processes.count()
         self.waited = 0.0
         self._images, self._indices = images, indices
         self._crop_scale = settings.training.crop_scale
@@ -90,24 +97,34 @@ class Batches:
         return max(1, len(self) // self.settings.training.batch_size)
 
     @property
+    def batch_size(self) -> int:
+        """Images in one step, over all processes."""
+        return min(self.settings.training.batch_size, len(self))
+
+    @property
     def images_an_epoch(self) -> int:
-        """How many images `epoch` gives."""
-        return self.steps * min(self.settings.training.batch_size, len(self))
+        """How many images `epoch` gives, over all processes."""
+        return self.steps * self.batch_size
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches (float [B, 3, H, W], int64 [B]) of epoch `number`, the same for the same seed."""
+        """Augmented batches (float [B, 3, H, W], int64 [B]) of epoch `number`, the same for the same seed.
+
+        Together the processes have what one alone would have: all of them draw all, and read their own.
+        """
         draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
         order = torch.randperm(len(self), generator=draw)
-        size = min(self.settings.training.batch_size, len(self))
+        size = self.batch_size
         plans = (self._plan(order[step * size : (step + 1) * size], draw) for step in range(self.steps))
-        for plan, images in self._read(plans):
+        for plan, images in self._read(plan.part(self.rank, self.processes) for plan in plans):
             yield self._augment(images, plan), self._labels[plan.chosen.to(self.device)]
 
-    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, normalised, not augmented."""
-        starts = range(0, len(self), EVALUATION_BATCH)
-        plans = (_Plan(torch.arange(start, min(start + EVALUATION_BATCH, len(self)))) for start in starts)
-        for plan, images in self._read(plans):
+    def plain(self, size: int = EVALUATION_BATCH, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `most` images or all, in order, normalised, not augmented, `size` at once.
+
+        Of several processes each has every so many-th.
+        """
+        own = torch.arange(self.rank, min(len(self), most or len(self)), self.processes)
+        for plan, images in self._read(map(_Plan, torch.split(own, size) if len(own) else ())):
             yield self._normal(images).permute(0, 3, 1, 2), self._labels[plan.chosen.to(self.device)]
 
     def _read(self, plans: Iterable[_Plan]) -> Iterator[tuple[_Plan, Tensor]]:
@@ -140,13 +157,13 @@ class Batches:
         images = self._images
         if isinstance(images, np.ndarray):
             return lambda rows: list(images[rows])
-        return PictureCache(lambda rows: list(images[rows]), int(_KEPT * available_memory()))
+        return PictureCache(lambda rows: list(images[rows]), _most_kept())
 
     @cached_property
     def _whole(self) -> Callable[[Indices], list[Pixels]]:
         """Gives images as crops are made of them: whole, where the source tells those from what evaluation sees."""
         whole = getattr(self._images, "whole", None)
-        return self._centres if whole is None else PictureCache(whole, int(_KEPT * available_memory()))
+        return self._centres if whole is None else PictureCache(whole, _most_kept())
 
     def _plan(self, chosen: Tensor, draw: torch.Generator) -> _Plan:
         """Draw what becomes of a training batch."""
@@ -209,6 +226,11 @@ def ahead(
         finally:
             for _, unwanted in waiting:
                 unwanted.cancel()
+
+
+def _most_kept() -> int:
+    """Bytes that pictures may take that are kept; processes on one machine share its memory."""
+    return int(_KEPT * available_memory()) // processes.on_this_machine()
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:

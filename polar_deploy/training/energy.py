@@ -20,10 +20,11 @@ class Meter:
     Args:
         device: a CUDA device's own counter counts, too.
         powercap: where Linux shows RAPL's counters.
+        processors: whether these count; of several processes on a machine only one may count them.
     """
 
-    def __init__(self, device: torch.device, powercap: Path = POWERCAP) -> None:
-        self._counters = [*_processors(powercap), *_gpu(device)]
+    def __init__(self, device: torch.device, powercap: Path = POWERCAP, *, processors: bool = True) -> None:
+        self._counters = [*(_processors(powercap) if processors else ()), *_gpu(device)]
         self._last = [counter() for counter in self._counters]
 
     def read(self) -> float | None:

@@ -43,6 +43,9 @@ class Plain:
     def after_step(self) -> None:
         """Nothing."""
 
+    def discard(self) -> None:
+        """Nothing."""
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing besides weights and optimizer."""
         return {}

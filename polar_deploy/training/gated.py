@@ -20,8 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from polar_deploy.errors import ContentError
+from polar_deploy.gating import processes
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
+from polar_deploy.training.batch_norm import of_whole_batch
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.loop import TrainingJob, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
 
@@ -97,6 +99,7 @@ class OnePass:
             self.cut()
             self._estimate_norms()
             estimated = self._validated(self.network)
+            share = processes.mean(share)
             self._freeze = {
                 "undecided": undecided(share),
                 "share": [round(value, 4) for value in share.tolist()],
@@ -105,6 +108,10 @@ class OnePass:
                 "val_estimated": estimated,
                 "cut": self.small is not None,
             }
+
+    def discard(self) -> None:
+        """The gates forget what they saw of the step."""
+        self.gates.discard()
 
     def after_epoch(self, state: State) -> dict[str, Any]:
         """The cost of the network as its gates stand, how many are open at each site ("open"), how undecided they are
@@ -115,8 +122,9 @@ class OnePass:
             record["freeze"] = state.notes["freeze"] = {"epoch": state.epoch, **self._freeze}
             self._freeze = None
         elif self.gates.phase == "learning" and self._share is not None:
-            record["undecided"] = undecided(self._share / self._steps)
-            record["shares"] = torch.histc(self._share / self._steps, SHARE_BINS, 0, 1).int().tolist()
+            share = processes.mean(self._share / self._steps)
+            record["undecided"] = undecided(share)
+            record["shares"] = torch.histc(share, SHARE_BINS, 0, 1).int().tolist()
         gates = self.gates.state()
         record["open"] = [*gates.widths, *map(int, gates.blocks)]
         record["work"] = round(self._work / self._steps, 4)
@@ -166,7 +174,7 @@ class OnePass:
         images = (images for images, _ in islice(self.job.train.epoch(0), NORM_BATCHES))
         frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
         if not frozen:  # who keeps them fixed wants them fixed
-            with autocast(self.job.settings, self.job.device):
+            with autocast(self.job.settings, self.job.device), of_whole_batch():
                 update_bn(images, self.network)
 
     def _taught(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:

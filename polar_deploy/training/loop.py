@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,16 +18,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polar_deploy.config import ResolvedSettings
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.gating import processes
 from polar_deploy.progress import Progress
 from polar_deploy.training import checkpoint
-from polar_deploy.training.batches import Batches
+from polar_deploy.training.batches import EVALUATION_BATCH, Batches
+from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
+from polar_deploy.training.passes import Passes
 from polar_deploy.workspace import atomic_path
 
 
 class Method(Protocol):
     """What is particular to one way of training; `done` is the share of the run that is over.
+
+    `loss` is called for each pass of a step; `discard` after one that failed, before the step is made again.
 
     What `after_epoch` records has "work": multiply-accumulates for each image, forward and backward, in forward passes
     of the full network. A backward pass counts as two forward ones.
@@ -44,16 +51,18 @@ class Method(Protocol):
 
     def after_step(self) -> None: ...
 
+    def discard(self) -> None: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def after_epoch(self, state: checkpoint.State) -> dict[str, Any]: ...
+    def after_epoch(self, state: State) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run: what it needs besides its method."""
+    """One training run: what it needs besides its method; `on_epoch` is given the record of each epoch."""
 
     stage: str
     network: nn.Module
@@ -64,42 +73,57 @@ class TrainingJob:
     folder: Path
     key: str
     device: torch.device
+    on_epoch: Callable[[dict[str, Any]], None] | None = None
 
 
-def fit(job: TrainingJob, method: Method, progress: Progress) -> checkpoint.State:
+def fit(job: TrainingJob, method: Method, progress: Progress) -> State:
     """Train to the end, from the folder's checkpoint if there is one for `job.key`; of another it says so.
 
     Writes `checkpoint.safetensors` and `training.jsonl` after every epoch, so that a killed run goes on from the
     last whole epoch and, on CPU with the same number of threads, ends with the same weights as an unbroken one.
 
+    Of several processes all call it; the first one reads and writes. The weights are those of one process, but for
+    rounding and for what networks draw (dropout), so that it can go on with another number of processes.
+
     Raises:
         ContentError: the loss is not finite.
+        UsageError: a batch has too few images to be split as asked, or something cannot be computed deterministically.
     """
-    path = job.folder / "checkpoint.safetensors"
-    state, tensors = checkpoint.load(path, job.key)
+    with repeatable(job.settings):
+        return _fit(job, method, progress)
+
+
+def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
+    path, writes = job.folder / "checkpoint.safetensors", processes.is_first()
+    passes = Passes(job, progress.note)
+    state, tensors = processes.object_of_the_first(checkpoint.load(path, job.key) if writes else (State(), {}))
     if path.is_file() and not state.epoch:
         progress.note(f"{job.stage}: begins again: its checkpoint is damaged, or of other settings, data or training")
     if state.epoch:
         method.load_state_dict(state.method)
         checkpoint.restore(tensors, method.network, method.optimizers())
-        write_log(job.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
+        if writes:
+            write_log(job.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
     progress.stage(job.stage, total_epochs=job.epochs, done=state.epoch)
-    meter = Meter(job.device)
+    meter = Meter(job.device, processors=processes.is_first_here())
     while state.epoch < job.epochs:
         started, waited = time.monotonic(), job.train.waited
-        losses, accuracy = _epoch(job, method, state.epoch, progress)
+        losses, accuracy = _epoch(job, method, state.epoch, passes, progress)
         state.epoch += 1
         record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5), "train_accuracy": round(accuracy, 3)}
         record["images"] = job.train.images_an_epoch
         record |= method.after_epoch(state)
         record["val_accuracy"] = evaluate(method.network, job.validation) if job.validation else None
-        joules = meter.read()
+        joules = _of_all(meter.read())
         record |= {"data_seconds": round(job.train.waited - waited, 2)} if job.train.reads else {}
         record |= {"joules": round(joules, 1)} if joules is not None else {}
         state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
         state.method = method.state_dict()
-        checkpoint.save(path, job.key, state, method.network, method.optimizers())
-        write_log(job.folder / "training.jsonl", state.records)
+        if writes:
+            checkpoint.save(path, job.key, state, method.network, method.optimizers())
+            write_log(job.folder / "training.jsonl", state.records)
+        if job.on_epoch is not None:
+            job.on_epoch(state.records[-1])
         progress.epoch(
             epoch=state.epoch,
             loss=losses,
@@ -111,30 +135,34 @@ def fit(job: TrainingJob, method: Method, progress: Progress) -> checkpoint.Stat
     return state
 
 
-def _epoch(job: TrainingJob, method: Method, epoch: int, progress: Progress) -> tuple[float, float]:
+def _epoch(job: TrainingJob, method: Method, epoch: int, passes: Passes, progress: Progress) -> tuple[float, float]:
     """One pass over the training set; mean loss and training accuracy in percent."""
     method.network.train()
-    torch.manual_seed(job.settings.seed * 1_000_003 + epoch)  # dropout and stochastic depth, the same after a resume
+    # Dropout and stochastic depth, the same after a resume; each process has samples of its own.
+    torch.manual_seed(job.settings.seed * 1_000_003 + epoch + processes.rank() * 1_000_000_007)
     total = torch.zeros(2, device=job.device)
     steps = job.train.steps
     for step, (images, labels) in enumerate(job.train.epoch(epoch)):
         method.before_step((epoch + step / steps) / job.epochs)
-        loss, logits = method.loss(images, labels)
-        for optimizer in method.optimizers():
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total += passes.backward(method, images, labels)
+        processes.average_gradients(method.network.parameters())
         for optimizer in method.optimizers():
             optimizer.step()
         method.after_step()
-        total += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
         progress.step((step + 1) / steps)
-    mean_loss, accuracy = (total / steps).tolist()
+    mean_loss, accuracy = (processes.total(total) / steps).tolist()
     if not math.isfinite(mean_loss):
         raise ContentError(
             f"the loss is {mean_loss} in epoch {epoch + 1} of {job.epochs} of stage {job.stage}",
             "lower training.lr (or training.gated_lr), or check the weights and the normalisation",
         )
     return mean_loss, 100 * accuracy
+
+
+def _of_all(joules: float | None) -> float | None:
+    """What all processes counted; None where this one counts nothing."""
+    counted = float(processes.total(torch.tensor([joules or 0.0], dtype=torch.float64)))
+    return None if joules is None else counted
 
 
 def sgd(network: nn.Module, settings: ResolvedSettings) -> torch.optim.SGD:
@@ -182,17 +210,56 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Batches, most: int | None = None) -> float:
-    """Top-1 accuracy in percent, in evaluation mode, un-augmented, FP32; of about the first `most` images, or all."""
+    """Top-1 accuracy in percent, in evaluation mode, un-augmented, FP32; of the first `most` images, or all."""
     was_training = network.training
     network.eval()
-    right = seen = 0
-    for images, labels in batches.plain():
-        right += int((network(images).argmax(1) == labels).sum())
-        seen += len(labels)
-        if most is not None and seen >= most:
-            break
+    right = processes.total(_right(network, batches, most))
     network.train(was_training)
-    return 100 * right / seen
+    return 100 * float(right) / min(len(batches), most or len(batches))
+
+
+def _right(network: nn.Module, batches: Batches, most: int | None) -> Tensor:
+    """How many of this process's images, of the first `most`, are classified right, [1].
+
+    In smaller batches where memory is short.
+    """
+    size = EVALUATION_BATCH
+    while True:
+        right = torch.zeros(1, device=batches.device)
+        try:
+            for images, labels in batches.plain(size, most):
+                right += (network(images).argmax(1) == labels).sum()
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        else:
+            return right
+        size = -(-size // 2)
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def repeatable(settings: ResolvedSettings) -> Iterator[None]:
+    """Inside, with `training.deterministic`, the same comes out each time on the same device, at a cost on GPUs.
+
+    Raises:
+        UsageError: something has no deterministic way to be computed.
+    """
+    if not settings.training.deterministic:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        what = f"--deterministic: {str(error).splitlines()[0]}"
+        raise UsageError(what, "leave --deterministic out, or do without that operation") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def write_log(path: Path, records: list[dict[str, Any]]) -> None:
