@@ -199,7 +199,7 @@ def _store() -> Store:
         what = f"process {rank()} cannot reach {where}:{port}: {str(error).splitlines()[0]}"
         raise MachineError(what, "check that address and port can be reached from all machines") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives its processes
-    return dist.PrefixStore(f"polar_deploy {attempt}", store)  # type: ignore[attr-defined,no-any-return]
+    return dist.PrefixStore(f"polar_deploy {attempt}", store)  # type: ignore[attr-defined]
 
 
 def _is_one_there(store: Store, keys: Sequence[str]) -> bool:
