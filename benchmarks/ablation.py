@@ -34,7 +34,8 @@ from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.resolve import resolve
 from polar_deploy.stages.training import training_job
 from polar_deploy.surgery import compress_file
-from polar_deploy.training.batches import Batches
+from polar_deploy.tasks.classification import PictureData
+from polar_deploy.training.batches import ImageBatches
 from polar_deploy.training.gated import OnePass
 from polar_deploy.training.loop import TrainingJob, fit, prepare
 from polar_deploy.workspace import write_json
@@ -110,11 +111,16 @@ def row(
 
 def _correct(run: RunContext, network: torch.nn.Module) -> list[int]:
     """Which images of the test set a network gets right, as 0 and 1."""
-    test = run.dataset.test
-    batches = Batches(test.images, test.labels, np.arange(len(test.labels)), run.settings, CPU)
+    assert isinstance(run.data, PictureData)
+    test = run.data.dataset.test
+    batches = ImageBatches(test.images, test.labels, np.arange(len(test.labels)), run.settings, CPU)
     network.eval()
     with torch.no_grad():
-        return [int(right) for x, y in batches.plain() for right in (network(x).argmax(1) == y).tolist()]
+        return [
+            int(right)
+            for inputs, targets in batches.plain()
+            for right in (network(inputs["input"]).argmax(1) == targets["label"]).tolist()
+        ]
 
 
 def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, float]:
@@ -127,9 +133,9 @@ def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, 
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
     write_json(folder / "build.json", built)
     a, b = (engines.load(folder, name, run.target) for name in ("full", "compressed"))
-    size = run.settings.input_size
-    images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
-    done = timing.compare(a, b, images).best
+    draw, taken = np.random.default_rng(0), a.inputs.items()
+    inputs = {name: draw.standard_normal((1, *spec.sizes), np.float32) for name, spec in taken}
+    done = timing.compare(a, b, inputs).best
     return {"median": round(done.speedup.median, 3), "low": round(done.speedup.low, 3), "noise": round(done.noise, 4)}
 
 

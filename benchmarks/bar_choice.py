@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.tasks.classification import classifier
+
 if TYPE_CHECKING:
     from polar_deploy.gating.solver import Problem
 
@@ -91,7 +93,7 @@ def walk(path: Path) -> int:
     torch.set_num_threads(1)
     with path.open("w") as file:
         for name, size in NETWORKS:
-            network = GatedNetwork(models.build(name, 10 if size == 32 else 1000, size), size)
+            network = GatedNetwork(models.build(name, classifier(10 if size == 32 else 1000, size)), size)
             runs = [_walked(network, align, seed) for align in ALIGNMENTS for seed in SEEDS]
             file.write(json.dumps({"network": name, **_described(network), "runs": runs}) + "\n")
             file.flush()

@@ -29,6 +29,7 @@ from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.on_device import device_cost
 from polar_deploy.surgery import detached, rounds
 from polar_deploy.surgery.choices import Choices
+from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 224, 1000))  # name, pixels, classes
 PATTERNS = 12
@@ -72,7 +73,9 @@ def row(
     """Predictions and times of one network's patterns, as shares of the whole network's, and how their orders agree."""
     torch.manual_seed(0)
     size = (1, 3, pixels, pixels)
-    choices = analyse(models.build(network, classes, pixels).eval(), Example.of(torch.zeros(2, *size[1:]))).choices
+    choices = analyse(
+        models.build(network, classifier(classes, pixels)).eval(), Example.of(torch.zeros(2, *size[1:]))
+    ).choices
     opened = patterns(choices)
     cost = device_cost(devices.choose(device), choices)
     states = [choices.state(each) for each in opened]

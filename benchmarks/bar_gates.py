@@ -21,6 +21,7 @@ from benchmarks.common import write_result
 from polar_deploy import Gates
 from polar_deploy.gating.choice import Limits, choose
 from polar_deploy.gating.gates import WATCH_EVERY, WATCH_FIRST
+from polar_deploy.tasks.classification import classifier
 
 PAIRS = 12
 RUN = 8000  # steps of the whole run: the pairs lie before its first choice
@@ -33,7 +34,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], int, int]]:
     from polar_deploy import models
 
     return {
-        "resnet20": (lambda: models.build("resnet20", 10, 32), 32, 64),
+        "resnet20": (lambda: models.build("resnet20", classifier(10, 32)), 32, 64),
         "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 64, 8),
     }
 

@@ -24,6 +24,7 @@ from benchmarks.common import ROOT, SHARED, resnet20_run, write_result
 from polar_deploy import cpu, data, engines, export, models, targets
 from polar_deploy.config import Build, Calibration
 from polar_deploy.engines import Array, Engine, timing
+from polar_deploy.tasks.classification import classifier
 from polar_deploy.workspace import write_json
 from tests.shared import cifar_folder, cifar_split
 
@@ -60,7 +61,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         full, images = folder / "resnet56.onnx", _images()
-        network = models.build("resnet56", 10, 32)
+        network = models.build("resnet56", classifier(10, 32))
         models.load_weights(network, SHARED / "models" / "resnet56.npz")
         export.export(network, 32, full)
         run = arguments.run or resnet20_run(folder / "run", cifar_folder(folder, "cifar10"))
@@ -79,8 +80,8 @@ def measure(onnx: Path, folder: Path, images: Images) -> dict[str, Any]:
     figures = {
         "precision": entry["precision"],
         "build_seconds": entry["seconds"],
-        **_accuracy(narrow, engines.infer_all(wide, images.test), images),
-        "speed": [_speed(timing.compare(wide, narrow, images.test[:batch])) for batch in (1, BATCH)],
+        **_accuracy(narrow, _logits(wide, images), images),
+        "speed": [_speed(timing.compare(wide, narrow, {"input": images.test[:batch]})) for batch in (1, BATCH)],
     }
     print(f"{onnx.parent.name}/{onnx.name}: {figures}", flush=True)
     return figures
@@ -89,7 +90,7 @@ def measure(onnx: Path, folder: Path, images: Images) -> dict[str, Any]:
 def compare(onnx: Path, folder: Path, images: Images) -> list[dict[str, Any]]:
     """Accuracy of ort-int8 for every way to calibrate."""
     wide, _ = _engine(onnx, folder / FP32.name, FP32, images, Build())
-    expected, rows = engines.infer_all(wide, images.test), []
+    expected, rows = _logits(wide, images), []
     for index, calibration in enumerate(CALIBRATIONS):
         narrow, entry = _engine(onnx, folder / str(index), INT8, images, Build(calibration=calibration))
         rows.append({**entry["precision"]["calibration"], **_accuracy(narrow, expected, images)})
@@ -101,14 +102,19 @@ def _engine(
     onnx: Path, folder: Path, target: targets.Target, images: Images, options: Build
 ) -> tuple[Engine, dict[str, Any]]:
     """Build an engine and load it; the engine, and its entry in build.json."""
-    entry = engines.build(onnx, folder, "full", target, options, images.train[: options.calibration.images])
+    calibration = {"input": images.train[: options.calibration.images]}
+    entry = engines.build(onnx, folder, "full", target, options, calibration)
     write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": {"full": entry}})
     return engines.load(folder, "full", target), entry
 
 
+def _logits(engine: Engine, images: Images) -> Array:
+    return engines.infer_all(engine, {"input": images.test})["logits"]
+
+
 def _accuracy(engine: Engine, expected: Array, images: Images) -> dict[str, Any]:
     """Of an INT8 engine, against the logits of FP32: points, percent, and RMS of the difference as a share."""
-    found = engines.infer_all(engine, images.test)
+    found = _logits(engine, images)
     fp32, int8 = (float(100 * (each.argmax(axis=1) == images.labels).mean()) for each in (expected, found))
     return {
         "top1": {"fp32": fp32, "int8": int8},

@@ -19,6 +19,8 @@ from benchmarks.common import write_result
 from polar_deploy import export, models
 from polar_deploy.engines import Array, Engine, Timer, timing
 from polar_deploy.engines.ort import OrtEngine
+from polar_deploy.tasks.classification import classifier
+from polar_deploy.tensors import Arrays
 
 REPETITIONS = 20
 SLOWDOWN = 0.1
@@ -28,15 +30,16 @@ class Slowed:
     """An engine that takes a tenth longer, in real time."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.input_shape, self.batches = engine, engine.input_shape, engine.batches
+        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+        self.batches = engine.batches
 
-    def infer(self, images: Array) -> Array:
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
         """As the engine itself."""
-        return self.engine.infer(images)
+        return self.engine.infer(inputs)
 
-    def timer(self, images: Array) -> Timer:
+    def timer(self, inputs: Arrays) -> Timer:
         """The engine's own work, then a wait."""
-        work = self.engine.timer(images)
+        work = self.engine.timer(inputs)
 
         def milliseconds(inferences: int) -> float:
             start = time.perf_counter_ns()
@@ -59,10 +62,10 @@ class Slowed:
 
 def main() -> int:
     """Run the bars; 0 if all are met."""
-    images = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    images = {"input": np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "resnet56.onnx"
-        export.export(models.build("resnet56", 10, 32), 32, path)
+        export.export(models.build("resnet56", classifier(10, 32)), 32, path)
         same = [timing.compare(OrtEngine(path), OrtEngine(path), images) for _ in range(REPETITIONS)]
         slower = [timing.compare(OrtEngine(path), Slowed(OrtEngine(path)), images) for _ in range(REPETITIONS)]
     found = [result.different and result.best.speedup.median < 1 for result in slower]

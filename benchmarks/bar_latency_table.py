@@ -30,6 +30,7 @@ from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.deploy import write_open
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.surgery.choices import Choices
+from polar_deploy.tasks.classification import classifier
 from polar_deploy.workspace import write_json
 
 TARGET = "ort-fp32"
@@ -86,7 +87,7 @@ def examine(name: str, size: int) -> dict[str, Any]:
 def export_open(name: str, size: int, path: Path) -> Choices:
     """Write an untrained network with all gates open; returns its gates."""
     torch.manual_seed(0)
-    network = models.build(name, 10, size).eval()
+    network = models.build(name, classifier(10, size)).eval()
     analysis = analyse(network, Example.of(torch.zeros(2, 3, size, size)))
     write_open(network, analysis, path)
     return analysis.choices

@@ -89,7 +89,7 @@ def read(folder: Path, step: float) -> dict[str, Any]:
 
     from polar_deploy import data
     from polar_deploy.config import Normalize, Settings, Training
-    from polar_deploy.training.batches import Batches
+    from polar_deploy.training import batches as made
 
     torch.set_num_threads(1)
     spec = data.DataSpec("bar", 10, 224, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), flip=True, crop_padding=28, epochs=1)
@@ -98,7 +98,8 @@ def read(folder: Path, step: float) -> dict[str, Any]:
     training = Training(batch_size=BATCH, flip=True, **crops)
     settings = Settings(model="none", data="bar", normalize=Normalize(mean=spec.mean, std=spec.std), training=training)
     train, device = dataset.train, torch.device("cpu")
-    batches = Batches(train.images, train.labels, np.arange(len(train.labels)), settings, device)
+    kind = getattr(made, "ImageBatches", None) or made.Batches  # its name in the other build
+    batches = kind(train.images, train.labels, np.arange(len(train.labels)), settings, device)
     epochs = []
     for epoch in range(EPOCHS):
         started = time.monotonic()

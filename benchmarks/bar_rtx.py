@@ -28,6 +28,7 @@ from polar_deploy.config import Build
 from polar_deploy.engines.trt import library
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.surgery import compress
+from polar_deploy.tasks.classification import classifier
 from polar_deploy.workspace import read_json
 
 CIFAR, TORCHVISION = ("resnet20", "resnet56"), ("resnet50", "mobilenet_v2")
@@ -43,7 +44,7 @@ def whole(name: str, cache: Path) -> onnx.ModelProto:
     torch.manual_seed(0)
     path = cache / f"{name}-32.onnx"
     if not path.is_file():
-        export.export(models.build(name, 10, 32), 32, path)
+        export.export(models.build(name, classifier(10, 32)), 32, path)
     return onnx.load(path)
 
 

@@ -21,6 +21,8 @@ from benchmarks.common import write_result
 from polar_deploy import parity
 from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines import Array, Engine, Timer, timing
+from polar_deploy.tensors import Arrays
+from tests.parity.answers import answered
 
 DROPS = (0.0, 0.5, 1.0, 1.5, 2.0)  # points
 SAMPLES = (100, 200, 360, 719, 1000, 2000, 5000, 10_000)
@@ -33,11 +35,8 @@ ASKED = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02)
 @cache
 def result(lost: int, gained: int, samples: int, rule: str) -> str:
     """The verdict's own answer for the counts of a test set with ten classes."""
-    right = round(RIGHT * samples)
-    seen = Counter(dict.fromkeys(range(10), samples // 10))
-    counts = {"full_right": right, "compressed_right": right - lost + gained, "seen_of": seen}
-    tally = parity.Tally(samples=samples, lost=lost, gained=gained, **counts)
-    return parity.judge_accuracy(tally, ASKED.model_copy(update={"accuracy_rule": rule})).result
+    pair = answered(samples, lost=lost, gained=gained, right=round(RIGHT * samples) - lost)
+    return parity.judge_accuracy(pair, ASKED.model_copy(update={"accuracy_rule": rule})).result
 
 
 def accuracy(drop: float, samples: int) -> dict[str, Any]:
@@ -55,13 +54,13 @@ class Slower:
 
     def __init__(self, engine: Engine, factor: float) -> None:
         self._engine, self._factor = engine, factor
-        self.batches, self.input_shape = engine.batches, engine.input_shape
+        self.batches, self.inputs, self.outputs = engine.batches, engine.inputs, engine.outputs
 
-    def infer(self, images: Array) -> Array:
-        return self._engine.infer(images)
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        return self._engine.infer(inputs)
 
-    def timer(self, images: Array) -> Timer:
-        measured = self._engine.timer(images)
+    def timer(self, inputs: Arrays) -> Timer:
+        measured = self._engine.timer(inputs)
         return lambda inferences: self._factor * measured(inferences)
 
     def duplicate(self) -> Engine:
@@ -96,7 +95,7 @@ def latency(path: Path, factor: float) -> dict[str, Any]:
     """The answers of `RUNS` comparisons of a network with itself, the second one's times multiplied."""
     from polar_deploy.engines.ort import OrtEngine
 
-    images, answers, speedups = np.zeros((1, 3, 32, 32), np.float32), Counter[str](), []
+    images, answers, speedups = {"input": np.zeros((1, 3, 32, 32), np.float32)}, Counter[str](), []
     for _ in range(RUNS):
         first, second = OrtEngine(path), OrtEngine(path)
         other: Engine = Slower(second, factor) if factor != 1 else second

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from benchmarks.common import SHARED, write_result
 from polar_deploy import data, engines, surgery, targets
@@ -31,6 +32,8 @@ from polar_deploy.config import Build
 from polar_deploy.engines import Array, Engine, nvml, timing
 from polar_deploy.errors import MachineError
 from polar_deploy.parity import Comparison
+from polar_deploy.tasks.accuracy import Accuracy
+from polar_deploy.tasks.classification import classifier
 from polar_deploy.workspace import read_json, write_json
 
 if TYPE_CHECKING:
@@ -113,7 +116,7 @@ def export(name: str, folder: Path) -> None:
     network = NETWORKS[name]
     folder.mkdir(parents=True, exist_ok=True)
     if network.trained:
-        model = models.build(name, network.classes, network.size)
+        model = models.build(name, classifier(network.classes, network.size))
         models.load_weights(model, SHARED / "models" / f"{name}.npz")
         keep_images(folder / "images.npz")
     else:
@@ -161,7 +164,8 @@ def examine(name: str, target: targets.Target, graphs: Path, folder: Path) -> in
     network, images = NETWORKS[name], load(name, graphs)
     names = ("full", *network.cuts)
     folder.mkdir(parents=True)
-    calibration = images.calibration if target.precision == "int8" else None
+    source = onnx.load(graphs / f"{names[0]}.onnx", load_external_data=False).graph.input[0].name
+    calibration = {source: images.calibration} if target.precision == "int8" else None
     built = {each: engines.build(graphs / f"{each}.onnx", folder, each, target, OPTIONS, calibration) for each in names}
     write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": built})
     loaded: dict[str, Engine] = {each: engines.load(folder, each, target) for each in names}
@@ -196,27 +200,37 @@ def load(name: str, folder: Path) -> Images:
 
 def against_graph(engine: Engine, graph: Path, images: Images) -> dict[str, Any]:
     """An engine's answers and logits against those of its own FP32 graph."""
-    found = Comparison()
+    graph_engine = engines.reference_engine(graph)
+    found = Comparison(Accuracy(next(iter(graph_engine.outputs))))
     reference, other = (
-        engines.infer_all(each, images.test, BATCHES[-1]) for each in (engines.reference_engine(graph), engine)
+        engines.infer_all(each, named(each, images.test), BATCHES[-1]) for each in (graph_engine, engine)
     )
-    found.add(reference, other, images.labels)
-    return {**found.as_dict(), "nonfinite": found.tally.compressed_nonfinite}
+    found.add(reference, other, {"label": images.labels})
+    assert found.paired is not None
+    return {**found.as_dict(), "nonfinite": found.paired.nonfinite["compressed"]}
+
+
+def named(engine: Engine, images: Array) -> dict[str, Array]:
+    """Images as the only input of an engine."""
+    return dict.fromkeys(engine.inputs, images)
 
 
 def time(a: Engine, b: Engine, images: Images, *, energy: bool = True) -> list[dict[str, Any]]:
     """Time two engines at each batch: all rounds, which one counts, and the energy of both where the GPU counts it."""
     rows = []
     for batch in BATCHES:
-        found = timing.compare(a, b, images.test[:batch])
+        inputs = named(a, images.test[:batch])
+        found = timing.compare(a, b, inputs)
         rows.append(
             {
                 **asdict(found),
                 "decided": found.decided,
                 "different": found.different,
                 "throttled": found.best.throttled,
-                "captured": [getattr(each.timer(images.test[:batch]), "captured", None) for each in (a, b)],
-                "energy_mj": [timing.energy(each, images.test[:batch]) for each in (a, b) if energy],
+                "captured": [
+                    getattr(each.timer(named(each, images.test[:batch])), "captured", None) for each in (a, b)
+                ],
+                "energy_mj": [timing.energy(each, named(each, images.test[:batch])) for each in (a, b) if energy],
             }
         )
     return rows

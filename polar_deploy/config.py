@@ -272,16 +272,21 @@ class Settings(_Frozen):
         str,
         About("resnet20/32/44/56/110, a torchvision classifier, or package.module:function", option="--model MODEL"),
     ]
+    task: Annotated[
+        str, About("what the network is for: classification, or package.module:function", option="--task TASK")
+    ] = "classification"
     target: Annotated[
         str, About("what the engine is for, such as trt-fp16; auto: the fastest one here", option="--target TARGET")
     ] = "ort-fp32"
     data: Annotated[
-        str,
+        str | None,
         About(
             "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function",
-            option="--data DATA",
+            "",
+            "cifar10, or the task's own",
+            "--data DATA",
         ),
-    ] = "cifar10"
+    ] = None
     data_dir: Annotated[Path | None, About("where the data lies", "", "data", "--data-dir DIR")] = None
     input_size: Annotated[Pixels | None, About("side of the images", "pixels", "the data set's own")] = None
     normalize: Annotated[Normalize | None, About("input normalisation", "", "the data set's own")] = None
@@ -376,8 +381,7 @@ class ResolvedGates(Gates):
 class ResolvedSettings(Settings):
     """Settings of which nothing is left to be decided; what is still None is off, or not given."""
 
-    input_size: Pixels
-    normalize: Normalize
+    data: str
     budget: Budget
     align: Channels
     training: ResolvedTraining

@@ -26,10 +26,13 @@ from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery.folding import FOLDED_ANYWAY
+from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
     import onnx_ir
+
+    from polar_deploy.tasks import Task
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
 MOST_BYTES = 2**31 - 2**20  # of a file, less room for the graph itself
@@ -350,15 +353,15 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
         onnx.save(graph, temporary)
 
 
-def check(path: Path, inputs: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference between ONNX Runtime on `path` and `expected`, as a share of the output's scale.
+def check(path: Path, inputs: Arrays, expected: Arrays) -> float:
+    """Largest difference between ONNX Runtime on `path` and `expected`, as a share of each output's scale.
 
     Args:
-        inputs: float32 [N, 3, S, S], for the graph's only input.
-        expected: float32 [N, classes], from PyTorch.
+        inputs: for the graph's inputs, by name.
+        expected: its outputs, by name, from PyTorch.
 
     Raises:
-        ContentError: the difference is above `TOLERANCE`.
+        ContentError: an output of floats differs by more than `TOLERANCE`, another one at all.
         MachineError: ONNX Runtime is not installed.
     """
     try:
@@ -368,25 +371,38 @@ def check(path: Path, inputs: np.ndarray, expected: np.ndarray) -> float:
             "onnxruntime is not installed, so no export can be checked", "install the extra 'ort'"
         ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (given,) = session.run(None, {session.get_inputs()[0].name: inputs})
-    difference = float(np.abs(given - expected).max() / np.abs(expected).max())
-    if not difference <= TOLERANCE:
-        raise ContentError(
-            f"{path} differs from PyTorch by {difference:.2g} of the output's scale (allowed: {TOLERANCE})",
-            "report this network: its export to ONNX is not faithful",
-        )
-    return difference
+    known = {value.name for value in session.get_inputs()}  # an exporter leaves out what is not read
+    found = session.run(list(expected), {name: values for name, values in inputs.items() if name in known})
+    worst = 0.0
+    for (name, wanted), given in zip(expected.items(), found, strict=True):
+        if wanted.dtype.kind != "f":
+            difference = 0.0 if np.array_equal(given, wanted) else math.inf
+        else:
+            scale = float(np.abs(wanted).max()) or 1.0
+            difference = float(np.abs(given - wanted).max()) / scale
+        if not difference <= TOLERANCE:
+            raise ContentError(
+                f"{path}: {name} differs from PyTorch by {difference:.2g} of its scale (allowed: {TOLERANCE})",
+                "report this network: its export to ONNX is not faithful",
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 @torch.no_grad()
-def outputs(network: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    """Logits float32 [N, classes] of `network` on the CPU in evaluation mode, for float32 [N, 3, S, S]."""
+def outputs(task: Task, network: nn.Module, inputs: Arrays) -> dict[str, np.ndarray]:
+    """What `network` gives on the CPU in evaluation mode, by name, in the order in which its forward returns it."""
     with evaluating(network):
-        logits: np.ndarray = network(torch.from_numpy(inputs)).numpy()
-    return logits
+        found = task.forward(network, {name: torch.from_numpy(np.asarray(values)) for name, values in inputs.items()})
+        return {name: value.numpy() for name, value in found.items()}
 
 
-def write_reference(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays as .npz, atomically."""
+def write_reference(path: Path, inputs: Arrays, outputs: Mapping[str, Arrays]) -> None:
+    """Write `inputs/NAME`, and `full/NAME` and `gated/NAME` for the outputs of both networks, as .npz, atomically."""
+    arrays = {
+        f"{part}/{name}": values
+        for part, each in {"inputs": inputs, **outputs}.items()
+        for name, values in each.items()
+    }
     with atomic_path(path) as temporary:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Progress:
             progress.plan({"full": 30, "gates": 30})
             progress.stage("full", total_epochs=30, done=3)
             progress.step(0.5)
-            progress.epoch(epoch=4, loss=0.31, accuracy=0.97)
+            progress.epoch(epoch=4, loss=0.31, score="val 97.0%")
 
     Args:
         console: where to write; None: stderr.
@@ -120,7 +120,7 @@ class Progress:
         *,
         epoch: int,
         loss: float,
-        accuracy: float | None,
+        score: str | None,
         cost: float | None = None,
         budget: float | None = None,
         undecided: float | None = None,
@@ -130,14 +130,14 @@ class Progress:
         Args:
             epoch: number of epochs done, from 1.
             loss: mean training loss.
-            accuracy: share of the validation samples that are right, 0 to 1; None: no validation.
+            score: of the validation samples, such as "val 97.0%"; None: there is none.
             cost: cost of the network as its gates stand, as a share of the full network's.
             budget: what the cost has to come down to.
             undecided: share of gates on which the samples do not agree yet.
         """
         facts = []
-        if accuracy is not None:
-            facts.append(f"acc {accuracy:.1%}")
+        if score is not None:
+            facts.append(score)
         if cost is not None:
             facts.append(f"cost {cost:.2f}" + (f"/{budget:.2f}" if budget is not None else ""))
         facts.append(f"loss {loss:.3f}")

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from polar_deploy.config import Budget, Gates, Normalize, Settings, Training
+from polar_deploy.tasks import data_name
 
 
 def test_settings_are_frozen_and_know_their_keys() -> None:
@@ -18,7 +19,8 @@ def test_settings_are_frozen_and_know_their_keys() -> None:
 
 def test_the_defaults_are_those_of_the_command_line() -> None:
     settings = Settings(model="resnet20")
-    assert (settings.target, settings.data, settings.seed) == ("ort-fp32", "cifar10", 0)
+    assert (settings.target, settings.task, settings.seed) == ("ort-fp32", "classification", 0)
+    assert data_name(settings) == "cifar10"
     assert settings.budget is None  # the target's
     assert (settings.accept.max_drop, settings.accept.min_speedup, settings.accept.batch) == (1.0, 1.02, 1)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polar_deploy import models, recipes
 from polar_deploy.stages import NAMES
+from polar_deploy.tasks.classification import classifier
 from tests.conftest import polar
 
 # recipe -> pixels, classes; channels at how many sites, blocks that may go, both counted in the papers' tables.
@@ -62,7 +63,7 @@ def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
     plan = dict(re.findall(r"^(folder|stages|gates|full|smallest|target) +(.+)$", outcome.out, re.MULTILINE))
     model = re.search(r"^model: (\w+)$", outcome.out, re.MULTILINE)
     assert model
-    macs = count_macs(models.build(model[1], classes, pixels), pixels)
+    macs = count_macs(models.build(model[1], classifier(classes, pixels)), pixels)
     assert plan["stages"] == " → ".join(NAMES)
     assert plan["gates"] == gates
     assert plan["full"].startswith(f"{macs / 1e6:.2f} M MACs, ")

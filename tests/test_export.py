@@ -38,6 +38,7 @@ from polar_deploy.gating import deploy
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.deploy import GATES, KIND, SITE
 from polar_deploy.surgery.facts import Bools
+from polar_deploy.tasks.classification import classifier
 from tests.tiny import BLOCKS, SITES, Tiny
 
 SIZE = 16
@@ -72,6 +73,14 @@ def _inputs(batch: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((batch, 3, SIZE, SIZE)).astype(np.float32)
 
 
+def _named(batch: int) -> dict[str, npt.NDArray[np.float32]]:
+    return {"input": _inputs(batch)}
+
+
+def _logits(network: nn.Module, batch: int) -> npt.NDArray[np.float32]:
+    return outputs(classifier(10, SIZE), network, _named(batch))["logits"]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> _Exported:
     """A gated network with a third of its gates closed, written; the hand-made reference masks nothing but tensors."""
@@ -84,7 +93,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> _Exported:
     path = tmp_path_factory.mktemp("export") / "new" / "model.onnx"
     with deploy.masked(network, analysis, opened):
         deploy.export(network, analysis, path, **NAMES)
-        right = outputs(network, _inputs(5))
+        right = _logits(network, 5)
     return _Exported(network, analysis, opened, path, right)
 
 
@@ -201,7 +210,7 @@ def test_it_computes_what_closing_activations_by_hand_does(exported: _Exported) 
         mask = closed(block)
         module = exported.network.get_submodule(block.removesuffix(":out"))
         handles.append(module.register_forward_hook(lambda module, args, output, mask=mask: output * mask))
-    expected = outputs(exported.network, _inputs(5))
+    expected = _logits(exported.network, 5)
     for handle in handles:
         handle.remove()
     given = _run(exported.path, {"input": _inputs(5)})
@@ -229,7 +238,7 @@ def test_masks_that_are_all_open_are_written_too(exported: _Exported, tmp_path: 
         _metadata(node)[SITE] for node in _marked(exported.model)
     )
     (name,) = [value.name for value in model.graph.input]
-    plain = outputs(exported.network, _inputs(3))
+    plain = _logits(exported.network, 3)
     assert np.abs(_run(tmp_path / "open.onnx", {name: _inputs(3)}) - plain).max() <= TOLERANCE * np.abs(plain).max()
 
 
@@ -305,7 +314,7 @@ def test_the_structure_keeps_layers_parameters_and_modules(exported: _Exported) 
 def test_structure_and_deployable_compute_the_same() -> None:
     torch.manual_seed(0)
     network = Tiny(10)
-    expected = outputs(network, _inputs(3))
+    expected = _logits(network, 3)
     captured = capture(network, Example.of(torch.zeros(1, 3, SIZE, SIZE)), **NAMES)
     for model in (captured.structure(), captured.deployable()):
         given = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": _inputs(3)})[0]
@@ -337,7 +346,7 @@ def test_modes_are_put_back_module_by_module() -> None:
     with evaluating(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == before
-    outputs(network, _inputs(1))
+    _logits(network, 1)
     assert [module.training for module in network.modules()] == before
 
 
@@ -436,30 +445,30 @@ def test_a_network_that_cannot_be_exported_is_named(tmp_path: Path, capfd: pytes
 
 def test_the_check_measures_the_difference_in_the_outputs_scale(exported: _Exported) -> None:
     right = exported.right
-    assert 0 <= check(exported.path, _inputs(5), right) <= TOLERANCE
+    assert 0 <= check(exported.path, _named(5), {"logits": right}) <= TOLERANCE
     wrong, scale = right.copy(), np.abs(right).max()
     wrong[2, 3] += 0.01 * scale * (-1 if abs(right[2, 3]) == scale else 1)
     with pytest.raises(ContentError, match=rf"differs from PyTorch by 0\.0\d+ of .*allowed: {TOLERANCE}"):
-        check(exported.path, _inputs(5), wrong)
+        check(exported.path, _named(5), {"logits": wrong})
 
 
 def test_nan_is_no_agreement(exported: _Exported) -> None:
     wrong = exported.right.copy()
     wrong[0, 0] = np.nan
     with pytest.raises(ContentError, match="differs from PyTorch by nan"):
-        check(exported.path, _inputs(5), wrong)
+        check(exported.path, _named(5), {"logits": wrong})
 
 
 def test_without_onnxruntime_the_error_says_which_extra(exported: _Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MachineError, match="onnxruntime is not installed") as caught:
-        check(exported.path, _inputs(1), np.zeros((1, 10), np.float32))
+        check(exported.path, _named(1), {"logits": np.zeros((1, 10), np.float32)})
     assert "'ort'" in caught.value.todo
 
 
 def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
-    arrays = {"inputs": _inputs(2), "full": np.arange(6.0).reshape(2, 3)}
-    write_reference(tmp_path / "reference.npz", arrays)
+    arrays = {"inputs/input": _inputs(2), "full/logits": np.arange(6.0).reshape(2, 3)}
+    write_reference(tmp_path / "reference.npz", _named(2), {"full": {"logits": arrays["full/logits"]}})
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as stored:
         assert set(stored) == set(arrays)
         assert all(np.array_equal(stored[name], array) for name, array in arrays.items())

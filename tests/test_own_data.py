@@ -18,6 +18,7 @@ from polar_deploy import data, models, pipeline
 from polar_deploy.config import Settings
 from polar_deploy.data import own
 from polar_deploy.errors import ContentError
+from polar_deploy.tasks.classification import classifier
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def test_the_commands_are_commands() -> None:
 
 
 def test_the_network() -> None:
-    network = models.build("mypackage.nets:small", 7, 40)
+    network = models.build("mypackage.nets:small", classifier(7, 40))
     assert network(torch.zeros(2, 3, 40, 40)).shape == (2, 7)
 
 
@@ -94,7 +95,7 @@ def test_a_folder_with_settings_of_its_own(tmp_path: Path) -> None:
 def test_a_wrong_signature_is_answered_with_the_right_one(here: Path, file: str, wrong: str, right: str) -> None:
     (here / "mypackage" / f"wrong_{file}.py").write_text(f"def make({wrong}):\n    return None\n", encoding="utf-8")
     calls = {
-        "nets": lambda: models.build("mypackage.wrong_nets:make", 3, 32),
+        "nets": lambda: models.build("mypackage.wrong_nets:make", classifier(3, 32)),
         "sets": lambda: data.load("mypackage.wrong_sets:make"),
     }
     with pytest.raises(ContentError, match=rf"is defined as make\({wrong}\)") as error:

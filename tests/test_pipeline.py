@@ -31,7 +31,7 @@ FILES = {
     *(f"bundle/{name}" for name in ("manifest.json", "labels.txt", "compressed/surgery.json", "report.html")),
     *(f"bundle/{name}/model.onnx" for name in ("full", "compressed")),
     *(f"bundle/engines/{name}.layers.json" for name in ("full", "compressed")),
-    *(f"bundle/golden/{name}.npy" for name in ("inputs", "full", "compressed")),
+    *(f"bundle/golden/{name}.npy" for name in ("inputs/input", "full/logits", "compressed/logits")),
     *(f"stamps/{stage}.json" for stage in NAMES),
 }
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 5}
@@ -176,7 +176,7 @@ def test_what_is_handed_over_computes_what_was_trained(miniature: Miniature) -> 
     scale = np.abs(gated).max()
     assert np.abs(gated - compressed).max() <= 1e-5 * scale
     with np.load(miniature.folder / "gated/reference.npz") as reference:
-        inputs, torch_says = reference["inputs"], reference["gated"]
+        inputs, torch_says = reference["inputs/input"], reference["gated/logits"]
     assert inputs.shape == (32, 3, 16, 16)
     import onnxruntime
 
@@ -295,14 +295,14 @@ def test_given_weights_are_evaluated_and_not_trained(miniature: Miniature, tmp_p
     assert (tmp_path / "run/full/weights.safetensors").read_bytes() == weights.read_bytes()
     (line,) = (tmp_path / "run/full/training.jsonl").read_text().splitlines()
     trained = (miniature.folder / "full/training.jsonl").read_text().splitlines()[-1]
-    assert json.loads(line) == {"epoch": 0, "given": True, "val_accuracy": json.loads(trained)["val_accuracy"]}
+    assert json.loads(line) == {"epoch": 0, "given": True, "val_score": json.loads(trained)["val_score"]}
 
 
 def test_a_final_run_trains_on_everything(tmp_path: Path) -> None:
     final = ("--set", "training.train_on_validation=true", "--set", "training.full_epochs=1", "--until", "full")
     assert polar(*MINIATURE, "--out", tmp_path / "run", *final).code == 0
     (line,) = (tmp_path / "run/full/training.jsonl").read_text().splitlines()
-    assert json.loads(line)["val_accuracy"] is None
+    assert json.loads(line)["val_score"] is None
 
 
 def somebodys(opened: list[int] | None = None) -> onnx.ModelProto:

@@ -35,15 +35,15 @@ def run(progress: Progress, clock: Clock) -> None:
         progress.stage("full", total_epochs=6, done=3)
         progress.step(0.5)
         clock.seconds += 90
-        progress.epoch(epoch=4, loss=1.23456, accuracy=0.98765)
+        progress.epoch(epoch=4, loss=1.23456, score="val 98.8%")
         clock.seconds += 3600 * 2
-        progress.epoch(epoch=5, loss=float("nan"), accuracy=None)
+        progress.epoch(epoch=5, loss=float("nan"), score=None)
         progress.stage("export")
         progress.note("[exact] to 1e-7")
         clock.seconds += 4
         progress.stage("gates", total_epochs=2)
         clock.seconds += 60
-        progress.epoch(epoch=1, loss=0.5, accuracy=0.5, cost=0.734, budget=0.5, undecided=0.123)
+        progress.epoch(epoch=1, loss=0.5, score="val 50.0%", cost=0.734, budget=0.5, undecided=0.123)
 
 
 def test_plain_lines_one_an_epoch(clock: Clock) -> None:
@@ -51,14 +51,14 @@ def test_plain_lines_one_an_epoch(clock: Clock) -> None:
     run(Progress(Console(file=out, width=40)), clock)
     assert out.getvalue().splitlines() == [
         "full: goes on after epoch 3 of 6",
-        "full 4/6 ETA 3:00 (run 6:00) acc 98.8% loss 1.235",
+        "full 4/6 ETA 3:00 (run 6:00) val 98.8% loss 1.235",
         "full 5/6 ETA 1:00:45 (run 3:02:15) loss nan",
         "full 5/6: 2:01:30",
         "export",
         "[exact] to 1e-7",
         "export: 0:04",
         "gates",
-        "gates 1/2 ETA 1:00 acc 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
+        "gates 1/2 ETA 1:00 val 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
         "gates 1/2: 1:00",
     ]
 
@@ -73,16 +73,16 @@ def test_on_a_terminal_there_is_a_bar_and_each_stage_leaves_one_line(clock: Cloc
         "full 5/6: 2:01:30 loss nan",
         "[exact] to 1e-7",
         "export: 0:04",
-        "gates 1/2: 1:00 acc 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
+        "gates 1/2: 1:00 val 50.0% cost 0.73/0.50 loss 0.500 undecided 12%",
     ]
 
 
 @pytest.mark.parametrize(
     ("width", "shown"),
     [
-        (60, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60"),
-        (80, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60 loss 0.634"),
-        (120, "gates 1/100 ETA 3:01:30 acc 81.3% cost 1.00/0.60 loss 0.634 undecided 66%"),
+        (60, "gates 1/100 ETA 3:01:30 val 81.3% cost 1.00/0.60"),
+        (80, "gates 1/100 ETA 3:01:30 val 81.3% cost 1.00/0.60 loss 0.634"),
+        (120, "gates 1/100 ETA 3:01:30 val 81.3% cost 1.00/0.60 loss 0.634 undecided 66%"),
     ],
 )
 def test_the_line_beside_the_bar_is_one_line(width: int, shown: str, clock: Clock) -> None:
@@ -92,7 +92,7 @@ def test_the_line_beside_the_bar_is_one_line(width: int, shown: str, clock: Cloc
     with Progress(console) as progress:
         progress.stage("gates", total_epochs=100)
         clock.seconds += 110
-        progress.epoch(epoch=1, loss=0.634, accuracy=0.8133, cost=1.0, budget=0.6, undecided=0.66)
+        progress.epoch(epoch=1, loss=0.634, score="val 81.3%", cost=1.0, budget=0.6, undecided=0.66)
         assert progress.__rich__().plain == shown
 
 
@@ -138,7 +138,7 @@ def test_what_is_up_to_date_is_told_and_not_waited_for(clock: Clock) -> None:
         progress.up_to_date("full")
         progress.stage("gates", total_epochs=2)
         clock.seconds += 5
-        progress.epoch(epoch=1, loss=1.0, accuracy=None)
+        progress.epoch(epoch=1, loss=1.0, score=None)
     assert out.getvalue().splitlines() == [
         "full: up to date",
         "gates",

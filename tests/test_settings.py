@@ -113,6 +113,7 @@ def parser() -> Any:
 
 OPTIONS = {
     "--model": "x",
+    "--task": "classification",
     "--target": "trt-fp16",
     "--data": "digits",
     "--data-dir": "x",

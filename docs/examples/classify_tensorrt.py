@@ -78,7 +78,8 @@ def main(bundle: Path, pictures: list[str]) -> None:
     """Classify pictures in batches of the size that the plan is tuned for, always whole ones."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     labels = (bundle / manifest["labels"]).read_text(encoding="utf-8").split("\n")
-    plan, source, result = manifest["networks"]["compressed"]["plan"], manifest["input"], manifest["output"]
+    plan = manifest["networks"]["compressed"]["plan"]
+    (source,), (result,) = manifest["inputs"], manifest["outputs"]
     if plan is None or plan["library"] != "TensorRT":
         sys.exit(f"this bundle is for {manifest['target']}: it has no plan of TensorRT")
     if (source["dtype"], result["dtype"]) != ("fp32", "fp32"):

@@ -1,4 +1,4 @@
-"""Manifests of format 1 in today's words: it differs in the names of a few fields alone."""
+"""Manifests of format 1 in today's words: it differs in the names of a few fields, and knows classifiers alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 _BUILD = {"edges": "io_dtype"}
 _PRECISION = {"edges": "io_dtype", "kept": "high_precision_layers"}
+_TASK = {"name": "classification", "metric": {"name": "accuracy", "unit": "%"}, "preprocessing": {}}
 _PROFILE = {"smallest": "min", "usual": "opt", "largest": "max"}
 
 
@@ -14,7 +15,25 @@ def renamed(document: dict[str, Any]) -> dict[str, Any]:
     networks = document.get("networks")
     if isinstance(networks, dict):
         networks = {name: _network(each) for name, each in networks.items()}
-    return document | {"schema": 2, "build": _renamed(document.get("build"), _BUILD), "networks": networks}
+    new = {f"format 1 has no {key}": document[key] for key in ("inputs", "outputs", "task") if key in document}
+    made = document | new | {"schema": 2, "build": _renamed(document.get("build"), _BUILD), "networks": networks}
+    return made | _tensors(made)
+
+
+def _tensors(document: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 had one input, images, and one output, logits; golden samples lay in one file each."""
+    source, result, golden = (document.pop(key, None) for key in ("input", "output", "golden"))
+    if not all(isinstance(part, dict) for part in (source, result, golden)):
+        return {"inputs": source, "outputs": result, "golden": golden, "task": _TASK}
+    taken, given = source.get("name"), result.get("name")
+    files = {
+        key: value if value is None or not isinstance(name, str) else {name: value}
+        for key, name in (("inputs", taken), ("compressed", given), ("full", given))
+        for value in (golden.get(key),)
+    }
+    plain = {key: value for key, value in source.items() if key != "layout" or value != "NCHW"}
+    classes = {key: value for key, value in result.items() if key != "classes"} | {"shape": [result.get("classes")]}
+    return {"inputs": [plain], "outputs": [classes], "golden": golden | files, "task": _TASK}
 
 
 def _network(network: Any) -> Any:

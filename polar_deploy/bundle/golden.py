@@ -16,27 +16,36 @@ from PIL import Image
 from polar_deploy.data import normalise
 
 if TYPE_CHECKING:
-    from polar_deploy.config import Triple
+    from polar_deploy.config import Normalize
+    from polar_deploy.tensors import Arrays
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.25}
 _COARSE = 8  # pixels of noise that are blown up to a picture
 
 
-def difference(reference: Array, given: Array) -> float | None:
-    """RMS difference of logits [N,classes] from the reference, as a share of the reference's RMS.
+def difference(reference: Arrays, given: Arrays) -> float | None:
+    """How far the worst output is off.
 
-    None where a logit is NaN or Inf, or the shapes differ.
+    Of floats: the RMS of the difference, as a share of the reference's RMS; of all else, the share that is not equal.
+    None where a number is NaN or Inf, or the shapes differ.
     """
-    if given.shape != reference.shape or not np.isfinite(given).all():
-        return None
-    wanted, found = reference.astype(np.float64), given.astype(np.float64)
-    off, scale = (float(np.sqrt(np.square(values).mean())) for values in (found - wanted, wanted))
-    return off / scale if scale else off
+    worst = 0.0
+    for name, wanted in reference.items():
+        found = given.get(name)
+        if found is None or found.shape != wanted.shape or not np.isfinite(found).all():
+            return None
+        if wanted.dtype.kind != "f":
+            off, scale = float((found != wanted).mean()), 1.0
+        else:
+            wide, exact = found.astype(np.float64), wanted.astype(np.float64)
+            off, scale = (float(np.sqrt(np.square(values).mean())) for values in (wide - exact, exact))
+        worst = max(worst, off / scale if scale else off)
+    return worst
 
 
-def random_inputs(samples: int, shape: Sequence[int], mean: Triple, std: Triple) -> Array:
+def random_pictures(samples: int, shape: Sequence[int], normalize: Normalize) -> Array:
     """Normalised random pictures float32 [N,3,H,W] that hold nobody's data, the same ones each time.
 
     Coarse noise that is blown up, since the pictures that networks know are smooth: on noise of single pixels they
@@ -47,16 +56,36 @@ def random_inputs(samples: int, shape: Sequence[int], mean: Triple, std: Triple)
     coarse = rng.integers(0, 256, (samples, _COARSE, _COARSE, 3), np.uint8)
     sizes = (width, height)
     pictures = [np.asarray(Image.fromarray(each).resize(sizes, Image.Resampling.BILINEAR)) for each in coarse]
-    return normalise(np.stack(pictures), mean, std)
+    return normalise(np.stack(pictures), normalize.mean, normalize.std)
 
 
-def check(reference: Array, given: Array, precision: str, *, tf32: bool = False) -> dict[str, Any]:
-    """Whether logits are within the tolerance of a precision: {"difference", "tolerance", "agreement", "pass"}.
+def random_inputs(samples: int, seen: Arrays) -> dict[str, Array]:
+    """Random samples that hold nobody's data, the same ones each time.
 
-    TF32 rounds to as many bits as FP16 does.
+    Floats are normal, with the mean and spread of the samples that were `seen`; all else is drawn from the range of
+    these, evenly.
+    """
+    draw, made = np.random.default_rng(0), {}
+    for name, values in seen.items():
+        shape = (samples, *values.shape[1:])
+        if values.dtype.kind == "f":
+            made[name] = draw.normal(values.mean(), values.std(), shape).astype(values.dtype)
+        else:
+            made[name] = draw.integers(int(values.min()), int(values.max()) + 1, shape).astype(values.dtype)
+    return made
+
+
+def check(reference: Arrays, given: Arrays, precision: str, *, tf32: bool = False) -> dict[str, Any]:
+    """Whether outputs are within the tolerance of a precision: {"difference", "tolerance", "agreement", "pass"}.
+
+    `agreement` is the share of samples with the same largest value, where that can be an answer. TF32 rounds to as many
+    bits as FP16 does.
     """
     found, tolerance = difference(reference, given), TOLERANCE["fp16" if tf32 and precision == "fp32" else precision]
-    agreed = None if found is None else float((reference.argmax(axis=1) == given.argmax(axis=1)).mean())
+    wanted = next(iter(reference.values()))
+    agreed = None
+    if found is not None and len(reference) == 1 and wanted.ndim == 2:
+        agreed = float((wanted.argmax(axis=1) == next(iter(given.values())).argmax(axis=1)).mean())
     return {
         "difference": found,
         "tolerance": tolerance,

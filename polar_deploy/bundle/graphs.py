@@ -1,10 +1,10 @@
-"""Whether an ONNX file from a stranger is a plain classifier: what it may contain before a runtime gets to see it."""
+"""Whether an ONNX file from a stranger is a plain network: what it may contain before a runtime gets to see it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 from polar_deploy.bundle.refusal import refused
 from polar_deploy.errors import ContentError, one_line
@@ -19,7 +19,7 @@ _RANDOM = re.compile("Random|Multinomial|Bernoulli")  # operators that give some
 
 
 def require_as_described(fp32: Path, typed: Path, manifest: Manifest, network: Network) -> None:
-    """Raise ContentError unless both graphs of a network are plain classifiers, and what the manifest says of them.
+    """Raise ContentError unless both graphs of a network are plain networks, and what the manifest says of them.
 
     Args:
         fp32, typed: the ONNX files, the same one twice where no type was changed.
@@ -71,9 +71,11 @@ def _has_types(model: onnx.ModelProto, precision: str) -> bool:
 
 
 def _require_edges(model: onnx.ModelProto, path: Path, manifest: Manifest, *, typed: bool) -> None:
-    inner, outer = manifest.input, manifest.output
-    kinds = (inner.dtype, outer.dtype) if typed else ("fp32", "fp32")
-    expected = [(inner.name, kinds[0], inner.shape), (outer.name, kinds[1], (outer.classes,))]
+    tensors = (*manifest.inputs, *manifest.outputs)
+    kinds = [each.dtype if typed or not each.is_float else "fp32" for each in tensors]
+    expected = [
+        (each.name, kind, tuple(size or 0 for size in each.shape)) for each, kind in zip(tensors, kinds, strict=True)
+    ]
     try:
         found = io_tensors(model)
     except ValueError as error:
@@ -90,13 +92,12 @@ def io_tensors(model: onnx.ModelProto) -> list[tuple[str, str, tuple[int, ...]]]
 
 
 def element_type(name: str) -> ElementType:
-    """The manifest's word for an element type of `io_tensors`, one of three."""
-    known: dict[str, ElementType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
-    if name not in known:
-        raise ContentError(
-            f"an input or output of type {name} cannot be bundled", "export the network with floating-point ones"
-        )
-    return known[name]
+    """The manifest's word for an element type of `io_tensors`."""
+    from polar_deploy.bundle.manifest import ElementType
+
+    if name not in get_args(ElementType):
+        raise ContentError(f"an input or output of type {name} cannot be bundled", "export the network with another")
+    return cast("ElementType", name)
 
 
 def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
@@ -113,7 +114,7 @@ def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
 
 
 def _problem(model: onnx.ModelProto) -> str | None:
-    """What the file contains that a plain classifier does not need, or None."""
+    """What the file contains that a plain network does not need, or None."""
     import onnx
 
     if model.functions:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.bundle import golden, graphs
-from polar_deploy.bundle.manifest import MIN_GOLDEN, SCHEMA
+from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
-from polar_deploy.data import LazyImages, normalise
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
 from polar_deploy.errors import ContentError, one_line
+from polar_deploy.tensors import count
 from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from polar_deploy.config import ResolvedSettings
-    from polar_deploy.data import Dataset
+    from polar_deploy.tasks import Data
 
 
 def make(
-    run: Path, folder: Path, settings: ResolvedSettings, dataset: Dataset, omit_settings: Collection[str] = ()
+    run: Path, folder: Path, settings: ResolvedSettings, task: str, data: Data, omit_settings: Collection[str] = ()
 ) -> None:
     """Write the bundle of a run whose parity stage did not fail, and check it.
 
@@ -33,7 +33,8 @@ def make(
         run: the run's folder.
         folder: the bundle's; what was there before is replaced once the new one is whole.
         settings: the run's.
-        dataset: what the networks were trained on.
+        task: name of what the networks are for.
+        data: what they were trained on.
         omit_settings: settings that may not be those of the run, and are left out of its provenance.
 
     Raises:
@@ -46,26 +47,28 @@ def make(
     with atomic_folder(folder) as draft:
         networks = {name: _network(run, draft, name, built["engines"][name]) for name in names}
         _copy(run, draft, "compressed/surgery.json")
-        labels = "".join(f"{one_line(name)[:LONGEST_LABEL]}\n" for name in dataset.class_names)
-        (draft / "labels.txt").write_text(labels, encoding="utf-8")
-        samples = _write_golden(draft, _golden_inputs(run, settings, dataset), names)
+        pictures = task == CLASSIFICATION
         document = {
             **_head(settings),
-            **_edges(draft / networks["compressed"]["typed"]),
-            "preprocessing": _preprocessing(settings, dataset),
-            "labels": "labels.txt",
+            "task": {
+                "name": task,
+                "metric": parity["metric"],
+                "preprocessing": {} if pictures else dict(data.preprocessing),
+            },
+            **_tensors(draft / networks["compressed"]["typed"]),
+            "preprocessing": dict(data.preprocessing) if pictures else None,
+            "labels": _labels(draft, data.class_names),
             "golden": {
                 "source": settings.bundle.golden,
-                "samples": samples,
-                "inputs": "golden/inputs.npy",
-                **{name: f"golden/{name}.npy" if name in names else None for name in ("compressed", "full")},
+                "full": None,
+                **_write_golden(draft, _golden_inputs(run, settings, data, pictures=pictures), names),
             },
             "networks": {"full": None, **networks},
             "surgery": "compressed/surgery.json",
             "report": _page(run, draft, settings, omit_settings),
             "metrics": _metrics(parity),
             "verdict": _verdict(parity["verdict"]),
-            "provenance": _provenance(settings, dataset, built["engines"]["compressed"], omit_settings),
+            "provenance": _provenance(settings, data, built["engines"]["compressed"], omit_settings),
         }
         write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
@@ -151,58 +154,63 @@ def _plan(run: Path, draft: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _edges(typed: Path) -> dict[str, Any]:
-    """Input and output of the typed graph."""
+def _tensors(typed: Path) -> dict[str, Any]:
+    """Inputs and outputs of the typed graph."""
     import onnx
 
-    (source, kind, shape), (result, result_kind, classes) = graphs.io_tensors(
-        onnx.load(typed, load_external_data=False)
-    )
-    return {
-        "input": {"name": source, "shape": list(shape), "dtype": graphs.element_type(kind), "layout": "NCHW"},
-        "output": {"name": result, "classes": classes[0], "dtype": graphs.element_type(result_kind)},
-    }
+    model = onnx.load(typed, load_external_data=False)
+    given = {value.name for value in model.graph.output}
+    found: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
+    for name, kind, shape in graphs.io_tensors(model):
+        tensor = {"name": name, "shape": [size or None for size in shape], "dtype": graphs.element_type(kind)}
+        found["outputs" if name in given else "inputs"].append(tensor)
+    return found
 
 
-def _preprocessing(settings: ResolvedSettings, dataset: Dataset) -> dict[str, Any]:
-    """As the test set's pictures were made. Those that are read lazily may be resized to more than is cut out."""
-    images = dataset.test.images
-    return {
-        "channels": "RGB",
-        "filter": "bilinear",
-        "shorter_side": images.shorter if isinstance(images, LazyImages) else settings.input_size,
-        "crop": settings.input_size,
-        "scale": 1 / 255,
-        **settings.normalize.model_dump(mode="json"),
-    }
+def _labels(draft: Path, names: Sequence[str]) -> str | None:
+    """Write the names of the classes, if there are any."""
+    if not names:
+        return None
+    lines = "".join(f"{one_line(name)[:LONGEST_LABEL]}\n" for name in names)
+    (draft / "labels.txt").write_text(lines, encoding="utf-8")
+    return "labels.txt"
 
 
-def _golden_inputs(run: Path, settings: ResolvedSettings, dataset: Dataset) -> golden.Array:
-    """Images that the networks were validated on, or noise: float32 [N,3,H,W], N at least `MIN_GOLDEN`."""
-    normal = settings.normalize
-    inputs = read_npz(run / "gated/reference.npz", "inputs")["inputs"].astype("<f4")
+def _golden_inputs(run: Path, settings: ResolvedSettings, data: Data, *, pictures: bool) -> dict[str, golden.Array]:
+    """Samples that the networks were validated on, or noise: `MIN_GOLDEN` of them at least, by input."""
+    stored = read_npz(run / "gated/reference.npz")
+    inputs = {key.partition("/")[2]: values for key, values in stored.items() if key.startswith("inputs/")}
+    if settings.bundle.golden == "random" and pictures:
+        ((name, seen),) = inputs.items()
+        assert settings.normalize is not None
+        return {name: golden.random_pictures(MIN_GOLDEN, seen.shape[1:], settings.normalize)}
     if settings.bundle.golden == "random":
-        return golden.random_inputs(MIN_GOLDEN, inputs.shape[1:], normal.mean, normal.std)
-    if len(inputs) >= MIN_GOLDEN:
+        return golden.random_inputs(MIN_GOLDEN, inputs)
+    if count(inputs) >= MIN_GOLDEN:
         return inputs
-    chosen = np.random.default_rng(settings.seed).permutation(len(dataset.train.labels))[:MIN_GOLDEN]
+    chosen = np.random.default_rng(settings.seed).permutation(len(data.train))[:MIN_GOLDEN]
     if len(chosen) < MIN_GOLDEN:
-        what = f"{settings.data} has {len(chosen)} training images, a bundle has {MIN_GOLDEN} golden samples at least"
+        what = f"{settings.data} has {len(chosen)} training samples, a bundle has {MIN_GOLDEN} golden ones at least"
         raise ContentError(what, "take random ones: --golden random")
-    return normalise(dataset.train.images[np.sort(chosen)], normal.mean, normal.std)
+    return dict(data.train.read(np.sort(chosen))[0])
 
 
-def _write_golden(draft: Path, inputs: golden.Array, names: tuple[str, ...]) -> int:
-    """Inputs and outputs; returns how many. On one thread: with more, sums could be in another order each time."""
+def _write_golden(draft: Path, inputs: dict[str, golden.Array], names: Sequence[str]) -> dict[str, Any]:
+    """Write inputs and outputs. On one thread: with more, sums could be in another order each time."""
     from polar_deploy.engines import infer_all
     from polar_deploy.engines.ort import OrtEngine
 
-    (draft / "golden").mkdir()
-    np.save(draft / "golden/inputs.npy", inputs)
-    for name in names:
-        outputs = infer_all(OrtEngine(draft / name / "model.onnx", threads=1), inputs)
-        np.save(draft / f"golden/{name}.npy", outputs.astype("<f4"))
-    return len(inputs)
+    graphs_of = {name: OrtEngine(draft / name / "model.onnx", threads=1) for name in names}
+    inputs = {name: inputs[name] for name in graphs_of["compressed"].inputs}  # an exporter leaves out what is not read
+    written: dict[str, Any] = {"samples": count(inputs)}
+    for part in ("inputs", *names):
+        arrays = inputs if part == "inputs" else infer_all(graphs_of[part], inputs)
+        written[part] = {name: f"golden/{part}/{name}.npy" for name in arrays}
+        (draft / "golden" / part).mkdir(parents=True)
+        for name, values in arrays.items():
+            kind = "<f4" if values.dtype.kind == "f" else values.dtype.newbyteorder("<")
+            np.save(draft / written[part][name], np.ascontiguousarray(values, kind))
+    return written
 
 
 def _metrics(parity: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(
-    settings: ResolvedSettings, dataset: Dataset, entry: dict[str, Any], omit_settings: Collection[str]
+    settings: ResolvedSettings, data: Data, entry: dict[str, Any], omit_settings: Collection[str]
 ) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
     told = {key: value for key, value in without_places(settings).items() if key not in omit_settings}
@@ -241,7 +249,7 @@ def _provenance(
         "versions": entry["versions"],
         "model": settings.model,
         "full": "given" if settings.full_weights else "trained",
-        "data": {"name": told["data"], "sha256": dataset.fingerprint()},
+        "data": {"name": told["data"], "sha256": data.fingerprint()},
         "settings": told,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,19 +13,20 @@ from polar_deploy.config import Capability, Count, Text
 from polar_deploy.targets import TARGETS
 
 SCHEMA = 2
+CLASSIFICATION = "classification"  # the task whose inputs are pictures, and whose outputs have labels
 MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
+MOST_TENSORS = 16  # inputs, or outputs
 MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float32
 
 # A path of at most four parts, none of which begins with a dot: nothing outside of the bundle can be named.
 FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Points = Annotated[float, Field(ge=-100, le=100)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
-ElementType = Literal["fp32", "fp16", "bf16"]
+ElementType = Literal["fp32", "fp16", "bf16", "int64", "int32", "int16", "int8", "uint16", "uint8", "bool"]
+FLOATS = ("fp32", "fp16", "bf16")
 Result = Literal["pass", "undecided"]  # what failed is not handed over
 
 
@@ -88,21 +90,41 @@ class Criteria(_Part):
         return config.AcceptanceCriteria.model_validate(self.model_dump())
 
 
-class Images(_Part):
-    """The graphs' input: `shape` is channels, height and width of one image."""
+class Tensor(_Part):
+    """An input or output of the graphs: the shape of one sample (None: of any length), its type in the typed graph.
+
+    In the FP32 graph, fp32 stands for whatever float it is.
+    """
 
     name: Text
-    shape: tuple[Count, Count, Count]
+    shape: Annotated[list[Count | None], Field(max_length=8)]
     dtype: ElementType
-    layout: Literal["NCHW"]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is of a float type; golden samples are float32 then."""
+        return self.dtype in FLOATS
 
 
-class Logits(_Part):
-    """The graphs' output [batch, classes]."""
+class Input(Tensor):
+    """One that a network takes."""
+
+    shape: Annotated[list[Count], Field(max_length=8)]  # type: ignore[assignment]  # all of it known
+
+
+class Metric(_Part):
+    """What networks of a task are compared by: higher is better."""
 
     name: Text
-    classes: Count
-    dtype: ElementType
+    unit: Text  # of scores; differences of percentages are points
+
+
+class Task(_Part):
+    """What the networks are for; `preprocessing` is how inputs are made where they are no pictures."""
+
+    name: Text
+    metric: Metric | None
+    preprocessing: dict[Text, Any]
 
 
 class Preprocessing(_Part):
@@ -126,13 +148,17 @@ class Preprocessing(_Part):
 
 
 class Golden(_Part):
-    """Inputs, and what the FP32 graphs give for them in ONNX Runtime on the CPU: .npy files of float32."""
+    """Inputs, and what the FP32 graphs give for them in ONNX Runtime on the CPU: .npy files by the tensors' names."""
 
     source: Literal["data", "random"]
     samples: Annotated[int, Field(ge=MIN_GOLDEN, le=MAX_GOLDEN)]
-    inputs: FilePath
-    compressed: FilePath
-    full: FilePath | None
+    inputs: dict[Text, FilePath]
+    compressed: dict[Text, FilePath]
+    full: dict[Text, FilePath] | None
+
+    def files(self) -> list[str]:
+        """All of them."""
+        return [*self.inputs.values(), *self.compressed.values(), *(self.full or {}).values()]
 
 
 class Profile(_Part):
@@ -197,18 +223,20 @@ class Networks(_Part):
 
 
 class Accuracy(_Part):
-    """Percent right on the test set; `drop` and its 95 % `interval` in points."""
+    """Scores on the test set; `drop` and its 95 % `interval` in points, or in the metric's unit where that is not %."""
 
     samples: Count
-    full: Percent
-    compressed: Percent
-    drop: Points
-    interval: tuple[Points, Points]
+    full: float
+    compressed: float
+    drop: float
+    interval: tuple[float, float]
 
     @model_validator(mode="after")
     def _consistent(self) -> Accuracy:
         low, high = self.interval
-        if not low <= self.drop <= high or abs(self.full - self.compressed - self.drop) > 1e-6:
+        rounding = 1e-6 * max(1.0, abs(self.full), abs(self.compressed))
+        outside = not low - rounding <= self.drop <= high + rounding
+        if outside or abs(self.full - self.compressed - self.drop) > rounding:
             raise ValueError(f"a drop of {self.drop} contradicts its interval, or the accuracies")
         return self
 
@@ -312,10 +340,11 @@ class Manifest(_Part):
     licence: Text | None
     target: Text
     build: BuildOptions
-    input: Images
-    output: Logits
-    preprocessing: Preprocessing
-    labels: FilePath
+    task: Task
+    inputs: Annotated[list[Input], Field(min_length=1, max_length=MOST_TENSORS)]
+    outputs: Annotated[list[Tensor], Field(min_length=1, max_length=MOST_TENSORS)]
+    preprocessing: Preprocessing | None  # of pictures, which `run` reads then
+    labels: FilePath | None
     golden: Golden
     networks: Networks
     surgery: FilePath
@@ -340,13 +369,38 @@ class Manifest(_Part):
         if (self.golden.full is None) != (self.networks.full is None):
             raise ValueError("golden outputs and networks disagree about whether there is a full network")
         self._require_fitting_target()
-        pixels = self.preprocessing.crop
-        if self.input.shape != (3, pixels, pixels):
-            raise ValueError(f"pre-processing gives 3 x {pixels} x {pixels}, the input is {self.input.shape}")
+        self._require_golden_samples()
+        self._require_pictures()
         batch, (least, _, most) = self.verdict.asked.batch, self.build.batches
-        if not least <= batch <= most or batch * 3 * pixels**2 > MOST_VALUES:
+        values = sum(math.prod(each.shape) for each in self.inputs)
+        if not least <= batch <= most or batch * values > MOST_VALUES:
             raise ValueError(f"latency is asked at batch {batch}, the engines take {least} to {most}, or it is endless")
         return self
+
+    def _require_golden_samples(self) -> None:
+        """There is a file for each input, and for each output of each network; no name is there twice."""
+        for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            names = [each.name for each in tensors]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {kind} have the same name")
+            golden = [self.golden.inputs] if kind == "inputs" else [self.golden.compressed, self.golden.full]
+            for files in golden:
+                if files is not None and set(files) != set(names):
+                    raise ValueError(f"golden samples are of {', '.join(files)}, the {kind} are {', '.join(names)}")
+        if len(set(files := self.golden.files())) < len(files):
+            raise ValueError("two golden arrays lie in one file")
+
+    def _require_pictures(self) -> None:
+        """What pre-processing makes of a picture is the input, and logits are what labels are for."""
+        if self.task.name == CLASSIFICATION and (self.preprocessing is None or self.labels is None):
+            raise ValueError(f"the task is {CLASSIFICATION}, but pre-processing or labels are missing")
+        if self.preprocessing is None:
+            return
+        pixels, shapes = self.preprocessing.crop, [each.shape for each in self.inputs]
+        if shapes != [[3, pixels, pixels]]:
+            raise ValueError(f"pre-processing gives 3 x {pixels} x {pixels}, the inputs are {shapes}")
+        if self.task.name == CLASSIFICATION and [len(each.shape) for each in self.outputs] != [1]:
+            raise ValueError(f"the task is {CLASSIFICATION}, but the outputs are no logits")
 
     def _require_fitting_target(self) -> None:
         """Networks have the target's precision, and plans of its library if plans are its artefacts."""
@@ -364,8 +418,7 @@ class Manifest(_Part):
 
     def named(self) -> list[str]:
         """Every path that the manifest gives a meaning to."""
-        golden = self.golden
-        paths = [self.labels, self.surgery, self.report, golden.inputs, golden.compressed, golden.full]
+        paths = [self.labels, self.surgery, self.report, *self.golden.files()]
         for network in self.each().values():
             plan = network.plan
             paths += [network.fp32, network.typed, network.layers]

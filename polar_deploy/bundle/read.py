@@ -21,9 +21,10 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from polar_deploy.bundle import format1, graphs
-from polar_deploy.bundle.manifest import SCHEMA, Manifest
+from polar_deploy.bundle.manifest import CLASSIFICATION, SCHEMA, Manifest, Tensor
 from polar_deploy.bundle.refusal import refused
 from polar_deploy.errors import ContentError, UsageError, one_line, printable
+from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import sha256
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,7 @@ LARGEST_JSON = 64 << 20  # bytes
 MOST_FILES = 100
 LONGEST_LABEL = 500  # characters
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Bundle:
         folder: where it lies.
         manifest: its manifest.
         sha256: of manifest.json, which the hashes of all other files stand in.
-        labels: names of the classes.
-        inputs: golden inputs float32 [N,C,H,W], mapped from their file.
-        outputs: golden outputs float32 [N,classes] by network.
+        labels: names of the classes; [] for a task without.
+        inputs: golden inputs by name, [N, …], mapped from their files; floats are float32.
+        outputs: golden outputs by network and name, likewise.
     """
 
     folder: Path
     manifest: Manifest
     sha256: str
     labels: list[str]
-    inputs: Array
-    outputs: dict[str, Array]
+    inputs: dict[str, Array]
+    outputs: dict[str, dict[str, Array]]
 
     def path(self, name: str) -> Path:
         """Where a file of the bundle lies."""
@@ -92,11 +93,16 @@ def read(folder: Path) -> Bundle:
     for name in {manifest.surgery, *(network.layers for network in manifest.each().values())}:
         strict_json(_limited(folder / name, LARGEST_JSON), folder / name)
     golden = manifest.golden
-    inputs = _array(folder / golden.inputs, (golden.samples, *manifest.input.shape))
-    named = {"compressed": golden.compressed, "full": golden.full}
-    shape = (golden.samples, manifest.output.classes)
-    outputs = {name: _array(folder / path, shape) for name, path in named.items() if path is not None}
-    labels = _labels(folder / manifest.labels, manifest.output.classes)
+    inputs = {each.name: _array(folder / golden.inputs[each.name], golden.samples, each) for each in manifest.inputs}
+    outputs = {
+        name: {each.name: _array(folder / files[each.name], golden.samples, each) for each in manifest.outputs}
+        for name, files in (("compressed", golden.compressed), ("full", golden.full))
+        if files is not None
+    }
+    labels = [] if manifest.labels is None else _labels(folder / manifest.labels)
+    if manifest.task.name == CLASSIFICATION and [len(labels)] != manifest.outputs[0].shape:
+        found = f"has {len(labels)} labels, the networks have {manifest.outputs[0].shape[0]} classes"
+        raise refused(folder / str(manifest.labels), found)
     return Bundle(folder, manifest, hashlib.sha256(content).hexdigest(), labels, inputs, outputs)
 
 
@@ -211,15 +217,18 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- golden samples and labels
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> Array:
-    """A finite float32 array of that shape, mapped from a .npy file that holds it and nothing else."""
+def _array(path: Path, samples: int, tensor: Tensor) -> Array:
+    """Samples of a tensor, finite, mapped from a .npy file that holds them and nothing else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # its parser of headers is Python's own, with all of its errors
         raise refused(path, f"is no .npy file of numbers: {one_line(error)}") from error
-    if not isinstance(array, np.memmap) or array.dtype != np.dtype("<f4") or array.shape != shape:
-        found = f"{getattr(array, 'dtype', type(array).__name__)} {list(getattr(array, 'shape', []))}"
-        raise refused(path, f"holds {found}, not float32 {list(shape)}")
+    spec = TensorSpec(tuple(tensor.shape), "float32" if tensor.is_float else tensor.dtype)
+    kind = np.dtype(spec.dtype).newbyteorder("<")
+    shape = getattr(array, "shape", ())
+    if not isinstance(array, np.memmap) or array.dtype != kind or shape[:1] != (samples,) or not spec.takes(shape[1:]):
+        found = f"{getattr(array, 'dtype', type(array).__name__)} {list(shape)}"
+        raise refused(path, f"holds {found}, not {spec} of {samples} samples")
     if path.stat().st_size != array.offset + array.nbytes or not array.flags.c_contiguous:
         raise refused(path, "has something behind its array, or another order than C's")
     if not np.isfinite(array).all():
@@ -227,14 +236,12 @@ def _array(path: Path, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def _labels(path: Path, classes: int) -> list[str]:
+def _labels(path: Path) -> list[str]:
     """The names of the classes, a line each."""
     try:
         lines = _limited(path, LARGEST_TEXT).decode("utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise refused(path, f"is not UTF-8: {error}") from error
-    if len(lines) != classes:
-        raise refused(path, f"has {len(lines)} labels, the networks have {classes} classes")
     if bad := next((line for line in lines if line != printable(line)[:LONGEST_LABEL]), None):
         raise refused(path, f"has a label with control signs, or an endless one: {bad[:50]!r}")
     return lines

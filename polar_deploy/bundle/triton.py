@@ -29,7 +29,7 @@ from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import atomic_folder, sha256
 
 if TYPE_CHECKING:
-    from polar_deploy.bundle.manifest import Network
+    from polar_deploy.bundle.manifest import Network, Tensor
     from polar_deploy.targets import Target
 
 _SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
@@ -49,14 +49,14 @@ class _Model:
     Attributes:
         backend: Triton's name of the backend that loads it.
         file: where it lies now.
-        types: the manifest's words for the types of its input and output.
+        typed: whether its inputs and outputs have the types of the manifest; else floats are FP32.
         settings: lines of config.pbtxt that this backend alone needs.
         notes: what whoever serves it has to know, a line each.
     """
 
     backend: str
     file: Path
-    types: tuple[str, str]
+    typed: bool
     settings: list[str]
     notes: list[str]
 
@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         with atomic_folder(place) as draft:
             (draft / "1").mkdir()
             shutil.copyfile(model.file, draft / "1" / _FILENAMES[model.backend])
-            shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
+            if bundle.manifest.labels is not None:
+                shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
             (draft / "config.pbtxt").write_text(_config(place.name, model, bundle), encoding="utf-8")
     print("\n".join([f"{place}: the {arguments.network} network, for Triton's {model.backend} backend", *model.notes]))
     return 0
@@ -153,15 +154,15 @@ def _not_served(target: Target, asked: str | None) -> UsageError:
 def _graph(bundle: Bundle, network: Network, target: Target, backend: str) -> _Model:
     """The typed graph for the runtime that it was made for; else the FP32 one, since types suit one runtime only."""
     if backend == target.backend.triton:
-        file, types = network.typed, (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
+        file, typed = network.typed, True
         notes = [f"it is {file}, as it was measured", *target.backend.triton_notes(target.precision)]
         by = target.backend
     else:
-        file, types = network.fp32, ("fp32", "fp32")
+        file, typed = network.fp32, False
         notes = [f"it is {file}: in FP32, not in the {target.name} of the bundle's figures"]
         by = ORT if target.backend.gpu is None else ORT_CUDA
     settings = by.triton_settings(threads=network.threads or 1, tf32=network.tf32)
-    return _Model(backend, bundle.path(file), types, settings, notes)
+    return _Model(backend, bundle.path(file), typed, settings, notes)
 
 
 def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, trusted: bool) -> _Model:
@@ -180,8 +181,7 @@ def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, tr
             "give --manifest-sha256 as its maker tells it, --trust-plan, or --engines DIR with what "
             "`verify --rebuild --engines DIR` built here",
         )
-    types = (bundle.manifest.input.dtype, bundle.manifest.output.dtype)
-    return _Model("tensorrt", file, types, [triton_instances("GPU")], _needs(plan))
+    return _Model("tensorrt", file, True, [triton_instances("GPU")], _needs(plan))
 
 
 def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
@@ -211,13 +211,16 @@ def _needs(plan: dict[str, Any]) -> list[str]:
 
 def _config(name: str, model: _Model, bundle: Bundle) -> str:
     """The model's configuration, ModelConfig of Triton's model_config.proto in protobuf's text format."""
-    source, result = bundle.manifest.input, bundle.manifest.output
-    _, usual, largest = bundle.manifest.build.batches
-    read, written = (f"TYPE_{kind.upper()}" for kind in model.types)
-    tensor = f"data_type: {read} dims: {_list(source.shape)}"
-    output = f"name: {_quoted(result.name)} data_type: {written} dims: {_list([result.classes])}"
-    inputs = f"inputs {{ key: {_quoted(source.name)} value {{ {tensor} random_data: true }} }}"
-    warm = [f'  {{ name: "batch {batch}" batch_size: {batch} {inputs} }}' for batch in sorted({1, usual})]
+    manifest = bundle.manifest
+    _, usual, largest = manifest.build.batches
+    labelled = ' label_filename: "labels.txt"' if manifest.labels and len(manifest.outputs) == 1 else ""
+    inputs = [f"  {{ name: {_quoted(each.name)} {_tensor(each, model)} }}" for each in manifest.inputs]
+    outputs = [f"  {{ name: {_quoted(each.name)} {_tensor(each, model)}{labelled} }}" for each in manifest.outputs]
+    drawn = " ".join(
+        f"inputs {{ key: {_quoted(each.name)} value {{ {_tensor(each, model, reshape=False)} {_warm_data(each)} }} }}"
+        for each in manifest.inputs
+    )
+    warm = [f'  {{ name: "batch {batch}" batch_size: {batch} {drawn} }}' for batch in sorted({1, usual})]
     lines = [
         f"{_SIGNATURE} from the bundle whose manifest.json has the sha256",
         f"# {bundle.sha256}",
@@ -225,14 +228,31 @@ def _config(name: str, model: _Model, bundle: Bundle) -> str:
         f"backend: {_quoted(model.backend)}",
         f"default_model_filename: {_quoted(_FILENAMES[model.backend])}",
         f"max_batch_size: {largest}",
-        f"input [ {{ name: {_quoted(source.name)} {tensor} }} ]",
-        f'output [ {{ {output} label_filename: "labels.txt" }} ]',
+        "input [",
+        ",\n".join(inputs),
+        "]",
+        "output [",
+        ",\n".join(outputs),
+        "]",
         *model.settings,
     ]
     if preferred := sorted({usual, largest} - {1}):
         delay = f"max_queue_delay_microseconds: {_QUEUE_DELAY}"
         lines.append(f"dynamic_batching {{ preferred_batch_size: {_list(preferred)} {delay} }}")
     return "\n".join([*lines, "model_warmup [", ",\n".join(warm), "]", ""])
+
+
+def _tensor(tensor: Tensor, model: _Model, *, reshape: bool = True) -> str:
+    """Type and sizes of a tensor. Triton has no scalars a sample: one is sent as a vector of one."""
+    kind = tensor.dtype if model.typed or not tensor.is_float else "fp32"
+    sizes = [size or -1 for size in tensor.shape]
+    scalar = " reshape { shape: [ ] }" if reshape and not sizes else ""
+    return f"data_type: TYPE_{kind.upper()} dims: {_list(sizes or [1])}{scalar}"
+
+
+def _warm_data(tensor: Tensor) -> str:
+    """Random numbers, or zeros where these are no floats, since they may be indices."""
+    return "random_data: true" if tensor.is_float else "zero_data: true"
 
 
 def _quoted(text: str) -> str:

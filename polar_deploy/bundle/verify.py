@@ -156,18 +156,17 @@ def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, A
 
     from polar_deploy import parity
     from polar_deploy.engines import timing
+    from polar_deploy.tensors import count, take
 
     if not here.engines:
         return None, parity.Judgement("undecided", "the engines are not run here")
     if "full" not in here.engines:
         return None, None
-    asked, (full, compressed) = (
-        bundle.manifest.verdict.asked.settings(),
-        (here.engines[name] for name in ("full", "compressed")),
-    )
-    images = np.resize(bundle.inputs, (asked.batch, *bundle.manifest.input.shape))
-    measured = timing.compare(full, compressed, images, singles=parity.singles_for(asked))
-    return parity.latency_document(full, compressed, images, measured), parity.judge_latency(measured, asked)
+    asked = bundle.manifest.verdict.asked.settings()
+    full, compressed = (here.engines[name] for name in ("full", "compressed"))
+    inputs = take(bundle.inputs, np.arange(asked.batch) % count(bundle.inputs))
+    measured = timing.compare(full, compressed, inputs, singles=parity.singles_for(asked))
+    return parity.latency_document(full, compressed, inputs, measured), parity.judge_latency(measured, asked)
 
 
 def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
@@ -193,14 +192,18 @@ def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
 
 def _makers_accuracy(bundle: Bundle) -> str:
     """What the maker measured."""
-    metrics = bundle.manifest.metrics
+    from polar_deploy.report import formats
+
+    metrics, metric = bundle.manifest.metrics, bundle.manifest.task.metric
     counted = metrics.accuracy or metrics.fp32_graphs
-    if counted is None:
+    if counted is None or metric is None:
         return "accuracy  never measured"
     low, high = counted.interval
+    points = "points" if metric.unit == "%" else metric.unit
+    full, compressed = (formats.score(score, metric.unit) for score in (counted.full, counted.compressed))
     which = "" if metrics.accuracy else " of the FP32 graphs"
     return (
-        f"accuracy  its maker's figure{which}, not measured here: {counted.compressed:.2f} %, the full network's "
-        f"{counted.full:.2f} % (drop {counted.drop:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}, "
+        f"{metric.name:<9} its maker's figure{which}, not measured here: {compressed}, the full network's "
+        f"{full} (drop {counted.drop:+.2f} {points}, 95 %: {low:+.2f} to {high:+.2f}, "
         f"{counted.samples:,} samples)"
     )

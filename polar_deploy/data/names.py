@@ -39,7 +39,9 @@ def without_place(name: str) -> str:
 
 def without_places(settings: Settings) -> dict[str, Any]:
     """All settings, as JSON has them, but those that say where somebody's files lie."""
-    return settings.model_dump(mode="json", exclude=LOCAL_PATHS) | {"data": without_place(settings.data)}
+    return settings.model_dump(mode="json", exclude=LOCAL_PATHS) | {
+        "data": settings.data and without_place(settings.data)
+    }
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -16,6 +16,7 @@ from polar_deploy import __version__, precision, targets
 from polar_deploy.engines import machine, network
 from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import atomic_path, read_json, sha256
 
 if TYPE_CHECKING:
@@ -47,21 +48,21 @@ def build_all(
     folder: Path,
     target: targets.Target,
     options: Build,
-    calibration: Array | None = None,
+    calibration: Arrays | None = None,
 ) -> dict[str, Any]:
     """Build both engines into `folder` and return the content of build.json.
 
     Args:
-        full_onnx: the full network, input [batch,C,H,W] and logits [batch,classes] in FP32.
-        compressed_onnx: the compressed one, of the same input and classes.
+        full_onnx: the full network in FP32; the batch is all that varies in its inputs and outputs.
+        compressed_onnx: the compressed one, of the same inputs and outputs.
         folder: the run's `engines/`.
         target: what to build for.
         options: how.
-        calibration: normalised training images [N,C,H,W], for an INT8 target.
+        calibration: inputs of training samples, by name, for an INT8 target.
 
     Raises:
         UsageError: a file is missing. MachineError: this machine lacks something.
-        ContentError: a file is not a network that the target can run, or no calibration images.
+        ContentError: a file is not a network that the target can run, or no calibration samples.
     """
     sources = {"full": full_onnx, "compressed": compressed_onnx}
     engines = {name: build(source, folder, name, target, options, calibration) for name, source in sources.items()}
@@ -69,7 +70,7 @@ def build_all(
 
 
 def build(
-    source: Path, folder: Path, name: str, target: targets.Target, options: Build, calibration: Array | None = None
+    source: Path, folder: Path, name: str, target: targets.Target, options: Build, calibration: Arrays | None = None
 ) -> dict[str, Any]:
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
     start = time.perf_counter()

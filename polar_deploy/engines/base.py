@@ -5,7 +5,7 @@ What can be told of a backend without importing its library is in `polar_deploy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,22 +13,32 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError
+from polar_deploy.tensors import Arrays, TensorSpec, count, joined, take
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
     from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 Timer = Callable[[int], float]  # n -> milliseconds of one inference, the mean of n back to back
 
 
 class Engine(Protocol):
-    """A classifier that is loaded and ready to run."""
+    """A network that is loaded and ready to run.
+
+    It takes and gives float32 wherever its inputs and outputs are of a float type, whatever that is; other types are
+    taken and given as they are.
+    """
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """What it takes, by name: shapes of one sample, all of it known."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """What it gives, by name."""
         ...
 
     @property
@@ -36,12 +46,13 @@ class Engine(Protocol):
         """Smallest and largest batch of one inference; None: no upper bound."""
         ...
 
-    def infer(self, images: Array) -> Array:
-        """Normalised images [B,C,H,W] -> logits [B,classes]. ContentError if the shape does not fit."""
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        """Outputs [B, …] for inputs [B, …], both by name; further arrays are ignored. ContentError if one is missing
+        or does not fit."""
         ...
 
-    def timer(self, images: Array) -> Timer:
-        """Bind `images` [B,C,H,W] once (transfers stay outside of what is timed) and give the clock that suits here."""
+    def timer(self, inputs: Arrays) -> Timer:
+        """Bind `inputs` once (transfers stay outside of what is timed) and give the clock that suits here."""
         ...
 
     def duplicate(self) -> Engine:
@@ -99,34 +110,75 @@ class Runtime(Protocol):
         ...
 
 
-def require_shape(images: Array, engine: Engine, place: str) -> None:
-    """Raise ContentError unless `images` is [B,C,H,W] with the engine's C, H, W and a B that it takes."""
-    shape, (least, largest) = images.shape, engine.batches
-    if len(shape) != 4 or shape[0] == 0 or shape[1:] != engine.input_shape:
-        expected = " x ".join(str(size) for size in engine.input_shape)
-        found = " x ".join(str(size) for size in shape)
+def fitting(inputs: Arrays, engine: Engine, place: str) -> dict[str, Array]:
+    """Those of `inputs` that the engine takes, in its order.
+
+    Raises:
+        ContentError: one is missing, or of another shape or type; their batches differ, or are none that it takes.
+    """
+    if missing := [name for name in engine.inputs if name not in inputs]:
+        found = ", ".join(inputs) or "nothing"
+        raise ContentError(f"{place} takes {missing[0]}, but got {found}", "name inputs as the network does")
+    chosen = {name: np.asarray(inputs[name]) for name in engine.inputs}
+    for name, spec in engine.inputs.items():
+        values = chosen[name]
+        both_float = values.dtype.kind == "f" and spec.dtype == "float32"
+        if values.ndim == 0 or not spec.takes(values.shape[1:]) or not (both_float or values.dtype == spec.dtype):
+            raise ContentError(
+                f"{place} takes {name} as {spec}, but got {values.dtype} {list(values.shape)}",
+                "give it the data and the input size that the network was exported for",
+            )
+    (batch, *others), (least, largest) = [len(values) for values in chosen.values()], engine.batches
+    if any(other != batch for other in others):
+        listed = ", ".join(f"{name}: {len(values)}" for name, values in chosen.items())
+        raise ContentError(f"{place} got inputs of different batches ({listed})", "give as many samples of each")
+    if batch < least or (largest is not None and batch > largest):
         raise ContentError(
-            f"{place} takes images of batch x {expected}, but got {found}",
-            "give it the data and the input size that the network was exported for",
+            f"{place} was built for batches of {least} to {largest or 'any size'}, but got {batch} samples",
+            "split the batch, or build again with --batch MIN,OPT,MAX",
         )
-    if shape[0] < least or (largest is not None and shape[0] > largest):
-        raise ContentError(
-            f"{place} was built for batches of {least} to {largest}, but got {shape[0]} images",
-            "split the batch, or build again with --batch SMALLEST,USUAL,LARGEST",
-        )
+    return chosen
 
 
-def infer_all(engine: Engine, images: Array, at_once: int = 128) -> Array:
-    """Logits [N,classes] of any number of images [N,C,H,W], in batches that the engine takes.
+def specs(kind: str, values: Mapping[str, tuple[str | None, Sequence[Any]]], path: Path) -> dict[str, TensorSpec]:
+    """Inputs or outputs of a network, from what its runtime tells of them.
 
-    Where its smallest batch is larger than what is left, the last image is repeated and the surplus dropped.
+    Args:
+        kind: "input" or "output".
+        values: name -> (numpy's name of its type, float32 for any float, None for one that engines do not take; its
+            shape with the batch, where only positive ints are lengths and all else is of any length).
+        path: of the network, for messages.
+
+    Raises:
+        ContentError: there is none, or one without a batch, or an input whose batch is fixed or other sizes are not.
+    """
+    found = {}
+    for name, (dtype, shape) in values.items():
+        known = tuple(size if isinstance(size, int) and size > 0 else None for size in shape)
+        if dtype is None or not known or (kind == "input" and (known[0] is not None or None in known[1:])):
+            break
+        found[name] = TensorSpec(known[1:], dtype)
+    if found and len(found) == len(values):
+        return found
+    listed = ", ".join(f"{name} {dtype or 'of another type'} {list(shape)}" for name, (dtype, shape) in values.items())
+    sizes = "of any size as first axis and fixed sizes behind it" if kind == "input" else "as first axis"
+    raise ContentError(
+        f"{path}: each {kind} must have a batch {sizes}, but there is: {listed or 'none'}",
+        "export the network with a dynamic batch, and with nothing else dynamic",
+    )
+
+
+def infer_all(engine: Engine, inputs: Arrays, at_once: int = 128) -> dict[str, Array]:
+    """Outputs of any number of samples, in batches that the engine takes.
+
+    Where its smallest batch is larger than what is left, the last sample is repeated and the surplus dropped.
     """
     least, largest = engine.batches
-    size = max(least, min(at_once, largest or at_once))
+    size, samples = max(least, min(at_once, largest or at_once)), count(inputs)
     parts = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        missing = max(0, least - len(part))
-        padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        parts.append(engine.infer(padded)[: len(part)])
-    return np.concatenate(parts)
+    for start in range(0, samples, size):
+        held = min(size, samples - start)
+        rows = np.minimum(np.arange(start, start + max(held, least)), samples - 1)
+        found = engine.infer(take(inputs, rows if held < least else slice(start, start + held)))
+        parts.append(take(found, slice(held)))
+    return joined(parts)

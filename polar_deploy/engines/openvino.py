@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.engines import network
-from polar_deploy.engines.base import Array, Timer, require_shape
+from polar_deploy.engines.base import Array, Timer, fitting, specs
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 from polar_deploy.precision.graph import count_wider, described
 from polar_deploy.precision.proof import Kernels
+from polar_deploy.tensors import Arrays, count
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class OvEngine:
 
     Raises:
         UsageError: no such file.
-        ContentError: not ONNX, an operator that OpenVINO does not have, or not a classifier of images.
+        ContentError: not ONNX, an operator that OpenVINO does not have, or inputs and outputs without a dynamic batch.
     """
 
     batches = (1, None)
@@ -71,28 +72,28 @@ class OvEngine:
         network.read(path)  # OpenVINO tries other formats, aloud, on what is no ONNX file
         with _translated(path):
             self._model = _core().read_model(str(path))
-        self.input_shape = _image_shape(self._model, path)
+        self.inputs = specs("input", _shapes(self._model.inputs), path)
+        self.outputs = specs("output", _shapes(self._model.outputs), path)
         self._requests: dict[int, Any] = {}  # by batch size, the oldest first
 
-    def infer(self, images: Array) -> Array:
-        """Normalised images [B,C,H,W] -> logits [B,classes]."""
-        require_shape(images, self, str(self.path))
-        batch = len(images)
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        """Outputs by name. As `Engine` says."""
+        given = fitting(inputs, self, str(self.path))
+        batch = count(given)
         if batch not in self._requests:
             while len(self._requests) >= _MOST_COMPILED:
                 del self._requests[next(iter(self._requests))]
             self._requests[batch] = self._request(batch)
         with _translated(self.path):
-            found = self._requests[batch].infer([np.ascontiguousarray(images, np.float32)])
-        logits: Array = np.array(found[0], np.float32)
-        return logits
+            found = self._requests[batch].infer({name: _contiguous(values) for name, values in given.items()})
+        return {name: np.array(found[name]) for name in self.outputs}
 
-    def timer(self, images: Array) -> Timer:
-        """Bind `images` [B,C,H,W] to a request of their own; the clock is the host's."""
-        require_shape(images, self, str(self.path))
-        held = np.ascontiguousarray(images, np.float32)
-        request = self._request(len(held))
-        request.set_input_tensor(_library().Tensor(held, shared_memory=True))
+    def timer(self, inputs: Arrays) -> Timer:
+        """Bind `inputs` to a request of their own; the clock is the host's."""
+        held = {name: _contiguous(values) for name, values in fitting(inputs, self, str(self.path)).items()}
+        request = self._request(count(held))
+        for name, values in held.items():
+            request.set_tensor(name, _library().Tensor(values, shared_memory=True))
 
         def milliseconds(inferences: int) -> float:
             with _translated(self.path):
@@ -126,8 +127,8 @@ class OvEngine:
 
     def _compiled(self, batch: int) -> Any:
         model = self._model.clone()
-        model.reshape([batch, *self.input_shape])
-        return _compiled(_with_fp32_edges(model), self.threads)
+        model.reshape({name: [batch, *spec.sizes] for name, spec in self.inputs.items()})
+        return _compiled(_with_fp32_io(model), self.threads)
 
 
 def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
@@ -212,12 +213,12 @@ def _layer(node: Any) -> dict[str, Any]:
     }
 
 
-def _outputs(model: onnx.ModelProto, images: Array, path: Path) -> Mapping[str, npt.NDArray[np.float64]]:
-    """What a network gives for images [N,C,H,W], by output, on as many threads as OpenVINO likes."""
+def _outputs(model: onnx.ModelProto, inputs: Arrays, path: Path) -> Mapping[str, npt.NDArray[np.float64]]:
+    """What a network gives for inputs, by output, on as many threads as OpenVINO likes."""
     with _translated(path, model):
         read = _core().read_model(model.SerializeToString())
         names = [value.name for value in model.graph.output]
-        found = _compiled(_with_fp32_edges(read)).infer_new_request([images])
+        found = _compiled(_with_fp32_io(read)).infer_new_request(dict(inputs))
         return {name: np.asarray(found[name], np.float64) for name in names}
 
 
@@ -234,30 +235,31 @@ def _compiled(model: Any, threads: int | None = None) -> Any:
     return _core().compile_model(model, DEVICE, settings)
 
 
-def _with_fp32_edges(model: Any) -> Any:
-    """A model that takes and gives FP32, whatever the types of its inputs and outputs are."""
+def _with_fp32_io(model: Any) -> Any:
+    """A model that takes and gives FP32 wherever its inputs and outputs are of a float type."""
     library = _library()
     typed = library.preprocess.PrePostProcessor(model)
-    for index in range(len(model.inputs)):
-        typed.input(index).tensor().set_element_type(library.Type.f32)
-    for index in range(len(model.outputs)):
-        typed.output(index).tensor().set_element_type(library.Type.f32)
+    for index, value in enumerate(model.inputs):
+        if value.get_element_type().is_real():
+            typed.input(index).tensor().set_element_type(library.Type.f32)
+    for index, value in enumerate(model.outputs):
+        if value.get_element_type().is_real():
+            typed.output(index).tensor().set_element_type(library.Type.f32)
     return typed.build()
 
 
-def _image_shape(model: Any, path: Path) -> tuple[int, int, int]:
-    """[C,H,W]; ContentError unless the model has one input [any batch,C,H,W] and one output [any batch,classes]."""
-    shapes = [[size.get_length() if size.is_static else None for size in edge.partial_shape] for edge in model.inputs]
-    ranks = [len(edge.partial_shape) for edge in model.outputs]
-    match shapes, ranks:
-        case [[[None, int(channels), int(height), int(width)]], [2]]:
-            return channels, height, width
-    listed = ", ".join(f"{edge.any_name} {edge.partial_shape}" for edge in (*model.inputs, *model.outputs))
-    raise ContentError(
-        f"{path}: the network must have one input [any batch, channels, height, width] and one output [any batch, "
-        f"classes], but it has: {listed}",
-        "export a classifier of images with a dynamic batch",
-    )
+def _shapes(values: Iterable[Any]) -> dict[str, tuple[str | None, list[int | None]]]:
+    """For `specs`: what a model tells of its inputs or outputs."""
+    found = {}
+    for value in values:
+        kind = value.get_element_type()
+        name = "float32" if kind.is_real() else np.dtype(kind.to_dtype()).name
+        found[value.any_name] = name, [size.get_length() if size.is_static else None for size in value.partial_shape]
+    return found
+
+
+def _contiguous(values: Array) -> Array:
+    return np.ascontiguousarray(values, np.float32 if values.dtype.kind == "f" else None)
 
 
 @contextmanager

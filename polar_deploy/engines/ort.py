@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
 from polar_deploy.engines import network
-from polar_deploy.engines.base import Array, Timer, require_shape
+from polar_deploy.engines.base import Array, Timer, fitting, specs
 from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, one_line
 from polar_deploy.limits import is_out_of_memory
 from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
+from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ _PRECISIONS = {
     "uint8": "int8",
 }
 _COMPUTING = re.compile("Conv|Gemm|MatMul")  # layers with weights
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# of inputs and outputs that engines take
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    **{f"tensor({name})": getattr(np, name) for name in ("int64", "int32", "int16", "int8", "uint8", "uint16")},
+    "tensor(bool)": np.bool_,
+}
 
 
 class OrtEngine:
@@ -64,7 +70,8 @@ class OrtEngine:
 
     Raises:
         UsageError: no such file.
-        ContentError: not ONNX, an operator that ONNX Runtime does not have, or not a classifier of images.
+        ContentError: not ONNX, an operator that ONNX Runtime does not have, or an input or output without a dynamic
+            batch.
         MachineError: the provider does not start here.
     """
 
@@ -73,27 +80,30 @@ class OrtEngine:
     def __init__(self, path: Path, backend: OnnxRuntime = ORT, threads: int = THREADS, *, tf32: bool = False) -> None:
         self.path, self.backend, self.threads, self.tf32 = path, backend, threads, tf32
         self._session = _session(path, _options(threads), backend, tf32=tf32)
-        self._input, self.input_shape, self._type = _image_input(self._session, path)
-        self._output = _logits_output(self._session, path)
+        taken, given = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs = specs("input", _told(taken), path)
+        self.outputs = specs("output", _told(given), path)
+        self._types = {value.name: _TYPES[value.type] for value in taken}
 
-    def infer(self, images: Array) -> Array:
-        """Normalised images [B,C,H,W] -> logits [B,classes]."""
-        require_shape(images, self, str(self.path))
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        """Outputs by name. As `Engine` says."""
+        given = self._given(inputs)
         with _translated(self.path):
-            logits = self._session.run([self._output], {self._input: images.astype(self._type, copy=False)})[0]
-        return np.asarray(logits, np.float32)
+            found = self._session.run(list(self.outputs), given)
+        return {name: _widened(values) for name, values in zip(self.outputs, found, strict=True)}
 
-    def timer(self, images: Array) -> Timer:
-        """Bind `images` [B,C,H,W] where the engine runs; the clock is the host's, the device is waited for."""
+    def timer(self, inputs: Arrays) -> Timer:
+        """Bind `inputs` where the engine runs; the clock is the host's, the device is waited for."""
         import onnxruntime
 
-        require_shape(images, self, str(self.path))
         # what registers a plugin is the package for CPUs, which has no memory on a GPU
         device = "cpu" if self.backend.gpu is None or self.backend.plugin else "cuda"
         session, binding = self._session, self._session.io_binding()
-        held: npt.NDArray[Any] = np.ascontiguousarray(images, self._type)
-        binding.bind_ortvalue_input(self._input, onnxruntime.OrtValue.ortvalue_from_numpy(held, device, 0))
-        binding.bind_output(self._output, device)
+        held = {name: np.ascontiguousarray(values) for name, values in self._given(inputs).items()}
+        for name, values in held.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0))
+        for name in self.outputs:
+            binding.bind_output(name, device)
 
         def milliseconds(inferences: int) -> float:
             with _translated(self.path):
@@ -104,6 +114,11 @@ class OrtEngine:
                 return (time.perf_counter_ns() - start) / inferences / 1e6
 
         return milliseconds
+
+    def _given(self, inputs: Arrays) -> dict[str, Array]:
+        """What the session takes: floats in the types of its own."""
+        chosen = fitting(inputs, self, str(self.path))
+        return {name: values.astype(self._types[name], copy=False) for name, values in chosen.items()}
 
     def duplicate(self) -> OrtEngine:
         """A second session, loaded from the same file."""
@@ -172,9 +187,13 @@ def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = _session(path, options, backend, tf32=tf32)
-        name, shape, kind = _image_input(session, path)
+        taken = session.get_inputs()
+        shapes = specs("input", _told(taken), path)
         with _translated(path):
-            session.run(None, {name: np.zeros((1, *shape), kind)})
+            session.run(
+                None,
+                {value.name: np.zeros((1, *shapes[value.name].sizes), _TYPES[value.type]) for value in taken},
+            )
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return [_layer(event) for event in events if event["cat"] == "Node"]
 
@@ -312,27 +331,16 @@ def _translated(path: Path) -> Iterator[None]:
         raise ContentError(what, "export the network with operators that this ONNX Runtime has") from error
 
 
-def _image_input(session: onnxruntime.InferenceSession, path: Path) -> tuple[str, tuple[int, int, int], type]:
-    """Name, [C,H,W] and type of the only input; ContentError unless it is [any batch,C,H,W] of FP32 or FP16."""
-    inputs = session.get_inputs()
-    if len(inputs) == 1 and inputs[0].type in _FLOATS:
-        match inputs[0].shape:
-            case [str() | None, int(channels), int(height), int(width)]:
-                return inputs[0].name, (channels, height, width), _FLOATS[inputs[0].type]
-    raise _wrong_edge(path, "input", "[any batch, channels, height, width]", inputs)
+def _told(values: list[onnxruntime.NodeArg]) -> dict[str, tuple[str | None, list[Any]]]:
+    """For `specs`: what a session tells of its inputs or outputs."""
+    return {value.name: (_dtype(value.type), value.shape) for value in values}
 
 
-def _logits_output(session: onnxruntime.InferenceSession, path: Path) -> str:
-    """Name of the only output; ContentError unless it is [any batch,classes] of FP32 or FP16."""
-    outputs = session.get_outputs()
-    if len(outputs) == 1 and outputs[0].type in _FLOATS and len(outputs[0].shape) == 2:
-        return str(outputs[0].name)
-    raise _wrong_edge(path, "output", "[any batch, classes]", outputs)
+def _dtype(kind: str) -> str | None:
+    if kind not in _TYPES:
+        return None
+    return "float32" if np.dtype(_TYPES[kind]).kind == "f" else np.dtype(_TYPES[kind]).name
 
 
-def _wrong_edge(path: Path, edge: str, expected: str, found: list[onnxruntime.NodeArg]) -> ContentError:
-    listed = ", ".join(f"{value.name} {value.type} {value.shape}" for value in found)
-    return ContentError(
-        f"{path}: the network must have one float {edge} of shape {expected}, but it has: {listed}",
-        "export a classifier of images with a dynamic batch",
-    )
+def _widened(values: Array) -> Array:
+    return np.asarray(values, np.float32) if values.dtype.kind == "f" else values

@@ -50,14 +50,17 @@ from polar_deploy.engines.overlaps import (
 from polar_deploy.engines.sites import Site, own_constants, probed, set_gates, widths
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.latency import SCHEMA, LatencyTable, ascending, parsed
+from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
+    import onnx
+
     from polar_deploy.config import Build
     from polar_deploy.engines import Engine
 
 PAIRS = 60  # samples of each engine
-NOISE_IMAGES = 16  # that calibrate an INT8 network: latency depends on types, and not on ranges
+NOISE_SAMPLES = 16  # that calibrate an INT8 network: latency depends on types, and not on ranges
 ANY_ERROR = 1e9
 _SECONDS = (0.4, 2.0)  # least and most time that a comparison spends in inferences
 
@@ -68,7 +71,7 @@ def measure(
     *,
     batch: int = 1,
     options: Build | None = None,
-    calibration: Array | None = None,
+    calibration: Arrays | None = None,
     likely: Callable[[LatencyTable], Sequence[Mapping[str, int]]] = lambda table: (),
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -78,9 +81,9 @@ def measure(
         gated_onnx: an FP32 network whose gates are products with constants, as the export stage writes it. Which of
             them are open does not matter, nor do the weights.
         target: what to build for; it has to run here.
-        batch: images in one inference.
+        batch: samples in one inference.
         options: how engines are built; None: for this batch alone.
-        calibration: normalised images [N,C,H,W] for an INT8 target; None: noise, which gives the same layers.
+        calibration: inputs for an INT8 target, by name; None: noise, which gives the same layers.
         likely: sub-networks that may be chosen by this table, as open gates of all its sites: they are measured, too,
             as checks.
         on_progress: is told about the progress.
@@ -141,6 +144,18 @@ def _entry(site: Site, curve: Mapping[int, float], bench: Bench) -> dict[str, An
     }
 
 
+def _noise(model: onnx.ModelProto, samples: int) -> dict[str, Array]:
+    """Inputs of a network: normal numbers, and zeros where they are no floats, since those may be indices."""
+    from onnx import helper
+
+    draw, made = np.random.default_rng(0), {}
+    for value in model.graph.input:
+        kind = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        shape = (samples, *(axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim[1:]))
+        made[value.name] = draw.standard_normal(shape).astype(kind) if kind.kind == "f" else np.zeros(shape, kind)
+    return made
+
+
 class Bench:
     """A gated network that is cut, built for a target and timed against the whole one.
 
@@ -155,7 +170,7 @@ class Bench:
         target: targets.Target,
         batch: int = 1,
         options: Build | None = None,
-        calibration: Array | None = None,
+        calibration: Arrays | None = None,
     ) -> None:
         from polar_deploy.config import Build
 
@@ -174,12 +189,8 @@ class Bench:
         self.constants, self.gates = own_constants(self.model, gated_onnx)
         self.rounds: list[timing.Round] = []
         self.versions: dict[str, str] = {}
-        random = np.random.default_rng(0)
-        shape = [axis.dim_value for axis in self.model.graph.input[0].type.tensor_type.shape.dim[1:]]
-        self.images = random.standard_normal((batch, *shape), np.float32)
-        self.calibration = calibration
-        if target.precision == "int8" and calibration is None:
-            self.calibration = random.standard_normal((NOISE_IMAGES, *shape), np.float32)
+        self.inputs = _noise(self.model, batch)
+        self.calibration = calibration or _noise(self.model, NOISE_SAMPLES)
         self.full = self._engine("full", {})
 
     @cached_property
@@ -206,7 +217,7 @@ class Bench:
 
     def saved(self, opened: Mapping[str, int]) -> float:
         """Share of the whole network's time that is saved when these sites have so many gates open, the others all."""
-        done = timing.compare(self.full, self._engine("cut", opened), self.images, pairs=PAIRS, seconds=_SECONDS)
+        done = timing.compare(self.full, self._engine("cut", opened), self.inputs, pairs=PAIRS, seconds=_SECONDS)
         self.rounds.append(done.best)
         return 1 - 1 / done.best.speedup.median
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from polar_deploy.engines.base import Array, Engine, Timer
+from polar_deploy.engines.base import Engine, Timer
+from polar_deploy.tensors import Arrays, count
 
 SINGLES = 600  # single inferences, for the percentiles of a verdict
 PERCENTILES = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
@@ -144,14 +145,14 @@ class Timing:
 def compare(
     a: Engine,
     b: Engine,
-    images: Array,
+    inputs: Arrays,
     *,
     pairs: int = 200,
     seconds: tuple[float, float] = (2.0, 30.0),
     max_rounds: int = 3,
     singles: int = 0,
 ) -> Timing:
-    """Time engine `a` against engine `b` on the batch `images` [B,C,H,W].
+    """Time engine `a` against engine `b` on one batch.
 
     A round whose control is off is followed by another, with a control loaded afresh. Whether to go on, and which
     round counts, depends on the control alone and never on the result.
@@ -159,7 +160,7 @@ def compare(
     Args:
         a: the reference.
         b: what is compared with it.
-        images: one batch, normalised.
+        inputs: the batch, by name.
         pairs: samples of each engine, rounded up to a multiple of 6.
         seconds: least and most time that a round spends in inferences, warm-up aside. Short inferences get more pairs,
             long ones fewer, but at least `MIN_PAIRS`.
@@ -170,22 +171,22 @@ def compare(
     rounds: list[Round] = []
     while len(rounds) < max_rounds and (not rounds or rounds[-1].noise > NOISE):
         twin = a.duplicate()
-        timers = [engine.timer(images) for engine in (a, b, twin)]
+        timers = [engine.timer(inputs) for engine in (a, b, twin)]
         before = a.conditions()
         measured = _measure(timers, pairs, seconds, singles)
         rounds.append(replace(measured, before=before, after=a.conditions()))
     chosen = min(range(len(rounds)), key=lambda index: rounds[index].noise)
-    return Timing(len(images), tuple(rounds), chosen)
+    return Timing(count(inputs), tuple(rounds), chosen)
 
 
-def energy(engine: Engine, images: Array, seconds: float = 2.0) -> float | None:
-    """Millijoules of one inference on the batch `images`, as the device counts them over `seconds`; None: it does not.
+def energy(engine: Engine, inputs: Arrays, seconds: float = 2.0) -> float | None:
+    """Millijoules of one inference on a batch of inputs, as the device counts them over `seconds`; None: it does not.
 
     The count is the whole device's, idle power included, and is renewed some ten times a second.
     """
     if _counted(engine) is None:
         return None
-    timer, inferences, spent = engine.timer(images), 0, 0.0
+    timer, inferences, spent = engine.timer(inputs), 0, 0.0
     at_once = math.ceil(100 / timer(1))  # a tenth of a second
     start = _counted(engine) or 0.0
     while spent < 1000 * seconds:

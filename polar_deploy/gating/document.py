@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def document(
-    model: str, shape: tuple[int, int, int], align: int, device: Chosen | None, gates: Gates, share: list[float]
+    model: str, inputs: dict[str, list[int | None]], align: int, device: Chosen | None, gates: Gates, share: list[float]
 ) -> dict[str, Any]:
     """The content of gates.json.
 
     Args:
         model: name of the network.
-        shape: of its input, [channels, height, width].
+        inputs: name -> shape of one sample.
         align: what its widths are multiples of.
         device: whose widths they are.
         gates: as they were fixed.
@@ -33,7 +33,7 @@ def document(
     return {
         "schema": 1,
         "model": model,
-        "input": list(shape),
+        "inputs": inputs,
         "align": align,
         "device": device and {"name": device.device.name, "precision": device.precision},
         "budget": dict(gates.budget),

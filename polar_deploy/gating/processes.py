@@ -87,6 +87,15 @@ def object_of_the_first(value: T) -> T:
     return held[0]
 
 
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order; all have to call it."""
+    if not are_several():
+        return [value]
+    held: list[T] = [value] * count()
+    dist.all_gather_object(held, value)
+    return held
+
+
 def share(parameters: Iterable[nn.Parameter]) -> None:
     """Parameters as they are in the first process."""
     for parameter in parameters if are_several() else ():

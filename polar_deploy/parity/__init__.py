@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from polar_deploy.config import AcceptanceCriteria, Triple
-from polar_deploy.data import Split, normalise
+from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
 from polar_deploy.errors import ContentError
-from polar_deploy.parity.tally import Comparison, Gap, Tally, drop_interval
+from polar_deploy.parity.paired import Comparison, Gap, Paired
 from polar_deploy.parity.verdict import (
     EXIT_CODES,
     Judgement,
@@ -31,6 +29,8 @@ from polar_deploy.parity.verdict import (
     judge_not_run,
     singles_for,
 )
+from polar_deploy.tasks import Metric, Samples
+from polar_deploy.tensors import Arrays, count, take
 
 __all__ = [
     "EXIT_CODES",
@@ -38,12 +38,10 @@ __all__ = [
     "Gap",
     "Graphs",
     "Judgement",
-    "Tally",
-    "TestSet",
+    "Paired",
     "combine",
     "compare",
     "compare_all",
-    "drop_interval",
     "exit_code",
     "export_loss",
     "judge",
@@ -55,8 +53,8 @@ __all__ = [
     "singles_for",
 ]
 
-GRAPH_IMAGES = 10_000  # of the test set at most, for comparisons with the FP32 graphs, which run on the CPU
-_BATCH = 128  # images an inference, for accuracy
+GRAPH_SAMPLES = 10_000  # of the test set at most, for comparisons with the FP32 graphs, which run on the CPU
+_BATCH = 128  # samples an inference, for accuracy
 # What is compared: name -> (reference, other)
 _ENGINES = {"accuracy": ("full", "compressed")}
 _GRAPHS = {
@@ -74,7 +72,7 @@ class Graphs:
     Attributes:
         full, compressed: what the engines were built from.
         gated: the compressed network before surgery.
-        reference: `gated/reference.npz`: `inputs`, and the outputs `full` and `gated` of PyTorch.
+        reference: `gated/reference.npz`: `inputs/NAME`, and PyTorch's outputs `full/NAME` and `gated/NAME`.
     """
 
     full: Engine
@@ -87,28 +85,11 @@ class Graphs:
         return {"full onnx": self.full, "compressed onnx": self.compressed, "gated onnx": self.gated}
 
 
-@dataclass(frozen=True)
-class TestSet:
-    """The test set as the networks see it: `mean` and `std` are their input normalisation, a channel."""
-
-    __test__ = False  # no test of pytest's
-
-    split: Split
-    mean: Triple
-    std: Triple
-
-    def __len__(self) -> int:
-        return len(self.split.labels)
-
-    def images(self, rows: npt.NDArray[np.int64]) -> Array:
-        """Normalised images [B,3,H,W]; `rows` may repeat."""
-        return normalise(self.split.images[rows], self.mean, self.std)
-
-
 def compare(
     full: Engine,
     compressed: Engine,
-    test: TestSet,
+    test: Samples,
+    metric: Metric | None,
     criteria: AcceptanceCriteria,
     *,
     graphs: Graphs | None = None,
@@ -119,123 +100,141 @@ def compare(
     Args:
         full, compressed: the engines.
         test: the test set.
+        metric: what its samples are judged by; None: outputs are compared, and accuracy stays undecided.
         criteria: when the compressed engine counts as good.
         graphs: the FP32 graphs; None leaves out what is compared with them.
         batches: batch sizes to time, beside the verdict's own.
 
     Raises:
-        ContentError: an empty test set, images that do not fit the network, a reference that is not one.
+        ContentError: an empty test set, inputs that do not fit the network, a reference that is not one.
         UsageError: no such reference.
     """
-    found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test)
+    found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test, metric)
     rows = np.arange(max({*batches, criteria.batch})) % len(test)
     singles = singles_for(criteria)
     timings = [
-        timing.compare(full, compressed, test.images(rows[:size]), singles=singles)
+        timing.compare(full, compressed, test.read(rows[:size])[0], singles=singles)
         for size in sorted({*batches, criteria.batch})
     ]
-    tally = found["accuracy"].tally
-    precision = {name: found[name].tally for name in ("full", "compressed")} if graphs else None
+    precision = {name: found[name].paired for name in ("full", "compressed")} if graphs else None
     return {
-        **_head(None, found, graphs),
-        "latency": [latency_document(full, compressed, test.images(rows[: each.batch]), each) for each in timings],
-        "verdict": judge(tally, timings, criteria, precision),
+        **_head(None, found, metric, graphs),
+        "latency": [latency_document(full, compressed, test.read(rows[: each.batch])[0], each) for each in timings],
+        "verdict": judge(found["accuracy"].paired, timings, criteria, precision),
     }
 
 
-def not_run(lack: str, test: TestSet, criteria: AcceptanceCriteria, graphs: Graphs) -> dict[str, Any]:
+def not_run(
+    lack: str, test: Samples, metric: Metric | None, criteria: AcceptanceCriteria, graphs: Graphs
+) -> dict[str, Any]:
     """The content of parity.json for engines that cannot run here: what their FP32 graphs say, and no more.
 
     Args:
         lack: what this machine lacks.
         test: the test set.
+        metric: as for `compare`.
         criteria: what is asked.
         graphs: the FP32 graphs.
 
     Raises:
         As `compare`.
     """
-    found = compare_all({}, graphs.named(), test)
+    found = compare_all({}, graphs.named(), test, metric)
     return {
-        **_head(f"built, not run here: {lack}", found, graphs),
+        **_head(f"built, not run here: {lack}", found, metric, graphs),
         "latency": [],
-        "verdict": judge_not_run(lack, found["pruning"].tally, criteria),
+        "verdict": judge_not_run(lack, found["pruning"].paired, criteria),
     }
 
 
 def export_loss(graphs: Graphs) -> dict[str, Any]:
     """Compare both exported graphs with what PyTorch gave for the same inputs: the relative difference of each."""
-    arrays = read_npz(graphs.reference, "inputs", "full", "gated")
-    result: dict[str, Any] = {"samples": len(arrays["inputs"])}
+    arrays = read_npz(graphs.reference)
+    parts: dict[str, dict[str, Array]] = {"inputs": {}, "full": {}, "gated": {}}
+    for key, values in arrays.items():
+        part, _, name = key.partition("/")
+        parts.get(part, {})[name] = values
+    if lacking := next((part for part, each in parts.items() if not each), None):
+        problem = f"{graphs.reference} has no arrays '{lacking}/…', only {', '.join(arrays) or 'nothing'}"
+        raise ContentError(problem, "run again with --from export")
+    result: dict[str, Any] = {"samples": count(parts["inputs"])}
     for name, engine in (("full", graphs.full), ("gated", graphs.gated)):
-        logits, expected = infer_all(engine, arrays["inputs"]), arrays[name]
-        _require_same_shape(f"{graphs.reference}, '{name}'", expected, "the network", logits)
-        gap = Gap()
-        gap.add(expected, logits)
-        result[name] = gap.relative
+        found, comparison = infer_all(engine, parts["inputs"]), Comparison(None)
+        _require_same_shape(f"{graphs.reference}, '{name}'", parts[name], "the network", found)
+        comparison.add(parts[name], found, {})
+        result[name] = comparison.difference()["relative_difference"]
     return result
 
 
-def compare_all(engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: TestSet) -> dict[str, Comparison]:
-    """Run all over the test set, the graphs over `GRAPH_IMAGES` of it; compare whatever pairs there are.
+def compare_all(
+    engines: Mapping[str, Engine], graphs: Mapping[str, Engine], test: Samples, metric: Metric | None
+) -> dict[str, Comparison]:
+    """Run all over the test set, the graphs over `GRAPH_SAMPLES` of it; compare whatever pairs there are.
 
     Args:
         engines: "full" and "compressed", as far as they run here.
         graphs: FP32 graphs, as `Graphs.named` names them.
         test: the test set.
+        metric: as for `compare`.
 
     Returns:
         "accuracy", the compressed engine against the full one, and what else `_GRAPHS` lists.
     """
     if len(test) == 0:
-        raise ContentError("the test set is empty", "give it a test set with at least one image")
+        raise ContentError("the test set is empty", "give it a test set with at least one sample")
     sampled = np.zeros(len(test), bool)
-    sampled[np.random.default_rng(0).permutation(len(test))[:GRAPH_IMAGES]] = True
+    sampled[np.random.default_rng(0).permutation(len(test))[:GRAPH_SAMPLES]] = True
     named = {*engines, *graphs}
-    found = {name: Comparison() for name, pair in (_ENGINES | _GRAPHS).items() if named.issuperset(pair)}
+    found = {name: Comparison(metric) for name, pair in (_ENGINES | _GRAPHS).items() if named.issuperset(pair)}
     for start in range(0, len(test), _BATCH):
         rows = np.arange(start, min(start + _BATCH, len(test)))
-        images, labels, chosen = test.images(rows), test.split.labels[rows], sampled[rows]
-        logits = {name: infer_all(engine, images) for name, engine in engines.items()}
-        _add(found, _ENGINES, logits, labels)
+        (inputs, targets), chosen = test.read(rows), sampled[rows]
+        outputs = {name: infer_all(engine, inputs) for name, engine in engines.items()}
+        _add(found, _ENGINES, outputs, targets)
         if graphs and chosen.any():
-            logits = {name: values[chosen] for name, values in logits.items()}
-            logits |= {name: infer_all(engine, images[chosen]) for name, engine in graphs.items()}
-            _add(found, _GRAPHS, logits, labels[chosen])
+            inputs, targets = take(inputs, chosen), take(targets, chosen)
+            outputs = {name: take(each, chosen) for name, each in outputs.items()}
+            outputs |= {name: infer_all(engine, inputs) for name, engine in graphs.items()}
+            _add(found, _GRAPHS, outputs, targets)
     return found
 
 
 def _add(
     found: Mapping[str, Comparison],
     pairs: Mapping[str, tuple[str, str]],
-    logits: Mapping[str, Array],
-    labels: npt.NDArray[np.int64],
+    outputs: Mapping[str, Arrays],
+    targets: Arrays,
 ) -> None:
     for name, (reference, other) in pairs.items():
         if name in found:
-            _require_same_shape(f"the {reference} network", logits[reference], f"the {other} one", logits[other])
-            found[name].add(logits[reference], logits[other], labels)
+            _require_same_shape(f"the {reference} network", outputs[reference], f"the {other} one", outputs[other])
+            found[name].add(outputs[reference], outputs[other], targets)
 
 
-def _head(lack: str | None, found: Mapping[str, Comparison], graphs: Graphs | None) -> dict[str, Any]:
+def _head(
+    lack: str | None, found: Mapping[str, Comparison], metric: Metric | None, graphs: Graphs | None
+) -> dict[str, Any]:
     """All of parity.json but latency and verdict; None where nothing was compared."""
-    accuracy, surgery = found.get("accuracy"), found.get("surgery")
+    engines, surgery = found.get("accuracy"), found.get("surgery")
+    pair, pruning = engines and engines.paired, found["pruning"].paired if graphs else None
     return {
         "schema": 1,
         "machine": machine.describe(),
         "not_run": lack,
-        "accuracy": accuracy.tally.as_dict() if accuracy else None,
-        "classes": accuracy.tally.classes() if accuracy else None,
-        "worst_classes": accuracy.tally.worst() if accuracy else None,
-        "worst_samples": [asdict(each) for each in accuracy.tally.worst_samples] if accuracy else None,
-        "precision": {name: found[name].as_dict() for name in ("full", "compressed")} if accuracy and graphs else None,
-        "graphs": found["pruning"].tally.as_dict() if graphs else None,
+        "metric": metric and {"name": metric.name, "unit": metric.unit},
+        "accuracy": pair and pair.as_dict(),
+        "classes": pair and pair.classes(),
+        "worst_classes": pair and pair.worst_classes(),
+        "worst_samples": pair and pair.worst_samples(),
+        "precision": {name: found[name].as_dict() for name in ("full", "compressed")} if engines and graphs else None,
+        "graphs": pruning and pruning.as_dict(),
+        "outputs": engines and engines.difference(),
         "export": export_loss(graphs) if graphs else None,
-        "surgery": {"relative_difference": surgery.gap.relative, "scale": surgery.gap.scale} if surgery else None,
+        "surgery": surgery and surgery.difference(),
     }
 
 
-def latency_document(full: Engine, compressed: Engine, images: Array, result: timing.Timing) -> dict[str, Any]:
+def latency_document(full: Engine, compressed: Engine, inputs: Arrays, result: timing.Timing) -> dict[str, Any]:
     """One batch size in parity.json: every round, throughput and energy, with the engines by their names."""
     rounds = [asdict(measured) for measured in result.rounds]
     for measured in rounds:
@@ -250,11 +249,16 @@ def latency_document(full: Engine, compressed: Engine, images: Array, result: ti
         "chosen": result.chosen,
         "rounds": rounds,
         "images_per_second": {name: 1000 * result.batch / latency.median_ms for name, (_, latency) in pair.items()},
-        "energy_mj": {name: timing.energy(engine, images) for name, (engine, _) in pair.items()},
+        "energy_mj": {name: timing.energy(engine, inputs) for name, (engine, _) in pair.items()},
     }
 
 
-def _require_same_shape(first: str, one: Array, second: str, other: Array) -> None:
-    if one.shape != other.shape:
-        what = f"{first} gives outputs of shape {one.shape}, {second} of {other.shape}"
-        raise ContentError(what, "compare networks of the same classes; run export and surgery again")
+def _require_same_shape(first: str, one: Arrays, second: str, other: Arrays) -> None:
+    shapes = [{name: list(values.shape) for name, values in outputs.items()} for outputs in (one, other)]
+    if shapes[0] != shapes[1]:
+        what = f"{first} gives outputs of shape {_listed(shapes[0])}, {second} of {_listed(shapes[1])}"
+        raise ContentError(what, "compare networks of the same task; run export and surgery again")
+
+
+def _listed(shapes: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines import timing
-from polar_deploy.parity.tally import Z95, Tally
+from polar_deploy.parity.paired import Paired
+from polar_deploy.tasks.accuracy import Z95
 
 Result = Literal["pass", "fail", "undecided"]
 
@@ -31,24 +32,24 @@ def exit_code(parity: dict[str, Any]) -> int:
 
 
 def judge(
-    tally: Tally,
+    pair: Paired | None,
     timings: Sequence[timing.Timing],
     criteria: AcceptanceCriteria,
-    precision: Mapping[str, Tally] | None = None,
+    precision: Mapping[str, Paired | None] | None = None,
 ) -> dict[str, Any]:
     """The verdict: accuracy, latency and both together, each pass, fail or undecided with its reason.
 
     Args:
-        tally: the compressed engine against the full engine.
+        pair: the compressed engine against the full engine; None: the task has no metric.
         timings: one a batch size, the verdict's among them.
         criteria: what is asked.
         precision: each engine, "full" and "compressed", against its own FP32 graph.
     """
     at_batch = next(result for result in timings if result.batch == criteria.batch)
-    return _document(judge_accuracy(tally, criteria, precision), judge_latency(at_batch, criteria), criteria)
+    return _document(judge_accuracy(pair, criteria, precision), judge_latency(at_batch, criteria), criteria)
 
 
-def judge_not_run(lack: str, pruning: Tally, criteria: AcceptanceCriteria) -> dict[str, Any]:
+def judge_not_run(lack: str, pruning: Paired | None, criteria: AcceptanceCriteria) -> dict[str, Any]:
     """The verdict on engines that cannot run here: undecided, whatever their graphs do elsewhere.
 
     Args:
@@ -57,49 +58,54 @@ def judge_not_run(lack: str, pruning: Tally, criteria: AcceptanceCriteria) -> di
         criteria: what is asked.
     """
     built = f"built, not run here ({lack})"
-    accuracy = Judgement("undecided", f"{built}; as FP32 graphs in ONNX Runtime, {_change(pruning.drop)}")
-    return _document(accuracy, Judgement("undecided", built), criteria)
+    change = f"; as FP32 graphs in ONNX Runtime, {_change(pruning)}" if pruning else ""
+    return _document(Judgement("undecided", f"{built}{change}"), Judgement("undecided", built), criteria)
 
 
 def judge_accuracy(
-    tally: Tally, criteria: AcceptanceCriteria, precision: Mapping[str, Tally] | None = None
+    pair: Paired | None, criteria: AcceptanceCriteria, precision: Mapping[str, Paired | None] | None = None
 ) -> Judgement:
-    """Pass if at most `max_drop` points are lost to pruning, and to the precision, and no logit is NaN or Inf.
+    """Pass if at most `max_drop` is lost to pruning, and to the precision, and no output is NaN or Inf.
 
     A test of non-inferiority: pass if the drop's whole 95 % interval lies within `max_drop`, so that a network that
-    loses more passes in 2.5 % of cases; fail if none of it does; between, too few images. Each network has to be better
-    than chance. Two engines that the precision ruins alike would agree with each other, and a ruined full engine is
-    easily matched: so what the precision costs each of them is held against the bound, too.
+    loses more passes in 2.5 % of cases; fail if none of it does; between, too few samples. Each network has to be
+    better than chance. Two engines that the precision ruins alike would agree with each other, and a ruined full engine
+    is easily matched: so what the precision costs each of them is held against the bound, too. Where the task has no
+    metric, nothing says which outputs are good enough.
     """
-    broken = {"full": tally.full_nonfinite, "compressed": tally.compressed_nonfinite}
-    for name, count in broken.items():
-        if count:
-            return Judgement("fail", f"the {name} engine gives NaN or Inf on {count} of {tally.samples} test images")
-    pruning = _within_drop(tally, _change(tally.drop), criteria)
-    parts = [pruning, _better_than_chance("full", tally.full_right, tally)]
-    parts.append(_better_than_chance("compressed", tally.compressed_right, tally))
+    if pair is None:
+        return Judgement("undecided", "the task has no metric: outputs were compared, and nobody knows what is enough")
+    for name, samples in pair.nonfinite.items():
+        if samples:
+            return Judgement("fail", f"the {name} engine gives NaN or Inf on {samples} of {pair.samples} test samples")
+    pruning = _within_drop(pair, _change(pair), criteria)
+    parts = [pruning, *_better_than_chance(pair)]
     for name, loss in (precision or {}).items():
-        cost = f"its precision costs the {name} engine {loss.drop:.2f} points against its own FP32 graph"
-        parts.append(_within_drop(loss, cost, criteria))
+        if loss is not None:
+            lost = f"{loss.drop:.2f} {loss.metric.difference_unit}".rstrip()
+            cost = f"its precision costs the {name} engine {lost} against its own FP32 graph"
+            parts.append(_within_drop(loss, cost, criteria))
     judged = combine(*parts)
     return pruning if judged.result == "pass" else judged
 
 
-def _within_drop(tally: Tally, change: str, criteria: AcceptanceCriteria) -> Judgement:
+def _within_drop(pair: Paired, change: str, criteria: AcceptanceCriteria) -> Judgement:
     """Hold a drop against `max_drop`; `change` says what it is."""
-    low, high = tally.interval
+    low, high = pair.interval
     asked = criteria.max_drop
     if criteria.accuracy_rule == "point":
-        low = high = tally.drop
+        low = high = pair.drop
     else:
         change = f"{change} (95 %: {low:+.2f} to {high:+.2f})"
+    if not math.isfinite(pair.drop):
+        return Judgement("undecided", f"{pair.metric.name} is not known of these {pair.samples:,} test samples")
     if high <= asked:
         return Judgement("pass", f"{change}, a drop of {asked:g} is allowed")
     if low > asked:
         return Judgement("fail", f"{change}, only {asked:g} is allowed")
-    needed = tally.samples_to_decide(asked)
+    needed = pair.samples_to_decide(asked)
     enough = f"some {_rounded_up(needed):,} would do" if needed else "no number would do"
-    few = f"{tally.samples:,} test images are too few to tell, {enough} if the drop stays the same"
+    few = f"{pair.samples:,} test samples are too few to tell, {enough} if the drop stays the same"
     return Judgement("undecided", f"{change}, a drop of {asked:g} is allowed: {few}")
 
 
@@ -109,22 +115,27 @@ def _rounded_up(number: int) -> int:
     return -(-number // step) * step
 
 
-def _better_than_chance(name: str, right: int, tally: Tally) -> Judgement:
-    """Whether a network does better than to name the commonest class every time.
+def _better_than_chance(pair: Paired) -> list[Judgement]:
+    """Whether each network does better than one that knows nothing, where the metric tells what that would score.
 
-    One-sided score test of a proportion at 2.5 %; a test set of one class tells nothing.
+    One-sided score test at 2.5 %; a test set on which that one is always right tells nothing.
     """
-    chance = max(tally.seen_of.values(), default=0) / tally.samples
-    expected = tally.samples * chance
-    does = f"the {name} network is right on {right} of {tally.samples} test images"
-    always = f"the answer that is right most often, given every time, on {expected:.0f}"
-    if chance == 1:
-        return Judgement("undecided", "all test images are of one class: nothing can be learned from them")
-    if right <= expected:
-        return Judgement("fail", f"{does}, {always}: it is no better than chance")
-    if right - expected <= Z95 * math.sqrt(expected * (1 - chance)):
-        return Judgement("undecided", f"{does}, {always}: too few to tell it from chance")
-    return Judgement("pass", f"{does}, better than chance")
+    chance = pair.metric.chance(pair.full)
+    if chance is None:
+        return []
+    expected, error = chance
+    if error == 0:
+        reason = "an answer that never changes is right on all test samples: nothing can be learned from them"
+        return [Judgement("undecided", reason)]
+    parts = []
+    for name, score in zip(("full", "compressed"), pair.scores, strict=True):
+        own, best = (pair.metric.told(each, 2) for each in (score, expected))
+        told = f"the {name} network: {own}; the best answer that never changes: {best}"
+        if score <= expected:
+            parts.append(Judgement("fail", f"{told}: it is no better than chance"))
+        elif score - expected <= Z95 * error:
+            parts.append(Judgement("undecided", f"{told}: too few samples to tell it from chance"))
+    return parts
 
 
 def judge_latency(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgement:
@@ -203,5 +214,6 @@ def combine(*parts: Judgement) -> Judgement:
     return Judgement("pass", "; ".join(part.reason for part in parts))
 
 
-def _change(drop: float) -> str:
-    return f"accuracy {'drops' if drop >= 0 else 'rises'} by {abs(drop):.2f} points"
+def _change(pair: Paired) -> str:
+    change = f"{abs(pair.drop):.2f} {pair.metric.difference_unit}".rstrip()
+    return f"{pair.metric.name} {'drops' if pair.drop >= 0 else 'rises'} by {change}"

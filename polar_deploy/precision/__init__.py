@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from polar_deploy.config import Build
     from polar_deploy.precision.proof import Kernels
     from polar_deploy.targets import Target
+    from polar_deploy.tensors import Arrays
 
 
 def write(
@@ -26,7 +24,7 @@ def write(
     destination: Path,
     target: Target,
     options: Build,
-    calibration: npt.NDArray[np.float32] | None,
+    calibration: Arrays | None,
     kernels: Kernels | None = None,
 ) -> dict[str, Any]:
     """Write the network `source` to `destination` with the types of `target`; graph inputs and outputs keep names.
@@ -36,7 +34,7 @@ def write(
         destination: the .onnx file to write, atomically.
         target: precision, and for INT8 in which dialect.
         options: `io_dtype`, `max_layer_error` and `calibration` are read.
-        calibration: normalised training images [N,C,H,W], un-augmented; for INT8 only.
+        calibration: inputs of training samples, un-augmented, by name; for INT8, and where an input is not of floats.
         kernels: how the target's runtime computes a graph, to prove this one by; None: it cannot be asked here, and
             the graph is proven as it is written.
 
@@ -46,13 +44,13 @@ def write(
 
     Raises:
         ContentError: a tensor of another float type, a constant that FP16 cannot hold, an operator that ONNX does not
-            know, no calibration images or wrong ones, no layer that INT8 suits; the message names file, tensor or node,
-            and operator.
+            know, no calibration samples or wrong ones, no layer that INT8 suits; the message names file, tensor or
+            node, and operator.
     """
     import onnx
 
     from polar_deploy.precision import bf16, fp16, graph, int8
-    from polar_deploy.precision.proof import Reference, normal_samples
+    from polar_deploy.precision.proof import Reference, normal_samples, spread
 
     kept: list[dict[str, Any]] = []
     described: dict[str, Any] | None = None
@@ -65,12 +63,15 @@ def write(
         model, kept, described = int8.to_int8(graph.load(source), source, scheme, options, calibration, kernels)
     else:
         wide = graph.load(source)
-        samples = normal_samples(wide)
+        samples = normal_samples(wide) or (calibration and spread(calibration))
         reference = None if samples is None else Reference.of(wide, samples, source)
         convert = fp16.to_fp16 if target.precision == "fp16" else bf16.to_bf16
         model, kept = convert(wide, source, reference, keep_io_types=keep_io_types, kernels=kernels)
     types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)
-    io_dtype = "fp32" if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT else "native"
+    narrow = any(
+        value.type.tensor_type.elem_type in graph.NARROW for value in (*model.graph.input, *model.graph.output)
+    )
+    io_dtype = "native" if narrow else "fp32"
     return {"io_dtype": io_dtype, "types": types, "high_precision_layers": kept, "calibration": described}

@@ -1,6 +1,6 @@
-"""The range that INT8 covers of each tensor, read off what the tensor holds while calibration images pass.
+"""The range that INT8 covers of each tensor, read off what the tensor holds while calibration samples pass.
 
-ONNX Runtime has calibrators, too. They keep all tensors of all images, print, and need minutes; and their entropy
+ONNX Runtime has calibrators, too. They keep all tensors of all samples, print, and need minutes; and their entropy
 method in its default setting tries one threshold only, the largest value.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,55 +19,64 @@ from onnx import TensorProto, helper
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.precision import graph
 from polar_deploy.precision.qdq import Range
+from polar_deploy.tensors import Arrays, count, finite, take
 
 if TYPE_CHECKING:
     import onnxruntime
 
     from polar_deploy.config import Calibration
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 BINS = 2048  # of a histogram
 LEVELS = 128  # magnitudes that INT8 has
 _BYTES = 1 << 28  # of intermediate tensors held at once
 
 
-def require_images(images: Array | None, model: onnx.ModelProto, path: Path) -> Array:
-    """The images, or ContentError: none, of another shape than the network's input, or not finite."""
-    shape = _input_shape(model, path)
-    if images is None or len(images) == 0:
+def require_samples(inputs: Arrays | None, model: onnx.ModelProto, path: Path) -> dict[str, Array]:
+    """The network's inputs among `inputs`, or ContentError: none, of another shape or type, or not finite."""
+    again = "calibrate with the data and the input size that the network was exported for"
+    if inputs is None or not inputs or count(inputs) == 0:
         raise ContentError(
-            f"{path}: INT8 needs training images to calibrate on, and there are none",
+            f"{path}: INT8 needs training samples to calibrate on, and there are none",
             "give data with a training set, or set build.calibration.images to 1 or more",
         )
-    if images.ndim != 4 or any(isinstance(n, int) and n != m for n, m in zip(shape, images.shape[1:], strict=False)):
-        expected, found = (" x ".join(map(str, each)) for each in (("N", *shape), images.shape))
-        raise ContentError(
-            f"{path}: calibration images are {found}, but the network takes {expected}",
-            "calibrate with the data and the input size that the network was exported for",
+    chosen = {}
+    for value in model.graph.input:
+        sizes, values = _sizes(value, path), inputs.get(value.name)
+        if values is None:
+            raise ContentError(f"{path} takes {value.name}, the samples have {', '.join(inputs)}", again)
+        known = values.ndim == len(sizes) + 1 and all(
+            not isinstance(size, int) or size == found for size, found in zip(sizes, values.shape[1:], strict=True)
         )
-    if bad := len(images) - int(np.isfinite(images).all(axis=(1, 2, 3)).sum()):
+        if not known:
+            expected, found = (" x ".join(map(str, each)) for each in (("N", *sizes), values.shape))
+            raise ContentError(
+                f"{path}: {value.name} is {found} in the samples, but the network takes {expected}", again
+            )
+        chosen[value.name] = values
+    if bad := int((~finite(chosen)).sum()):
         raise ContentError(
-            f"{path}: {bad} of {len(images)} calibration images hold NaN or infinite values",
+            f"{path}: {bad} of {count(chosen)} calibration samples hold NaN or infinite values",
             "check the data and the normalisation (a std of 0?)",
         )
-    return images
+    return chosen
 
 
 def ranges(
-    model: onnx.ModelProto, tensors: list[str], images: Array, settings: Calibration, path: Path
+    model: onnx.ModelProto, tensors: list[str], inputs: Arrays, settings: Calibration, path: Path
 ) -> dict[str, Range]:
-    """The range of each tensor over all images [N,C,H,W], by the method that `settings` names.
+    """The range of each tensor over all samples, by the method that `settings` names.
 
     minmax: from the smallest to the largest value. percentile: what encloses that share of the values, with equal
     shares left out below and above. entropy: the threshold at which 128 levels lose least of the distribution of
     magnitudes (Kullback-Leibler divergence; Migacz, 8-bit inference with TensorRT, GTC 2017).
 
     Raises:
-        ContentError: a tensor is NaN or infinite for some image.
+        ContentError: a tensor is NaN or infinite for some sample.
     """
     run = _Run(model, tensors, path)
     extremes = dict.fromkeys(tensors, (np.inf, -np.inf))
-    for name, values in run.over(images):
+    for name, values in run.over(inputs):
         low, high = float(values.min()), float(values.max())
         if not np.isfinite([low, high]).all():
             raise _not_finite(model, name, path)
@@ -77,11 +86,11 @@ def ranges(
     counts = {name: np.zeros(BINS, np.int64) for name in tensors}
     if settings.method == "entropy":
         tops = {name: max(-low, high) for name, (low, high) in extremes.items()}
-        for name, values in run.over(images):
+        for name, values in run.over(inputs):
             counts[name] += histogram(np.abs(values), 0.0, tops[name])
         limits = {name: tops[name] * threshold(counts[name]) / BINS for name in tensors}
         return {name: (max(low, -limits[name]), min(high, limits[name])) for name, (low, high) in extremes.items()}
-    for name, values in run.over(images):
+    for name, values in run.over(inputs):
         counts[name] += histogram(values, *extremes[name])
     return {name: percentile(counts[name], extremes[name], settings.percentile) for name in tensors}
 
@@ -130,7 +139,7 @@ def _divergence(counts: npt.NDArray[np.int64], bins: int) -> float:
 
 
 class _Run:
-    """Runs a network with chosen tensors as its outputs, as many images at once as fit into `_BYTES`."""
+    """Runs a network with chosen tensors as its outputs, as many samples at once as fit into `_BYTES`."""
 
     def __init__(self, model: onnx.ModelProto, tensors: list[str], path: Path) -> None:
         opened = onnx.ModelProto()
@@ -139,29 +148,28 @@ class _Run:
         made = {name for node in model.graph.node for name in node.output}
         self.inner = [name for name in tensors if name in made]
         opened.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in self.inner)
-        self.input, self.tensors = model.graph.input[0].name, tensors
+        self.tensors = tensors
         self.session = Session(opened, path)
 
-    def over(self, images: Array) -> Iterator[tuple[str, Array]]:
+    def over(self, inputs: Arrays) -> Iterator[tuple[str, Array]]:
         """Name and values of each tensor, batch after batch."""
         start, size = 0, 1
-        while start < len(images):
-            batch = images[start : start + size]
-            found = dict(zip(self.inner, self.session.run(self.inner, {self.input: batch}), strict=True))
-            found[self.input] = batch
+        while start < count(inputs):
+            batch = take(inputs, slice(start, start + size))
+            found = dict(zip(self.inner, self.session.run(self.inner, batch), strict=True)) | batch
             yield from ((name, found[name]) for name in self.tensors)
             start += size
-            size = max(1, _BYTES // (sum(values.nbytes for values in found.values()) // len(batch)))
+            size = max(1, _BYTES // (sum(values.nbytes for values in found.values()) // count(batch)))
 
 
 def outputs(
-    model: onnx.ModelProto, images: Array, path: Path, *, fused: bool = False
+    model: onnx.ModelProto, inputs: Arrays, path: Path, *, fused: bool = False
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """What a network gives for images [N,C,H,W], by output.
+    """What a network gives for inputs [N, …], by output.
 
     Args:
-        model: the network, of one input.
-        images: the batch.
+        model: the network.
+        inputs: the batch, by name.
         path: the network's file, for messages.
         fused: as ONNX Runtime makes it fast, with integer kernels; else node by node, as it is written.
     """
@@ -170,7 +178,7 @@ def outputs(
     options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
     names = [value.name for value in model.graph.output]
-    found = Session(model, path, options, fused=fused).run(names, {model.graph.input[0].name: images})
+    found = Session(model, path, options, fused=fused).run(names, dict(inputs))
     return {name: np.asarray(values, np.float64) for name, values in zip(names, found, strict=True)}
 
 
@@ -222,12 +230,9 @@ class Session:
             ) from error
 
 
-def _input_shape(model: onnx.ModelProto, path: Path) -> tuple[int | str, ...]:
-    """Channels, height and width of an image; a name where any size will do."""
-    if len(model.graph.input) != 1:
-        names = ", ".join(value.name for value in model.graph.input)
-        raise ContentError(f"{path} has the inputs {names}, but INT8 is calibrated on one", "export a classifier")
-    dims = model.graph.input[0].type.tensor_type.shape.dim
+def _sizes(value: onnx.ValueInfoProto, path: Path) -> tuple[int | str, ...]:
+    """Sizes of one sample of an input; a name where any size will do."""
+    dims = value.type.tensor_type.shape.dim
     if dims and dims[0].dim_value:
         raise ContentError(
             f"{path}: the network takes batches of {dims[0].dim_value} only, and INT8 is calibrated on any number",

@@ -15,9 +15,9 @@ import onnx
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
-from polar_deploy.precision.calibration import Array
 from polar_deploy.precision.proof import Kernels, Reference
 from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
+from polar_deploy.tensors import Arrays, count
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
@@ -30,7 +30,7 @@ def to_int8(
     path: Path,
     scheme: Scheme,
     options: Build,
-    images: Array | None,
+    samples: Arrays | None,
     kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]], dict[str, Any]]:
     """Write INT8 into a graph: the graph, the nodes that stay wider, and how it was calibrated.
@@ -40,15 +40,15 @@ def to_int8(
         path: its file, for messages.
         scheme: `ORT` or `TRT`.
         options: `max_layer_error`, `calibration` and `io_dtype` are read.
-        images: normalised training images [N,C,H,W].
+        samples: inputs of training samples, by name.
         kernels: of the runtime that the graph is for, if they can be asked here.
 
     Raises:
-        ContentError: no images, or not such as the network takes; no layer that INT8 suits.
+        ContentError: no samples, or not such as the network takes; no layer that INT8 suits.
     """
-    images = calibration.require_images(images, model, path)
+    samples = calibration.require_samples(samples, model, path)
     model = layers.plain(graph.at_least(graph.folded(model, path), scheme.opset))
-    writer = _Writer(model, path, scheme, options, images, kernels)
+    writer = _Writer(model, path, scheme, options, samples, kernels)
     typed = writer.run()
     kept = writer.kept
     if scheme.wider == "fp16":
@@ -57,7 +57,7 @@ def to_int8(
             graph.inferred(typed), path, writer.reference, keep_io_types=options.io_dtype == "fp32", bound=bound
         )
         kept = [*kept, *wider]
-    return graph.inferred(typed), kept, _described(options, len(images))
+    return graph.inferred(typed), kept, _described(options, count(samples))
 
 
 class _Writer:
@@ -74,7 +74,7 @@ class _Writer:
         path: Path,
         scheme: Scheme,
         options: Build,
-        images: Array,
+        samples: Arrays,
         kernels: Kernels | None,
     ) -> None:
         self.model, self.path, self.scheme, self.options, self.kernels = model, path, scheme, options, kernels
@@ -85,8 +85,8 @@ class _Writer:
         self.between = {name: tensor for name, (tensor, _) in sums.items()}
         self.main = {name: layer for name, (_, layer) in sums.items()}
         tensors = qdq.activations(model, self.chosen, scheme)
-        self.ranges = calibration.ranges(model, tensors, images, options.calibration, path)
-        self.reference = Reference.of(model, proof.spread(images), path)
+        self.ranges = calibration.ranges(model, tensors, samples, options.calibration, path)
+        self.reference = Reference.of(model, proof.spread(samples), path)
 
     def run(self) -> onnx.ModelProto:
         """The graph with Q/DQ pairs."""

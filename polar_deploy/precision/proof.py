@@ -20,6 +20,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration
 from polar_deploy.precision.calibration import Array
 from polar_deploy.precision.rounding import computed_wide
+from polar_deploy.tensors import Arrays, count, take
 
 SAMPLES = 16  # spread over those of the calibration: an error to within about 10 % of itself, which a bound needs
 # How far each output may be off: RMS of the difference, as a share of the RMS in FP32. Roundings of a network with
@@ -42,11 +43,11 @@ class Kernels:
 
     Attributes:
         library: its name, for messages.
-        outputs: (graph, samples [N,C,H,W], the graph's file for messages) -> its outputs by name, [N,...].
+        outputs: (graph, samples by input, [N, …], the graph's file for messages) -> its outputs by name, [N, …].
     """
 
     library: str
-    outputs: Callable[[onnx.ModelProto, Array, Path], Mapping[str, npt.NDArray[np.float64]]]
+    outputs: Callable[[onnx.ModelProto, Arrays, Path], Mapping[str, npt.NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ class Reference:
     """What a network gives in FP32 for some samples.
 
     Attributes:
-        samples: normalised images [N,C,H,W].
+        samples: by input, [N, …].
         outputs: by name, [N,...].
         path: the network's file, for messages.
     """
 
-    samples: Array
+    samples: Arrays
     outputs: Mapping[str, npt.NDArray[np.float64]]
     path: Path
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, samples: Array, path: Path) -> Reference:
-        """Run the network in FP32 on samples [N,C,H,W]."""
+    def of(cls, model: onnx.ModelProto, samples: Arrays, path: Path) -> Reference:
+        """Run the network in FP32 on samples."""
         return cls(samples, calibration.outputs(model, samples, path), path)
 
     def error(self, model: onnx.ModelProto, kernels: Kernels | None = None) -> float:
@@ -83,24 +84,25 @@ class Reference:
         return max(relative_error(found[name], exact) for name, exact in self.outputs.items())
 
 
-def spread(images: Array) -> Array:
-    """`SAMPLES` of the images of a calibration."""
-    chosen: Array = images[np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).astype(int)]
-    return chosen
+def spread(inputs: Arrays) -> dict[str, Array]:
+    """`SAMPLES` of the samples of a calibration."""
+    samples = count(inputs)
+    return take(inputs, np.linspace(0, samples - 1, min(SAMPLES, samples)).astype(int))
 
 
-def normal_samples(model: onnx.ModelProto) -> Array | None:
-    """Standard normal images for a network: what a normalised input looks like. None: its input is no image.
+def normal_samples(model: onnx.ModelProto) -> dict[str, Array] | None:
+    """Standard normal samples for a network: what normalised inputs look like.
 
-    An image is the only input, FP32 of [N,C,H,W], sizes known.
+    None: it has an input of another type than FP32, or of sizes that are not known.
     """
-    if len(model.graph.input) != 1:
-        return None
-    kind = model.graph.input[0].type.tensor_type
-    sizes = [dim.dim_value for dim in kind.shape.dim]
-    if kind.elem_type != TensorProto.FLOAT or len(sizes) != 4 or not all(sizes[1:]):
-        return None
-    return np.random.default_rng(0).standard_normal((sizes[0] or SAMPLES, *sizes[1:]), np.float32)
+    draw, samples = np.random.default_rng(0), {}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if kind.elem_type != TensorProto.FLOAT or not sizes or not all(sizes[1:]):
+            return None
+        samples[value.name] = draw.standard_normal((sizes[0] or SAMPLES, *sizes[1:]), np.float32)
+    return samples or None
 
 
 def relative_error(found: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:

@@ -96,8 +96,11 @@ def _figures(report: dict[str, Any]) -> str:
     """What a reader asks first, in one line."""
     counted, timed = report["accuracy"] or report["graphs"], measured(report)
     speed = f"{timed['speedup']['median']:.2f} times as fast" if timed else "speed unknown"
-    where = "" if report["accuracy"] else " as ONNX graphs"
-    return f"{speed}, accuracy {counted['full']:.2f} → {formats.percent(counted['compressed'])}{where}"
+    if not counted:
+        return f"{speed}; outputs were compared, and no metric says what they are worth"
+    where, metric = "" if report["accuracy"] else " as ONNX graphs", report["metric"]
+    full, compressed = (formats.score(counted[name], metric["unit"]) for name in ("full", "compressed"))
+    return f"{speed}, {metric['name']} {full.removesuffix(' %')} → {compressed}{where}"
 
 
 def _undecided_parts(report: dict[str, Any]) -> list[str]:
@@ -110,7 +113,7 @@ def _open_question(report: dict[str, Any]) -> str:
     if len(parts) == 2:
         return "neither accuracy nor speed is sure"
     if parts == ["accuracy"]:
-        return "the test set is too small to tell"
+        return "the test set is too small to tell" if report["metric"] else "no metric says what outputs are worth"
     return "the speed is too close to what is asked" if _is_quiet(report) else "this machine is too noisy to time it"
 
 
@@ -239,6 +242,8 @@ def _undecided(report: dict[str, Any]) -> tuple[Step, ...]:
 def _too_few(report: dict[str, Any]) -> tuple[Step, ...]:
     """A drop that may be too large or not, or a network that is hardly better than chance."""
     bound = report["verdict"]["max_drop"]
+    if report["metric"] is None:
+        return (Step("Give the task a metric: without one, nobody can say which outputs are good enough."),)
     losses = [report["accuracy"], *(report["precision"][name]["loss"] for name in ("full", "compressed"))]
     most = max(each["interval"][1] for each in losses if each)
     if most <= bound:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
-from polar_deploy.data.names import without_place, without_places
+from polar_deploy.data.names import without_places
 from polar_deploy.engines import timing
 from polar_deploy.errors import ContentError
 from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
@@ -59,7 +59,10 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "settings": _digest(settings),
         "recipe": without_places(settings),
         "model": settings.model,
-        "data": without_place(settings.data),
+        "task": settings.task,
+        "metric": parity.get("metric"),
+        "outputs": parity.get("outputs"),
+        "data": without_places(settings)["data"],
         "target": engines.get("target"),
         "seed": settings.seed,
         "full": "given" if settings.full_weights else "trained",
@@ -151,14 +154,14 @@ def _trained(log: list[dict[str, Any]], macs: int) -> dict[str, Any] | None:
     return {
         "epochs": len(epochs),
         "seconds": round(sum(record["seconds"] for record in epochs), 1),
-        "macs": round(sum(record["images"] * record["work"] for record in epochs) * macs),
+        "macs": round(sum(record["samples"] * record["work"] for record in epochs) * macs),
         "joules": sum(record["joules"] for record in epochs) if all("joules" in each for each in epochs) else None,
     }
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The curves: what changes from epoch to epoch."""
-    keys = ("epoch", "loss", "train_accuracy", "val_accuracy", "costs", "undecided", "shares", "seconds")
+    keys = ("epoch", "loss", "train_score", "val_score", "costs", "undecided", "shares", "seconds")
     return [{key: record[key] for key in keys if key in record} for record in log]
 
 
@@ -176,10 +179,10 @@ def _classes(parity: JsonFile) -> list[dict[str, Any]] | None:
 
 
 def _worst_samples(parity: JsonFile) -> list[dict[str, Any]]:
-    """What only the full engine gets right, the surest wrong answer first."""
+    """The samples that lose most; of a classifier with the names of their labels and answers."""
     names = parity.get("class_names")
     return [
-        {**each, "label_name": _name(names, each["label"]), "answer_name": _name(names, each["answer"])}
+        {**each, **{f"{key}_name": _name(names, each[key]) for key in ("label", "answer") if key in each}}
         for each in parity.get("worst_samples") or ()
     ]
 

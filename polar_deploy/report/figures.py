@@ -40,11 +40,15 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
     for name in ("full", "compressed"):
         precision = report["precision"][name]
         named.append((f"by {precision['asked']} in the {name} engine", precision["loss"]))
-    if report["accuracy"] and all(each is None or not each["drop"] for _, each in named[2:]):
+    if report["accuracy"] and all(each is None or not each.get("drop") for _, each in named[2:]):
         named = named[:1]  # engines that give what their FP32 graphs give: nothing to tell apart
+    metric = report["metric"]
+    if metric is None:
+        return None
+    unit = "points" if metric["unit"] == "%" else metric["unit"]
     rows = [
         Estimate(
-            label, -each["drop"], -each["interval"][1], -each["interval"][0], f"{formats.points(each['drop'])} points"
+            label, -each["drop"], -each["interval"][1], -each["interval"][0], f"{formats.points(each['drop'])} {unit}"
         )
         for label, each in named
         if each
@@ -53,11 +57,11 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
         return None
     allowed = report["verdict"]["max_drop"]
     return charts.intervals(
-        "Accuracy, change in percentage points",
+        f"{metric['name'].capitalize()}, change in {'percentage points' if unit == 'points' else unit or 'its unit'}",
         "; ".join(f"{row.label}: {row.shown}, 95 % from {row.low:.2f} to {row.high:.2f}" for row in rows)
         + f". A drop of {allowed:g} is allowed.",
         rows,
-        "change in points, with 95 % interval",
+        f"change{f' in {unit}' if unit else ''}, with 95 % interval",
         bound=(-allowed, f"−{allowed:g} allowed"),
         good=1,
     )
@@ -167,7 +171,7 @@ def _saved_ms(predicted: Mapping[str, Any] | None) -> Markup | None:
 def _learning(report: dict[str, Any]) -> Markup | None:
     """Validation accuracy of both networks; of a final run, which has none, training accuracy."""
     history = report["history"]
-    key = "val_accuracy" if any(each.get("val_accuracy") is not None for each in history["gated"]) else "train_accuracy"
+    key = "val_score" if any(each.get("val_score") is not None for each in history["gated"]) else "train_score"
     lines = []
     for name, style, label in (("full", "full", "full network"), ("gated", "compressed", "with gates")):
         points = [(each["epoch"], each[key]) for each in history[name] if each.get(key) is not None and each["epoch"]]
@@ -175,9 +179,9 @@ def _learning(report: dict[str, Any]) -> Markup | None:
             lines.append(Curve(label, points, style))
     if not lines:
         return None
-    given = [each["val_accuracy"] for each in history["full"] if not each["epoch"] and each["val_accuracy"] is not None]
+    given = [each["val_score"] for each in history["full"] if not each["epoch"] and each["val_score"] is not None]
     levels = [(given[0], "full network, as given")] if given else []
-    what = "Validation" if key == "val_accuracy" else "Training"
+    what = "Validation" if key == "val_score" else "Training"
     last = "; ".join(f"{each.label} ends at {each.points[-1][1]:.2f} %" for each in lines)
     return charts.curves(
         f"{what} accuracy", f"{last}.", lines, "epoch", unit=" %", marks=_frozen(report), levels=levels

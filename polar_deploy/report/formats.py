@@ -38,6 +38,11 @@ def percent(value: float) -> str:
     return f"{value:.2f} %"
 
 
+def score(value: float | None, unit: str) -> str:
+    """A metric's score in its unit: "98.88 %", "0.4213 m"; None: not known."""
+    return "–" if value is None else percent(value) if unit == "%" else f"{value:.4g} {unit}".rstrip()
+
+
 def share(value: float) -> str:
     """0.549 -> "54.9 %"."""
     return f"{100 * value:.1f} %"

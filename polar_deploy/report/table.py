@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.report.formats import milliseconds, relative, short
+from polar_deploy.report.formats import milliseconds, relative, score, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,17 +48,22 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Accuracy of the engines, or of their FP32 graphs where they cannot run; and what the precision costs."""
-    accuracy = report["accuracy"] or report["graphs"]
-    low, high = accuracy["interval"]
-    change = f"{-accuracy['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f})"
-    label = "accuracy" if report["accuracy"] else "accuracy, graphs"
-    rows = [(label, f"{accuracy['full']:.2f} %", f"{accuracy['compressed']:.2f} %", change)]
+    """Scores of the engines, or of their FP32 graphs where they cannot run; and what the precision costs."""
+    scores, metric = report["accuracy"] or report["graphs"], report["metric"]
+    rows: list[tuple[str, str, str, str]] = []
+    if scores:
+        low, high = scores["interval"]
+        change = f"{-scores['drop']:+.2f} {_difference(metric)} ({-high:+.2f} to {-low:+.2f})"
+        label = metric["name"] if report["accuracy"] else f"{metric['name']}, graphs"
+        full_score, compressed_score = (score(scores[name], metric["unit"]) for name in ("full", "compressed"))
+        rows.append((label, full_score, compressed_score, change))
+    elif report["outputs"]:
+        apart = f"differ by {relative(report['outputs']['relative_difference'])}"
+        rows.append(("outputs", "", "", apart))
     full, compressed = (report["precision"][name] for name in ("full", "compressed"))
     asked = full["asked"]
     if full["loss"] and compressed["loss"]:
-        plain, pruned = (f"{0 - each['loss']['drop']:+.2f}" for each in (full, compressed))
-        agree = f"points; {compressed['loss']['agreement']:.2f} % agree"
+        plain, pruned, agree = _losses(full["loss"], compressed["loss"], metric)
         rows.append(("engine for graph" if asked == "fp32" else f"{asked} for fp32", plain, pruned, agree))
     rows.extend(_graphs(report))
     if full["high_precision_layers"] or compressed["high_precision_layers"]:
@@ -73,13 +78,26 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _difference(metric: dict[str, Any]) -> str:
+    return "points" if metric["unit"] == "%" else str(metric["unit"])
+
+
+def _losses(full: dict[str, Any], compressed: dict[str, Any], metric: dict[str, Any] | None) -> tuple[str, str, str]:
+    """What the precision costs both engines: in the metric, or else in their outputs."""
+    if metric is None:
+        return relative(full["relative_difference"]), relative(compressed["relative_difference"]), "of the outputs"
+    plain, pruned = (f"{0 - each['drop']:+.2f}" for each in (full, compressed))
+    agree = f"; {compressed['agreement']:.2f} % agree" if "agreement" in compressed else ""
+    return plain, pruned, f"{_difference(metric)}{agree}"
+
+
 def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """What pruning costs in FP32, and what export and surgery changed: the losses that no engine makes."""
     rows = []
     if report["accuracy"] and report["graphs"] and report["precision"]["full"]["asked"] != "fp32":
         graphs = report["graphs"]
-        change = f"{-graphs['drop']:+.2f} points"
-        rows.append(("as FP32 graphs", f"{graphs['full']:.2f} %", f"{graphs['compressed']:.2f} %", change))
+        change, unit = f"{-graphs['drop']:+.2f} {_difference(report['metric'])}", report["metric"]["unit"]
+        rows.append(("as FP32 graphs", score(graphs["full"], unit), score(graphs["compressed"], unit), change))
     if report["export"]:
         full, gated = (relative(report["export"][name]) for name in ("full", "gated"))
         surgery = f"surgery {relative(report['surgery']['relative_difference'])}" if report["surgery"] else ""

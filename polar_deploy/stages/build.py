@@ -19,17 +19,22 @@ def _run(run: RunContext) -> None:
     from polar_deploy.workspace import write_json
 
     sources = run.path(FULL_GRAPH), run.path(COMPRESSED_GRAPH)
-    calibration = _calibration(run) if run.target.precision == "int8" else None
+    calibration = _calibration(run) if _reads_samples(run) else None
     built = engines.build_all(*sources, run.path(ENGINE_FOLDER), run.target, run.settings.build, calibration)
     write_json(run.path(BUILD), built)
 
 
-def _calibration(run: RunContext) -> Array:
-    """Training images, un-augmented, none of those that choices were validated on."""
-    from polar_deploy.data.samples import draw
+def _reads_samples(run: RunContext) -> bool:
+    """Whether types are proven on samples: of INT8 always, and where noise would be no input."""
+    return run.target.precision == "int8" or any(spec.dtype != "float32" for spec in run.task.inputs.values())
+
+
+def _calibration(run: RunContext) -> dict[str, Array]:
+    """Inputs of training samples, un-augmented, none of those that choices were validated on."""
+    from polar_deploy.tasks import draw_inputs
 
     count = run.settings.build.calibration.images
-    return draw(run.dataset.train, run.split[0], count, run.settings.seed, run.settings.normalize)
+    return draw_inputs(run.data.train, run.split[0], count, run.settings.seed)
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:
@@ -37,7 +42,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
 
     settings = run.settings.model_dump(mode="json", include={"target", "build"})
     depends_on = settings | {"here": targets.identity(run.target)}
-    if run.target.precision == "int8":
+    if _reads_samples(run):
         depends_on |= run.basis | {"train_on_validation": run.settings.training.train_on_validation}
     return fingerprint.of(depends_on)
 

@@ -45,7 +45,7 @@ def _run(run: RunContext) -> None:
             f"run again with --from {name}, or with the settings of then",
         )
     omit_settings = _OF_GATED_RUN if {"full", "gates"} & others else set()
-    make(run.folder, run.path(BUNDLE), run.settings, run.dataset, omit_settings)
+    make(run.folder, run.path(BUNDLE), run.settings, run.task.name, run.data, omit_settings)
 
 
 def _made_with_other_settings(run: RunContext) -> set[str]:

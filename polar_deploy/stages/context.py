@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from polar_deploy.config import ResolvedSettings
-    from polar_deploy.data import Dataset
-    from polar_deploy.data.dataset import Indices
     from polar_deploy.devices import Chosen
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import Analysis
     from polar_deploy.gating.choice import Limits
     from polar_deploy.stages.distributed import Team
+    from polar_deploy.tasks import Data, Task
+    from polar_deploy.tasks.data import Indices
     from polar_deploy.tracking import Trackers
 
 
@@ -80,32 +80,34 @@ class RunContext:
         return "latency" in self.budget and self.settings.latency_is_measured
 
     @cached_property
-    def dataset(self) -> Dataset:
-        """The data set, read once."""
-        from polar_deploy import data
+    def task(self) -> Task:
+        """What the network is for."""
+        from polar_deploy import tasks
 
-        s = self.settings
-        dataset = data.load(s.data, s.data_dir, input_size=s.input_size, skip_broken=s.skip_broken)
-        for note in dataset.notes:
+        return tasks.make(self.settings)
+
+    @cached_property
+    def data(self) -> Data:
+        """The data set, read once."""
+        data = self.task.data()
+        for note in data.notes:
             self.progress.note(note)
-        return dataset
+        return data
 
     @cached_property
     def split(self) -> tuple[Indices, Indices]:
         """Indices (training, validation) into the training set; validation is empty for a final run."""
         import numpy as np
 
-        from polar_deploy import data
-
         if self.settings.training.train_on_validation:
-            return np.arange(len(self.dataset.train.labels)), np.arange(0)
-        return data.split_validation(self.dataset, self.settings.seed)
+            return np.arange(len(self.data.train)), np.arange(0)
+        return self.data.split(self.settings.seed)
 
     @cached_property
     def basis(self) -> dict[str, Any]:
         """What everything that is trained depends on, as plain JSON."""
-        settings = self.settings.model_dump(mode="json", include={"model", "input_size", "normalize", "seed"})
-        return settings | {"data": self.dataset.fingerprint()}
+        settings = self.settings.model_dump(mode="json", include={"model", "task", "input_size", "normalize", "seed"})
+        return settings | {"data": self.data.fingerprint()}
 
     # ----------------------------------------------------------------- the network: these need torch
 
@@ -113,11 +115,10 @@ class RunContext:
         """The untrained network, its start values drawn from the run's seed."""
         import torch
 
-        from polar_deploy import data, models
+        from polar_deploy import models
 
         torch.manual_seed(self.settings.seed)
-        spec = data.spec(self.settings.data, self.settings.data_dir)
-        return models.build(self.settings.model, spec.classes, self.settings.input_size)
+        return models.build(self.settings.model, self.task)
 
     def full_network(self) -> nn.Module:
         """The full network with the weights of the full stage."""
@@ -129,12 +130,11 @@ class RunContext:
         return network  # the others are given them, see `stages.training`
 
     def example(self) -> Example:
-        """Arguments of the network's forward, two black images."""
-        import torch
-
+        """Arguments of the network's forward, two samples of zeros."""
+        from polar_deploy import models
         from polar_deploy.export import Example
 
-        return Example.of(torch.zeros(2, 3, self.settings.input_size, self.settings.input_size))
+        return Example.of(tuple(models.zeros(self.task).values()))
 
     @cached_property
     def analysis(self) -> Analysis:

@@ -24,24 +24,25 @@ REFERENCE_SAMPLES = 32
 
 def _run(run: RunContext) -> None:
     from polar_deploy import export, models
-    from polar_deploy.data.samples import draw
     from polar_deploy.gating import deploy
     from polar_deploy.gating.document import read_open
+    from polar_deploy.tasks import draw_inputs
 
     full, network = run.full_network(), run.network()
     models.load_weights(network, run.path(GATED_WEIGHTS))
     opened = read_open(run.analysis.choices, run.path(GATES))
     unseen = run.split[1] if len(run.split[1]) else run.split[0]  # that no network was trained on, if there are any
-    inputs = draw(run.dataset.train, unseen, REFERENCE_SAMPLES, run.settings.seed, run.settings.normalize)
-    names = {"inputs": ("input",), "outputs": ("logits",)}
+    task = run.task
+    inputs = draw_inputs(run.data.train, unseen, REFERENCE_SAMPLES, run.settings.seed)
+    outputs = {"full": export.outputs(task, full, inputs)}
+    names = {"inputs": tuple(task.inputs), "outputs": tuple(outputs["full"])}
     export.write(full, run.example(), run.path(FULL_GRAPH), **names)
-    outputs = {"full": export.outputs(full, inputs)}
     with deploy.masked(network, run.analysis, opened):
         deploy.export(network, run.analysis, run.path(GATED_GRAPH), **names)
-        outputs["gated"] = export.outputs(network, inputs)
+        outputs["gated"] = export.outputs(task, network, inputs)
     for graph, expected in zip((FULL_GRAPH, GATED_GRAPH), outputs.values(), strict=True):
         export.check(run.path(graph), inputs, expected)
-    export.write_reference(run.path(REFERENCE), {"inputs": inputs, **outputs})
+    export.write_reference(run.path(REFERENCE), inputs, outputs)
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

@@ -42,8 +42,8 @@ def train(run: RunContext) -> tuple[nn.Module, dict[str, Any] | None]:
     if given is None:
         train_full(fit, run.progress)
         return network, None
-    accuracy = evaluate(fit.network, fit.validation) if fit.validation else None
-    return network, {"epoch": 0, "given": True, "val_accuracy": accuracy}
+    score = evaluate(run.task, fit.network, fit.validation)
+    return network, {"epoch": 0, "given": True, "val_score": score}
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

@@ -38,8 +38,8 @@ def _run(run: RunContext) -> None:
     settings = run.settings
     network, gates, share = train(run)
     models.save_weights(network, run.path(GATED_WEIGHTS))
-    shape = (3, settings.input_size, settings.input_size)
-    write_json(run.path(GATES), document(settings.model, shape, settings.align, run.device, gates, share))
+    shapes = {name: list(spec.shape) for name, spec in run.task.inputs.items()}
+    write_json(run.path(GATES), document(settings.model, shapes, settings.align, run.device, gates, share))
 
 
 def train(run: RunContext) -> tuple[nn.Module, Gates, list[float]]:
@@ -53,7 +53,8 @@ def train(run: RunContext) -> tuple[nn.Module, Gates, list[float]]:
     network = run.full_network() if settings.training.init_from == "full" else run.network()
     fit = training_job(run, "gates", "gated", network, settings.training.epochs, _fingerprint(run))
     gates = gates_on(run, fit.network, fit.epochs * fit.train.steps)
-    teacher = share_network(prepare(run.full_network(), settings, fit.device)) if settings.training.distill else None
+    teaches = settings.training.distill and run.task.distill is not None
+    teacher = share_network(prepare(run.full_network(), settings, fit.device)) if teaches else None
     state = train_gated(fit, gates, teacher, run.progress)
     return network, gates, state.notes["freeze"]["share"]
 

@@ -17,6 +17,7 @@ from polar_deploy.stages.artefacts import (
     WORST_SAMPLES,
 )
 from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+from polar_deploy.tasks.classification import PictureData
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -31,8 +32,9 @@ def _run(run: RunContext) -> None:
     from polar_deploy.workspace import remove_folder, write_json
 
     result = _compared(run)
-    write_worst(run.path(WORST_SAMPLES), result["worst_samples"] or [], run.dataset.test)
-    about = {"files": _judged_files(run), "class_names": list(run.dataset.class_names)}
+    worst = result["worst_samples"] or []
+    write_worst(run.path(WORST_SAMPLES), worst, run.data.dataset.test if isinstance(run.data, PictureData) else None)
+    about = {"files": _judged_files(run), "class_names": list(run.data.class_names)}
     write_json(run.path(PARITY), result | about)
     if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
         remove_folder(run.path(BUNDLE))  # of an earlier verdict
@@ -42,14 +44,15 @@ def _compared(run: RunContext) -> dict[str, Any]:
     from polar_deploy import engines, parity, targets
 
     settings = run.settings
-    test = parity.TestSet(run.dataset.test, settings.normalize.mean, settings.normalize.std)
+    test, metric = run.data.test, run.task.metric
     full, compressed, gated = (engines.reference_engine(run.path(graph)) for graph in _GRAPHS)
     graphs = parity.Graphs(full, compressed, gated, run.path(REFERENCE))
     if lacks := targets.lacks_to_run(run.target):
-        return parity.not_run("; ".join(lacks), test, settings.accept, graphs)
+        return parity.not_run("; ".join(lacks), test, metric, settings.accept, graphs)
     folder, batches = run.path(ENGINE_FOLDER), settings.build.batches
     built = {name: engines.load(folder, name, run.target) for name in ("full", "compressed")}
-    return parity.compare(built["full"], built["compressed"], test, settings.accept, graphs=graphs, batches=batches)
+    engines_of_both = built["full"], built["compressed"]
+    return parity.compare(*engines_of_both, test, metric, settings.accept, graphs=graphs, batches=batches)
 
 
 def _judged_files(run: RunContext) -> dict[str, str]:
@@ -67,7 +70,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     settings = run.settings.model_dump(mode="json", include={"target", "build", "accept", "normalize"})
     # What was measured on one machine, or could not run on it, says nothing about another.
     here = {"machine": machine.describe(), **targets.identity(run.target), "lacks": targets.lacks_to_run(run.target)}
-    return fingerprint.of(settings | {"data": run.dataset.fingerprint(), "here": here})
+    return fingerprint.of(settings | {"data": run.data.fingerprint(), "here": here})
 
 
 def _decided(run: RunContext) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from polar_deploy import data, targets
-from polar_deploy.config import CLOSING, Budget, Normalize, ResolvedSettings, Settings
+from polar_deploy import targets, tasks
+from polar_deploy.config import CLOSING, Budget, ResolvedSettings, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.stages.artefacts import GATES
 from polar_deploy.workspace import read_json
@@ -24,7 +24,7 @@ def choose_target(settings: Settings) -> Settings:
 def default_folder(settings: Settings) -> Path:
     """runs/MODEL-DATA-TARGET-BUDGET-sSEED: no time stamp, so that the same command resumes."""
     budget = "_".join(f"{name}{share:g}" for name, share in settings.budget.asked().items()) if settings.budget else ""
-    model, data_name = settings.model.replace(":", "."), re.sub(r"[^\w-]+", ".", settings.data)
+    model, data_name = settings.model.replace(":", "."), re.sub(r"[^\w-]+", ".", tasks.data_name(settings))
     parts = (model, data_name[-60:].strip(".-"), settings.target, budget, f"s{settings.seed}")
     return Path("runs") / "-".join(filter(None, parts))
 
@@ -39,21 +39,22 @@ def resolve(settings: Settings, folder: Path) -> ResolvedSettings:
     Raises:
         UsageError: no such data set or target, or settings that contradict each other.
     """
-    spec, target = data.spec(settings.data, settings.data_dir), targets.parse(settings.target)
+    suits, target = tasks.defaults(settings), targets.parse(settings.target)
     training = settings.training
-    epochs = training.epochs or spec.epochs
+    epochs = training.epochs or suits.epochs
     filled = {
         "epochs": epochs,
         "full_epochs": training.full_epochs or epochs,
-        "batch_size": training.batch_size or spec.batch_size,
+        "batch_size": training.batch_size or suits.batch_size,
         "gated_lr": training.gated_lr or (training.lr / 2 if training.init_from == "full" else training.lr),
-        "flip": spec.flip if training.flip is None else training.flip,
-        "crop_padding": spec.crop_padding if training.crop_padding is None else training.crop_padding,
-        "crop_scale": training.crop_scale or spec.crop_scale,
+        "flip": suits.flip if training.flip is None else training.flip,
+        "crop_padding": suits.crop_padding if training.crop_padding is None else training.crop_padding,
+        "crop_scale": training.crop_scale or suits.crop_scale,
     }
     decided = {
-        "input_size": settings.input_size or spec.input_size,
-        "normalize": settings.normalize or Normalize(mean=spec.mean, std=spec.std),
+        "data": suits.data,
+        "input_size": settings.input_size or suits.input_size,
+        "normalize": settings.normalize or suits.normalize,
         "budget": settings.budget or _default_budget(settings, target, folder),
         "align": _alignment(settings, target),
         "training": training.model_dump() | filled,

@@ -93,7 +93,7 @@ def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
     if any(stage.builds_network for stage in stages):
         run.network()  # before data is downloaded for a model that there is not
     if any(stage.reads_data for stage in stages):
-        _ = run.dataset
+        _ = run.data
     if full.STAGE in stages and run.settings.full_weights is not None:
         from polar_deploy import models
 

@@ -6,14 +6,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from polar_deploy.gating import processes
-from polar_deploy.training.batches import Batches
+from polar_deploy.tasks.classification import PictureData
+from polar_deploy.training.batches import Batches, ImageBatches, SampleBatches
 from polar_deploy.training.loop import TrainingJob, choose_device, prepare
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from polar_deploy.data.dataset import Indices
     from polar_deploy.stages.context import RunContext
+    from polar_deploy.tasks.data import Indices
     from polar_deploy.workspace import Fingerprint
 
 
@@ -34,10 +35,15 @@ def training_job(
     training, validation = run.split
 
     def batches(indices: Indices) -> Batches:
-        return Batches(run.dataset.train.images, run.dataset.train.labels, indices, run.settings, device)
+        data = run.data
+        if isinstance(data, PictureData):
+            images, labels = data.dataset.train.images, data.dataset.train.labels
+            return ImageBatches(images, labels, indices, run.settings, device)
+        return SampleBatches(data.train, indices, run.settings, device)
 
     return TrainingJob(
         stage=stage,
+        task=run.task,
         network=processes.share_network(prepare(network, run.settings, device)),
         train=batches(training),
         validation=batches(validation) if len(validation) else None,

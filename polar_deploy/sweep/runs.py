@@ -66,9 +66,9 @@ class Room:
 def run_all(planned: Sequence[Planned], room: Room, progress: Progress) -> dict[str, Ended]:
     """Bring all runs to their end; how each ended, by its name. One that fails leaves the others alone."""
     runs = {each.name: RunContext(each.settings, each.folder, progress, track=room.track) for each in planned}
-    dataset = next(iter(runs.values())).dataset  # of all of them
+    data = next(iter(runs.values())).data  # of all of them
     for run in runs.values():
-        vars(run)["dataset"] = dataset
+        vars(run)["data"] = data
     ended = {name: _caught(lambda run=run: _measure(run)) for name, run in runs.items()}  # type: ignore[misc]
     for name in ended:
         runs[name] = _with_table(runs[name])
@@ -97,7 +97,7 @@ def _with_table(run: RunContext) -> RunContext:
     if not run.measures_latency or run.settings.latency_table is not None or not table.is_file():
         return run
     given = replace(run, settings=run.settings.model_copy(update={"latency_table": table}))
-    vars(given)["dataset"] = run.dataset  # which is not read again
+    vars(given)["data"] = run.data  # which is not read again
     return given
 
 

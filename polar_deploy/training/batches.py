@@ -1,20 +1,21 @@
-"""Batches of images, shuffled by seed and epoch, augmented and normalised on the training device.
+"""Batches of samples, shuffled by seed and epoch; images are augmented and normalised on the training device.
 
-Arrays lie on the device from the start. What comes from files is read ahead of the training loop, by a thread that has
-many pictures decoded at once, and is kept as uint8 while it fits into memory. All random numbers of a batch are drawn
-before it is read, so that an epoch is the same whatever was kept and whoever was faster.
+Arrays of images lie on the device from the start. What comes from files is read ahead of the training loop, by a thread
+that has many pictures decoded at once, and is kept as uint8 while it fits into memory. All random numbers of a batch
+are drawn before it is read, so that an epoch is the same whatever was kept and whoever was faster.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +28,16 @@ from polar_deploy.data.pictures import PictureCache
 from polar_deploy.data.threads import parallel
 from polar_deploy.gating import processes
 from polar_deploy.limits import available_memory
+from polar_deploy.tasks import Arrays, Batch, Samples
+from polar_deploy.tasks.classification import INPUT, TARGET
 
 EVALUATION_BATCH = 500
 _AHEAD = 2  # batches that are read before they are asked for
 _KEPT = 0.25  # of the available memory: what pictures may take that are kept
 _reading = threading.Lock()  # a user's source is asked by one thread at a time
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -58,38 +64,30 @@ class _Plan:
         return _Plan(*(each if each is None else each[rank::count] for each in drawn))  # type: ignore[arg-type]
 
 
-class Batches:
+class Batches(ABC):
     """Part of a data set, ready for training or evaluation; of several processes each has its share of every batch.
 
     Args:
-        images: uint8 [N, H, W, 3]; an array (then held on `device`) or a `LazySource`.
-        labels: int64 [N].
-        indices: which of the N belong to this part.
-        settings: (normalisation, augmentation, batch size, seed).
+        indices: which samples of it belong to this part.
+        settings: (batch size, seed; further ones of subclasses).
         device: where batches are wanted.
 
     Attributes:
-        reads: whether images have to be read, since they do not lie on the device.
+        reads: whether samples have to be read, since they do not lie on the device.
         waited: seconds that loops over batches have waited for that.
     """
 
-    def __init__(
-        self, images: Any, labels: np.ndarray, indices: np.ndarray, settings: ResolvedSettings, device: torch.device
-    ) -> None:
-        self.settings, self.device = settings, device
+    reads = True
+    evaluation_batch = EVALUATION_BATCH
+
+    def __init__(self, indices: Indices, settings: ResolvedSettings, device: torch.device) -> None:
+        self.indices, self.settings, self.device = indices, settings, device
         self.rank, self.processes = processes.rank(), processes.count()
         self.waited = 0.0
-        self._images, self._indices = images, indices
-        self._crop_scale = settings.training.crop_scale
-        self.reads = self._crop_scale < 1 or not isinstance(images, np.ndarray)
-        self._held = None if self.reads else torch.from_numpy(images[indices]).to(device)
-        self._labels = torch.from_numpy(labels[indices]).to(device)
-        self._mean = torch.tensor(settings.normalize.mean, device=device) * 255
-        self._std = torch.tensor(settings.normalize.std, device=device) * 255
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self._labels)
+        """Number of samples."""
+        return len(self.indices)
 
     @property
     def steps(self) -> int:
@@ -98,34 +96,111 @@ class Batches:
 
     @property
     def batch_size(self) -> int:
-        """Images in one step, over all processes."""
+        """Samples in one step, over all processes."""
         return min(self.settings.training.batch_size, len(self))
 
     @property
-    def images_an_epoch(self) -> int:
-        """How many images `epoch` gives, over all processes."""
+    def samples_an_epoch(self) -> int:
+        """How many samples `epoch` gives, over all processes."""
         return self.steps * self.batch_size
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches (float [B, 3, H, W], int64 [B]) of epoch `number`, the same for the same seed.
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Augmented batches of epoch `number`, the same for the same seed.
 
         Together the processes have what one alone would have: all of them draw all, and read their own.
         """
         draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
         order = torch.randperm(len(self), generator=draw)
         size = self.batch_size
-        plans = (self._plan(order[step * size : (step + 1) * size], draw) for step in range(self.steps))
-        for plan, images in self._read(plan.part(self.rank, self.processes) for plan in plans):
-            yield self._augment(images, plan), self._labels[plan.chosen.to(self.device)]
+        parts = (order[step * size : (step + 1) * size] for step in range(self.steps))
+        return self._training(parts, draw)
 
-    def plain(self, size: int = EVALUATION_BATCH, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first `most` images or all, in order, normalised, not augmented, `size` at once.
+    def plain(self, size: int | None = None, most: int | None = None) -> Iterator[Batch]:
+        """The first `most` samples or all, in order, not augmented, `size` at once.
 
         Of several processes each has every so many-th.
         """
         own = torch.arange(self.rank, min(len(self), most or len(self)), self.processes)
-        for plan, images in self._read(map(_Plan, torch.split(own, size) if len(own) else ())):
-            yield self._normal(images).permute(0, 3, 1, 2), self._labels[plan.chosen.to(self.device)]
+        return self._plain(torch.split(own, size or self.evaluation_batch) if len(own) else ())
+
+    @abstractmethod
+    def _training(self, parts: Iterable[Tensor], draw: torch.Generator) -> Iterator[Batch]:
+        """This process's share of each part, int64 [B] into `indices`; `draw` has the random numbers, in order."""
+
+    @abstractmethod
+    def _plain(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        """All of each part, not augmented."""
+
+
+class SampleBatches(Batches):
+    """Batches of any samples, read ahead of the training loop; each process augments its own.
+
+    Args:
+        samples: the part of a data set that `indices` choose from.
+        indices, settings, device: as for `Batches`.
+    """
+
+    def __init__(self, samples: Samples, indices: Indices, settings: ResolvedSettings, device: torch.device) -> None:
+        super().__init__(indices, settings, device)
+        self._samples, self.evaluation_batch = samples, settings.training.batch_size
+
+    def _training(self, parts: Iterable[Tensor], draw: torch.Generator) -> Iterator[Batch]:
+        drawn = ((part, int(torch.randint(2**62, (), generator=draw))) for part in parts)
+        own = ((part[self.rank :: self.processes], (seed, self.rank)) for part, seed in drawn)
+        return self._read(own)
+
+    def _plain(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        return self._read((part, None) for part in parts)
+
+    def _read(self, parts: Iterable[tuple[Tensor, tuple[int, int] | None]]) -> Iterator[Batch]:
+        started = time.monotonic()
+        for _, (inputs, targets) in ahead(parts, self._arrays):
+            self.waited += time.monotonic() - started
+            yield Batch(self._tensors(inputs), self._tensors(targets))
+            started = time.monotonic()
+
+    def _arrays(self, part: tuple[Tensor, tuple[int, int] | None]) -> tuple[Arrays, Arrays]:
+        rows, seed = part
+        with _reading:
+            return self._samples.read(self.indices[rows.numpy()], None if seed is None else np.random.default_rng(seed))
+
+    def _tensors(self, arrays: Arrays) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(values)).to(self.device) for name, values in arrays.items()}
+
+
+class ImageBatches(Batches):
+    """Batches of a classifier's images, augmented and normalised on the device.
+
+    Args:
+        images: uint8 [N, H, W, 3]; an array (then held on `device`) or a `LazySource`.
+        labels: int64 [N].
+        indices, settings, device: as for `Batches`; normalisation and augmentation are the settings', too.
+    """
+
+    def __init__(
+        self, images: Any, labels: np.ndarray, indices: Indices, settings: ResolvedSettings, device: torch.device
+    ) -> None:
+        super().__init__(indices, settings, device)
+        assert settings.normalize is not None
+        self._images = images
+        self._crop_scale = settings.training.crop_scale
+        self.reads = self._crop_scale < 1 or not isinstance(images, np.ndarray)
+        self._held = None if self.reads else torch.from_numpy(images[indices]).to(device)
+        self._labels = torch.from_numpy(labels[indices]).to(device)
+        self._mean = torch.tensor(settings.normalize.mean, device=device) * 255
+        self._std = torch.tensor(settings.normalize.std, device=device) * 255
+
+    def _training(self, parts: Iterable[Tensor], draw: torch.Generator) -> Iterator[Batch]:
+        plans = (self._plan(part, draw) for part in parts)
+        for plan, images in self._read(plan.part(self.rank, self.processes) for plan in plans):
+            yield self._batch(self._augment(images, plan), plan)
+
+    def _plain(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        for plan, images in self._read(_Plan(part) for part in parts):
+            yield self._batch(self._normal(images).permute(0, 3, 1, 2), plan)
+
+    def _batch(self, images: Tensor, plan: _Plan) -> Batch:
+        return Batch({INPUT: images}, {TARGET: self._labels[plan.chosen.to(self.device)]})
 
     def _read(self, plans: Iterable[_Plan]) -> Iterator[tuple[_Plan, Tensor]]:
         """Each plan with its images on the device, uint8 [B, H, W, 3]."""
@@ -140,7 +215,7 @@ class Batches:
             started = time.monotonic()
 
     def _pixels(self, plan: _Plan) -> Pixels:
-        rows = self._indices[plan.chosen.numpy()]
+        rows = self.indices[plan.chosen.numpy()]
         with _reading:
             if plan.crops is None:
                 return np.stack(self._centres(rows))
@@ -157,13 +232,13 @@ class Batches:
         images = self._images
         if isinstance(images, np.ndarray):
             return lambda rows: list(images[rows])
-        return PictureCache(lambda rows: list(images[rows]), _most_kept())
+        return PictureCache(lambda rows: list(images[rows]), int(_KEPT * available_memory()))
 
     @cached_property
     def _whole(self) -> Callable[[Indices], list[Pixels]]:
         """Gives images as crops are made of them: whole, where the source tells those from what evaluation sees."""
         whole = getattr(self._images, "whole", None)
-        return self._centres if whole is None else PictureCache(whole, _most_kept())
+        return self._centres if whole is None else PictureCache(whole, int(_KEPT * available_memory()))
 
     def _plan(self, chosen: Tensor, draw: torch.Generator) -> _Plan:
         """Draw what becomes of a training batch."""
@@ -208,29 +283,22 @@ class Batches:
         return (images - self._mean).div_(self._std)
 
 
-def ahead(
-    plans: Iterable[_Plan], read: Callable[[_Plan], Pixels], most: int = _AHEAD
-) -> Iterator[tuple[_Plan, Pixels]]:
+def ahead(plans: Iterable[P], read: Callable[[P], R], most: int = _AHEAD) -> Iterator[tuple[P, R]]:
     """Each plan and what `read` makes of it, in order; a thread is up to `most` of them ahead of the caller."""
-    waiting: deque[tuple[_Plan, Future[Pixels]]] = deque()
+    waiting: deque[tuple[P, Future[R]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
         try:
             for plan in plans:
                 waiting.append((plan, reader.submit(read, plan)))
                 if len(waiting) > most:
-                    first, pixels = waiting.popleft()
-                    yield first, pixels.result()
+                    first, found = waiting.popleft()
+                    yield first, found.result()
             while waiting:
-                first, pixels = waiting.popleft()
-                yield first, pixels.result()
+                first, found = waiting.popleft()
+                yield first, found.result()
         finally:
             for _, unwanted in waiting:
                 unwanted.cancel()
-
-
-def _most_kept() -> int:
-    """Bytes that pictures may take that are kept; processes on one machine share its memory."""
-    return int(_KEPT * available_memory()) // processes.on_this_machine()
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:

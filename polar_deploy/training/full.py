@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polar_deploy.progress import Progress
+from polar_deploy.tasks import Batch, Tensors
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import TrainingJob, autocast, cross_entropy, fit, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, autocast, fit, set_rate, sgd
 
 
 class Plain:
-    """Ordinary training: cross-entropy, SGD, warm-up and cosine."""
+    """Ordinary training: the task's loss, SGD, warm-up and cosine."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.optimizer = sgd(job.network, job.settings)
-        self.criterion = cross_entropy(job.settings)
 
     @property
     def network(self) -> nn.Module:
@@ -34,11 +34,11 @@ class Plain:
         training = self.job.settings.training
         set_rate(self.optimizer, training.lr, training.warmup, done)
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and logits [B, classes]."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensors]:
+        """Loss and outputs."""
         with autocast(self.job.settings, self.job.device):
-            logits = self.job.network(images)
-        return self.criterion(logits, labels), logits
+            outputs = self.job.task.forward(self.job.network, batch.inputs)
+        return self.job.task.loss(outputs, batch), outputs
 
     def after_step(self) -> None:
         """Nothing."""

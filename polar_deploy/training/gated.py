@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -23,12 +22,14 @@ from polar_deploy.errors import ContentError
 from polar_deploy.gating import processes
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
+from polar_deploy.tasks import Batch, Task, Tensors
+from polar_deploy.tensors import count, take
 from polar_deploy.training.batch_norm import of_whole_batch
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import TrainingJob, autocast, cross_entropy, evaluate, fit, prepare, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, autocast, evaluate, fit, prepare, set_rate, sgd
 
 NORM_BATCHES = 20  # that statistics are estimated from
-FREEZE_IMAGES = 2000  # of the validation set, that show what the freeze changed
+FREEZE_SAMPLES = 2000  # of the validation set, that show what the freeze changed
 SHARE_BINS = 10  # of the histogram of shares, from 0 to 1
 UNDECIDED = (0.05, 0.95)  # a gate counts as undecided while the share of samples that open it lies between
 
@@ -54,7 +55,6 @@ class OnePass:
         self.teacher = teacher.eval() if teacher is not None else None
         self.small: nn.Module | None = None  # the cut network, once gates are fixed
         self.weights = sgd(job.network, job.settings)
-        self.criterion = cross_entropy(job.settings)
         self._work = 0.0  # of the epoch's steps, see `loop.Method`
         self._share: Tensor | None = None  # of the last epoch's samples that open each gate, summed over steps
         self._steps = 0
@@ -74,14 +74,15 @@ class OnePass:
         training = self.job.settings.training
         set_rate(self.weights, training.gated_lr, training.warmup, done)
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and logits [B, classes]."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensors]:
+        """Loss and outputs."""
+        task = self.job.task
         with autocast(self.job.settings, self.job.device):
-            logits = self.network(images)
-            loss = self.criterion(logits, labels)
+            outputs = task.forward(self.network, batch.inputs)
+            loss = task.loss(outputs, batch)
             if self.teacher is not None:
-                loss = self._taught(loss, logits, images)
-        return loss + self.gates.loss(), logits
+                loss = self._taught(loss, outputs, batch)
+        return loss + self.gates.loss(), outputs
 
     def after_step(self) -> None:
         """Let the gates learn; when they are fixed, note what samples say and what that changes, and cut."""
@@ -166,32 +167,44 @@ class OnePass:
         self.weights = sgd(self.small, self.job.settings)
 
     def _validated(self, network: nn.Module) -> float | None:
-        """Accuracy on the beginning of the validation set, where there is one."""
-        return evaluate(network, self.job.validation, FREEZE_IMAGES) if self.job.validation else None
+        """The score on the beginning of the validation set, where there is one."""
+        return evaluate(self.job.task, network, self.job.validation, FREEZE_SAMPLES)
 
     def _estimate_norms(self) -> None:
         """Statistics of BatchNorms anew, of training images: the closed channels moved them all."""
-        images = (images for images, _ in islice(self.job.train.epoch(0), NORM_BATCHES))
+        inputs = (batch.inputs for batch in islice(self.job.train.epoch(0), NORM_BATCHES))
         frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
         if not frozen:  # who keeps them fixed wants them fixed
             with autocast(self.job.settings, self.job.device), of_whole_batch():
-                update_bn(images, self.network)
+                update_bn(inputs, _ByName(self.network, self.job.task))
 
-    def _taught(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """Distillation: KL divergence to the teacher at a temperature (Hinton et al., arXiv 1503.02531).
+    def _taught(self, loss: Tensor, outputs: Tensors, batch: Batch) -> Tensor:
+        """The loss, and what the teacher says of the same samples.
 
-        The teacher looks at the first `distill_share` of the batch only, whose order is random: a cut network's step
-        is so cheap that the teacher's forward pass would be a third of it.
+        It looks at the first `distill_share` of the batch only, whose order is random: a cut network's step is so
+        cheap that the teacher's forward pass would be a third of it.
         """
+        task, training, samples = self.job.task, self.job.settings.training, count(batch.inputs)
         assert self.teacher is not None
-        training = self.job.settings.training
-        heat, seen = training.distill_temperature, math.ceil(training.distill_share * len(images))
-        with torch.inference_mode():
-            wanted = F.log_softmax(self.teacher(images[:seen]).float() / heat, dim=1)
-        given = F.log_softmax(logits[:seen].float() / heat, dim=1)
-        divergence = F.kl_div(given, wanted, reduction="batchmean", log_target=True) * heat**2
-        weight = training.distill * seen / len(images)
-        return (1 - weight) * loss + weight * divergence
+        assert task.distill is not None
+        seen = math.ceil(training.distill_share * samples)
+        with torch.no_grad():
+            wanted = task.forward(self.teacher, take(batch.inputs, slice(seen)))
+        weight = training.distill * seen / samples
+        return (1 - weight) * loss + weight * task.distill(take(outputs, slice(seen)), wanted)
+
+
+class _ByName(nn.Module):
+    """A network as `update_bn` calls it, with all inputs in one."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.network, self.task = network, task
+        self.training = network.training
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        """The outputs."""
+        return self.task.forward(self.network, inputs)
 
 
 def train_gated(job: TrainingJob, gates: Gates, teacher: nn.Module | None, progress: Progress) -> State:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,8 +21,9 @@ from polar_deploy.config import ResolvedSettings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.gating import processes
 from polar_deploy.progress import Progress
+from polar_deploy.tasks import Batch, Statistics, Task, Tensors
 from polar_deploy.training import checkpoint
-from polar_deploy.training.batches import EVALUATION_BATCH, Batches
+from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
 from polar_deploy.training.passes import Passes
@@ -47,7 +48,7 @@ class Method(Protocol):
 
     def before_step(self, done: float) -> None: ...
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensors]: ...
 
     def after_step(self) -> None: ...
 
@@ -65,6 +66,7 @@ class TrainingJob:
     """One training run: what it needs besides its method; `on_epoch` is given the record of each epoch."""
 
     stage: str
+    task: Task
     network: nn.Module
     train: Batches
     validation: Batches | None
@@ -108,12 +110,13 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
     meter = Meter(job.device, processors=processes.is_first_here())
     while state.epoch < job.epochs:
         started, waited = time.monotonic(), job.train.waited
-        losses, accuracy = _epoch(job, method, state.epoch, passes, progress)
+        losses, score = _epoch(job, method, state.epoch, passes, progress)
         state.epoch += 1
-        record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5), "train_accuracy": round(accuracy, 3)}
-        record["images"] = job.train.images_an_epoch
+        record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5)}
+        record["train_score"] = None if score is None else round(score, 3)
+        record["samples"] = job.train.samples_an_epoch
         record |= method.after_epoch(state)
-        record["val_accuracy"] = evaluate(method.network, job.validation) if job.validation else None
+        record["val_score"] = evaluate(job.task, method.network, job.validation)
         joules = _of_all(meter.read())
         record |= {"data_seconds": round(job.train.waited - waited, 2)} if job.train.reads else {}
         record |= {"joules": round(joules, 1)} if joules is not None else {}
@@ -127,7 +130,7 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
         progress.epoch(
             epoch=state.epoch,
             loss=losses,
-            accuracy=(accuracy if record["val_accuracy"] is None else record["val_accuracy"]) / 100,
+            score=_told(job.task, score, record["val_score"]),
             cost=record.get("cost"),
             budget=record.get("budget"),
             undecided=record.get("undecided"),
@@ -135,28 +138,30 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
     return state
 
 
-def _epoch(job: TrainingJob, method: Method, epoch: int, passes: Passes, progress: Progress) -> tuple[float, float]:
-    """One pass over the training set; mean loss and training accuracy in percent."""
+def _epoch(
+    job: TrainingJob, method: Method, epoch: int, passes: Passes, progress: Progress
+) -> tuple[float, float | None]:
+    """One pass over the training set; mean loss, and mean of what the task monitors."""
     method.network.train()
     # Dropout and stochastic depth, the same after a resume; each process has samples of its own.
     torch.manual_seed(job.settings.seed * 1_000_003 + epoch + processes.rank() * 1_000_000_007)
     total = torch.zeros(2, device=job.device)
     steps = job.train.steps
-    for step, (images, labels) in enumerate(job.train.epoch(epoch)):
+    for step, batch in enumerate(job.train.epoch(epoch)):
         method.before_step((epoch + step / steps) / job.epochs)
-        total += passes.backward(method, images, labels)
+        total += passes.backward(method, batch)
         processes.average_gradients(method.network.parameters())
         for optimizer in method.optimizers():
             optimizer.step()
         method.after_step()
         progress.step((step + 1) / steps)
-    mean_loss, accuracy = (processes.total(total) / steps).tolist()
+    mean_loss, score = (processes.total(total) / steps).tolist()
     if not math.isfinite(mean_loss):
         raise ContentError(
             f"the loss is {mean_loss} in epoch {epoch + 1} of {job.epochs} of stage {job.stage}",
             "lower training.lr (or training.gated_lr), or check the weights and the normalisation",
         )
-    return mean_loss, 100 * accuracy
+    return mean_loss, None if job.task.monitor is None else score
 
 
 def _of_all(joules: float | None) -> float | None:
@@ -187,12 +192,6 @@ def set_rate(optimizer: Optimizer, peak: float, warmup: float, done: float) -> N
         group["lr"] = rate
 
 
-def cross_entropy(settings: ResolvedSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy of logits [B, classes] against labels [B] with the settings' label smoothing."""
-    smoothing = settings.training.label_smoothing
-    return lambda logits, labels: F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-
 def autocast(settings: ResolvedSettings, device: torch.device) -> torch.autocast:
     """Mixed precision as the settings ask: bf16 where the device multiplies matrices in it, else FP32."""
     amp = settings.training.amp
@@ -209,33 +208,49 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches, most: int | None = None) -> float:
-    """Top-1 accuracy in percent, in evaluation mode, un-augmented, FP32; of the first `most` images, or all."""
+def evaluate(task: Task, network: nn.Module, batches: Batches | None, most: int | None = None) -> float | None:
+    """The task's score in evaluation mode, un-augmented, FP32, of the first `most` samples, or all.
+
+    None without samples, or without a metric.
+    """
+    if task.metric is None or batches is None:
+        return None
     was_training = network.training
     network.eval()
-    right = processes.total(_right(network, batches, most))
+    statistics = processes.gathered(_statistics(task, network, batches, most))
     network.train(was_training)
-    return 100 * float(right) / min(len(batches), most or len(batches))
+    return task.metric.of_all(np.concatenate([part for parts in statistics for part in parts]))
 
 
-def _right(network: nn.Module, batches: Batches, most: int | None) -> Tensor:
-    """How many of this process's images, of the first `most`, are classified right, [1].
-
-    In smaller batches where memory is short.
-    """
-    size = EVALUATION_BATCH
+def _statistics(task: Task, network: nn.Module, batches: Batches, most: int | None) -> list[Statistics]:
+    """Of this process's samples, of the first `most`; in smaller batches where memory is short."""
+    assert task.metric is not None
+    size = batches.evaluation_batch
     while True:
-        right = torch.zeros(1, device=batches.device)
+        found = []
         try:
-            for images, labels in batches.plain(size, most):
-                right += (network(images).argmax(1) == labels).sum()
+            for batch in batches.plain(size, most):
+                outputs, targets = _arrays(task.forward(network, batch.inputs)), _arrays(batch.targets)
+                found.append(task.metric.statistics(outputs, targets))
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
         else:
-            return right
+            return found
         size = -(-size // 2)
         torch.cuda.empty_cache()
+
+
+def _arrays(tensors: Tensors) -> dict[str, np.ndarray]:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _told(task: Task, trained: float | None, validated: float | None) -> str | None:
+    """The score, short enough for a line with all the rest."""
+    score = trained if validated is None else validated
+    if score is None or task.metric is None:
+        return None
+    return f"{'train' if validated is None else 'val'} {task.metric.shown(score).replace(' %', '%')}"
 
 
 @contextmanager

@@ -34,21 +34,31 @@ def write_bundle(folder: Path, target: str = "ort-fp32", *, full: bool = True, *
         folder: where to.
         target: such as "trt-fp16"; a target with plans gets the bytes of `PLAN`.
         full: whether the full network is in it.
-        changes: fields of the manifest. Where they are mappings, only the fields in them are replaced. The graphs have
-            the names, types and sizes that the manifest then says.
+        changes: fields of the manifest, and `input` and `output` for those of its only input and output. Where they
+            are mappings, only the fields in them are replaced. The graphs have the names, types and sizes that the
+            manifest then says.
     """
     backend, _, precision = target.rpartition("-")
     names = ("compressed", "full") if full else ("compressed",)
-    document = _merged(_document(target, backend, precision, names), changes)
+    document = _document(target, backend, precision, names)
+    for kind in ("input", "output"):
+        document[f"{kind}s"][0] |= changes.pop(kind, {})
+    document = _merged(document, changes)
     for name in names:
         document["networks"][name] |= _cost(document, _WIDTHS[name])
     for name in names:
         _write_network(folder, name, document, backend, precision)
-    inputs = np.random.default_rng(0).normal(size=(32, *document["input"]["shape"])).astype("<f4")
-    _write(folder / "golden/inputs.npy", b"")
-    np.save(folder / "golden/inputs.npy", inputs)
-    for name in names:
-        np.save(folder / f"golden/{name}.npy", logits(folder / name / "model.onnx", inputs))
+    (source,), (result,) = document["inputs"], document["outputs"]
+    inputs = np.random.default_rng(0).normal(size=(32, *source["shape"])).astype("<f4")
+    document["golden"] |= {"full": None}
+    for part, name, values in (
+        ("inputs", source["name"], inputs),
+        *((network, result["name"], logits(folder / network / "model.onnx", inputs)) for network in names),
+    ):
+        file = f"golden/{part}.npy"
+        _write(folder / file, b"")
+        np.save(folder / file, values)
+        document["golden"][part] = {name: file}
     _write(folder / "labels.txt", "".join(f"{label}\n" for label in LABELS).encode())
     _write(folder / "compressed/surgery.json", b'{"schema": 1}\n')
     document.setdefault("files", _listed(folder))
@@ -66,8 +76,9 @@ def logits(graph: Path, images: np.ndarray) -> np.ndarray:
 
 def _document(target: str, backend: str, precision: str, names: tuple[str, ...]) -> dict[str, Any]:
     verdict = {"result": "pass", "reason": "a test"}
-    golden = {name: f"golden/{name}.npy" if name in names else None for name in ("compressed", "full")}
-    networks = {name: _network(name, target, backend, precision) if name in names else None for name in golden}
+    networks = {
+        name: _network(name, target, backend, precision) if name in names else None for name in ("compressed", "full")
+    }
     return {
         "schema": 2,
         "kind": "polar_deploy.bundle",
@@ -75,8 +86,9 @@ def _document(target: str, backend: str, precision: str, names: tuple[str, ...])
         "licence": "CC0",
         "target": target,
         "build": {"batches": [1, 8, 64]},
-        "input": {"name": "input", "shape": [3, 8, 8], "dtype": "fp32", "layout": "NCHW"},
-        "output": {"name": "logits", "classes": len(LABELS), "dtype": "fp32"},
+        "task": {"name": "classification", "metric": {"name": "accuracy", "unit": "%"}, "preprocessing": {}},
+        "inputs": [{"name": "input", "shape": [3, 8, 8], "dtype": "fp32"}],
+        "outputs": [{"name": "logits", "shape": [len(LABELS)], "dtype": "fp32"}],
         "preprocessing": {
             "channels": "RGB",
             "filter": "bilinear",
@@ -87,7 +99,7 @@ def _document(target: str, backend: str, precision: str, names: tuple[str, ...])
             "std": [0.2, 0.25, 0.3],
         },
         "labels": "labels.txt",
-        "golden": {"source": "random", "samples": 32, "inputs": "golden/inputs.npy", **golden},
+        "golden": {"source": "random", "samples": 32},
         "networks": networks,
         "surgery": "compressed/surgery.json",
         "metrics": {"machine": {}, "not_run": "a test", "accuracy": None, "fp32_graphs": None, "latency": []},
@@ -129,7 +141,7 @@ def _network(name: str, target: str, backend: str, precision: str) -> dict[str, 
 
 def _cost(document: dict[str, Any], width: int) -> dict[str, int]:
     """Of a convolution of 3 x 3 pixels, padded, and a linear layer, both with bias."""
-    classes, (channels, height, side) = document["output"]["classes"], document["input"]["shape"]
+    (classes,), (channels, height, side) = document["outputs"][0]["shape"], document["inputs"][0]["shape"]
     macs = 9 * channels * width * height * side + width * classes
     return {"macs": macs, "params": 9 * channels * width + width + width * classes + classes}
 
@@ -165,11 +177,12 @@ def _write_network(folder: Path, name: str, document: dict[str, Any], backend: s
 
 def _graph(document: dict[str, Any], width: int, precision: str) -> bytes:
     """Conv, Relu, GlobalAveragePool, Flatten, Gemm in a precision; the typed one with the manifest's types."""
-    source, result = document["input"], document["output"]
+    (source,), (result,) = document["inputs"], document["outputs"]
+    (classes,) = result["shape"]
     kinds = ("fp32", "fp32") if precision == "fp32" else (source["dtype"], result["dtype"])
     inner, weights = _TYPES[precision if precision in _TYPES else "fp32"]
     rng = np.random.default_rng(width)
-    shapes = {"w": (width, 3, 3, 3), "b": (width,), "v": (result["classes"], width), "c": (result["classes"],)}
+    shapes = {"w": (width, 3, 3, 3), "b": (width,), "v": (classes, width), "c": (classes,)}
     nodes = [
         helper.make_node("Cast", [source["name"]], ["x"], "cast_in", to=inner),
         *(_quantised() if precision == "int8" else [helper.make_node("Identity", ["x"], ["y"], "same")]),
@@ -186,7 +199,7 @@ def _graph(document: dict[str, Any], width: int, precision: str) -> bytes:
         nodes,
         "net",
         [helper.make_tensor_value_info(source["name"], _TYPES[kinds[0]][0], ["batch", *source["shape"]])],
-        [helper.make_tensor_value_info(result["name"], _TYPES[kinds[1]][0], ["batch", result["classes"]])],
+        [helper.make_tensor_value_info(result["name"], _TYPES[kinds[1]][0], ["batch", classes])],
         [*initial, *(scale if precision == "int8" else [])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

@@ -21,6 +21,12 @@ def in_old_words(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle as format 1 had it."""
     document: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     document["schema"] = 1
+    del document["task"]
+    (source,), (result,) = document.pop("inputs"), document.pop("outputs")
+    document["input"] = source | {"layout": "NCHW"}
+    document["output"] = {"name": result["name"], "dtype": result["dtype"], "classes": result["shape"][0]}
+    for key in ("inputs", "compressed", "full"):
+        (document["golden"][key],) = document["golden"][key].values()
     document["build"]["edges"] = document["build"].pop("io_dtype", "fp32")
     for network in document["networks"].values():
         precision, profile = network["precision"], network["plan"]["profile"]
@@ -44,7 +50,17 @@ def test_a_manifest_of_format_1_is_read_as_one_of_format_2(tmp_path: Path) -> No
     assert (new.build.io_dtype, new.build.batches) == ("native", (1, 4, 32))
 
 
-PARTS = ("build", "networks", "networks.full", "networks.full.plan", "networks.full.precision")
+PARTS = (
+    "build",
+    "input",
+    "output",
+    "golden",
+    "golden.inputs",
+    "networks",
+    "networks.full",
+    "networks.full.plan",
+    "networks.full.precision",
+)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -22,7 +22,7 @@ from tests.bundle.commands import bundle, change, edit, manifest, put
 from tests.conftest import contents
 
 Case = tuple[Callable[[Path], object], str]  # what is done to the bundle, and words of the answer
-MODEL, GOLDEN = "compressed/model.onnx", "golden/compressed.npy"
+MODEL, GOLDEN = "compressed/model.onnx", "golden/compressed/logits.npy"
 SHA = "0" * 64
 
 
@@ -281,7 +281,7 @@ FIELDS: dict[str, Case] = {
     "accuracy as text": (value("metrics", "accuracy", "full", to="NaN"), "valid number"),
     "std 0": (value("preprocessing", "std", to=[0, 1, 1]), "greater than 0"),
     "a crop outside of the picture": (value("preprocessing", "crop", to=999), "does not lie in a picture"),
-    "another input": (value("input", "shape", to=[3, 8, 8]), "pre-processing gives"),
+    "another input": (value("inputs", 0, "shape", to=[3, 8, 8]), "pre-processing gives"),
     "few golden samples": (value("golden", "samples", to=31), "greater than or equal to 32"),
     "endless golden samples": (value("golden", "samples", to=10**9), "less than or equal to 1024"),
     "an unknown target": (value("target", to="tpu-fp4"), "unknown target 'tpu-fp4'"),
@@ -349,10 +349,10 @@ CONTENT: dict[str, Case] = {
     "an array cut short": (lambda f: put(f, GOLDEN, (f / GOLDEN).read_bytes()[:-4]), "is no .npy file of numbers"),
     "a .zip as array": (lambda folder: put(folder, GOLDEN, b"PK\x03\x04" + b"\0" * 99), "is no .npy file"),
     "an endless array": (header("(100000000000000000000000, 10)"), "is no .npy file"),
-    "a negative array": (header("(-32, 10)"), "golden/compressed.npy"),
+    "a negative array": (header("(-32, 10)"), "golden/compressed/logits.npy"),
     "an open bracket": (header("((((32, 10)"), "is no .npy file"),
-    "an endless sum": (header("(" + "1+" * 4000 + "1,)"), "golden/compressed.npy"),
-    "an endless sign": (header("(" + "-" * 9000 + "1,)"), "golden/compressed.npy"),
+    "an endless sum": (header("(" + "1+" * 4000 + "1,)"), "golden/compressed/logits.npy"),
+    "an endless sign": (header("(" + "-" * 9000 + "1,)"), "golden/compressed/logits.npy"),
     "something behind an array": (lambda f: put(f, GOLDEN, (f / GOLDEN).read_bytes() + b"MZ"), "something behind"),
     "a label too few": (lambda folder: put(folder, "labels.txt", b"a\nb\n"), "has 2 labels, the networks have 10"),
     "control signs in a label": (lambda f: put(f, "labels.txt", b"\x1b[2J\n" + b"a\n" * 9), "control signs"),

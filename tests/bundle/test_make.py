@@ -58,14 +58,14 @@ def test_it_tells_nothing_about_whose_machine_it_was(miniature: Miniature, folde
 
 
 def test_golden_outputs_are_those_of_the_graphs_on_validation_data(miniature: Miniature, folder: Path) -> None:
-    inputs = np.load(folder / "golden/inputs.npy")
+    inputs = np.load(folder / "golden/inputs/input.npy")
     reference = np.load(miniature.folder / "gated/reference.npz")
-    np.testing.assert_array_equal(inputs, reference["inputs"])
+    np.testing.assert_array_equal(inputs, reference["inputs/input"])
     for name, torch_s in (("full", "full"), ("compressed", "gated")):
         session = onnxruntime.InferenceSession(folder / name / "model.onnx", providers=["CPUExecutionProvider"])
-        golden = np.load(folder / f"golden/{name}.npy")
+        golden = np.load(folder / f"golden/{name}/logits.npy")
         np.testing.assert_allclose(golden, session.run(None, {"input": inputs})[0], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(golden, reference[torch_s], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(golden, reference[f"{torch_s}/logits"], rtol=0, atol=1e-4)
 
 
 def test_metrics_and_provenance_are_those_of_the_run(miniature: Miniature, folder: Path) -> None:
@@ -95,8 +95,8 @@ def test_without_the_full_network_and_with_random_golden_inputs(miniature: Minia
     made = manifest(run / "bundle")
     assert (made["licence"], made["networks"]["full"], made["golden"]["source"]) == ("MIT", None, "random")
     assert not (run / "bundle/full").exists()
-    data_s = np.load(miniature.folder / "bundle/golden/inputs.npy")
-    inputs = np.load(run / "bundle/golden/inputs.npy")
+    data_s = np.load(miniature.folder / "bundle/golden/inputs/input.npy")
+    inputs = np.load(run / "bundle/golden/inputs/input.npy")
     assert np.abs(inputs[:, None] - data_s[None]).mean(axis=(2, 3, 4)).min() > 0.1  # nobody's picture
     verified = bundle("verify", run / "bundle")
     assert verified.code == 0
@@ -195,7 +195,7 @@ def test_where_few_images_validate_golden_samples_come_from_training(miniature: 
     stored = dict(np.load(run / "gated/reference.npz"))
     np.savez(run / "gated/reference.npz", **{name: values[:5] for name, values in stored.items()})
     assert polar("--recipe", miniature.folder / "run.yaml", "--out", run, "--from", "bundle").code == 0
-    inputs = np.load(run / "bundle/golden/inputs.npy")
+    inputs = np.load(run / "bundle/golden/inputs/input.npy")
     assert inputs.shape == (32, 3, 16, 16)
     assert len({image.tobytes() for image in inputs}) == 32
 

@@ -166,10 +166,10 @@ def test_labels_lead_to_no_folder_outside_of_the_test_set(folder: Path, tmp_path
 
 def test_accuracy_that_is_lost_fails(folder: Path, digits: data.Split, tmp_path: Path) -> None:
     change(folder, "verdict", "asked", "max_drop", to=0.0)
-    full = np.load(folder / "golden/full.npy").argmax(1)
+    full = np.load(folder / "golden/full/logits.npy").argmax(1)
     made = manifest(folder)["preprocessing"]
-    pictures = np.load(folder / "golden/inputs.npy").transpose(0, 2, 3, 1) * np.array(made["std"]) + made["mean"]
-    wrong = np.load(folder / "golden/compressed.npy").argmax(1) != full
+    pictures = np.load(folder / "golden/inputs/input.npy").transpose(0, 2, 3, 1) * np.array(made["std"]) + made["mean"]
+    wrong = np.load(folder / "golden/compressed/logits.npy").argmax(1) != full
     assert wrong.any()  # labels that make the full network right and the compressed one wrong
     np.savez(tmp_path / "test.npz", images=np.rint(255 * pictures[wrong]).astype(np.uint8), labels=full[wrong])
     code, found = verified(folder, "--data", tmp_path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.engines import Array, Timer
+from polar_deploy.tensors import Arrays, TensorSpec, count
 
 
 def classifier(channels: int = 8, classes: int = 4, size: int = 8, *, seed: int = 0) -> onnx.ModelProto:
@@ -47,6 +49,36 @@ def model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+def two_inputs() -> onnx.ModelProto:
+    """image float [B,2,3], row int64 [B] -> picked [B,3]: that row of each image; found bool [B,2]: whose row's sum
+    is above 20."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["row", "last"], ["index"], name="index"),
+        helper.make_node("GatherND", ["image", "index"], ["picked"], name="pick", batch_dims=1),
+        helper.make_node("ReduceSum", ["image", "two"], ["sums"], name="sum", keepdims=0),
+        helper.make_node("Greater", ["sums", "bound"], ["found"], name="compare"),
+    ]
+    float_, int_, bool_ = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [
+            helper.make_tensor_value_info("image", float_, ["batch", 2, 3]),
+            helper.make_tensor_value_info("row", int_, ["batch"]),
+        ],
+        [
+            helper.make_tensor_value_info("picked", float_, ["batch", 3]),
+            helper.make_tensor_value_info("found", bool_, ["batch", 2]),
+        ],
+        [
+            helper.make_tensor("last", int_, [1], [1]),
+            helper.make_tensor("two", int_, [1], [2]),
+            helper.make_tensor("bound", float_, [], [20.0]),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
 def saved(network: onnx.ModelProto, path: Path) -> Path:
     onnx.save(network, path)
     return path
@@ -55,17 +87,18 @@ def saved(network: onnx.ModelProto, path: Path) -> Path:
 class TimedEngine:
     """Takes the milliseconds that `times` says; its twins take `twin` times as long, or what `twins` says in turn."""
 
-    input_shape = (3, 8, 8)
+    inputs: ClassVar = {"input": TensorSpec((3, 8, 8))}
+    outputs: ClassVar = {"logits": TensorSpec((2,))}
     batches = (1, None)
 
     def __init__(self, times: Iterator[float], twins: Iterator[float] | None = None) -> None:
         self.times, self.twins = times, twins
         self.samples: list[int] = []  # inferences of each sample
 
-    def infer(self, images: Array) -> Array:
-        return np.zeros((len(images), 2), np.float32)
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        return {"logits": np.zeros((count(inputs), 2), np.float32)}
 
-    def timer(self, images: Array) -> Timer:
+    def timer(self, inputs: Arrays) -> Timer:
         def milliseconds(inferences: int) -> float:
             self.samples.append(inferences)
             return next(self.times)
@@ -82,16 +115,17 @@ class TimedEngine:
 class BusyEngine:
     """Really keeps the CPU busy for `loops` rounds of a loop; its twins likewise."""
 
-    input_shape = (3, 8, 8)
+    inputs: ClassVar = {"input": TensorSpec((3, 8, 8))}
+    outputs: ClassVar = {"logits": TensorSpec((2,))}
     batches = (1, None)
 
     def __init__(self, loops: int) -> None:
         self.loops = loops
 
-    def infer(self, images: Array) -> Array:
-        return np.zeros((len(images), 2), np.float32)
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        return {"logits": np.zeros((count(inputs), 2), np.float32)}
 
-    def timer(self, images: Array) -> Timer:
+    def timer(self, inputs: Arrays) -> Timer:
         def milliseconds(inferences: int) -> float:
             start = time.perf_counter_ns()
             for _ in range(inferences * self.loops):

@@ -16,13 +16,20 @@ from polar_deploy import engines, targets
 from polar_deploy.config import Build
 from polar_deploy.engines import openvino, timing
 from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import write_json
-from tests.engines.networks import classifier, model, saved
+from tests.engines.networks import classifier, model, saved, two_inputs
 from tests.precision.networks import images, residual
 from tests.schemas import valid
 
 TARGET = targets.parse("ov-fp32")
 IMAGES = images(5, seed=3)
+
+
+def logits(engine: engines.Engine, of: np.ndarray = IMAGES) -> np.ndarray:
+    return engine.infer({"input": of})["logits"]
+
+
 pytestmark = pytest.mark.skipif(bool(targets.lacks_to_run(TARGET)), reason="OpenVINO is not installed")
 
 
@@ -37,7 +44,7 @@ def built(tmp_path: Path, precision: str, network: onnx.ModelProto | None = None
     """Build `network` as both engines into `tmp_path/engines`; what build.json says of one."""
     source = saved(network or residual(), tmp_path / "source.onnx")
     target = target_of(precision)
-    made = engines.build_all(source, source, tmp_path / "engines", target, Build(**options), images(32))
+    made = engines.build_all(source, source, tmp_path / "engines", target, Build(**options), {"input": images(32)})
     write_json(tmp_path / "engines/build.json", made)
     return made
 
@@ -64,11 +71,11 @@ def test_built_loaded_and_run(precision: str, tmp_path: Path) -> None:
     assert entry["precision"]["types"] == {precision: 7}
     assert "not kept" in entry["plan"]
     engine, exact = loaded(tmp_path, precision), engines.reference_engine(tmp_path / "source.onnx")
-    assert engine.input_shape == (3, 8, 8)
+    assert engine.inputs == {"input": TensorSpec((3, 8, 8))}
     for count in (5, 1, 2, 3, 4, 5):  # more sizes than are held compiled
         least, most = OFF[precision]
-        assert least <= off(engine.infer(IMAGES[:count]), exact.infer(IMAGES[:count])) <= most
-    np.testing.assert_array_equal(engine.duplicate().infer(IMAGES), engine.infer(IMAGES))
+        assert least <= off(logits(engine, IMAGES[:count]), logits(exact, IMAGES[:count])) <= most
+    np.testing.assert_array_equal(logits(engine.duplicate()), logits(engine))
 
 
 @pytest.mark.parametrize("precision", OFF)
@@ -118,8 +125,8 @@ def test_transposed_convolutions_are_computed_in_int8_without_groups(groups: int
     assert [each["layer"] for each in entry["precision"]["high_precision_layers"]] == ([] if groups == 1 else ["up"])
     layers = json.loads((tmp_path / "engines/full.layers.json").read_text())["layers"]
     assert [layer["type"] for layer in layers if layer["op"] == "Deconvolution"] == ["int8" if groups == 1 else "fp32"]
-    exact = engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)
-    assert off(loaded(tmp_path, "int8").infer(IMAGES), exact) < 0.05
+    exact = logits(engines.reference_engine(tmp_path / "source.onnx"))
+    assert off(logits(loaded(tmp_path, "int8")), exact) < 0.05
 
 
 def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
@@ -135,22 +142,22 @@ def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
     next(node for node in network.graph.node if node.name == "relu0").input[0] = "down"
     kept = built(tmp_path, "bf16", network)["engines"]["full"]["precision"]["high_precision_layers"]
     assert "up" in {each["layer"] for each in kept}
-    exact = engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)
-    assert off(loaded(tmp_path, "bf16").infer(IMAGES), exact) < 0.03
+    exact = logits(engines.reference_engine(tmp_path / "source.onnx"))
+    assert off(logits(loaded(tmp_path, "bf16")), exact) < 0.03
 
 
 def test_native_edges_take_and_give_fp32(tmp_path: Path) -> None:
     entry = built(tmp_path, "bf16", io_dtype="native")["engines"]["full"]
     assert entry["precision"]["io_dtype"] == "native"
-    found = loaded(tmp_path, "bf16").infer(IMAGES)
+    found = logits(loaded(tmp_path, "bf16"))
     assert found.dtype == np.float32
-    assert off(found, engines.reference_engine(tmp_path / "source.onnx").infer(IMAGES)) < 0.02
+    assert off(found, logits(engines.reference_engine(tmp_path / "source.onnx"))) < 0.02
 
 
 def test_engines_are_timed(tmp_path: Path) -> None:
     built(tmp_path, "fp32")
     full, compressed = (engines.load(tmp_path / "engines", name, TARGET) for name in ("full", "compressed"))
-    result = timing.compare(full, compressed, IMAGES, pairs=12, seconds=(0.1, 0.5))
+    result = timing.compare(full, compressed, {"input": IMAGES}, pairs=12, seconds=(0.1, 0.5))
     assert result.batch == 5
     assert result.best.inferences > 1
     assert full.conditions() is None
@@ -162,8 +169,8 @@ def test_the_kernels_that_prove_a_graph_are_openvino_s(tmp_path: Path) -> None:
     assert kernels.library == "OpenVINO"
     network, path = residual(), tmp_path / "a.onnx"
     network.graph.output.append(helper.make_tensor_value_info("relu2.out", onnx.TensorProto.FLOAT, None))
-    found = kernels.outputs(network, IMAGES, path)
-    exact = engines.reference_engine(saved(residual(), path)).infer(IMAGES)
+    found = kernels.outputs(network, {"input": IMAGES}, path)
+    exact = logits(engines.reference_engine(saved(residual(), path)))
     assert off(found["logits"], exact) < 1e-5
     assert found["relu2.out"].shape == (5, 8, 8, 8)
 
@@ -219,20 +226,29 @@ def test_an_operator_that_openvino_lacks_is_named_with_its_node(tmp_path: Path) 
         openvino.OvEngine(path)
 
 
-def test_what_is_no_classifier_of_images_is_refused(tmp_path: Path) -> None:
-    fixed, two = classifier(), classifier()
+def test_a_fixed_batch_is_refused(tmp_path: Path) -> None:
+    fixed = classifier()
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    two.graph.output.append(helper.make_tensor_value_info("f", onnx.TensorProto.FLOAT, ["batch", 8]))
-    for network in (fixed, two):
-        with pytest.raises(ContentError, match=r"one input \[any batch, .*input \[.*3,8,8\]"):
-            openvino.OvEngine(saved(network, tmp_path / "a.onnx"))
+    with pytest.raises(ContentError, match=r"each input must have a batch of any size .*input float32 \[1, 3, 8, 8\]"):
+        openvino.OvEngine(saved(fixed, tmp_path / "a.onnx"))
+
+
+def test_inputs_and_outputs_of_any_number_and_type(tmp_path: Path) -> None:
+    path = saved(two_inputs(), tmp_path / "a.onnx")
+    engine, exact = openvino.OvEngine(path), engines.reference_engine(path)
+    assert (engine.inputs, engine.outputs) == (exact.inputs, exact.outputs)
+    given = {"row": np.array([1, 0, 1]), "image": images(3)[:, :2, 0, :3]}
+    found, expected = engine.infer(given), exact.infer(given)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert engine.timer(given)(2) > 0
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     engine = openvino.OvEngine(saved(classifier(), tmp_path / "a.onnx"))
     for use in (engine.infer, engine.timer):
-        with pytest.raises(ContentError, match=r"batch x 3 x 8 x 8, but got 2 x 3 x 9 x 8"):
-            use(np.zeros((2, 3, 9, 8), np.float32))
+        with pytest.raises(ContentError, match=r"input as float32 \[B, 3, 8, 8\], but got float32 \[2, 3, 9, 8\]"):
+            use({"input": np.zeros((2, 3, 9, 8), np.float32)})
 
 
 def test_nothing_is_reported_to_its_maker(tmp_path: Path) -> None:

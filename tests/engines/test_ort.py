@@ -19,12 +19,17 @@ from polar_deploy.backends.onnx_runtime import OnnxRuntime
 from polar_deploy.config import Build
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import write_json
-from tests.engines.networks import classifier, model, saved
+from tests.engines.networks import classifier, model, saved, two_inputs
 from tests.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+
+
+def logits(engine: engines.Engine, images: np.ndarray = IMAGES) -> np.ndarray:
+    return engine.infer({"input": images})["logits"]
 
 
 @pytest.fixture
@@ -77,15 +82,15 @@ def test_typed_graph_is_the_network(built: dict, tmp_path: Path) -> None:
 def test_engine_computes_what_onnx_says(built: dict, tmp_path: Path) -> None:
     engine = engines.load(tmp_path / "engines", "full", TARGET)
     expected = ReferenceEvaluator(classifier(16)).run(None, {"input": IMAGES})[0]
-    assert engine.input_shape == (3, 8, 8)
+    assert (engine.inputs, engine.outputs) == ({"input": TensorSpec((3, 8, 8))}, {"logits": TensorSpec((4,))})
     for count in (5, 1):
-        np.testing.assert_allclose(engine.infer(IMAGES[:count]), expected[:count], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(engine.duplicate().infer(IMAGES), engine.infer(IMAGES))
+        np.testing.assert_allclose(logits(engine, IMAGES[:count]), expected[:count], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(logits(engine.duplicate()), logits(engine))
 
 
 def test_engines_are_timed(built: dict, tmp_path: Path) -> None:
     full, compressed = (engines.load(tmp_path / "engines", name, TARGET) for name in ("full", "compressed"))
-    result = timing.compare(full, compressed, IMAGES, pairs=12, seconds=(0.1, 0.5))
+    result = timing.compare(full, compressed, {"input": IMAGES}, pairs=12, seconds=(0.1, 0.5))
     assert result.batch == 5
     assert 0 < result.best.b.median_ms < 50
     assert result.best.inferences > 1  # these networks take microseconds
@@ -129,7 +134,7 @@ def test_file_that_is_not_the_one_built_is_refused(built: dict, tmp_path: Path) 
     saved(classifier(16, seed=1), path)
     with pytest.raises(ContentError, match=r"full\.onnx is not the file that was built: its sha256 is [0-9a-f]{12}…"):
         engines.load(path.parent, "full", TARGET)
-    assert engines.load(path.parent, "compressed", TARGET).infer(IMAGES).shape == (5, 4)
+    assert logits(engines.load(path.parent, "compressed", TARGET)).shape == (5, 4)
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n" * 50])
@@ -162,24 +167,27 @@ def test_other_float_types_are_refused_before_anything_is_written(tmp_path: Path
 def test_fixed_batch_is_refused(tmp_path: Path) -> None:
     network = classifier()
     network.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    with pytest.raises(ContentError, match=r"any batch, .* input tensor\(float\) \[1, 3, 8, 8\]"):
+    with pytest.raises(ContentError, match=r"each input must have a batch of any size .* input float32 \[1, 3, 8, 8\]"):
         build(network, tmp_path)
 
 
-def test_network_with_two_outputs_is_refused(tmp_path: Path) -> None:
-    network = classifier()
-    network.graph.output.append(helper.make_tensor_value_info("f", TensorProto.FLOAT, ["batch", 8]))
-    path = saved(network, tmp_path / "a.onnx")
-    with pytest.raises(ContentError, match="one float output"):
-        ort.OrtEngine(path)
+def test_inputs_and_outputs_of_any_number_and_type(tmp_path: Path) -> None:
+    engine = ort.OrtEngine(saved(two_inputs(), tmp_path / "a.onnx"))
+    assert engine.inputs == {"image": TensorSpec((2, 3)), "row": TensorSpec((), "int64")}
+    assert engine.outputs == {"picked": TensorSpec((3,)), "found": TensorSpec((2,), "bool")}
+    given = {"row": np.array([1, 0, 1]), "image": np.arange(18, dtype=np.float32).reshape(3, 2, 3)}
+    found = engine.infer(given)
+    np.testing.assert_array_equal(found["picked"], [[3, 4, 5], [6, 7, 8], [15, 16, 17]])
+    np.testing.assert_array_equal(found["found"], [[False, False], [True, True], [True, True]])
+    assert engine.timer(given)(2) > 0
 
 
 def test_images_of_another_size_are_refused(built: dict, tmp_path: Path) -> None:
     engine = engines.load(tmp_path / "engines", "full", TARGET)
     larger = np.zeros((2, 3, 9, 8), np.float32)
     for use in (engine.infer, engine.timer):
-        with pytest.raises(ContentError, match=r"batch x 3 x 8 x 8, but got 2 x 3 x 9 x 8"):
-            use(larger)
+        with pytest.raises(ContentError, match=r"input as float32 \[B, 3, 8, 8\], but got float32 \[2, 3, 9, 8\]"):
+            use({"input": larger})
 
 
 def test_failure_in_the_run_names_the_node(tmp_path: Path) -> None:
@@ -190,9 +198,9 @@ def test_failure_in_the_run_names_the_node(tmp_path: Path) -> None:
     ]
     path = saved(model(nodes, {"shape": np.array([7, 10])}, classes=10, size=8), tmp_path / "a.onnx")
     with pytest.raises(ContentError, match=r"node 'wrong' \(operator Reshape\)"):
-        ort.OrtEngine(path).infer(IMAGES)
+        logits(ort.OrtEngine(path))
     with pytest.raises(ContentError, match=r"node 'wrong' \(operator Reshape\)"):
-        ort.OrtEngine(path).timer(IMAGES)(1)
+        ort.OrtEngine(path).timer({"input": IMAGES})(1)
 
 
 def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
@@ -203,7 +211,7 @@ def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
     weights = {"shape": np.array([1, 3, 8_000_000, 8_000_000]), "axes": np.array([2, 3])}
     small = model(nodes, weights, classes=3, size=1)
     with pytest.raises(MachineError, match="allocate memory"):
-        ort.OrtEngine(saved(small, tmp_path / "a.onnx")).infer(np.zeros((1, 3, 1, 1), np.float32))
+        logits(ort.OrtEngine(saved(small, tmp_path / "a.onnx")), np.zeros((1, 3, 1, 1), np.float32))
 
 
 def layer(name: str, op: str, kind: str) -> dict[str, object]:
@@ -304,7 +312,7 @@ def test_half_precision_edges_are_cast(tmp_path: Path) -> None:
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     for tensor in network.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    logits = ort.OrtEngine(saved(network, tmp_path / "half.onnx")).infer(IMAGES)
-    assert logits.dtype == np.float32
+    found = logits(ort.OrtEngine(saved(network, tmp_path / "half.onnx")))
+    assert found.dtype == np.float32
     expected = ReferenceEvaluator(classifier()).run(None, {"input": IMAGES})[0]
-    np.testing.assert_allclose(logits, expected, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02)

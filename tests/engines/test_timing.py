@@ -13,7 +13,7 @@ from polar_deploy.engines import timing
 from polar_deploy.engines.timing import compare, median_interval
 from tests.engines.networks import BusyEngine, TimedEngine, noisy, steady
 
-IMAGES = np.zeros((2, 3, 8, 8), np.float32)
+IMAGES = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 
 
 def pair(a_ms: float, b_ms: float, seed: int) -> tuple[TimedEngine, TimedEngine]:

@@ -14,6 +14,7 @@ from polar_deploy import gpu
 from polar_deploy.engines import cuda
 from polar_deploy.engines.trt.run import TrtEngine
 from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.tensors import TensorSpec
 from tests.engines import fake_gpu
 from tests.engines.fake_gpu import MS, Cuda, Error, Trt
 
@@ -36,6 +37,10 @@ def images(count: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).integers(-8, 9, (count, 3, 2, 2)) / 8).astype(np.float32)
 
 
+def given(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"images": images(count, seed)}
+
+
 def logits(of: np.ndarray) -> np.ndarray:
     return np.array([[each.sum() * factor for factor in (1, 2, 3, 4)] for each in of], np.float32)
 
@@ -43,33 +48,33 @@ def logits(of: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["FLOAT", "HALF", "BF16"])
 def test_every_batch_of_the_profile_is_answered(device: Cuda, tmp_path: Path, kind: str) -> None:
     net = engine(device, tmp_path, kind=kind)
-    assert (net.input_shape, net.batches) == ((3, 2, 2), (2, 5))
+    assert (net.inputs, net.batches) == ({"images": TensorSpec((3, 2, 2))}, (2, 5))
     for batch in (2, 5, 3, 4, 5):  # what a larger batch left behind must not be seen
-        answer = net.infer(images(batch, seed=batch))
+        answer = net.infer(given(batch, seed=batch))["logits"]
         assert answer.dtype == np.float32
         np.testing.assert_array_equal(answer, logits(images(batch, seed=batch)))
 
 
 def test_what_was_answered_stays(device: Cuda, tmp_path: Path) -> None:
     net = engine(device, tmp_path)
-    first = net.infer(images(3))
-    net.infer(images(3, seed=1))
+    first = net.infer(given(3))["logits"]
+    net.infer(given(3, seed=1))
     np.testing.assert_array_equal(first, logits(images(3)))
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 2, 2), "a.plan was built for batches of 2 to 5, but got 1 images"),
-        ((6, 3, 2, 2), "a.plan was built for batches of 2 to 5, but got 6 images"),
-        ((2, 3, 2, 3), "a.plan takes images of batch x 3 x 2 x 2, but got 2 x 3 x 2 x 3"),
+        ((1, 3, 2, 2), "a.plan was built for batches of 2 to 5, but got 1 samples"),
+        ((6, 3, 2, 2), "a.plan was built for batches of 2 to 5, but got 6 samples"),
+        ((2, 3, 2, 3), "a.plan takes images as float32 [B, 3, 2, 2], but got float32 [2, 3, 2, 3]"),
     ],
 )
 @pytest.mark.parametrize("use", ["infer", "timer"])
 def test_other_shapes_are_refused(device: Cuda, tmp_path: Path, use: str, shape: tuple[int, ...], message: str) -> None:
     net = engine(device, tmp_path)
     with pytest.raises(ContentError) as error:
-        getattr(net, use)(np.zeros(shape, np.float32))
+        getattr(net, use)({"images": np.zeros(shape, np.float32)})
     assert error.value.what == f"{tmp_path}/{message}"
 
 
@@ -87,11 +92,11 @@ def test_other_shapes_are_refused(device: Cuda, tmp_path: Path, use: str, shape:
 def test_bf16_rounds_to_nearest_even(device: Cuda, tmp_path: Path, value: float, stored: float) -> None:
     one = np.zeros((2, 3, 2, 2), np.float32)
     one[:, 0, 0, 0] = value
-    assert engine(device, tmp_path, kind="BF16").infer(one)[0, 0] == stored
+    assert engine(device, tmp_path, kind="BF16").infer({"images": one})["logits"][0, 0] == stored
 
 
 def test_the_clock_launches_a_graph_and_counts_one_inference(device: Cuda, tmp_path: Path) -> None:
-    clock = engine(device, tmp_path).timer(images(3))
+    clock = engine(device, tmp_path).timer(given(3))
     assert clock.captured
     before = device.clock
     assert [clock(1), clock(7)] == [MS, MS]
@@ -104,7 +109,7 @@ def test_without_a_graph_the_clock_enqueues(device: Cuda, tmp_path: Path, broken
     net = engine(device, tmp_path, capturable=broken is not None)
     if broken:
         device.broken[broken] = Error.cudaErrorStreamCaptureUnsupported
-    clock = net.timer(images(3))
+    clock = net.timer(given(3))
     assert not clock.captured
     before = device.clock
     assert clock(4) == MS
@@ -119,22 +124,22 @@ def test_a_context_that_cannot_be_captured_is_not_tried(
 ) -> None:
     monkeypatch.setattr(fake_gpu.Context, "is_stream_capturable", lambda self, stream: False, raising=False)
     device.broken["cudaStreamBeginCapture"] = Error.cudaErrorIllegalAddress
-    assert not engine(device, tmp_path).timer(images(3)).captured
+    assert not engine(device, tmp_path).timer(given(3)).captured
 
 
 def test_clocks_and_inference_do_not_disturb_each_other(device: Cuda, tmp_path: Path) -> None:
     net = engine(device, tmp_path)
-    small, large = net.timer(images(2)), net.timer(images(5))
+    small, large = net.timer(given(2)), net.timer(given(5))
     for clock in (small, large, small):
         assert clock(2) == MS
-        np.testing.assert_array_equal(net.infer(images(3)), logits(images(3)))
+        np.testing.assert_array_equal(net.infer(given(3))["logits"], logits(images(3)))
 
 
 def test_a_duplicate_shares_nothing(device: Cuda, tmp_path: Path) -> None:
     net = engine(device, tmp_path)
     twin = net.duplicate()
     net.close()
-    np.testing.assert_array_equal(twin.infer(images(3)), logits(images(3)))
+    np.testing.assert_array_equal(twin.infer(given(3))["logits"], logits(images(3)))
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -142,8 +147,8 @@ def test_all_is_freed_in_order(device: Cuda, tmp_path: Path, explicit: bool) -> 
     gc.disable()  # by reference counts alone, at once
     try:
         net: Any = engine(device, tmp_path)
-        clock: Any = net.timer(images(2))
-        net.infer(images(2))
+        clock: Any = net.timer(given(2))
+        net.infer(given(2))
         device.log.clear()
         if explicit:
             net.close()
@@ -163,7 +168,7 @@ def test_all_is_freed_in_order(device: Cuda, tmp_path: Path, explicit: bool) -> 
 
 def test_a_clock_that_goes_frees_what_it_had(device: Cuda, tmp_path: Path) -> None:
     net = engine(device, tmp_path)
-    clock: Any = net.timer(images(5))
+    clock: Any = net.timer(given(5))
     del clock
     assert device.blocks == {"device": {}, "host": {}}
     assert "engine" not in device.log
@@ -174,12 +179,12 @@ def test_a_clock_that_goes_frees_what_it_had(device: Cuda, tmp_path: Path) -> No
 def test_out_of_memory_says_so_and_leaves_nothing_behind(device: Cuda, tmp_path: Path, memory: int, use: str) -> None:
     net, device.memory = engine(device, tmp_path), memory
     with pytest.raises(MachineError, match=r"cudaMallocHost of 0\.0 MiB failed: CUDA says out of memory") as error:
-        getattr(net, use)(images(5))
+        getattr(net, use)(given(5))
     assert "--batch" in error.value.todo
     del error
     assert device.blocks == {"device": {}, "host": {}}
     device.memory = 400
-    getattr(net, use)(images(5))
+    getattr(net, use)(given(5))
 
 
 def test_the_first_call_that_fails_is_named(device: Cuda, tmp_path: Path) -> None:
@@ -187,7 +192,7 @@ def test_the_first_call_that_fails_is_named(device: Cuda, tmp_path: Path) -> Non
     device.broken |= dict.fromkeys(("cudaStreamSynchronize", "cudaFree"), Error.cudaErrorIllegalAddress)
     text = "cudaStreamSynchronize failed: CUDA says an illegal memory access was encountered (cudaErrorIllegalAddress)"
     with pytest.raises(MachineError) as error:
-        net.infer(images(3))
+        net.infer(given(3))
     assert error.value.what == text
     net.close()  # cudaFree fails too, which is no news
 
@@ -195,7 +200,7 @@ def test_the_first_call_that_fails_is_named(device: Cuda, tmp_path: Path) -> Non
 @pytest.mark.parametrize("broken", ["cudaGraphLaunch", "cudaEventSynchronize", "cudaEventElapsedTime"])
 def test_a_clock_that_breaks_gives_no_time(device: Cuda, tmp_path: Path, broken: str) -> None:
     device.broken[broken] = Error.cudaErrorIllegalAddress
-    clock = engine(device, tmp_path).timer(images(3))
+    clock = engine(device, tmp_path).timer(given(3))
     with pytest.raises(MachineError, match=f"{broken} failed: CUDA says an illegal memory access"):
         clock(1)
 
@@ -213,7 +218,7 @@ def test_what_tensorrt_refuses_comes_with_its_words(
 ) -> None:
     net = engine(device, tmp_path, **plan)
     with pytest.raises(MachineError) as error:
-        getattr(net, use)(images(3))
+        getattr(net, use)(given(3))
     assert message in error.value.what
     assert todo in error.value.todo
 
@@ -230,16 +235,15 @@ def test_a_corrupt_plan_comes_with_the_librarys_words(device: Cuda, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "INT8"}, "logits INT8 [4], images"),
-        ({"tensors": {"images": ["INPUT", [-1, 3, 2, 2]]}}, "images FLOAT [3, 2, 2]"),
-        ({"tensors": {"images": ["INPUT", [-1, 3]], "logits": ["OUTPUT", [-1, 4]]}}, "images FLOAT [3], logits"),
+        ({"kind": "FP8"}, "logits is FP8 [-1, 4]"),
+        ({"tensors": {"images": ["INPUT", [-1, 3, 2, 2]]}}, "1 inputs and 0 outputs"),
+        ({"tensors": {"images": ["INPUT", [-1, -1]], "logits": ["OUTPUT", [-1, 4]]}}, "images is FLOAT [-1, -1]"),
     ],
 )
 def test_plans_of_other_networks_are_refused(device: Cuda, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ContentError) as error:
         engine(device, tmp_path, **change)
-    for word in words.split(", "):
-        assert word in error.value.what
+    assert words in error.value.what
     gc.collect()
     assert device.log == ["engine", "runtime"]
 
@@ -247,7 +251,7 @@ def test_plans_of_other_networks_are_refused(device: Cuda, tmp_path: Path, chang
 def test_only_rtx_is_told_to_compile_before_it_runs(device: Cuda, tmp_path: Path) -> None:
     for rtx in (False, True):
         net = engine(device, tmp_path, rtx=rtx)
-        net.infer(images(2))
+        net.infer(given(2))
         trt: Any = net._trt
         strategies = [config and config.dynamic_shapes_kernel_specialization_strategy for config in trt.configs]
         assert strategies == (["eager"] if rtx else [None])

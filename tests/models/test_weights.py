@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from polar_deploy import data, models
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.models import unpickling
+from polar_deploy.tasks.classification import classifier
 from tests.shared import SHARED, cifar_split, needs_shared
 
 torch.set_num_threads(1)
@@ -456,7 +457,7 @@ def test_paths_that_are_no_weights(tmp_path: Path, state: State) -> None:
 def test_the_public_resnet20_scores_what_it_should() -> None:
     """91.73 % on the whole test set; these are the first 50 images of each class."""
     images, labels = cifar_split("cifar10", "test", limit=500)
-    model = models.build("resnet20", 10, 32)
+    model = models.build("resnet20", classifier(10, 32))
     models.load_weights(model, SHARED / "models" / "resnet20.npz")
     pixels = data.normalise(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
@@ -468,4 +469,4 @@ def test_the_public_resnet20_scores_what_it_should() -> None:
 def test_the_public_weights_of_another_depth_are_refused() -> None:
     message = r"resnet32.npz does not fit the network \(CifarResNet\): 60 unexpected: layer1.3.conv1.weight"
     with pytest.raises(ContentError, match=message):
-        models.load_weights(models.build("resnet20", 10, 32), SHARED / "models" / "resnet32.npz")
+        models.load_weights(models.build("resnet20", classifier(10, 32)), SHARED / "models" / "resnet32.npz")

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from polar_deploy import parity
-from polar_deploy.config import AcceptanceCriteria
+from polar_deploy.config import AcceptanceCriteria, Normalize
 from polar_deploy.data import Split
 from polar_deploy.engines import Array
+from polar_deploy.tasks.accuracy import Accuracy
+from polar_deploy.tasks.classification import Pictures
+from polar_deploy.tensors import Arrays, count
 from tests.engines.networks import TimedEngine, steady
 from tests.schemas import valid
 
@@ -24,21 +27,22 @@ class TableEngine(TimedEngine):
         super().__init__(steady(milliseconds), steady(twin or milliseconds))
         self.logits = logits
 
-    def infer(self, images: Array) -> Array:
-        return self.logits[np.rint(images[:, 0, 0, 0] * 255).astype(int)]
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        return {"logits": self.logits[np.rint(inputs["input"][:, 0, 0, 0] * 255).astype(int)]}
 
 
-def numbered(labels: np.ndarray) -> parity.TestSet:
+def numbered(labels: np.ndarray) -> Pictures:
     images = np.zeros((len(labels), 8, 8, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(len(labels))
-    return parity.TestSet(Split(images, labels), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return Pictures(Split(images, labels), Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
 
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """PyTorch's outputs for three images, all zero."""
     path = tmp_path / "reference.npz"
-    np.savez(path, inputs=np.zeros((3, 3, 8, 8), np.float32), full=np.zeros((3, 3)), gated=np.zeros((3, 3)))
+    zeros = np.zeros((3, 3), np.float32)
+    np.savez(path, **{"inputs/input": np.zeros((3, 3, 8, 8), np.float32), "full/logits": zeros, "gated/logits": zeros})
     return path
 
 
@@ -61,7 +65,7 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
     answers = {n: np.where(np.arange(100) < n, wrong, labels) for n in (0, 1, 10, 15)}
     full, engine = TableEngine(answering(answers[1])), TableEngine(answering(answers[15]))
     same = graphs(answering(answers[0]), answering(answers[10]), answering(answers[10]), reference)
-    result = parity.compare(full, engine, numbered(labels), AcceptanceCriteria(max_drop=4.0), graphs=same)
+    result = parity.compare(full, engine, numbered(labels), Accuracy(), AcceptanceCriteria(max_drop=4.0), graphs=same)
     valid("parity", result | FILES)
     assert result["accuracy"]["drop"] == pytest.approx(14)
     assert result["graphs"]["drop"] == pytest.approx(10)
@@ -75,7 +79,9 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
 def test_engines_that_cannot_run_are_judged_by_nothing(reference: Path) -> None:
     labels = np.arange(60) % 3
     good = answering(labels)
-    result = parity.not_run("no NVIDIA driver", numbered(labels), VERDICT, graphs(good, good, good, reference))
+    result = parity.not_run(
+        "no NVIDIA driver", numbered(labels), Accuracy(), VERDICT, graphs(good, good, good, reference)
+    )
     valid("parity", result | FILES)
     assert result["not_run"] == "built, not run here: no NVIDIA driver"
     assert result["accuracy"] is result["precision"] is result["classes"] is None
@@ -85,11 +91,11 @@ def test_engines_that_cannot_run_are_judged_by_nothing(reference: Path) -> None:
 
 
 def test_graphs_see_a_sample_of_a_large_test_set(monkeypatch: pytest.MonkeyPatch, reference: Path) -> None:
-    monkeypatch.setattr(parity, "GRAPH_IMAGES", 20)
+    monkeypatch.setattr(parity, "GRAPH_SAMPLES", 20)
     labels = np.arange(200) % 3
     good = answering(labels)
     engine, same = TableEngine(good), graphs(good, good, good, reference)
-    result = parity.compare(engine, TableEngine(good), numbered(labels), VERDICT, graphs=same)
+    result = parity.compare(engine, TableEngine(good), numbered(labels), Accuracy(), VERDICT, graphs=same)
     assert result["accuracy"]["samples"] == 200
     assert result["graphs"]["samples"] == result["precision"]["full"]["samples"] == 20
     assert result["precision"]["full"]["relative_difference"] == 0  # rows are those of the engine's
@@ -100,16 +106,16 @@ class NarrowEngine(TableEngine):
 
     batches = (4, 16)
 
-    def infer(self, images: Array) -> Array:
-        assert 4 <= len(images) <= 16
-        return super().infer(images)
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        assert 4 <= count(inputs) <= 16
+        return super().infer(inputs)
 
 
 def test_engines_get_the_batches_that_they_take() -> None:
     labels = np.arange(130) % 3  # 130 = 8 * 16 + 2
     narrow = NarrowEngine(answering(labels))
     verdict = AcceptanceCriteria(batch=8)
-    result = parity.compare(narrow, NarrowEngine(narrow.logits), numbered(labels), verdict, batches=(4, 16))
+    result = parity.compare(narrow, NarrowEngine(narrow.logits), numbered(labels), Accuracy(), verdict, batches=(4, 16))
     assert result["accuracy"]["samples"] == 130
     assert result["accuracy"]["full"] == 100
     assert [each["batch"] for each in result["latency"]] == [4, 8, 16]

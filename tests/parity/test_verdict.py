@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from polar_deploy import parity
 from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.engines.timing import Interval, Latency, Percentile, Round, Timing
+from tests.parity.answers import answered
 
 VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 
@@ -19,12 +20,11 @@ def measured(median: float, low: float, high: float, control: float = 1.0, batch
     return Timing(batch, (Round(204, 1, 400, latency, latency, Interval(median, low, high), interval),), 0)
 
 
-def tally(drop: float, samples: int = 10_000) -> parity.Tally:
+def tally(drop: float, samples: int = 10_000) -> parity.Paired:
     """So many points are lost, 20 of 10,000 samples one way and the other; ten classes, 90 % right."""
-    net, right, both = round(drop * samples / 100), samples * 9 // 10, samples // 500
-    each = Counter(dict.fromkeys(range(10), samples // 10))
-    counts = {"full_right": right, "compressed_right": right - net, "seen_of": each}
-    return parity.Tally(samples=samples, lost=both + max(net, 0), gained=both + max(-net, 0), **counts)
+    net, both = round(drop * samples / 100), samples // 500
+    lost, gained = both + max(net, 0), both + max(-net, 0)
+    return answered(samples, lost=lost, gained=gained, right=samples * 9 // 10 - lost)
 
 
 GOOD, BAD = tally(0.5), tally(2)
@@ -48,7 +48,7 @@ SMALL = tally(0.5, samples=1000)  # 95 %: -0.2 to 1.3
         (SMALL, SLOWER, ("undecided", "fail", "fail"), 1),
     ],
 )
-def test_truth_table(counts: parity.Tally, timing: Timing, answers: tuple[str, str, str], code: int) -> None:
+def test_truth_table(counts: parity.Paired, timing: Timing, answers: tuple[str, str, str], code: int) -> None:
     verdict = parity.judge(counts, [measured(9, 9, 9, batch=64), timing], VERDICT)
     assert tuple(verdict[part]["result"] for part in ("accuracy", "latency", "overall")) == answers
     assert parity.exit_code({"verdict": verdict}) == code
@@ -99,7 +99,7 @@ def test_too_few_images_are_said_and_how_many_would_do() -> None:
     judgement = parity.judge_accuracy(SMALL, VERDICT)
     assert judgement.result == "undecided"
     assert judgement.reason.startswith("accuracy drops by 0.50 points (95 %: ")
-    words = re.search(r"1,000 test images are too few to tell, some ([\d,]+) would do", judgement.reason)
+    words = re.search(r"1,000 test samples are too few to tell, some ([\d,]+) would do", judgement.reason)
     assert words
     enough = int(words[1].replace(",", ""))
     assert 1000 < enough < 2500
@@ -114,30 +114,28 @@ def test_the_drop_as_counted_decides_where_that_is_asked() -> None:
 @pytest.mark.parametrize(
     ("right", "answer", "words"),
     [
-        (250, "fail", "the full network is right on 250 of 1000 test images, .* on 250: it is no better than chance"),
-        (270, "undecided", "the full network is right on 270 .* too few to tell it from chance"),
+        (250, "fail", r"the full network: accuracy 25\.00 %; the best answer .* 25\.00 %: it is no better than chance"),
+        (270, "undecided", r"the full network: accuracy 27\.00 %.* too few samples to tell it from chance"),
         (280, "pass", ""),
     ],
 )
 def test_networks_at_chance_prove_nothing_by_agreeing(right: int, answer: str, words: str) -> None:
     """Four classes: a quarter is right by chance, give or take 1.4 points."""
-    counts = {"full_right": right, "compressed_right": right, "seen_of": Counter(dict.fromkeys(range(4), 250))}
-    judgement = parity.judge_accuracy(parity.Tally(samples=1000, **counts), VERDICT)
+    judgement = parity.judge_accuracy(answered(1000, right=right, labels=np.arange(1000) % 4), VERDICT)
     assert judgement.result == answer
     assert not words or re.search(words, judgement.reason)
 
 
 def test_a_compressed_network_at_chance_is_no_network() -> None:
     """However large a drop is allowed. The commonest class is 40 % of the test set."""
-    counts = {"full_right": 900, "compressed_right": 400, "lost": 500, "seen_of": Counter({0: 400, 1: 300, 2: 300})}
-    judgement = parity.judge_accuracy(parity.Tally(samples=1000, **counts), AcceptanceCriteria(max_drop=100))
+    pair = answered(1000, right=400, lost=500, labels=np.repeat([0, 1, 2], [400, 300, 300]))
+    judgement = parity.judge_accuracy(pair, AcceptanceCriteria(max_drop=100))
     assert judgement.result == "fail"
-    assert "the compressed network is right on 400" in judgement.reason
+    assert "the compressed network: accuracy 40.00 %" in judgement.reason
 
 
 def test_a_test_set_of_one_class_tells_nothing() -> None:
-    counts = {"full_right": 1000, "compressed_right": 1000, "seen_of": Counter({3: 1000})}
-    judgement = parity.judge_accuracy(parity.Tally(samples=1000, **counts), VERDICT)
+    judgement = parity.judge_accuracy(answered(1000, right=1000, labels=np.full(1000, 3)), VERDICT)
     assert judgement.result == "undecided"
 
 

@@ -69,6 +69,8 @@ PARITY = {
     "schema": 1,
     "machine": {"cpu": "Some CPU", "cores": 2, "architecture": "x86_64", "system": "Linux"},
     "not_run": None,
+    "metric": {"name": "accuracy", "unit": "%"},
+    "outputs": {"relative_difference": 0.4, "scale": 12.0, "outputs": {"logits": 0.4}},
     "classes": [
         {"class": 0, "samples": 180, "full": 99.0, "compressed": 99.5, "drop": -0.5},
         {"class": 1, "samples": 180, "full": 99.9, "compressed": 98.3, "drop": 1.6},
@@ -149,8 +151,8 @@ LOG = [
     {
         "epoch": 1,
         "loss": 0.5,
-        "train_accuracy": 90.0,
-        "images": 100,
+        "train_score": 90.0,
+        "samples": 100,
         "work": 4.0,
         "seconds": 5.0,
         "joules": 60.0,
@@ -158,7 +160,7 @@ LOG = [
     }
     | {
         "costs": {"macs": 0.8},
-        "val_accuracy": 88.0,
+        "val_score": 88.0,
         "undecided": 0.25,
         "shares": [1, 0, 0, 2, 4],
         "open": [1, 1, 1, 3],
@@ -166,14 +168,14 @@ LOG = [
     {
         "epoch": 2,
         "loss": 0.4,
-        "train_accuracy": 92.0,
-        "images": 100,
+        "train_score": 92.0,
+        "samples": 100,
         "work": 2.5,
         "seconds": 2.0,
         "joules": 20.0,
         "cost": 0.496,
     }
-    | {"costs": {"macs": 0.496}, "val_accuracy": 89.5, "open": [0, 1, 1, 0]}
+    | {"costs": {"macs": 0.496}, "val_score": 89.5, "open": [0, 1, 1, 0]}
     | {"freeze": {"epoch": 2, "undecided": 0.0, "share": [0.0], "val_before": 89.0, "val_after": 70.0}},
 ]
 NAMES = ("stem.conv", "body.1.conv", "body.2.conv")

@@ -88,7 +88,7 @@ def test_what_training_took_is_told(folder: Path) -> None:
     """Two epochs of 100 images; the second one trained half of the network, with a teacher all along."""
     assert report.build(folder, SETTINGS)["training"] == {"full": None, "gated": None}
     logs = {
-        "full": [{"epoch": 1, "images": 100, "work": 3.0, "seconds": 4.0, "joules": 50.0}] * 2,
+        "full": [{"epoch": 1, "samples": 100, "work": 3.0, "seconds": 4.0, "joules": 50.0}] * 2,
         "gated": LOG,
     }
     for name, records in logs.items():
@@ -100,7 +100,7 @@ def test_what_training_took_is_told(folder: Path) -> None:
         "gated": {"epochs": 2, "seconds": 7.0, "macs": 650 * 40_800_000, "joules": 80.0},
     }
     assert row(printed(document, 100), "training") == ["training", "8 s", "7 s", "0.88× time, 1.08× MACs, 0.80× energy"]
-    (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_accuracy": 90.0}\n')
+    (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_score": 90.0}\n')
     assert row(printed(report.build(folder, SETTINGS)), "training") == ["training", "given", "7 s", ""]
 
 
@@ -232,7 +232,7 @@ def test_the_network_is_told_layer_by_layer_in_the_names_of_its_modules(folder: 
         "val_after": 70.0,
         "val_estimated": None,
     }
-    assert [each["val_accuracy"] for each in document["history"]["gated"]] == [88.0, 89.5]
+    assert [each["val_score"] for each in document["history"]["gated"]] == [88.0, 89.5]
 
 
 def test_each_of_two_removed_blocks_in_a_row_has_its_own_layers(folder: Path) -> None:

@@ -15,7 +15,7 @@ from polar_deploy.progress import Progress
 from polar_deploy.tracking import Trackers, flat, scalars, tracked
 from tests.conftest import MINIATURE, Miniature, polar
 
-RECORD = {"epoch": 3, "loss": 0.5, "val_accuracy": None, "cut": True, "open": [1, 2], "freeze": {"val_before": 90}}
+RECORD = {"epoch": 3, "loss": 0.5, "val_score": None, "cut": True, "open": [1, 2], "freeze": {"val_before": 90}}
 SETTINGS = {"model": "resnet20", "training": {"lr": 0.1, "flip": None}, "seed": 0}
 
 

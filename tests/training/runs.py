@@ -16,7 +16,9 @@ from polar_deploy.export import Example
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
-from polar_deploy.training.batches import Batches
+from polar_deploy.tasks import Batch
+from polar_deploy.tasks.classification import classifier
+from polar_deploy.training.batches import ImageBatches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.full import train_full
 from polar_deploy.training.gated import train_gated
@@ -75,6 +77,11 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels
 
 
+def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a classifier's batch."""
+    return batch.inputs["input"], batch.targets["label"]
+
+
 class Dropping(Tiny):
     """The tiny network with dropout, whose draws a resumed run must repeat."""
 
@@ -121,9 +128,10 @@ def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: in
     chosen = np.arange(TRAIN + VALIDATION if final else TRAIN)
     return TrainingJob(
         stage="gates" if gated else "full",
+        task=classifier(CLASSES, SIZE, run_settings.training),
         network=prepare(network(), run_settings, CPU),
-        train=Batches(images, labels, chosen, run_settings, CPU),
-        validation=None if final else Batches(images, labels, held, run_settings, CPU),
+        train=ImageBatches(images, labels, chosen, run_settings, CPU),
+        validation=None if final else ImageBatches(images, labels, held, run_settings, CPU),
         settings=run_settings,
         epochs=epochs,
         folder=folder,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from polar_deploy.data.dataset import normalise
-from polar_deploy.training.batches import EVALUATION_BATCH, Batches
-from tests.training.runs import CPU, NORMALIZE, settings
+from polar_deploy.training.batches import EVALUATION_BATCH, ImageBatches
+from tests.training.runs import CPU, NORMALIZE, pair, settings
 
 Floats = npt.NDArray[np.float64]
 SIZE, COUNT = 6, 64
@@ -22,13 +22,13 @@ def _images(count: int = COUNT) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(1).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
 
 
-def _batches(count: int = COUNT, *, seed: int = 0, lazy: bool = False, **training: Any) -> Batches:
+def _batches(count: int = COUNT, *, seed: int = 0, lazy: bool = False, **training: Any) -> ImageBatches:
     """Every image is its own class, so that a batch tells which images it holds."""
     images: Any = _images(count + 5)
     held = {"batch_size": 16, "flip": False, "crop_padding": 0, "cutout": 0} | training
     if lazy:
         images = _Lazy(images)
-    return Batches(images, np.arange(count + 5), np.arange(5, count + 5), settings(training=held, seed=seed), CPU)
+    return ImageBatches(images, np.arange(count + 5), np.arange(5, count + 5), settings(training=held, seed=seed), CPU)
 
 
 class _Lazy:
@@ -64,8 +64,8 @@ def _cut(image: Floats, top: int, left: int, side: int) -> Floats:
     return result
 
 
-def _first_epoch(batches: Batches, number: int = 0) -> tuple[Floats, npt.NDArray[np.int64]]:
-    parts = list(batches.epoch(number))
+def _first_epoch(batches: ImageBatches, number: int = 0) -> tuple[Floats, npt.NDArray[np.int64]]:
+    parts = [pair(batch) for batch in batches.epoch(number)]
     return np.concatenate([x.numpy() for x, _ in parts]), np.concatenate([y.numpy() for _, y in parts])
 
 
@@ -117,7 +117,7 @@ def test_batches_follow_from_the_seed_and_the_epoch_alone() -> None:
 
 
 def test_lazy_images_give_the_same_batches() -> None:
-    for kind in (_first_epoch, lambda batches: next(iter(batches.plain()))):
+    for kind in (_first_epoch, lambda batches: pair(next(iter(batches.plain())))):
         held, lazy = (kind(_batches(lazy=lazy, flip=True, crop_padding=1)) for lazy in (False, True))
         assert np.array_equal(held[0], lazy[0])
         assert np.array_equal(held[1], lazy[1])
@@ -125,12 +125,12 @@ def test_lazy_images_give_the_same_batches() -> None:
 
 def test_an_incomplete_batch_is_left_out_unless_it_is_the_only_one() -> None:
     assert (_batches(35).steps, len(_batches(35))) == (2, 35)
-    assert [len(labels) for _, labels in _batches(35).epoch(0)] == [16, 16]
-    assert [len(labels) for _, labels in _batches(9).epoch(0)] == [9]
+    assert [len(labels) for _, labels in map(pair, _batches(35).epoch(0))] == [16, 16]
+    assert [len(labels) for _, labels in map(pair, _batches(9).epoch(0))] == [9]
 
 
 def test_batches_lie_in_channels_last_memory() -> None:
-    images, _ = next(_batches(flip=True, crop_padding=1, cutout=2).epoch(0))
+    images, _ = pair(next(_batches(flip=True, crop_padding=1, cutout=2).epoch(0)))
     assert images.shape == (16, 3, SIZE, SIZE)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -138,7 +138,7 @@ def test_batches_lie_in_channels_last_memory() -> None:
 
 def test_evaluation_sees_all_images_in_order_as_they_are() -> None:
     count = EVALUATION_BATCH + 20
-    parts = list(_batches(count, flip=True, crop_padding=2, cutout=4).plain())
+    parts = list(map(pair, _batches(count, flip=True, crop_padding=2, cutout=4).plain()))
     assert [len(labels) for _, labels in parts] == [EVALUATION_BATCH, 20]
     expected = normalise(_images(count + 5)[5:], NORMALIZE.mean, NORMALIZE.std)
     np.testing.assert_allclose(np.concatenate([x.numpy() for x, _ in parts]), expected, atol=1e-5)

@@ -33,6 +33,7 @@ from tests.training.runs import (
     fit,
     gates,
     network,
+    pair,
     settings,
     train,
     without_seconds,
@@ -124,7 +125,7 @@ def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[TrainingJob, G
     assert len(share) == len(on.opened)
     assert ((share == 0) | (share == 1)).all()  # one decision for all samples
     assert freeze["undecided"] == 0
-    assert freeze["val_estimated"] == state.records[FREEZE - 1]["val_accuracy"]  # the freeze ends this epoch
+    assert freeze["val_estimated"] == state.records[FREEZE - 1]["val_score"]  # the freeze ends this epoch
     assert 0 <= freeze["val_before"] <= 100
     assert 0 <= freeze["val_after"] <= 100
     assert freeze["cut"]
@@ -132,8 +133,8 @@ def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[TrainingJob, G
 
 def test_the_network_learns_with_half_of_its_macs(whole: tuple[TrainingJob, Gates, State]) -> None:
     run, on, state = whole
-    assert state.records[-1]["val_accuracy"] > 60  # of 4 classes
-    assert state.records[-1]["val_accuracy"] == loop.evaluate(run.network, run.validation)
+    assert state.records[-1]["val_score"] > 60  # of 4 classes
+    assert state.records[-1]["val_score"] == loop.evaluate(run.task, run.network, run.validation)
     assert on.phase == "frozen"
 
 
@@ -141,10 +142,10 @@ def test_an_evaluation_in_the_middle_of_a_step_sees_the_masks_and_not_what_sampl
     """As that before the freeze is one, of which `val_before` tells."""
     run = fit(settings(gates={"mode": "sample", "close_from": 0.0}), tmp_path, gated=True, epochs=4)
     on = gates(run)
-    method, (images, labels) = OnePass(run, on, None), next(run.train.epoch(0))
+    method, batch = OnePass(run, on, None), next(run.train.epoch(0))
     for parameter in run.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    method.loss(images, labels)[0].backward()
+    method.loss(batch)[0].backward()
     method.after_step()
     assert on.phase == "learning"
     state = on.state_dict()
@@ -152,14 +153,14 @@ def test_an_evaluation_in_the_middle_of_a_step_sees_the_masks_and_not_what_sampl
         if name.endswith("logit.bias"):
             value[::2] = -5.0  # every sample closes half of the gates, whose masks have hardly moved
     on.load_state_dict(state)
-    method.loss(images, labels)
+    method.loss(batch)
     assert on.share.min() == 0
     bare = network()
     bare.load_state_dict(run.network.state_dict())
     masking.attach(bare, analysis().places, [mask.width for mask in analysis().choices.masks])
     masking.write(bare, analysis().places, masking.read(run.network, analysis().places))
     with torch.no_grad():
-        torch.testing.assert_close(run.network.eval()(images), bare.eval()(images))
+        torch.testing.assert_close(run.network.eval()(*batch.inputs.values()), bare.eval()(*batch.inputs.values()))
 
 
 class _Watch(Progress):
@@ -239,7 +240,7 @@ def test_a_final_run_uses_all_images_and_validates_nothing(tmp_path: Path) -> No
     run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=True, epochs=2)
     state = train(run, gates(run))
     assert len(run.train) == len(data()[1])
-    assert [record["val_accuracy"] for record in state.records] == [None, None]
+    assert [record["val_score"] for record in state.records] == [None, None]
     assert (state.notes["freeze"]["val_before"], state.notes["freeze"]["val_after"]) == (None, None)
 
 
@@ -281,15 +282,16 @@ def test_weights_have_the_rate_of_the_gated_run(tmp_path: Path) -> None:
 def test_the_teacher_has_its_share_of_the_loss_and_sees_its_part_of_the_batch(tmp_path: Path, looks_at: float) -> None:
     wanted = settings(training={"distill": 0.3, "distill_temperature": 4.0, "distill_share": looks_at})
     run, teacher = fit(wanted, tmp_path, gated=True, epochs=4), _teacher()
-    images, labels = next(run.train.epoch(0))
+    batch = next(run.train.epoch(0))
+    images, _ = pair(batch)
     on, losses = gates(run), {}
     for name, who in (("alone", None), ("taught", teacher)):
         torch.manual_seed(0)
-        losses[name], logits = OnePass(run, on, who).loss(images, labels)
+        losses[name], outputs = OnePass(run, on, who).loss(batch)
     assert not teacher.training
     seen = math.ceil(looks_at * len(images))
     assert looks_at == 1 or seen < len(images)
-    wanted_odds, given = (teacher(images[:seen]) / 4).softmax(1), (logits[:seen] / 4).log_softmax(1)
+    wanted_odds, given = (teacher(images[:seen]) / 4).softmax(1), (outputs["logits"][:seen] / 4).log_softmax(1)
     divergence = (wanted_odds * (wanted_odds.log() - given)).sum(1).mean() * 16
     weight = 0.3 * seen / len(images)
     expected = (1 - weight) * losses["alone"] + weight * divergence
@@ -304,10 +306,10 @@ def test_gates_add_their_loss_only_while_samples_decide(tmp_path: Path, mode: st
     (optimizer,) = method.optimizers()
     run.network.train()
     for epoch in range(2):
-        for images, labels in run.train.epoch(epoch):
+        for batch in run.train.epoch(epoch):
             phases.append(on.phase)
-            loss, logits = method.loss(images, labels)
-            added.append(loss.item() - torch.nn.functional.cross_entropy(logits, labels).item())
+            loss, outputs = method.loss(batch)
+            added.append(loss.item() - torch.nn.functional.cross_entropy(outputs["logits"], pair(batch)[1]).item())
             shares.append(on.share)
             optimizer.zero_grad()
             loss.backward()
@@ -326,8 +328,7 @@ def test_gates_of_a_run_that_broke_in_a_step_hear_nothing_of_the_next(tmp_path: 
     """A notebook's cell is run again: modules of the new network may lie where those of the old one lay."""
     run = fit(settings(), tmp_path, gated=True, epochs=1)
     on = gates(run)
-    images, labels = next(run.train.epoch(0))
-    OnePass(run, on, None).loss(images, labels)  # and no step
+    OnePass(run, on, None).loss(next(run.train.epoch(0)))  # and no step
     observer = weakref.ref(on._observer)
     del run, on
     gc.collect()

@@ -14,8 +14,10 @@ from torch import nn
 
 from polar_deploy.errors import ContentError
 from polar_deploy.progress import Progress
+from polar_deploy.tasks import Batch
+from polar_deploy.tasks.classification import classifier
 from polar_deploy.training import loop
-from polar_deploy.training.batches import EVALUATION_BATCH, Batches
+from polar_deploy.training.batches import EVALUATION_BATCH, ImageBatches
 from polar_deploy.training.full import Plain
 from tests.training.runs import (
     CPU,
@@ -28,6 +30,7 @@ from tests.training.runs import (
     data,
     fit,
     network,
+    pair,
     settings,
     train,
     without_seconds,
@@ -64,9 +67,10 @@ def test_sgd_has_the_settings_momentum_and_decay() -> None:
 def test_cross_entropy_smooths_labels() -> None:
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0])
     wanted = torch.tensor([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
-    loss = loop.cross_entropy(settings(training={"label_smoothing": 0.1}))
-    assert loss(logits.bfloat16(), labels).dtype == torch.float32
-    assert loss(logits, labels).item() == pytest.approx(-(wanted * logits.log_softmax(1)).sum().item())
+    task = classifier(3, SIZE, settings(training={"label_smoothing": 0.1}).training)
+    batch = Batch({}, {"label": labels})
+    assert task.loss({"logits": logits.bfloat16()}, batch).dtype == torch.float32
+    assert task.loss({"logits": logits}, batch).item() == pytest.approx(-(wanted * logits.log_softmax(1)).sum().item())
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
@@ -104,14 +108,14 @@ def test_accuracy_is_counted_in_evaluation_mode_and_the_mode_restored(tmp_path: 
     assert run.validation is not None
     run.network.train()
     before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-    given = loop.evaluate(run.network, run.validation)
+    given = loop.evaluate(run.task, run.network, run.validation)
     assert run.network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
     images, labels = (torch.from_numpy(array[TRAIN:]) for array in data())
     normal = (images / 255 - torch.tensor(NORMALIZE.mean)) / torch.tensor(NORMALIZE.std)
     guessed = run.network.eval()(normal.permute(0, 3, 1, 2)).argmax(1)
     assert given == pytest.approx(100 * (guessed == labels).sum().item() / VALIDATION)
-    loop.evaluate(run.network, run.validation)
+    loop.evaluate(run.task, run.network, run.validation)
     assert not run.network.training
 
 
@@ -128,21 +132,21 @@ def test_accuracy_of_the_first_images_looks_at_no_image_more() -> None:
     count = EVALUATION_BATCH * 3
     labels = (np.arange(count) >= EVALUATION_BATCH).astype(np.int64)  # the first batch is of class 0, no other is
     pixels = np.zeros((count, SIZE, SIZE, 3), np.uint8)
-    batches = Batches(pixels, labels, np.arange(count), settings(), CPU)
+    batches = ImageBatches(pixels, labels, np.arange(count), settings(), CPU)
     network = First()
-    assert loop.evaluate(network, batches, EVALUATION_BATCH) == 100
-    assert loop.evaluate(network, batches, EVALUATION_BATCH + 1) == pytest.approx(100 * 500 / 501)
+    assert loop.evaluate(classifier(2, SIZE), network, batches, EVALUATION_BATCH) == 100
+    assert loop.evaluate(classifier(2, SIZE), network, batches, EVALUATION_BATCH + 1) == pytest.approx(100 * 500 / 501)
     assert network.asked == EVALUATION_BATCH * 2 + 1
-    assert loop.evaluate(network, batches) == pytest.approx(100 / 3)
+    assert loop.evaluate(classifier(2, SIZE), network, batches) == pytest.approx(100 / 3)
 
 
 def test_a_run_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     run = fit(settings(), tmp_path, gated=False, epochs=4)
     state = train(run)
     assert state.epoch == 4
-    assert state.records[-1]["val_accuracy"] > 60  # of 4 classes
+    assert state.records[-1]["val_score"] > 60  # of 4 classes
     assert state.records[-1]["loss"] < state.records[0]["loss"]
-    assert state.records[-1]["val_accuracy"] == loop.evaluate(run.network, run.validation)
+    assert state.records[-1]["val_score"] == loop.evaluate(run.task, run.network, run.validation)
     lines = (tmp_path / "training.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == state.records
     assert [record["epoch"] for record in state.records] == [1, 2, 3, 4]
@@ -153,7 +157,7 @@ def test_a_first_step_is_that_of_plain_sgd(tmp_path: Path) -> None:
     by_hand = loop.prepare(network(), run.settings, CPU)
     train(run)
     torch.manual_seed(run.settings.seed * 1_000_003)  # dropout's draws
-    ((images, labels),) = run.train.epoch(0)
+    ((images, labels),) = map(pair, run.train.epoch(0))
     F.cross_entropy(by_hand(images), labels).backward()
     for given, parameter in zip(run.network.parameters(), by_hand.parameters(), strict=True):
         gradient = parameter.grad + 5e-4 * parameter.detach()
@@ -180,7 +184,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     expected = train(fit(settings(), tmp_path, gated=False, epochs=2))
     again = fit(settings(), tmp_path, gated=False, epochs=2)
     assert train(again, progress=BreakIn(1)) == expected
-    assert loop.evaluate(again.network, again.validation) == expected.records[-1]["val_accuracy"]
+    assert loop.evaluate(again.task, again.network, again.validation) == expected.records[-1]["val_score"]
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
 def test_without_validation_there_is_no_validation_accuracy(tmp_path: Path) -> None:
     run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=False, epochs=1)
     assert len(run.train) == TRAIN + VALIDATION
-    assert train(run).records[0]["val_accuracy"] is None
+    assert train(run).records[0]["val_score"] is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
@@ -216,8 +220,8 @@ class _Told(Progress):
     def step(self, fraction: float) -> None:
         self.said.append(fraction)
 
-    def epoch(self, *, accuracy: float | None, **facts: object) -> None:
-        self.said.append(accuracy)
+    def epoch(self, *, score: str | None, **facts: object) -> None:
+        self.said.append(score)
 
 
 def test_progress_hears_of_stage_steps_and_epochs(tmp_path: Path) -> None:
@@ -225,9 +229,10 @@ def test_progress_hears_of_stage_steps_and_epochs(tmp_path: Path) -> None:
     state = train(run, progress=told)
     steps = TRAIN // 32
     parts = [(step + 1) / steps for step in range(steps)]
-    assert told.said == [("full", 1, 0), *parts, state.records[0]["val_accuracy"] / 100]
+    assert told.said == [("full", 1, 0), *parts, f"val {state.records[0]['val_score']:.1f}%"]
     final = fit(settings(training={"train_on_validation": True}), tmp_path / "final", gated=False, epochs=1)
-    assert train(final, progress=told).records[0]["train_accuracy"] / 100 == pytest.approx(told.said[-1], abs=1e-5)
+    score = train(final, progress=told).records[0]["train_score"]  # there is no validation
+    assert told.said[-1] == f"train {score:.1f}%"
 
 
 def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> None:
@@ -236,8 +241,8 @@ def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> No
         run = fit(settings(training={"amp": amp}), tmp_path, gated=False, epochs=1)
         images = torch.randn(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         run.network.eval()
-        loss, logits = Plain(run).loss(images, torch.arange(8) % 4)
-        assert logits.dtype == (torch.float32 if amp == "off" else torch.bfloat16)
+        loss, outputs = Plain(run).loss(Batch({"input": images}, {"label": torch.arange(8) % 4}))
+        assert outputs["logits"].dtype == (torch.float32 if amp == "off" else torch.bfloat16)
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]

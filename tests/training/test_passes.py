@@ -48,8 +48,8 @@ def test_what_does_not_fit_is_made_in_more_passes(gated: bool, tmp_path: Path) -
     holds(short.network, 8, training=True)
     train(short, gates(short) if gated else None, progress=told)
     assert [note for note in told.notes if "memory" in note] == [
-        f"{short.stage}: out of memory; goes on with 16 images in a pass, 2 a step",
-        f"{short.stage}: out of memory; goes on with 8 images in a pass, 4 a step",
+        f"{short.stage}: out of memory; goes on with 16 samples in a pass, 2 a step",
+        f"{short.stage}: out of memory; goes on with 8 samples in a pass, 4 a step",
     ]
     wanted = without_dropout(fit(settings(training={"accumulate": 4}), tmp_path / "asked", gated=gated, epochs=2))
     train(wanted, gates(wanted) if gated else None)
@@ -83,18 +83,18 @@ def test_memory_for_not_even_one_image_ends_the_run(tmp_path: Path) -> None:
 def test_evaluation_takes_smaller_batches(tmp_path: Path) -> None:
     run = fit(settings(), tmp_path, gated=False, epochs=1)
     assert run.validation is not None
-    wanted = loop.evaluate(run.network, run.validation)
+    wanted = loop.evaluate(run.task, run.network, run.validation)
     holds(run.network, 5, training=False)
     assert VALIDATION > 5
-    assert loop.evaluate(run.network, run.validation) == wanted
+    assert loop.evaluate(run.task, run.network, run.validation) == wanted
     holds(run.network, 0, training=False)
     with pytest.raises(torch.OutOfMemoryError):
-        loop.evaluate(run.network, run.validation)
+        loop.evaluate(run.task, run.network, run.validation)
 
 
 def test_more_passes_than_images_are_refused(tmp_path: Path) -> None:
     run = fit(settings(training={"accumulate": 33}), tmp_path, gated=False, epochs=1)
-    with pytest.raises(UsageError, match="a step has 32 images, for 1 process\\(es\\) with 33 passes each"):
+    with pytest.raises(UsageError, match="a step has 32 samples, for 1 process\\(es\\) with 33 passes each"):
         train(run)
 
 

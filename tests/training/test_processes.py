@@ -130,7 +130,7 @@ def test_two_processes_train_what_one_trains(name: str, two: Path, tmp_path: Pat
     assert all(torch.equal(first[key], second[key]) for key in first)
     _same(first, expected)
     for given, wanted in zip(records, state.records, strict=True):
-        for key in ("loss", "train_accuracy", "val_accuracy", "images", "work"):
+        for key in ("loss", "train_score", "val_score", "samples", "work"):
             assert given[key] == pytest.approx(wanted[key], abs=2e-5), key
         for key in ("open", "undecided", "shares", "cost"):
             assert given.get(key) == wanted.get(key), key

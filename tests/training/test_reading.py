@@ -17,9 +17,9 @@ from polar_deploy.data.crops import DRAWS, resized_crop
 from polar_deploy.data.dataset import normalise
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.training import batches
-from polar_deploy.training.batches import Batches
+from polar_deploy.training.batches import ImageBatches
 from polar_deploy.training.loop import TrainingJob
-from tests.training.runs import CPU, NORMALIZE, BreakIn, Broken, fit, network, settings, train, without_seconds
+from tests.training.runs import CPU, NORMALIZE, BreakIn, Broken, fit, network, pair, settings, train, without_seconds
 
 COUNT, SIZE = 40, 16
 
@@ -34,14 +34,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> LazyImages:
     return LazyImages(root, np.array([f"{number}.jpg" for number in range(COUNT)], dtype=object), 18, SIZE)
 
 
-def read(pictures: Any, **training: Any) -> Batches:
+def read(pictures: Any, **training: Any) -> ImageBatches:
     """All but the first three; every picture is its own class."""
     held = {"batch_size": 8, "flip": False, "crop_padding": 2, "cutout": 0, "crop_scale": 0.3} | training
-    return Batches(pictures, np.arange(COUNT), np.arange(3, COUNT), settings(training=held, seed=5), CPU)
+    return ImageBatches(pictures, np.arange(COUNT), np.arange(3, COUNT), settings(training=held, seed=5), CPU)
 
 
 def whole(parts: Any) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = zip(*parts, strict=True)
+    images, labels = zip(*map(pair, parts), strict=True)
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 
@@ -181,7 +181,7 @@ def test_a_broken_run_on_files_ends_like_an_unbroken_one(
 
     def run(folder: Path) -> TrainingJob:
         labels, parts = np.arange(COUNT) % 4, (np.arange(8, COUNT), np.arange(8))
-        learned, validated = (Batches(pictures, labels, rows, asked, CPU) for rows in parts)
+        learned, validated = (ImageBatches(pictures, labels, rows, asked, CPU) for rows in parts)
         made = fit(asked, folder, gated=False, epochs=4)
         return replace(made, train=learned, validation=validated)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,27 +85,34 @@ class _Builder:
                 f"{self.onnx}: {self._says} {what}",
                 "export the network in FP32, with operators that it has; lower precision is the target's job",
             )
-        inputs = [self.network.get_input(index) for index in range(self.network.num_inputs)]
+        self._require_batches()
+
+    def _require_batches(self) -> None:
+        """Raise ContentError unless the batch, the first axis, is all that varies."""
         outputs = [self.network.get_output(index) for index in range(self.network.num_outputs)]
-        shapes = [tuple(tensor.shape) for tensor in (*inputs, *outputs)]
-        match shapes:
-            case [[-1, *image], [-1, int()]] if len(inputs) == 1 and len(image) == 3 and min(image) > 0:
-                return
-        listed = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in (*inputs, *outputs)) or "neither"
+        shapes = [(tensor.name, tuple(tensor.shape)) for tensor in (*self._inputs, *outputs)]
+        if self._inputs and outputs and all(_varies_in_batch(shape) for _, shape in shapes):
+            return
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes) or "neither"
         raise ContentError(
-            f"{self.onnx}: the network must have one input [any batch, channels, height, width] and one output [any "
-            f"batch, classes], but it has: {listed}",
-            "export a classifier of images with a dynamic batch",
+            f"{self.onnx}: the network must have inputs and outputs of which the first axis, the batch, alone varies, "
+            f"but it has: {listed}",
+            "export the network with a dynamic batch, and with nothing else dynamic",
         )
+
+    @property
+    def _inputs(self) -> list[Any]:
+        return [self.network.get_input(index) for index in range(self.network.num_inputs)]
 
     def _plan(self) -> bytes:
         from polygraphy.backend.trt import EngineBytesFromNetwork, Profile
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
 
-        image = self.network.get_input(0)
-        shapes = [(batch, *tuple(image.shape)[1:]) for batch in self.options.batches]
-        profile = Profile().add(image.name, min=shapes[0], opt=shapes[1], max=shapes[2])
+        profile = Profile()
+        for tensor in self._inputs:
+            shapes = [(batch, *tuple(tensor.shape)[1:]) for batch in self.options.batches]
+            profile.add(tensor.name, min=shapes[0], opt=shapes[1], max=shapes[2])
         cache = None if self.backend.jit else str(self.folder / _TIMING_CACHE)
         try:
             with G_LOGGER.verbosity():  # it raises what is critical; last words are the library's
@@ -168,8 +176,8 @@ class _Builder:
         if context is None:
             said = library.recent_errors(self.backend)
             raise _refused(f"{self.onnx}: {self._says} its own plan cannot be loaded: {said}")
-        image = self.network.get_input(0)
-        context.set_input_shape(image.name, (self.options.batches[1], *tuple(image.shape)[1:]))
+        for tensor in self._inputs:
+            context.set_input_shape(tensor.name, (self.options.batches[1], *tuple(tensor.shape)[1:]))
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context
         text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
@@ -180,7 +188,7 @@ class _Builder:
         """What the plan was built with and for; a device must match it."""
         jit, here = self.backend.jit, _gpu_here()
         capabilities = self._capabilities() if jit else [here.capability] if here else []
-        image = self.network.get_input(0)
+        inputs = {tensor.name: tuple(tensor.shape)[1:] for tensor in self._inputs}
         return {
             "file": f"{self.name}.plan",
             "library": self.backend.library,
@@ -193,7 +201,7 @@ class _Builder:
             "driver": nvml.conditions()["driver"] if here else None,
             "timing_cache": None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
             "profile": dict(zip(("min", "opt", "max"), self.options.batches, strict=True)),
-            "trtexec": None if jit else trtexec(self.name, image.name, tuple(image.shape)[1:], self.options),
+            "trtexec": None if jit else trtexec(self.name, inputs, self.options),
         }
 
     @property
@@ -201,17 +209,23 @@ class _Builder:
         return f"{self.backend.library} says:"
 
 
-def trtexec(name: str, image: str, shape: tuple[int, ...], options: Build) -> str:
+def _varies_in_batch(shape: tuple[int, ...]) -> bool:
+    return bool(shape) and shape[0] == -1 and min(shape[1:], default=1) > 0
+
+
+def trtexec(name: str, inputs: Mapping[str, tuple[int, ...]], options: Build) -> str:
     """The line that builds the same plan with NVIDIA's own tool, from the run's folder.
 
     Args:
         name: "full" or "compressed".
-        image: the graph's input.
-        shape: channels, height and width.
+        inputs: the graph's: name -> shape of one sample.
         options: how it was built.
     """
     sizes = zip(("min", "opt", "max"), options.batches, strict=True)
-    shapes = [f"--{size}Shapes={image}:{'x'.join(map(str, (batch, *shape)))}" for size, batch in sizes]
+    shapes = [
+        f"--{size}Shapes=" + ",".join(f"{each}:{'x'.join(map(str, (batch, *shape)))}" for each, shape in inputs.items())
+        for size, batch in sizes
+    ]
     optional = {
         "--noTF32": not options.tf32,
         "--versionCompatible": options.version_compatible,

@@ -14,37 +14,52 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from polar_deploy import gpu
 from polar_deploy.engines import cuda, nvml
-from polar_deploy.engines.base import Array, require_shape
+from polar_deploy.engines.base import Array, fitting
 from polar_deploy.engines.trt import library
 from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.tensors import Arrays, TensorSpec, count
 
 _BUILD_AGAIN = "build again here: --from build"
-_TYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}  # BF16: its bits
+_TYPES: dict[str, type[np.generic]] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": np.uint16,  # its bits
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+_FLOATS = ("FLOAT", "HALF", "BF16")
 
 
 @dataclass(frozen=True)
 class IOTensor:
-    """The engine's input or output: its name, the shape of one image's part of it, TensorRT's word for its type."""
+    """One of the engine's inputs or outputs: its name, the shape of one sample of it, TensorRT's word for its type."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
 
-    def write(self, values: Array, memory: npt.NDArray[Any]) -> None:
-        """Put float32 values into an array of this type, rounded to nearest."""
+    @property
+    def spec(self) -> TensorSpec:
+        """As `Engine` tells it."""
+        return TensorSpec(self.shape, "float32" if self.kind in _FLOATS else np.dtype(_TYPES[self.kind]).name)
+
+    def write(self, values: Array, memory: Array) -> None:
+        """Put values into an array of this type, floats rounded to nearest."""
         from polar_deploy.precision.bf16 import rounded_bits
 
         memory[...] = rounded_bits(values) if self.kind == "BF16" else values
 
-    def read(self, memory: npt.NDArray[Any]) -> Array:
-        """A float32 copy of an array of this type."""
+    def read(self, memory: Array) -> Array:
+        """A copy of an array of this type; of floats in float32."""
         if self.kind == "BF16":
             return (memory.astype(np.uint32) << 16).view(np.float32)
-        return memory.astype(np.float32)
+        return memory.astype(np.float32) if self.kind in _FLOATS else memory.copy()
 
 
 class TrtEngine:
@@ -58,7 +73,7 @@ class TrtEngine:
 
     Raises:
         MachineError: no GPU, or not enough memory.
-        ContentError: the library cannot read the plan, or it is not a classifier of images.
+        ContentError: the library cannot read the plan, or more than the batch varies in it.
     """
 
     def __init__(self, path: Path, trt: ModuleType, logger: Any, *, host_code: bool = False) -> None:
@@ -66,34 +81,29 @@ class TrtEngine:
         self._lane: _Lane | None = None
         with ExitStack() as owned:
             self._engine = _held(owned, _deserialised(path, trt, logger, owned, host_code=host_code))
-            self._input, self._output = io_tensors(self._engine, trt, path)
+            self._sources, self._results = io_tensors(self._engine, trt, path)
             self._owned = owned.pop_all()
         weakref.finalize(self, self._owned.close)
-        smallest, _usual, largest = self._engine[0].get_tensor_profile_shape(self._input.name, 0)
+        self.inputs = {edge.name: edge.spec for edge in self._sources}
+        self.outputs = {edge.name: edge.spec for edge in self._results}
+        smallest, _usual, largest = self._engine[0].get_tensor_profile_shape(self._sources[0].name, 0)
         self.batches: tuple[int, int | None] = (smallest[0], largest[0])
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        channels, height, width = self._input.shape
-        return channels, height, width
-
-    def infer(self, images: Array) -> Array:
-        """Normalised images [B,C,H,W] -> logits [B,classes], both float32 whatever types the plan has."""
-        require_shape(images, self, str(self.path))
+    def infer(self, inputs: Arrays) -> dict[str, Array]:
+        """Outputs by name. As `Engine` says."""
+        given = fitting(inputs, self, str(self.path))
         if self._lane is None:
             with ExitStack() as owned:
-                self._lane = self._open(owned, self.batches[1] or len(images))
+                self._lane = self._open(owned, self.batches[1] or count(given))
                 self._owned.callback(owned.pop_all().close)
-        self._lane.send(images)
+        self._lane.send(given)
         if not self._lane.enqueue():
             raise self._refusal("refuses to run it")
         return self._lane.receive()
 
-    def timer(self, images: Array) -> TrtTimer:
-        """Copy `images` [B,C,H,W] to the GPU, once, and give a clock: CUDA events around CUDA graphs."""
-        require_shape(images, self, str(self.path))
-        return TrtTimer(self, images)
+    def timer(self, inputs: Arrays) -> TrtTimer:
+        """Copy `inputs` to the GPU, once, and give a clock: CUDA events around CUDA graphs."""
+        return TrtTimer(self, fitting(inputs, self, str(self.path)))
 
     def duplicate(self) -> TrtEngine:
         """The plan, deserialised once more."""
@@ -109,8 +119,8 @@ class TrtEngine:
         self._owned.close()
 
     def _open(self, owner: ExitStack, batch: int) -> _Lane:
-        """A context with memory for `batch` images."""
-        lane = _Lane(self._input, self._output, batch, owner)
+        """A context with memory for `batch` samples."""
+        lane = _Lane(self._sources, self._results, batch, owner)
         context = _held(owner, _context(self._engine[0], self._trt))
         if context[0] is None:
             raise self._refusal("makes no context for it")
@@ -125,17 +135,17 @@ class TrtEngine:
 
 
 class TrtTimer:
-    """`Timer` of the base module: milliseconds of one of n inferences on images that lie on the GPU already.
+    """`Timer` of the base module: milliseconds of one of n inferences on inputs that lie on the GPU already.
 
     Attributes:
         captured: whether a CUDA graph is launched; else TensorRT enqueues each time, which takes more of the CPU.
     """
 
-    def __init__(self, engine: TrtEngine, images: Array) -> None:
+    def __init__(self, engine: TrtEngine, inputs: Arrays) -> None:
         self._engine = engine  # which has to outlive the context
         with ExitStack() as owned:
-            lane = engine._open(owned, len(images))
-            lane.send(images)
+            lane = engine._open(owned, count(inputs))
+            lane.send(inputs)
             if not lane.enqueue():  # not captured: the first run after a change of shape sets things up
                 raise engine._refusal("refuses to run it")
             cuda.call("cudaStreamSynchronize", lane.stream)
@@ -164,32 +174,32 @@ class TrtTimer:
 
 
 class _Lane:
-    """A context, its stream, and the memory on both sides for up to `batch` images. Freed by `owner`."""
+    """A context, its stream, and the memory on both sides for up to `batch` samples. Freed by `owner`."""
 
-    def __init__(self, source: IOTensor, result: IOTensor, batch: int, owner: ExitStack) -> None:
-        self.source, self.result = source, result
+    def __init__(self, sources: list[IOTensor], results: list[IOTensor], batch: int, owner: ExitStack) -> None:
+        self.sources, self.results = sources, results
         self.stream = cuda.stream(owner)
-        self.images, self.logits = (
-            cuda.pinned(owner, (batch, *edge.shape), _TYPES[edge.kind]) for edge in (source, result)
-        )
-        self.addresses = cuda.device(owner, self.images.nbytes), cuda.device(owner, self.logits.nbytes)
+        shapes = {edge.name: ((batch, *edge.shape), _TYPES[edge.kind]) for edge in (*sources, *results)}
+        self.pinned = {name: cuda.pinned(owner, *shape) for name, shape in shapes.items()}
+        self.addresses = {name: cuda.device(owner, memory.nbytes) for name, memory in self.pinned.items()}
         self.batch = 0
 
     def bind(self, context: list[Any]) -> None:
         """Take a context, in a list that empties when it is freed, and tell it where the memory is."""
         self.context = context
-        for edge, address in zip((self.source, self.result), self.addresses, strict=True):
-            if not context[0].set_tensor_address(edge.name, address):
-                raise ContentError(f"the plan does not take an address for its {edge.name}", _BUILD_AGAIN)
+        for name, address in self.addresses.items():
+            if not context[0].set_tensor_address(name, address):
+                raise ContentError(f"the plan does not take an address for its {name}", _BUILD_AGAIN)
 
-    def send(self, images: Array) -> None:
-        """Put the copy of `images` [B,C,H,W] to the GPU on the stream; the next runs are of B images."""
-        self.batch = len(images)
-        part = self.images[: self.batch]
-        self.source.write(images, part)
-        cuda.send(part, self.addresses[0], self.stream)
-        if not self.context[0].set_input_shape(self.source.name, images.shape):
-            raise ContentError(f"the plan does not take images of shape {images.shape}", _BUILD_AGAIN)
+    def send(self, inputs: Arrays) -> None:
+        """Put the copy of `inputs` [B, …] to the GPU on the stream; the next runs are of B samples."""
+        self.batch = count(inputs)
+        for edge in self.sources:
+            part = self.pinned[edge.name][: self.batch]
+            edge.write(inputs[edge.name], part)
+            cuda.send(part, self.addresses[edge.name], self.stream)
+            if not self.context[0].set_input_shape(edge.name, part.shape):
+                raise ContentError(f"the plan does not take {edge.name} of shape {part.shape}", _BUILD_AGAIN)
 
     def enqueue(self) -> bool:
         """Put one inference on the stream."""
@@ -200,33 +210,33 @@ class _Lane:
         ask = getattr(self.context[0], "is_stream_capturable", None)
         return ask is None or bool(ask(int(self.stream)))
 
-    def receive(self) -> Array:
-        """Wait for the logits [B,classes]."""
-        part = self.logits[: self.batch]
-        cuda.fetch(self.addresses[1], part, self.stream)
+    def receive(self) -> dict[str, Array]:
+        """Wait for the outputs, by name."""
+        parts = {edge.name: self.pinned[edge.name][: self.batch] for edge in self.results}
+        for name, part in parts.items():
+            cuda.fetch(self.addresses[name], part, self.stream)
         cuda.call("cudaStreamSynchronize", self.stream)
-        return self.result.read(part)
+        return {edge.name: edge.read(parts[edge.name]) for edge in self.results}
 
 
-def io_tensors(engine: list[Any], trt: ModuleType, path: Path) -> tuple[IOTensor, IOTensor]:
-    """Input [batch,C,H,W] and output [batch,classes] of the held engine; ContentError unless it has just these."""
+def io_tensors(engine: list[Any], trt: ModuleType, path: Path) -> tuple[list[IOTensor], list[IOTensor]]:
+    """Inputs and outputs of the held engine; ContentError unless the batch is all that varies."""
     names = [engine[0].get_tensor_name(index) for index in range(engine[0].num_io_tensors)]
     found: dict[Any, list[IOTensor]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
     for name in names:
         shape, kind = tuple(engine[0].get_tensor_shape(name)), str(engine[0].get_tensor_dtype(name).name)
+        known = bool(shape) and shape[0] == -1 and min(shape[1:], default=1) > 0 and kind in _TYPES
+        if not known:
+            raise ContentError(
+                f"{path}: a plan must have inputs and outputs of which the first axis, the batch, alone varies, but "
+                f"{name} is {kind} {list(shape)}",
+                _BUILD_AGAIN,
+            )
         found[engine[0].get_tensor_mode(name)].append(IOTensor(name, shape[1:], kind))
-    match list(found.values()):
-        case [[source], [result]] if (len(source.shape), len(result.shape)) == (3, 1) and {
-            source.kind,
-            result.kind,
-        } <= _TYPES.keys():
-            return source, result
-    listed = ", ".join(f"{edge.name} {edge.kind} {list(edge.shape)}" for each in found.values() for edge in each)
-    raise ContentError(
-        f"{path}: a plan must have one float input [batch, channels, height, width] and one float output [batch, "
-        f"classes], but an image of this one has: {listed}",
-        _BUILD_AGAIN,
-    )
+    sources, results = found.values()
+    if not sources or not results:
+        raise ContentError(f"{path}: the plan has {len(sources)} inputs and {len(results)} outputs", _BUILD_AGAIN)
+    return sources, results
 
 
 def _deserialised(path: Path, trt: ModuleType, logger: Any, owner: ExitStack, *, host_code: bool) -> Any:

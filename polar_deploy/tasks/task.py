@@ -1,0 +1,85 @@
+"""What a network is for: what it takes and gives, what it learns from, and what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from polar_deploy.errors import ContentError
+from polar_deploy.tasks.data import Data
+from polar_deploy.tasks.metric import Metric
+from polar_deploy.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Tensors: TypeAlias = "Mapping[str, Tensor]"  # name -> [B, …], on the device that trains
+
+
+class Batch(NamedTuple):
+    """Samples on the device that trains: inputs as the network takes them, and targets, by name."""
+
+    inputs: Tensors
+    targets: Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task. `polar_deploy.tasks` says how one is made.
+
+    Attributes:
+        name: as reports and bundles have it.
+        inputs: name -> what the network takes, in the order of its forward's arguments; only the batch varies.
+        outputs: name -> what the network gives, in the order in which its forward returns them; one that returns a
+            dictionary has these keys.
+        data: reads the data set. It is called once, by the first stage that needs it.
+        loss: (outputs, batch) -> scalar; outputs may be of bf16 under autocast.
+        metric: what parity compares networks by; None: it compares their outputs alone, and decides nothing by them.
+        distill: (outputs, the teacher's outputs) -> scalar; None: the full network teaches nothing.
+        classes: how many there are; models are called with `classes=` then, and else without arguments.
+        monitor: (outputs, batch) -> scalar on the device, which the log of training has as `train_score`; None: it
+            has none.
+        epochs, batch_size: of a training run, where the settings leave them open.
+    """
+
+    name: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    data: Callable[[], Data]
+    loss: Callable[[Tensors, Batch], Tensor]
+    metric: Metric | None
+    distill: Callable[[Tensors, Tensors], Tensor] | None = None
+    classes: int | None = None
+    monitor: Callable[[Tensors, Batch], Tensor] | None = None
+    epochs: int = 20
+    batch_size: int = 32
+
+    def forward(self, network: nn.Module, inputs: Tensors) -> dict[str, Tensor]:
+        """What a network gives for inputs, by name.
+
+        Raises:
+            ContentError: it gives other outputs than the task names.
+        """
+        return self.named(network(*(inputs[name] for name in self.inputs)))
+
+    def named(self, result: Any) -> dict[str, Any]:
+        """What a forward returned, by the outputs' names, in the order in which it was returned.
+
+        Raises:
+            ContentError: there are other outputs than the task names.
+        """
+        wanted = list(self.outputs)
+        if isinstance(result, Mapping):
+            if set(result) == set(wanted):
+                return dict(result)
+            found = f"a dictionary of {', '.join(map(str, result)) or 'nothing'}"
+        else:
+            values = list(result) if isinstance(result, (tuple, list)) else [result]
+            if len(values) == len(wanted):
+                return dict(zip(wanted, values, strict=True))
+            found = f"{len(values)} outputs" if isinstance(result, (tuple, list)) else "one output"
+        raise ContentError(
+            f"the network returns {found}, the task {self.name} has {len(wanted)}: {', '.join(wanted)}",
+            "return a tensor, a tuple in this order, or a dictionary by these names",
+        )
