@@ -174,9 +174,9 @@ def test_a_device_and_an_alignment() -> None:
 @pytest.mark.parametrize(
     ("options", "start", "freeze"),
     [
-        ((), 0.05, 0.3),
+        ((), 0.05, 0.12),
         (("--set", "training.init_from=scratch"), 0.3, 0.55),
-        (("--set", "gates.close_from=0.9"), 0.9, 1.0),
+        (("--set", "gates.close_from=0.95"), 0.95, 1.0),
         (("--set", "gates.freeze_at=0.08"), 0.04, 0.08),
         (("--set", "gates.close_from=0.2", "--set", "gates.freeze_at=0.4"), 0.2, 0.4),
     ],
