@@ -387,7 +387,7 @@ class Manifest(_Part):
             for files in golden:
                 if files is not None and set(files) != set(names):
                     raise ValueError(f"golden samples are of {', '.join(files)}, the {kind} are {', '.join(names)}")
-        if len(set(files := self.golden.files())) < len(files):
+        if len(set(self.golden.files())) < len(self.golden.files()):
             raise ValueError("two golden arrays lie in one file")
 
     def _require_pictures(self) -> None:

@@ -23,7 +23,7 @@ from polar_deploy.targets import Target
 if TYPE_CHECKING:
     import onnx
 
-    from polar_deploy.engines.base import Engine, Timer
+    from polar_deploy.engines.base import Array, Engine, Timer
 
 BATCHES = (1, 16)
 SECONDS = 20.0  # for timing, all targets and batches together
@@ -103,9 +103,9 @@ def network() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def pictures(batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Random images [batch,3,32,32]: how long an inference takes does not depend on them."""
-    return np.random.default_rng(1).standard_normal((batch, 3, PIXELS, PIXELS)).astype(np.float32)
+def pictures(batch: int) -> dict[str, Array]:
+    """Random images [batch,3,32,32], by input: how long an inference takes does not depend on them."""
+    return {"input": np.random.default_rng(1).standard_normal((batch, 3, PIXELS, PIXELS)).astype(np.float32)}
 
 
 def _engine(source: Path, folder: Path, target: Target) -> Engine:
