@@ -273,7 +273,10 @@ class Settings(_Frozen):
         About("resnet20/32/44/56/110, a torchvision classifier, or package.module:function", option="--model MODEL"),
     ]
     task: Annotated[
-        str, About("what the network is for: classification, or package.module:function", option="--task TASK")
+        str,
+        About(
+            "what the network is for: classification, segmentation, or package.module:function", option="--task TASK"
+        ),
     ] = "classification"
     target: Annotated[
         str, About("what the engine is for, such as trt-fp16; auto: the fastest one here", option="--target TARGET")
@@ -281,7 +284,8 @@ class Settings(_Frozen):
     data: Annotated[
         str | None,
         About(
-            "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function",
+            "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function; "
+            "for segmentation pairs:DIR",
             "",
             "cifar10, or the task's own",
             "--data DATA",

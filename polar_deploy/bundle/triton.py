@@ -213,7 +213,8 @@ def _config(name: str, model: _Model, bundle: Bundle) -> str:
     """The model's configuration, ModelConfig of Triton's model_config.proto in protobuf's text format."""
     manifest = bundle.manifest
     _, usual, largest = manifest.build.batches
-    labelled = ' label_filename: "labels.txt"' if manifest.labels and len(manifest.outputs) == 1 else ""
+    vector = [len(each.shape) for each in manifest.outputs] == [1]  # Triton's labels are those of one vector
+    labelled = ' label_filename: "labels.txt"' if manifest.labels and vector else ""
     inputs = [f"  {{ name: {_quoted(each.name)} {_tensor(each, model)} }}" for each in manifest.inputs]
     outputs = [f"  {{ name: {_quoted(each.name)} {_tensor(each, model)}{labelled} }}" for each in manifest.outputs]
     drawn = " ".join(

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from polar_deploy.data import cifar, digits, folders, own
 from polar_deploy.data.dataset import Dataset, DataSpec, LazySource, Split, normalise, split_validation
 from polar_deploy.data.folders import image_folders
-from polar_deploy.data.names import folder_of, is_reference, unknown
+from polar_deploy.data.names import PAIRS, folder_of, is_reference, unknown
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.data.sound import sound
 from polar_deploy.errors import UsageError
@@ -51,10 +51,12 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
         ContentError: a folder holds no classes.
     """
     if (folder := folder_of(name)) is not None:
-        with _readable():
+        with readable():
             return folders.folder_spec((data_dir or Path()) / folder)
     if is_reference(name):
         return own.load(name, data_dir).spec
+    if folder_of(name, PAIRS) is not None:
+        raise UsageError(f"'{name}' is pictures and masks, which classify nothing", "give --task segmentation, too")
     if name not in _TABLE:
         raise unknown("data set", name, _TABLE)
     return _TABLE[name][0]
@@ -86,12 +88,12 @@ def load(
         return sound(own.resized(own.load(name, data_dir), input_size), skip_broken=skip_broken)
     known = spec(name, data_dir)
     wanted = replace(known, input_size=input_size or known.input_size)
-    with _readable():
+    with readable():
         return sound(_loader(name, download=download)(wanted, data_dir), skip_broken=skip_broken)
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
     """Turns the system's refusal to read into ours."""
     try:
         yield

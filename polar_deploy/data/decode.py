@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from polar_deploy.errors import ContentError, one_line
@@ -26,6 +29,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)  # values with which width and height change places
+_WIDENED = {"L;2": 85, "L;4": 17}  # grey of fewer than 8 bits: what Pillow multiplies it by
 # What stands at the end of a whole file. WebP needs none, since opening it fails if it is cut short.
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "WEBP": b""}
 _TAIL = 64  # bytes in which the mark is looked for
@@ -42,16 +47,40 @@ def decode(path: Path, least: int | None = None) -> Image.Image:
     Raises:
         ContentError: it cannot be decoded, or its values have no known range.
     """
-    try:
-        with _opened(path) as stored:
-            if least is not None:
-                scale = least / min(stored.size)
-                stored.draft(None, (math.ceil(stored.width * scale), math.ceil(stored.height * scale)))
-            return _upright_rgb(stored)
-    except ContentError:
-        raise
-    except Exception as error:  # each of Pillow's decoders fails in its own way
-        raise _broken(path, error) from error
+    with _decoding(path) as stored:
+        if least is not None:
+            scale = least / min(stored.size)
+            stored.draft(None, (math.ceil(stored.width * scale), math.ceil(stored.height * scale)))
+        return _upright_rgb(stored)
+
+
+def upright_size(path: Path) -> tuple[tuple[int, int], bool]:
+    """Width and height of what `decode` gives, in pixels, from the header; and whether EXIF turns or mirrors it.
+
+    Raises:
+        ContentError: as `decode`.
+    """
+    with _decoding(path) as stored:
+        if stored.format == "TIFF":
+            stored.load()  # which turns it
+        orientation, (width, height) = _orientation(stored), stored.size
+    return (height, width) if orientation in _ON_ITS_SIDE else (width, height), orientation in _UPRIGHT
+
+
+def decode_indices(path: Path) -> npt.NDArray[np.uint8]:
+    """The numbers in a picture file with a palette or in grey, as they are stored, [H, W]: a mask of classes.
+
+    Raises:
+        ContentError: it cannot be decoded, has colours or more than 8 bits, or is a JPEG, which keeps no exact numbers.
+    """
+    with _decoding(path) as stored:
+        if stored.format in ("JPEG", "MPO") or stored.mode not in ("P", "L", "1"):
+            kind = "a JPEG" if stored.format in ("JPEG", "MPO") else f"a picture of mode {stored.mode}"
+            problem = f"{path} is {kind}, not a mask: a number of 8 bits or fewer for each pixel, in grey or a palette"
+            raise ContentError(problem, "save the classes' indices as PNG, grey or with a palette")
+        packed = stored.tile[0][3] if stored.tile else None
+        widened = _WIDENED.get(packed if isinstance(packed, str) else "", 1)
+        return np.asarray(stored).astype(np.uint8) // widened
 
 
 def problem(path: Path, *, thorough: bool = False) -> ContentError | None:
@@ -74,6 +103,18 @@ def problem(path: Path, *, thorough: bool = False) -> ContentError | None:
     except Exception as error:  # noqa: BLE001  # each of Pillow's decoders fails in its own way
         return _broken(path, error)
     return None
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file, as `_opened` gives it; inside, every failure becomes a ContentError."""
+    try:
+        with _opened(path) as stored:
+            yield stored
+    except ContentError:
+        raise
+    except Exception as error:  # each of Pillow's decoders fails in its own way
+        raise _broken(path, error) from error
 
 
 def _opened(path: Path) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -19,16 +20,16 @@ from polar_deploy.errors import ContentError, UsageError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # Folders that file managers and tools leave behind; hidden ones are known by their dot.
 _NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-_VALIDATION = ("val", "valid", "validation")
+VALIDATION = ("val", "valid", "validation")
 _TEST_SHARE = 0.2  # of every class of a folder that has no `val` and no `test`
 _SPLIT_SEED = "polar_deploy"  # of that share: the same pictures in every run, whatever the run's seed
 _STEPS = 4  # of an epoch at least, however small the folder
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
-TINY_IMAGENET = DataSpec("tiny-imagenet", 200, 64, _IMAGENET_MEAN, _IMAGENET_STD, flip=True, crop_padding=8, epochs=100)
+TINY_IMAGENET = DataSpec("tiny-imagenet", 200, 64, IMAGENET_MEAN, IMAGENET_STD, flip=True, crop_padding=8, epochs=100)
 IMAGENET = DataSpec(
-    "imagenet", 1000, 224, _IMAGENET_MEAN, _IMAGENET_STD, flip=True, crop_padding=28, epochs=90, crop_scale=0.08
+    "imagenet", 1000, 224, IMAGENET_MEAN, IMAGENET_STD, flip=True, crop_padding=28, epochs=90, crop_scale=0.08
 )
 # Of a user's folder. Crops hold more than ImageNet's do: few pictures and short runs are common.
 _FOLDER = replace(IMAGENET, name="folder", epochs=100, crop_scale=0.35)
@@ -132,10 +133,10 @@ def _parts(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}", todo)
     names = {folder.name for folder in _class_folders(root)}
-    if "train" not in names or not names <= {"train", "test", *_VALIDATION}:  # a class may be called "train"
+    if "train" not in names or not names <= {"train", "test", *VALIDATION}:  # a class may be called "train"
         parts = {"train": root}
     else:
-        held = {name: root / name for name in ("test", *_VALIDATION) if name in names and _class_folders(root / name)}
+        held = {name: root / name for name in ("test", *VALIDATION) if name in names and _class_folders(root / name)}
         missing = sorted(names - {"train", *held})
         if missing and not held:
             raise ContentError(f"{root / missing[0]} holds no class folders", todo)
@@ -177,19 +178,24 @@ def _part(folder: Path, root: Path) -> _Part:
 
 
 def _split(whole: _Part) -> tuple[_Part, _Part]:
-    """Training and test set. A file's name decides, so that more files leave nearly all others where they are."""
-
-    def drawn(name: str) -> bytes:
-        return hashlib.sha256(f"{_SPLIT_SEED}/{name}".encode()).digest()
-
+    """Training and test set."""
     train, test = {}, {}
     for name, files in whole.files.items():
         if len(files) < 3:
             problem = f"{whole.folder / name} holds {len(files)} pictures: two to train on and one to test are needed"
             raise ContentError(problem, f"put {', '.join(SUFFIXES)} files into it, or take the folder away")
-        chosen = {*sorted(files, key=drawn)[: max(1, round(_TEST_SHARE * len(files)))]}
+        chosen = drawn_for_test(files)
         train[name], test[name] = sorted({*files} - chosen), sorted(chosen)
     return _Part(whole.folder, train), _Part(whole.folder, test)
+
+
+def drawn_for_test(files: Sequence[str]) -> set[str]:
+    """A fifth of some files. A file's name decides, so that more files leave nearly all others where they are."""
+
+    def drawn(name: str) -> bytes:
+        return hashlib.sha256(f"{_SPLIT_SEED}/{name}".encode()).digest()
+
+    return {*sorted(files, key=drawn)[: max(1, round(_TEST_SHARE * len(files)))]}
 
 
 def _test_part(root: Path) -> _Part:

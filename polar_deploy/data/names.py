@@ -17,24 +17,27 @@ from polar_deploy.errors import ContentError, PolarDeployError, UsageError
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
 
-FOLDER = "folder"  # the word before the colon in "folder:DIR"
+FOLDER, PAIRS = "folder", "pairs"  # the word before the colon in "folder:DIR": one of a folder for each class,
+_PLACES = (FOLDER, PAIRS)  # one of pictures and masks
 
 
 def is_reference(name: str) -> bool:
     """Whether `name` has the form "package.module:function"."""
-    return ":" in name and folder_of(name) is None
+    return ":" in name and name.partition(":")[0] not in _PLACES
 
 
-def folder_of(name: str) -> Path | None:
-    """DIR, if `name` has the form "folder:DIR"."""
-    kind, _, place = name.partition(":")
-    return Path(place).expanduser() if kind == FOLDER else None
+def folder_of(name: str, kind: str = FOLDER) -> Path | None:
+    """DIR, if `name` has the form "folder:DIR", or that of another `kind`."""
+    word, colon, place = name.partition(":")
+    return Path(place).expanduser() if colon and word == kind else None
 
 
 def without_place(name: str) -> str:
     """`name` as others may see it: of "folder:DIR", DIR's own name without the folders that it lies in."""
-    folder = folder_of(name)
-    return name if folder is None else f"{FOLDER}:{folder.name or folder.resolve().name}"
+    for kind in _PLACES:
+        if (folder := folder_of(name, kind)) is not None:
+            return f"{kind}:{folder.name or folder.resolve().name}"
+    return name
 
 
 def without_places(settings: Settings) -> dict[str, Any]:

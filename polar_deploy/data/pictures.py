@@ -17,7 +17,7 @@ from polar_deploy.data.decode import decode, problem
 from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError
 
-_DETAIL = 1.5  # shorter side of a picture that crops are made of, over the pixels a side of the crop
+DETAIL = 1.5  # shorter side of a picture that crops are made of, over the pixels a side of the crop
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +64,18 @@ class LazyImages:
         return parallel(lambda name: problem(self.root / name, thorough=thorough), self.files)
 
     def _centre(self, name: str) -> Pixels:
-        image = _resized(decode(self.root / name), self.shorter)
+        image = resized(decode(self.root / name), self.shorter)
         width, height = image.size
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def _whole(self, name: str) -> Pixels:
-        shorter = round(_DETAIL * self.size)
+        shorter = round(DETAIL * self.size)
         image = decode(self.root / name, least=shorter)
-        return np.asarray(_resized(image, min(shorter, *image.size)))
+        return np.asarray(resized(image, min(shorter, *image.size)))
 
 
-def _resized(image: Image.Image, shorter: int) -> Image.Image:
+def resized(image: Image.Image, shorter: int) -> Image.Image:
     """With so many pixels on its shorter side, bilinear; itself where it has them already."""
     width, height = image.size
     if min(width, height) == shorter:

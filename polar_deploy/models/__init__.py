@@ -77,6 +77,7 @@ def _own(reference: str, task: Task) -> nn.Module:
     model = call_reference(reference, **({} if task.classes is None else {"classes": task.classes}))
     if not isinstance(model, nn.Module):
         raise ContentError(f"'{reference}' returned a {type(model).__name__}", "return a torch.nn.Module")
+    task.only_outputs(model)
     try:
         result = _trial(model, task)
     except Exception as error:

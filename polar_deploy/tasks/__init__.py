@@ -26,7 +26,8 @@ has to be), `defaults(settings)` says what suits a data set, and `make(settings)
 
 Networks are a "package.module:function" too, called with `classes=` where the task has classes, else without
 arguments; models by name are classifiers, unless `polar_deploy.models` knows them for another task. A forward gets the
-inputs in their order and returns a tensor, a tuple in the outputs' order, or a dictionary by their names.
+inputs in their order and returns a tensor, a tuple in the outputs' order, or a dictionary by their names. What else
+such a dictionary has, an auxiliary head for example, the loss gets in training, and is no output.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ __all__ = [
     "make",
 ]
 
-BUILT_IN = ("classification",)
+BUILT_IN = ("classification", "segmentation")
 
 
 def defaults(settings: Settings) -> Defaults:

@@ -18,6 +18,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
+def pixel_cross_entropy(logits: Tensor, masks: Tensor, ignored: int, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of the pixels that are not ignored, in FP32; 0 where all are.
+
+    Args:
+        logits: [B, classes, H, W].
+        masks: integers [B, H, W]: classes, or `ignored`.
+        smoothing: as for `cross_entropy`.
+    """
+    wanted = masks.long()
+    total = F.cross_entropy(logits.float(), wanted, ignore_index=ignored, reduction="sum", label_smoothing=smoothing)
+    return total / (wanted != ignored).sum().clamp_min(1)
+
+
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Distillation: mean KL divergence to a teacher's classes at a temperature (Hinton et al., arXiv 1503.02531).
 

@@ -32,7 +32,7 @@ class Task:
         name: as reports and bundles have it.
         inputs: name -> what the network takes, in the order of its forward's arguments; only the batch varies.
         outputs: name -> what the network gives, in the order in which its forward returns them; one that returns a
-            dictionary has these keys.
+            dictionary has these keys. What else it has is for the loss alone.
         data: reads the data set. It is called once, by the first stage that needs it.
         loss: (outputs, batch) -> scalar; outputs may be of bf16 under autocast.
         metric: what parity compares networks by; None: it compares their outputs alone, and decides nothing by them.
@@ -63,15 +63,28 @@ class Task:
         """
         return self.named(network(*(inputs[name] for name in self.inputs)))
 
+    def only_outputs(self, network: nn.Module) -> None:
+        """Make a network that returns a dictionary leave out, in evaluation mode, what is no output of the task.
+
+        What trains it, an auxiliary head for example, is then in no graph. Names of its modules stay as they are.
+        """
+
+        def leave_out(module: nn.Module, arguments: object, result: Any) -> Any:
+            if module.training or not isinstance(result, Mapping) or not set(result) > set(self.outputs):
+                return result
+            return {name: value for name, value in result.items() if name in self.outputs}
+
+        network.register_forward_hook(leave_out)
+
     def named(self, result: Any) -> dict[str, Any]:
-        """What a forward returned, by the outputs' names, in the order in which it was returned.
+        """What a forward returned, by name, in the order in which it was returned; of a dictionary all that it has.
 
         Raises:
-            ContentError: there are other outputs than the task names.
+            ContentError: an output is missing, or it is not clear which ones these are.
         """
         wanted = list(self.outputs)
         if isinstance(result, Mapping):
-            if set(result) == set(wanted):
+            if set(result) >= set(wanted):
                 return dict(result)
             found = f"a dictionary of {', '.join(map(str, result)) or 'nothing'}"
         else:
