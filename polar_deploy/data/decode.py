@@ -78,8 +78,8 @@ def decode_indices(path: Path) -> npt.NDArray[np.uint8]:
             kind = "a JPEG" if stored.format in ("JPEG", "MPO") else f"a picture of mode {stored.mode}"
             problem = f"{path} is {kind}, not a mask: a number of 8 bits or fewer for each pixel, in grey or a palette"
             raise ContentError(problem, "save the classes' indices as PNG, grey or with a palette")
-        packed = stored.tile[0][3] if stored.tile else None
-        widened = _WIDENED.get(packed if isinstance(packed, str) else "", 1)
+        tiles = getattr(stored, "tile", [])  # how the file has its values; gone once they are read
+        widened = next((_WIDENED.get(str(tile[3]), 1) for tile in tiles), 1)
         return np.asarray(stored).astype(np.uint8) // widened
 
 

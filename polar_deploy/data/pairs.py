@@ -128,7 +128,9 @@ class PairFolder:
     def _paired(self) -> tuple[dict[str, list[Pair]], list[ContentError], list[str]]:
         """The pairs of each part, pictures that have none, and masks that have none."""
         folders = self._folders()
-        parts, problems, unread = {}, [], []
+        parts: dict[str, list[Pair]] = {}
+        problems: list[ContentError] = []
+        unread: list[str] = []
         for name, folder in folders.items():
             pictures, masks = (_by_stem(self.root, folder / kind, problems) for kind in (IMAGES, MASKS))
             for stem in sorted({*pictures} - {*masks}):

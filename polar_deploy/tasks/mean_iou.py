@@ -53,7 +53,8 @@ class MeanIoU(Metric):
         """Percent of each class, [R, classes]; NaN where it does not occur."""
         both, answers, masks = np.split(totals, 3, axis=1)
         with np.errstate(invalid="ignore"):
-            return 100 * both / (answers + masks - both)
+            iou: Floats = 100 * both / (answers + masks - both)
+        return iou
 
     def by_class(self, statistics: Statistics) -> dict[int, tuple[int, float]]:
         """Of each class in the masks: in how many of them, and its IoU in percent."""
