@@ -47,7 +47,8 @@ class MeanIoU(Metric):
         iou = self._iou(totals)
         occurs = ~np.isnan(iou)
         with np.errstate(invalid="ignore"):
-            return np.where(occurs, iou, 0).sum(axis=1) / occurs.sum(axis=1)
+            mean: Floats = np.where(occurs, iou, 0).sum(axis=1) / occurs.sum(axis=1)
+        return mean
 
     def _iou(self, totals: Floats) -> Floats:
         """Percent of each class, [R, classes]; NaN where it does not occur."""
