@@ -17,7 +17,6 @@ from polar_deploy.stages.artefacts import (
     WORST_SAMPLES,
 )
 from polar_deploy.stages.stage import ONNXRUNTIME, Stage
-from polar_deploy.tasks.classification import PictureData
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -29,6 +28,7 @@ _GRAPHS = (FULL_GRAPH, COMPRESSED_GRAPH, GATED_GRAPH)
 def _run(run: RunContext) -> None:
     from polar_deploy import parity
     from polar_deploy.parity.samples import write_worst
+    from polar_deploy.tasks.classification import PictureData
     from polar_deploy.workspace import remove_folder, write_json
 
     result = _compared(run)

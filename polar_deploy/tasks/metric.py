@@ -101,8 +101,9 @@ class Metric(ABC):
 
     def worst(self, full: Statistics, compressed: Statistics, most: int) -> list[dict[str, Any]]:
         """The samples that lose most, worst first: {"index", "full", "compressed"}, with their own scores."""
-        own = [self._of_each(statistics) for statistics in (full, compressed)]
-        drops = np.nan_to_num(own[0] - own[1], nan=0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of one sample alone, a score may say nothing
+            own = [self._of_each(statistics) for statistics in (full, compressed)]
+            drops = np.nan_to_num(own[0] - own[1], nan=0.0)
         order = [int(index) for index in np.argsort(-drops, kind="stable")[:most] if drops[index] > 0]
         return [{"index": index, "full": float(own[0][index]), "compressed": float(own[1][index])} for index in order]
 
