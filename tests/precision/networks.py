@@ -59,10 +59,11 @@ def images(count: int, seed: int = 1) -> np.ndarray:
 def written(
     network: onnx.ModelProto, target: str, folder: Path, batch: np.ndarray | None = None, /, **options: Any
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """What `precision.write` makes of a network, and what it says of it."""
+    """What `precision.write` makes of a network, calibrated on a batch of its one input, and what it says of it."""
     source = saved(network, folder / "source.onnx")
     kernels = engines.kernels(targets.parse(target))
-    said = precision.write(source, folder / "typed.onnx", targets.parse(target), Build(**options), batch, kernels)
+    samples = None if batch is None else {network.graph.input[0].name: batch}
+    said = precision.write(source, folder / "typed.onnx", targets.parse(target), Build(**options), samples, kernels)
     return onnx.load(folder / "typed.onnx"), said
 
 

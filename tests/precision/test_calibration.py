@@ -27,7 +27,7 @@ def doubler(size: int = 16) -> onnx.ModelProto:
 def ranges(values: np.ndarray, method: str, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
     images = values.astype(np.float32).reshape(-1, 1, 16, 16)
     how = Calibration(method=method, percentile=percentile)
-    return calibration.ranges(doubler(), ["input", "doubled"], images, how, PATH)
+    return calibration.ranges(doubler(), ["input", "doubled"], {"input": images}, how, PATH)
 
 
 UNIFORM = np.random.default_rng(0).uniform(-1, 3, 400 * 256)

@@ -264,11 +264,11 @@ HOLED[2, 1, 0, 0] = np.nan
 @pytest.mark.parametrize(
     ("network", "calibration", "says"),
     [
-        (residual(), None, "INT8 needs training images"),
-        (residual(), images(0), "INT8 needs training images"),
-        (residual(), images(2)[:, :, :4], "calibration images are 2 x 3 x 4 x 8, but the network takes N x 3 x 8 x 8"),
-        (residual(), images(2)[0], "calibration images are 3 x 8 x 8"),
-        (residual(), HOLED, "1 of 3 calibration images hold NaN"),
+        (residual(), None, "INT8 needs training samples"),
+        (residual(), images(0), "INT8 needs training samples"),
+        (residual(), images(2)[:, :, :4], "input is 2 x 3 x 4 x 8 in the samples, but the network takes N x 3 x 8 x 8"),
+        (residual(), images(2)[0], "input is 3 x 8 x 8 in the samples"),
+        (residual(), HOLED, "1 of 3 calibration samples hold NaN"),
         (changed(residual(), TensorProto.DOUBLE, "input", "logits", *WHOLE), images(2), "is DOUBLE"),
         (
             changed(residual(), TensorProto.FLOAT16, "conv3.weight"),

@@ -34,7 +34,7 @@ def test_error_of_a_layer_is_that_of_rounding_by_hand(tmp_path: Path) -> None:
     expected = np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
     typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
-    reference = Reference.of(network, batch, PATH)
+    reference = Reference.of(network, {"input": batch}, PATH)
     assert sensitivity.errors(network, typed, reference) == {"fc": pytest.approx(expected, rel=0.02)}
 
 
@@ -42,7 +42,7 @@ def test_errors_of_single_layers_add_up_to_that_of_the_network(tmp_path: Path) -
     """As squares do, nearly: roundings are independent."""
     network, batch = residual(), images(proof.SAMPLES)
     typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
-    errors = sensitivity.errors(network, typed, Reference.of(network, batch, PATH))
+    errors = sensitivity.errors(network, typed, Reference.of(network, {"input": batch}, PATH))
     assert {"stem", "conv1", "conv2", "add1", "shortcut", "fc"} < errors.keys()
     assert not {"relu1", "flatten"} & errors.keys()  # they compute with nothing
     whole = proof.relative_error(run(typed, batch), run(network, batch))
