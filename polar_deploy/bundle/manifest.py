@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from polar_deploy import config
 from polar_deploy.backends import PLAN
+from polar_deploy.bundle.measured import Metrics
+from polar_deploy.bundle.part import Part
 from polar_deploy.config import Capability, Count, Text
 from polar_deploy.targets import TARGETS
 
@@ -22,7 +24,6 @@ MOST_VALUES = 1 << 28  # of the batch that latency is judged at: 1 GiB of float3
 FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Milliseconds = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 ElementType = Literal["fp32", "fp16", "bf16", "int64", "int32", "int16", "int8", "uint16", "uint8", "bool"]
@@ -30,18 +31,14 @@ FLOATS = ("fp32", "fp16", "bf16")
 Result = Literal["pass", "undecided"]  # what failed is not handed over
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class File(_Part):
+class File(Part):
     """Size in bytes and hash of one file."""
 
     bytes: NonNegativeInt
     sha256: Sha256
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """What fixed the ranges of INT8."""
 
     images: Count = 512
@@ -49,7 +46,7 @@ class Calibration(_Part):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
 
 
-class BuildOptions(_Part):
+class BuildOptions(Part):
     """How the engines are built. A copy of the settings `build`, so that the format stands still when these move."""
 
     batches: tuple[Count, Count, Count] = (1, 8, 64)
@@ -75,7 +72,7 @@ class BuildOptions(_Part):
         return config.Build.model_validate(self.model_dump())
 
 
-class Criteria(_Part):
+class Criteria(Part):
     """What was asked of the compressed network. A copy of the settings `accept`, as `BuildOptions` is of `build`."""
 
     max_drop: Annotated[float, Field(ge=0)] = 1.0
@@ -90,7 +87,7 @@ class Criteria(_Part):
         return config.AcceptanceCriteria.model_validate(self.model_dump())
 
 
-class Tensor(_Part):
+class Tensor(Part):
     """An input or output of the graphs: the shape of one sample (None: of any length), its type in the typed graph.
 
     In the FP32 graph, fp32 stands for whatever float it is.
@@ -112,14 +109,14 @@ class Input(Tensor):
     shape: Annotated[list[Count], Field(max_length=8)]  # type: ignore[assignment]  # all of it known
 
 
-class Metric(_Part):
+class Metric(Part):
     """What networks of a task are compared by: higher is better."""
 
     name: Text
     unit: Text  # of scores; differences of percentages are points
 
 
-class Task(_Part):
+class Task(Part):
     """What the networks are for; `preprocessing` is how inputs are made where they are no pictures."""
 
     name: Text
@@ -127,7 +124,7 @@ class Task(_Part):
     preprocessing: dict[Text, Any]
 
 
-class Preprocessing(_Part):
+class Preprocessing(Part):
     """From a picture to the input: RGB, its shorter side resized, the centre cut out, `(rgb * scale - mean) / std`."""
 
     channels: Literal["RGB"]
@@ -147,7 +144,7 @@ class Preprocessing(_Part):
         return self
 
 
-class Golden(_Part):
+class Golden(Part):
     """Inputs, and what the FP32 graphs give for them in ONNX Runtime on the CPU: .npy files by the tensors' names."""
 
     source: Literal["data", "random"]
@@ -161,7 +158,7 @@ class Golden(_Part):
         return [*self.inputs.values(), *self.compressed.values(), *(self.full or {}).values()]
 
 
-class Profile(_Part):
+class Profile(Part):
     """Batch sizes that a plan is built for."""
 
     min: Count
@@ -169,7 +166,7 @@ class Profile(_Part):
     max: Count
 
 
-class Plan(_Part):
+class Plan(Part):
     """A plan, and the library, GPU and driver it was built with and for."""
 
     file: FilePath
@@ -186,7 +183,7 @@ class Plan(_Part):
     trtexec: Text | None
 
 
-class Precision(_Part):
+class Precision(Part):
     """Types in the graph and in the engine, and which layers stay wider."""
 
     asked: Literal["fp32", "fp16", "bf16", "int8"]
@@ -197,7 +194,7 @@ class Precision(_Part):
     calibration: dict[Text, Any] | None
 
 
-class Network(_Part):
+class Network(Part):
     """One network: its FP32 graph, the typed graph (the same file where no type was changed), plan and facts."""
 
     fp32: FilePath
@@ -215,96 +212,21 @@ class Network(_Part):
     padded_channels: NonNegativeInt | None
 
 
-class Networks(_Part):
+class Networks(Part):
     """The compressed network, and the full one unless it was left out."""
 
     compressed: Network
     full: Network | None
 
 
-class Accuracy(_Part):
-    """Scores on the test set; `drop` and its 95 % `interval` in points, or in the metric's unit where that is not %."""
-
-    samples: Count
-    full: float
-    compressed: float
-    drop: float
-    interval: tuple[float, float]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Accuracy:
-        low, high = self.interval
-        rounding = 1e-6 * max(1.0, abs(self.full), abs(self.compressed))
-        outside = not low - rounding <= self.drop <= high + rounding
-        if outside or abs(self.full - self.compressed - self.drop) > rounding:
-            raise ValueError(f"a drop of {self.drop} contradicts its interval, or the accuracies")
-        return self
-
-
-class Percentile(_Part):
-    """Of single inferences, with its 95 % interval; None: too few for an upper end."""
-
-    value_ms: Milliseconds
-    low_ms: Milliseconds
-    high_ms: Milliseconds | None
-
-
-class Quantiles(_Part):
-    """Milliseconds an inference: median with its 95 % interval, interquartile range, upper percentiles."""
-
-    median_ms: Milliseconds
-    low_ms: Milliseconds
-    high_ms: Milliseconds
-    iqr_ms: Milliseconds
-    tail: dict[Literal["p90", "p95", "p99", "p99.9"], Percentile]
-
-
-class Ratio(_Part):
-    """A ratio of latencies with its 95 % interval."""
-
-    median: Annotated[float, Field(gt=0)]
-    low: Annotated[float, Field(gt=0)]
-    high: Annotated[float, Field(gt=0)]
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Ratio:
-        if not self.low <= self.median <= self.high:
-            raise ValueError(f"a median of {self.median} is not within {self.low} to {self.high}")
-        return self
-
-
-class Latency(_Part):
-    """One batch size: both networks in turn, and the full one against its own twin as `control`."""
-
-    batch: Count
-    decided: bool
-    pairs: Count
-    full: Quantiles
-    compressed: Quantiles
-    speedup: Ratio
-    control: Ratio
-    before: dict[Text, Any] | None
-    after: dict[Text, Any] | None
-
-
-class Metrics(_Part):
-    """What was measured where the bundle was made. `accuracy` is None where the engines did not run there."""
-
-    machine: dict[Text, Any]
-    not_run: Text | None
-    accuracy: Accuracy | None
-    fp32_graphs: Accuracy | None
-    latency: list[Latency]
-
-
-class Judgement(_Part):
+class Judgement(Part):
     """One answer with its reason."""
 
     result: Result
     reason: Text
 
 
-class Judged(_Part):
+class Judged(Part):
     """What was asked of the compressed network, and the answers where the bundle was made."""
 
     asked: Criteria
@@ -313,14 +235,14 @@ class Judged(_Part):
     overall: Judgement
 
 
-class Data(_Part):
+class Data(Part):
     """The data set: its name and the SHA-256 of its content."""
 
     name: Text
     sha256: Sha256
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Where it comes from: program and library versions, every setting but places, the data set."""
 
     polar_deploy: Text
@@ -331,7 +253,7 @@ class Provenance(_Part):
     settings: dict[Text, Any]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """manifest.json."""
 
     schema_version: Literal[2] = Field(alias="schema")
