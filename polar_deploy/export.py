@@ -32,7 +32,6 @@ from polar_deploy.workspace import atomic_path
 if TYPE_CHECKING:
     import onnx_ir
 
-    from polar_deploy.tasks import Task
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
 MOST_BYTES = 2**31 - 2**20  # of a file, less room for the graph itself
@@ -387,22 +386,3 @@ def check(path: Path, inputs: Arrays, expected: Arrays) -> float:
             )
         worst = max(worst, difference)
     return worst
-
-
-@torch.no_grad()
-def outputs(task: Task, network: nn.Module, inputs: Arrays) -> dict[str, np.ndarray]:
-    """What `network` gives on the CPU in evaluation mode, by name, in the order in which its forward returns it."""
-    with evaluating(network):
-        found = task.forward(network, {name: torch.from_numpy(np.asarray(values)) for name, values in inputs.items()})
-        return {name: value.numpy() for name, value in found.items()}
-
-
-def write_reference(path: Path, inputs: Arrays, outputs: Mapping[str, Arrays]) -> None:
-    """Write `inputs/NAME`, and `full/NAME` and `gated/NAME` for the outputs of both networks, as .npz, atomically."""
-    arrays = {
-        f"{part}/{name}": values
-        for part, each in {"inputs": inputs, **outputs}.items()
-        for name, values in each.items()
-    }
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]

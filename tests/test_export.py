@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import polar_deploy
+from polar_deploy import reference
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.export import (
     OPSET,
@@ -30,9 +31,7 @@ from polar_deploy.export import (
     check,
     evaluating,
     module_of,
-    outputs,
     write,
-    write_reference,
 )
 from polar_deploy.gating import deploy
 from polar_deploy.gating.analysis import Analysis, analyse
@@ -78,7 +77,7 @@ def _named(batch: int) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _logits(network: nn.Module, batch: int) -> npt.NDArray[np.float32]:
-    return outputs(classifier(10, SIZE), network, _named(batch))["logits"]
+    return reference.outputs(classifier(10, SIZE), network, _named(batch))["logits"]
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +467,7 @@ def test_without_onnxruntime_the_error_says_which_extra(exported: _Exported, mon
 
 def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:
     arrays = {"inputs/input": _inputs(2), "full/logits": np.arange(6.0).reshape(2, 3)}
-    write_reference(tmp_path / "reference.npz", _named(2), {"full": {"logits": arrays["full/logits"]}})
+    reference.write(tmp_path / "reference.npz", _named(2), {"full": {"logits": arrays["full/logits"]}})
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as stored:
         assert set(stored) == set(arrays)
         assert all(np.array_equal(stored[name], array) for name, array in arrays.items())

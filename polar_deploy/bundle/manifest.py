@@ -321,8 +321,13 @@ class Manifest(Part):
         pixels, shapes = self.preprocessing.crop, [each.shape for each in self.inputs]
         if shapes != [[3, pixels, pixels]]:
             raise ValueError(f"pre-processing gives 3 x {pixels} x {pixels}, the inputs are {shapes}")
-        if self.task.name == CLASSIFICATION and [len(each.shape) for each in self.outputs] != [1]:
+        if self.task.name != CLASSIFICATION:
+            return
+        if [len(each.shape) for each in self.outputs] != [1]:
             raise ValueError(f"the task is {CLASSIFICATION}, but the outputs are no logits")
+        for found in (self.metrics.accuracy, self.metrics.fp32_graphs):
+            if found and not all(0 <= accuracy <= 100 for accuracy in (found.full, found.compressed)):
+                raise ValueError(f"accuracies are {found.full} % and {found.compressed} %")
 
     def _require_fitting_target(self) -> None:
         """Networks have the target's precision, and plans of its library if plans are its artefacts."""

@@ -23,7 +23,7 @@ REFERENCE_SAMPLES = 32
 
 
 def _run(run: RunContext) -> None:
-    from polar_deploy import export, models
+    from polar_deploy import export, models, reference
     from polar_deploy.gating import deploy
     from polar_deploy.gating.document import read_open
     from polar_deploy.tasks import draw_inputs
@@ -34,15 +34,15 @@ def _run(run: RunContext) -> None:
     unseen = run.split[1] if len(run.split[1]) else run.split[0]  # that no network was trained on, if there are any
     task = run.task
     inputs = draw_inputs(run.data.train, unseen, REFERENCE_SAMPLES, run.settings.seed)
-    outputs = {"full": export.outputs(task, full, inputs)}
+    outputs = {"full": reference.outputs(task, full, inputs)}
     names = {"inputs": tuple(task.inputs), "outputs": tuple(outputs["full"])}
     export.write(full, run.example(), run.path(FULL_GRAPH), **names)
     with deploy.masked(network, run.analysis, opened):
         deploy.export(network, run.analysis, run.path(GATED_GRAPH), **names)
-        outputs["gated"] = export.outputs(task, network, inputs)
+        outputs["gated"] = reference.outputs(task, network, inputs)
     for graph, expected in zip((FULL_GRAPH, GATED_GRAPH), outputs.values(), strict=True):
         export.check(run.path(graph), inputs, expected)
-    export.write_reference(run.path(REFERENCE), inputs, outputs)
+    reference.write(run.path(REFERENCE), inputs, outputs)
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

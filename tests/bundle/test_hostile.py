@@ -277,7 +277,14 @@ FIELDS: dict[str, Case] = {
     "a short hash": (value("files", MODEL, "sha256", to="abc"), "should match pattern"),
     "control signs": (value("licence", to="\x1b[2J\x1b]0;owned\x07"), "licence"),
     "writing turned round": (value("provenance", "model", to="\u202egpj.exe"), "provenance.model"),
-    "accuracy above 100 %": (value("metrics", "accuracy", "full", to=101), "less than or equal to 100"),
+    "accuracy above 100 %": (value("metrics", "accuracy", "full", to=101), "contradicts its interval"),
+    "accuracies above 100 % that agree": (
+        lambda folder: edit(
+            folder,
+            lambda d: d["metrics"]["accuracy"].update(full=101.0, compressed=101.0, drop=0.0, interval=[-1.0, 1.0]),
+        ),
+        "accuracies are 101.0 % and 101.0 %",
+    ),
     "accuracy as text": (value("metrics", "accuracy", "full", to="NaN"), "valid number"),
     "std 0": (value("preprocessing", "std", to=[0, 1, 1]), "greater than 0"),
     "a crop outside of the picture": (value("preprocessing", "crop", to=999), "does not lie in a picture"),
