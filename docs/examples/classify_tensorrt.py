@@ -91,7 +91,7 @@ def main(bundle: Path, pictures: list[str]) -> None:
         stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))  # where there is no GPU, ends here
         owned.callback(cuda.cudaStreamDestroy, stream)
         images, images_gpu = memory(owned, (batch, *source["shape"]))
-        logits, logits_gpu = memory(owned, (batch, result["classes"]))
+        logits, logits_gpu = memory(owned, (batch, *result["shape"]))
         context = context_of(bundle, plan)
         if not (
             context.set_input_shape(source["name"], images.shape)

@@ -73,7 +73,7 @@ def test_a_plan_s_network_runs_as_fp32_graph_where_there_is_no_gpu(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["missing.png"], 2, "there is no picture missing.png"),
+        (["missing.png"], 2, "there is no file missing.png"),
         (["labels.txt"], 4, "labels.txt cannot be decoded"),
         (["0.png", "--top", "0"], 2, "--top 0 is below 1"),
     ],

@@ -109,14 +109,14 @@ class _Builder:
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
 
-        profile = Profile()
+        ranges = Profile()
         for tensor in self._inputs:
             shapes = [(batch, *tuple(tensor.shape)[1:]) for batch in self.options.batches]
-            profile.add(tensor.name, min=shapes[0], opt=shapes[1], max=shapes[2])
+            ranges.add(tensor.name, min=shapes[0], opt=shapes[1], max=shapes[2])
         cache = None if self.backend.jit else str(self.folder / _TIMING_CACHE)
         try:
             with G_LOGGER.verbosity():  # it raises what is critical; last words are the library's
-                config = self._config(profile, cache)
+                config = self._config(ranges, cache)
                 plan = EngineBytesFromNetwork((self.builder, self.network), config=config, save_timing_cache=cache)()
         except PolygraphyException as error:
             said = f"{one_line(error)}; {library.recent_errors(self.backend)}"
