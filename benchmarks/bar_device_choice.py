@@ -30,6 +30,7 @@ from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.choice import Limits, choose
 from polar_deploy.surgery import detached, rounds
+from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 64, 200))  # name, pixels, classes
 SEEDS = range(2)
@@ -73,7 +74,7 @@ def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) 
     ways: dict[str, Any] = {"macs": (1, None), "eights": (8, None)}
     ways |= {tool: (1, devices.choose(TOOLS[tool].device, TOOLS[tool].precision).offers) for tool in tools}
     torch.manual_seed(0)
-    network = models.build(name, classes, pixels).eval()
+    network = models.build(name, classifier(classes, pixels)).eval()
     choices = analyse(network, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
     (folder / name).mkdir(parents=True, exist_ok=True)
 

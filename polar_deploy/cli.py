@@ -16,6 +16,7 @@ from typing import NoReturn, TypeAlias
 
 from polar_deploy import __version__
 from polar_deploy.commands import INTERRUPTED, add_debug, guarded
+from polar_deploy.errors import ContentError, OutOfMemoryError
 from polar_deploy.limits import SECONDS, SHARE, Limits, available_memory, confined
 
 
@@ -145,11 +146,14 @@ def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:
         if unknown:
             _refuse(arguments.parser, unknown)
         limits = _limits(arguments) if argv is None and arguments.confined else None
-        code: int = (
-            confined(lambda: arguments.run(arguments), arguments.parser.prog, limits)
-            if limits
-            else arguments.run(arguments)
-        )
+        if limits:
+            return confined(lambda: arguments.run(arguments), arguments.parser.prog, limits)
+        try:
+            code: int = arguments.run(arguments)
+        except OutOfMemoryError as error:
+            if not arguments.confined:
+                raise
+            raise ContentError(error.what, error.todo) from error  # the file asks for it, as in a child with limits
         return code
 
     return guarded(command, given, interrupted=_interrupted(node, _words(given)))

@@ -216,7 +216,7 @@ def test_the_page_in_the_bundle_is_for_its_readers(miniature: Miniature, folder:
     """No picture of anybody's data, no command that takes the run; the run's own page has both."""
     delivered, own = ((place / "report.html").read_text() for place in (folder, miniature.folder))
     assert "bundle verify BUNDLE --manifest-sha256 HASH" in delivered
-    assert "polar_deploy.pipeline" not in delivered
+    assert "polar-deploy run" not in delivered
     assert "data:image" not in delivered
-    assert "polar_deploy.pipeline" in own
+    assert "polar-deploy run" in own
     assert ("data:image" in own) == bool(json.loads((miniature.folder / "report.json").read_text())["worst_samples"])

@@ -107,7 +107,7 @@ def test_other_data_are_named_with_process_and_machine(store: dist.Store, tmp_pa
     run = run_in(tmp_path)
     with distributed.Team() as team:
         team.call(run, "full")
-        told = store.get("call 1").decode().replace('"data": "', '"data": "x')
+        told = store.get("call 1").decode().replace('"samples": ', '"samples": 1')
         store.set("call 1", told)
         with pytest.raises(
             ContentError, match=f"process 1 on {re.escape(socket.gethostname())}: its data are not those"

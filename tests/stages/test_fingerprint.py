@@ -70,6 +70,8 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.distill": (0.1, GATED),
     "training.distill_share": (1.0, GATED),
     "training.distill_temperature": (2.0, GATED),
+    "training.accumulate": (2, BOTH),
+    "training.deterministic": (True, BOTH),
     "training.amp": ("off", BOTH),
     "training.channels_last": (False, BOTH),
     "training.train_on_validation": (True, BOTH),
@@ -115,7 +117,12 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 def test_every_setting_is_tried() -> None:
     settings = {each.key for each in every() if each.key not in GROUPS}
     parts = {key for key in settings if key.startswith("normalize.")}  # which only make sense together
-    assert {*SETTINGS, *parts, "data_dir", "full_weights", "latency_table"} == {*settings, "normalize"}
+    assert {*SETTINGS, *parts, "task", "data_dir", "full_weights", "latency_table"} == {*settings, "normalize"}
+
+
+def test_another_task_makes_everything_again(before: dict[str, object], tmp_path: Path) -> None:
+    own = context(tmp_path, task="tests.tasks.miniatures:tones", model="tests.tasks.miniatures:listener", data=None)
+    assert changed(before, fingerprints(own)) >= EVERYTHING
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

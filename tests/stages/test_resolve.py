@@ -21,7 +21,7 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     assert training.batch_size == 128
     assert (gates.close_from, gates.freeze_at) == (0.05, pytest.approx(0.12))
     assert settings.budget == Budget(latency=0.6)
-    for name in ("input_size", "normalize", "budget", "align"):
+    for name in ("budget", "align"):
         with pytest.raises(ValidationError):
             ResolvedSettings.model_validate(dict(settings) | {name: None})
 

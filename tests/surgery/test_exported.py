@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from polar_deploy.tasks.classification import classifier
 from tests.surgery.graphs import Array, Net, cut, names, operators, weight
 from tests.surgery.test_residual import insert_gates
 
@@ -23,7 +24,7 @@ def resnet20(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from polar_deploy import models
 
     torch.manual_seed(0)
-    network = models.build("resnet20", 10, 16).eval()
+    network = models.build("resnet20", classifier(10, 16)).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)

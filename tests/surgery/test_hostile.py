@@ -68,7 +68,12 @@ def _assert_clean(answer: dict[str, Any]) -> None:
     assert answer["left"] == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["in.onnx"], ["in.onnx", "out.onnx", "--fast"]])
+def test_a_file_without_a_place_for_the_smaller_one_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["in.onnx"]) == 2
+    assert "no place for the smaller model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["in.onnx", "out.onnx", "--fast"]])
 def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -60,7 +60,7 @@ class Max(Elementwise):
 class Min(Elementwise):
     """Min: zero, where one operand is and the others are not below."""
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools:
+    def absorbed(self, step: Step, operands: list[Operand]) -> Bools:
         zero = np.any([operand.zero for operand in operands], axis=0)
         return np.asarray(zero & self.is_nonnegative(step, operands))
 
@@ -70,7 +70,7 @@ class PRelu(Elementwise):
 
     whole = 0
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools:
+    def absorbed(self, step: Step, operands: list[Operand]) -> Bools:
         return operands[0].zero
 
     def is_nonnegative(self, step: Step, operands: list[Operand]) -> Bools:
@@ -88,7 +88,7 @@ class Quotient(Elementwise):
         quotient = np.divide(*values)
         return np.trunc(quotient) if is_whole(step.graph.dtype(step.made[0])) else quotient
 
-    def decided(self, step: Step, operands: list[Operand]) -> Bools:
+    def absorbed(self, step: Step, operands: list[Operand]) -> Bools:
         divisor = operands[1]
         certain = ~divisor.zero
         if step.facts.after_cut:  # a divisor that nobody needs holds something else now
