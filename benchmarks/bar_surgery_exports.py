@@ -14,14 +14,11 @@ A row that is there for this commit is not made again, so that a killed run goes
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import subprocess
 import sys
 import tempfile
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -35,7 +32,7 @@ from torch import nn
 
 from benchmarks import bar_coverage as coverage
 from benchmarks.common import COMMIT, RESULTS, ROOT, write_result
-from benchmarks.surgery_models import INPUT, OUTPUT, build, compare, export, faults, gated, half, run, sites
+from benchmarks.surgery_models import build, compare, export, exported, faults, gated, half, run, sites
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.surgery import compress
 
@@ -85,22 +82,7 @@ def attention_row(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     module, inputs, layers, opset = _attention(name)
     expected = sum(_close(projection, heads, dimensions, shared) for projection, heads, dimensions, shared in layers)
-    path = folder / f"{name}.onnx"
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval().requires_grad_(False),
-            (inputs,),
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)
-    before = onnx.load(path)
+    before = exported(module.eval().requires_grad_(False), inputs, opset)
     surgery = compress(before)
     images = torch.randn(3, *inputs.shape[1:]).numpy()
     one, other = run(before, images), run(surgery.model, images)

@@ -23,7 +23,7 @@ import torch
 import torchvision
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from torch import nn
+from torch import Tensor, nn
 
 from polar_deploy.workspace import atomic_path
 
@@ -127,6 +127,24 @@ def _calibrate(network: nn.Module, images: torch.Tensor) -> None:
         variance += 1e-2
 
 
+def exported(network: nn.Module, example: Tensor, opset: int = OPSET) -> onnx.ModelProto:
+    """`network` as PyTorch's exporter writes it for `example` [B, …] with B > 1, which stays dynamic; 1 would not."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
 def export(name: str, network: nn.Module, cache: Path, size: int = 0) -> onnx.ModelProto:
     """`network` as PyTorch's exporter writes it, with a dynamic batch; kept in `cache` as NAME-SIZE.onnx.
 
@@ -136,23 +154,10 @@ def export(name: str, network: nn.Module, cache: Path, size: int = 0) -> onnx.Mo
     size = size or SIZES[name]
     path = cache / f"{name}-{size}.onnx"
     if not path.is_file():
-        # Batch 2: a batch of 1 would be baked in. The exporter prints its progress to stdout.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, 3, size, size),),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-        assert program is not None
+        model = exported(network, torch.zeros(2, 3, size, size))
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            onnx.save(program.model_proto, temporary)
+            onnx.save(model, temporary)
     return onnx.load(path)
 
 

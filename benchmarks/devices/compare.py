@@ -9,13 +9,14 @@ project's folder with the Python of an environment that has the packages of `TOO
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.devices.printed import printed_to
 
 ROUNDS = 101
 
@@ -80,19 +81,12 @@ def rockchip(name: str, path: Path, size: tuple[int, ...]) -> float:
     platform, _, precision = name.partition("-")
     assert precision == "fp16"
     with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder) / "log", "wb") as log:
-            saved = os.dup(1), os.dup(2)
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            try:
-                toolkit = RKNN(verbose=True)
-                toolkit.config(target_platform=platform)
-                toolkit.load_onnx(str(path), inputs=["x"], input_size_list=[list(size)])
-                toolkit.build(do_quantization=False)
-                toolkit.release()
-            finally:
-                os.dup2(saved[0], 1)
-                os.dup2(saved[1], 2)
+        with printed_to(Path(folder) / "log"):
+            toolkit = RKNN(verbose=True)
+            toolkit.config(target_platform=platform)
+            toolkit.load_onnx(str(path), inputs=["x"], input_size_list=[list(size)])
+            toolkit.build(do_quantization=False)
+            toolkit.release()
         text = (Path(folder) / "log").read_text(errors="replace")
     return float(sum(int(total) for total in re.findall(r"D RKNN: .*\s\d+/\d+/(\d+)\s+\d+\s+\w+:", text)))
 

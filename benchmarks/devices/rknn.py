@@ -5,7 +5,6 @@ Run it from the project's folder with the Python of an environment that has rknn
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from rknn.api import RKNN
 
+from benchmarks.devices.printed import printed_to
 from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
 from polar_deploy.devices.sweep import EVERY, OUTER, SOME
 
@@ -65,20 +65,12 @@ def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, i
     onnx.save(model(), folder / "model.onnx")
     np.save(folder / "sample.npy", np.random.default_rng(1).normal(size=(1, OUTER, SIZE, SIZE)).astype(np.float32))
     (folder / "samples.txt").write_text(str(folder / "sample.npy"))
-    sys.stdout.flush()
-    with open(folder / "log", "wb") as log:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            rknn = RKNN(verbose=True)
-            rknn.config(target_platform=platform)
-            done = rknn.load_onnx(str(folder / "model.onnx"))
-            quantised = {"do_quantization": precision == "int8", "dataset": str(folder / "samples.txt")}
-            done = done or rknn.build(**quantised)
-        finally:
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
+    with printed_to(folder / "log"):
+        rknn = RKNN(verbose=True)
+        rknn.config(target_platform=platform)
+        done = rknn.load_onnx(str(folder / "model.onnx"))
+        quantised = {"do_quantization": precision == "int8", "dataset": str(folder / "samples.txt")}
+        done = done or rknn.build(**quantised)
     if done:
         raise SystemExit(f"rknn-toolkit2 could not build for {platform}: {(folder / 'log').read_text()[-2000:]}")
     found = {}

@@ -6,12 +6,9 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from polar_deploy.surgery.facts import Bools
 
 T = TypeVar("T")
 
@@ -23,7 +20,7 @@ def are_several() -> bool:
 
 def is_first() -> bool:
     """Whether this process is the one that decides for all."""
-    return not are_several() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def rank() -> int:
@@ -34,11 +31,6 @@ def rank() -> int:
 def count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if are_several() else 1
-
-
-def on_this_machine() -> int:
-    """How many of them run on this machine, as the launcher says; where it does not, all of them may."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if are_several() else 1
 
 
 def is_first_here() -> bool:
@@ -64,21 +56,11 @@ def mean_of_seen(seen: Tensor | None, gates: int) -> Tensor | None:
     """The mean over the processes that saw something, float [gates]; None where none did. All have to call it."""
     if not are_several():
         return seen
-    told = torch.zeros(gates + 1, device=_device()) if seen is None else torch.cat([seen, seen.new_ones(1)])
-    dist.all_reduce(told)
+    told = total(torch.zeros(gates + 1) if seen is None else torch.cat([seen, seen.new_ones(1)]))
     return told[:-1] / told[-1] if float(told[-1]) else None
 
 
-def of_the_first(opened: Bools) -> Bools:
-    """The choice bool [gates] of the first process, in all of them."""
-    if not are_several():
-        return opened
-    state = torch.from_numpy(opened).to(torch.uint8).to(_device())
-    dist.broadcast(state, 0)
-    return np.asarray(state.bool().cpu().numpy())
-
-
-def object_of_the_first(value: T) -> T:
+def of_the_first(value: T) -> T:
     """A value of the first process, tensors in it on the CPU, in all of them."""
     if not are_several():
         return value
@@ -94,12 +76,6 @@ def gathered(value: T) -> list[T]:
     held: list[T] = [value] * count()
     dist.all_gather_object(held, value)
     return held
-
-
-def share(parameters: Iterable[nn.Parameter]) -> None:
-    """Parameters as they are in the first process."""
-    for parameter in parameters if are_several() else ():
-        dist.broadcast(parameter.data, 0)
 
 
 def share_network(network: nn.Module) -> nn.Module:

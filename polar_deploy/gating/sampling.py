@@ -129,7 +129,7 @@ class SampleGates:
     def cool(self, progress: float) -> None:
         """Set the temperature for a share of the learning phase, in [0, 1]."""
         if not self._is_shared:
-            processes.share(self.deciders.parameters())
+            processes.share_network(self.deciders)
             self._is_shared = True
         first, last = TEMPERATURES
         self._temperature = first * (last / first) ** progress

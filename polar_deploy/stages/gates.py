@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from polar_deploy.stages.artefacts import (
 from polar_deploy.stages.stage import TORCH, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -129,18 +130,15 @@ def latency_table(run: RunContext) -> LatencyTable:
 
 
 def _measured_table(run: RunContext) -> dict[str, object]:
-    """The content of a latency table of the network with all gates open; untrained: weights do not matter."""
+    """The content of a latency table of the network."""
     from polar_deploy.engines import latency_table
     from polar_deploy.gating import budgets
-    from polar_deploy.gating.deploy import write_open
 
     def likely(table: LatencyTable) -> list[dict[str, int]]:
         return budgets.likely(run.analysis.choices, run.limits, run.budget, table)
 
     run.progress.stage("latency table")
-    with TemporaryDirectory(prefix="polar_deploy-") as folder:
-        gated = Path(folder, "gated.onnx")
-        write_open(run.network(), run.analysis, gated)
+    with _open_graph(run) as gated:
         batch, options = run.settings.accept.batch, run.settings.build
         return latency_table.make(gated, run.target, batch, options, likely, run.progress.detail)
 
@@ -148,13 +146,10 @@ def _measured_table(run: RunContext) -> dict[str, object]:
 def _measured(run: RunContext) -> Measured:
     """Measures a sub-network here, as whole as it will run; a table that was given may be of another machine."""
     from polar_deploy.engines.table import Bench
-    from polar_deploy.gating.deploy import write_open
 
     def share(opened: Mapping[str, int]) -> float:
-        with TemporaryDirectory(prefix="polar_deploy-") as folder:
-            gated = Path(folder, "gated.onnx")
-            write_open(run.network(), run.analysis, gated)
-            bench = Bench(gated, Path(folder), run.target, run.settings.accept.batch, run.settings.build)
+        with _open_graph(run) as gated:
+            bench = Bench(gated, gated.parent, run.target, run.settings.accept.batch, run.settings.build)
             left = 1 - bench.saved(opened)
         run.progress.note(
             f"gates: what was chosen takes {left:.2f} of the latency, {run.budget['latency']:.2f} is asked"
@@ -162,6 +157,17 @@ def _measured(run: RunContext) -> Measured:
         return left
 
     return share
+
+
+@contextmanager
+def _open_graph(run: RunContext) -> Iterator[Path]:
+    """The network with all gates open, in a folder that goes with it; untrained: weights do not matter to latency."""
+    from polar_deploy.gating.deploy import write_open
+
+    with TemporaryDirectory(prefix="polar_deploy-") as folder:
+        gated = Path(folder, "gated.onnx")
+        write_open(run.network(), run.analysis, gated)
+        yield gated
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

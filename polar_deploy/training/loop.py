@@ -98,7 +98,7 @@ def fit(job: TrainingJob, method: Method, progress: Progress) -> State:
 def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
     path, writes = job.folder / "checkpoint.safetensors", processes.is_first()
     passes = Passes(job, progress.note)
-    state, tensors = processes.object_of_the_first(checkpoint.load(path, job.key) if writes else (State(), {}))
+    state, tensors = processes.of_the_first(checkpoint.load(path, job.key) if writes else (State(), {}))
     if path.is_file() and not state.epoch:
         progress.note(f"{job.stage}: begins again: its checkpoint is damaged, or of other settings, data or training")
     if state.epoch:
