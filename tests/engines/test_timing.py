@@ -67,6 +67,9 @@ def test_percentiles_are_those_of_single_inferences() -> None:
 
             return milliseconds
 
+        def duplicate(self) -> TimedEngine:
+            return Stumbling(self.times)
+
     result = compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES, singles=600).best
     assert result.inferences > 1
     assert result.singles == 600
@@ -160,34 +163,46 @@ def test_noise_shared_by_all_engines_cancels() -> None:
 
 
 def test_bad_control_is_measured_three_times_and_never_decides() -> None:
-    a = TimedEngine(steady(2.0), steady(2.2))
-    result = compare(a, TimedEngine(steady(1.0)), IMAGES)
+    class Uneven(TimedEngine):
+        """Every other copy takes 2.2 ms, the rest 2.0 ms."""
+
+        copies = itertools.count()
+
+        def duplicate(self) -> TimedEngine:
+            return TimedEngine(steady(2.0 if next(self.copies) % 2 else 2.2))
+
+    result = compare(Uneven(steady(2.0)), TimedEngine(steady(1.0)), IMAGES)
     assert len(result.rounds) == 3
     assert not result.decided
     assert not result.different
     assert result.best.noise == pytest.approx(1 - 1 / 1.1)
 
 
+class Copies(TimedEngine):
+    """Its copies take the milliseconds that `made` says, one after the other."""
+
+    def __init__(self, first: float, *made: float) -> None:
+        super().__init__(steady(first))
+        self.made = iter(made)
+
+    def duplicate(self) -> TimedEngine:
+        return TimedEngine(steady(next(self.made)))
+
+
 def test_round_is_chosen_by_its_control_alone() -> None:
-    """The speed-up changes from round to round; the third one has the only good control."""
-
-    class Twins(TimedEngine):
-        controls = iter([2.2, 2.1, 2.01])
-
-        def duplicate(self) -> TimedEngine:
-            return TimedEngine(steady(next(self.controls)))
-
-    rounds = iter([1.0, 0.5, 1.6])
-
-    class Other(TimedEngine):
-        def timer(self, images: np.ndarray) -> timing.Timer:
-            self.times = steady(next(rounds))
-            return super().timer(images)
-
-    result = compare(Twins(steady(2.0)), Other(steady(1.0)), IMAGES)
+    """All copies differ; the third round has the only good control, and not the largest speed-up."""
+    result = compare(Copies(2.0, 2.2, 2.0, 2.1, 2.0, 2.01), Copies(1.0, 0.5, 1.6), IMAGES)
     assert [measured.speedup.median for measured in result.rounds] == [2.0, 4.0, 1.25]
     assert result.chosen == 2
     assert result.decided
+
+
+def test_each_round_has_copies_of_its_own() -> None:
+    """Two copies of one engine differ: a slow one must not be in every round."""
+    a, b = Copies(9.0, 2.0, 2.2, 2.4, 2.4), Copies(9.0, 1.0, 1.2)
+    rounds = timing.afresh(a, b, IMAGES, rounds=2, pairs=12, seconds=(0.0, 1.0))
+    assert [(each.a.median_ms, each.b.median_ms) for each in rounds] == [(2.0, 1.0), (2.4, 1.2)]
+    assert [each.speedup_over_both for each in rounds] == pytest.approx([2.1, 2.0])
 
 
 def test_short_inferences_are_timed_many_at_once_and_more_often() -> None:
