@@ -187,6 +187,9 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
 
     settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build"})
     settings["blocks"] = run.settings.gates.blocks
+    settings["shapes"] = [
+        {name: spec.shape for name, spec in ends.items()} for ends in (run.task.inputs, run.task.outputs)
+    ]
     here = {"machine": machine.describe(), "target": targets.identity(run.target)}
     return fingerprint.of({**settings, "batch": run.settings.accept.batch, "here": here})
 

@@ -96,6 +96,20 @@ def noise(data_dir: Path | None) -> Any:
     return replace(digits, test=replace(digits.test, labels=digits.test.labels[::-1].copy()))
 
 
+def one_class_less(data_dir: Path | None) -> Any:
+    """The digits, with nines called eights."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from polar_deploy import data
+
+    digits = data.load("digits")
+    parts = {name: getattr(digits, name) for name in ("train", "test")}
+    parts = {name: replace(part, labels=np.minimum(part.labels, 8)) for name, part in parts.items()}
+    return replace(digits, spec=replace(digits.spec, classes=9), class_names=digits.class_names[:9], **parts)
+
+
 def context(folder: Path, **changes: object) -> RunContext:
     settings = recipes.load(None, GIVEN | changes)
     return RunContext(resolve(settings, folder), folder, Progress(quiet=True))
@@ -148,7 +162,14 @@ def test_a_latency_budget_depends_on_what_is_measured(tmp_path: Path) -> None:
 
 def test_a_table_is_measured_again_only_where_its_engines_change(tmp_path: Path) -> None:
     before = gates._table_fingerprint(context(tmp_path))
-    for change in ({"target": "ort-int8"}, {"build.tf32": True}, {"gates.blocks": False}, {"model": "resnet32"}):
+    narrower = {"data": "tests.stages.test_fingerprint:one_class_less"}
+    for change in (
+        {"target": "ort-int8"},
+        {"build.tf32": True},
+        {"gates.blocks": False},
+        {"model": "resnet32"},
+        narrower,
+    ):
         assert gates._table_fingerprint(context(tmp_path, **change)) != before
     for change in ({"gates.freeze_at": 0.2}, {"training.lr": 0.3}, {"seed": 5}, {"gates.min_width": 0.1}):
         assert gates._table_fingerprint(context(tmp_path, **change)) == before
