@@ -190,5 +190,5 @@ def is_stored(step: Step, index: int) -> bool:
 def _dequantize(tensor: Tensor) -> Node | None:
     """The DequantizeLinear that makes a tensor."""
     maker = tensor.inputs[0] if tensor.inputs else None
-    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in ("", "ai.onnx")
+    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in ("", "ai.onnx", "com.microsoft")
     return maker if known else None

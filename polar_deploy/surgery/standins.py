@@ -20,6 +20,8 @@ KIN = {  # the standard operator, and how many inputs it has
     (MICROSOFT, "FusedConv"): ("Conv", 3),
     (MICROSOFT, "FusedGemm"): ("Gemm", 3),
     (MICROSOFT, "FusedMatMul"): ("MatMul", 2),
+    (MICROSOFT, "QuantizeLinear"): ("QuantizeLinear", 3),
+    (MICROSOFT, "DequantizeLinear"): ("DequantizeLinear", 3),
 }
 NOT_OF_KIN = ("activation", "trans", "alpha")  # what attributes begin with that the standard operator has not
 TURNS = ("transA", "transB", "transBatchA", "transBatchB")

@@ -43,10 +43,12 @@ def _quantized(model: onnx.ModelProto, folder: Path, **options: Any) -> onnx.Mod
         str(folder / "float.onnx"),
         str(folder / "integers.onnx"),
         Images(),
-        quant_format=quantization.QuantFormat.QOperator,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        **options,
+        **{
+            "quant_format": quantization.QuantFormat.QOperator,
+            "activation_type": quantization.QuantType.QUInt8,
+            "weight_type": quantization.QuantType.QInt8,
+            **options,
+        },
     )
     return onnx.load(folder / "integers.onnx")
 
@@ -75,6 +77,31 @@ def test_a_residual_network(per_channel: bool, tmp_path: Path) -> None:
     assert _filters(smaller, "one") == (OPEN, 3)
     assert _filters(smaller, "two") == (OPEN, OPEN)
     assert 6 not in {dim for tensor in smaller.graph.initializer for dim in tensor.dims}
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one scale", "a scale a channel"])
+@pytest.mark.parametrize("activation", ["QUInt16", "QInt16"])
+def test_numbers_of_16_bits_between_float_layers(activation: str, per_channel: bool, tmp_path: Path) -> None:
+    """Pairs of com.microsoft around each layer, as for NPUs: the standard ones took no 16 bits before opset 21."""
+    net = Net()
+    x = net.relu(net.conv("input", 6, "one"), "act")
+    x = net.add(x, net.conv(x, 6, "two"), "sum")
+    for layer in ("one", "two"):
+        _empty(net, layer)
+    model = _quantized(
+        net.model(net.head(x)),
+        tmp_path,
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=getattr(quantization.QuantType, activation),
+        per_channel=per_channel,
+        extra_options={"UseQDQContribOps": True},
+    )
+    pairs = [node.domain for node in model.graph.node if node.op_type.endswith("antizeLinear")]
+    assert set(pairs) == {"com.microsoft"}
+    smaller = compress(model).model
+    assert_same(model, smaller)
+    assert _filters(smaller, "one") == (OPEN, 3)
+    assert _filters(smaller, "two") == (OPEN, OPEN)
 
 
 @pytest.mark.parametrize("how", ["Sigmoid", "LeakyRelu", "AveragePool", "Mul"])

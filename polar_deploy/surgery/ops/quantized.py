@@ -161,3 +161,7 @@ HANDLERS: dict[str, Operator] = {
     "DequantizeLinear": Dequantize(),
     "DynamicQuantizeLinear": DynamicQuantize(),
 }
+MICROSOFT: dict[str, Operator] = {  # what ONNX Runtime's quantiser writes for types of 16 and 4 bits
+    "QuantizeLinear": HANDLERS["QuantizeLinear"],
+    "DequantizeLinear": HANDLERS["DequantizeLinear"],
+}
