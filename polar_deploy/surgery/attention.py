@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -78,12 +78,15 @@ class Attention:
         return found[0], found[1], found[2]
 
 
-class Layer(Operator):
-    """Handler of an attention layer. Its memo is an `Attention`."""
+AttentionT = TypeVar("AttentionT", bound=Attention)
+
+
+class Layer(Operator[AttentionT]):
+    """Handler of an attention layer. Its plan is an `Attention`."""
 
     scale = "scale"  # the attribute that scores are multiplied with; absent or 0: one over the root of the dimensions
 
-    def read(self, step: Step) -> Attention:
+    def read(self, step: Step) -> AttentionT:
         """What the node is told. Raises Unsupported."""
         raise NotImplementedError
 
@@ -91,8 +94,8 @@ class Layer(Operator):
         """Writes how many heads are left, and for each of them how many query heads, into the attributes."""
         raise NotImplementedError
 
-    def couple(self, step: Step) -> None:
-        step.memo = layer = self.read(step)
+    def couple(self, step: Step[AttentionT]) -> None:
+        step.plan = layer = self.read(step)
         target = step.create(self.axes(step))
         if len(target) != len(layer.values) * layer.groups:
             raise ValueError(f"{len(target)} channels come out of {len(layer.values)} of values")
@@ -103,13 +106,12 @@ class Layer(Operator):
                 layer.cached = True
                 step.facts.open_opaque(step, tensor, step.note(CACHED))
 
-    def axes(self, step: Step) -> tuple[int, ...]:
+    def axes(self, step: Step[AttentionT]) -> tuple[int, ...]:
         """Where the channels of the result lie."""
-        axes: tuple[int, ...] = step.memo.queries.axes
-        return axes
+        return step.plan.queries.axes
 
-    def constants(self, step: Step) -> None:
-        layer, target = step.memo, step.output
+    def constants(self, step: Step[AttentionT]) -> None:
+        layer, target = step.plan, step.output
         zero = np.broadcast_to(
             layer.of_keys(layer.are_zero(after_cut=step.facts.after_cut)[2])[:, None],
             layer.of_queries(target.constant).shape,
@@ -117,8 +119,8 @@ class Layer(Operator):
         target.constant, target.value = zero.copy(), np.zeros(len(target))
         target.nonnegative = zero.copy()
 
-    def need(self, step: Step) -> None:
-        layer: Attention = step.memo
+    def need(self, step: Step[AttentionT]) -> None:
+        layer = step.plan
         queries, keys, values = layer.are_zero(after_cut=step.facts.after_cut)
         needed = layer.of_queries(step.output.needed)
         heads: Bools = np.any(needed & ~layer.of_keys(values)[:, None], axis=2)
@@ -138,20 +140,20 @@ class Layer(Operator):
             if other is not None and not any(other is channels for channels in mine):
                 self.need_other(step, other)
 
-    def need_other(self, step: Step, channels: Channels) -> None:
+    def need_other(self, step: Step[AttentionT], channels: Channels) -> None:
         """Says what is needed of an input that is neither queries nor keys nor values."""
         channels.pin(step.note("it is read as a whole"))
 
-    def retain(self, step: Step) -> list[Retained]:
-        layer, target = step.memo, step.output
+    def retain(self, step: Step[AttentionT]) -> list[Retained]:
+        layer, target = step.plan, step.output
         if all(channels.is_removed for channels in step.outputs):
             return []
         queries, results = layer.of_queries(layer.queries.kept), layer.of_queries(target.kept)
         keys, values = layer.of_keys(layer.keys.kept), layer.of_keys(layer.values.kept)
-        heads = queries.any(axis=2) | results.any(axis=2)
+        heads: Bools = np.any(queries, axis=2) | np.any(results, axis=2)
         if layer.mask is not None:
             heads = heads | layer.mask.kept.reshape(heads.shape)
-        alive = heads.any(axis=1) | keys.any(axis=1) | values.any(axis=1)
+        alive: Bools = np.any(heads, axis=1) | np.any(keys, axis=1) | np.any(values, axis=1)
         heads = _level(heads, alive)
         pairs = self._dimensions(layer, keys | queries.any(axis=1), alive, layer.queries, layer.keys)
         read = self._dimensions(layer, values | results.any(axis=1), alive, target, layer.values)
@@ -176,9 +178,9 @@ class Layer(Operator):
             kept = alive[:, None] & kept.any(axis=0)
         return _level(kept, alive)
 
-    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step[AttentionT]) -> list[tuple[Channels, Bools]]:
         """Where a pair stays that nobody needs, the one that is zero has to be zero still."""
-        layer: Attention = step.memo
+        layer = step.plan
         queries, keys, _ = layer.are_zero(after_cut=step.facts.after_cut)
         still = layer.of_queries(queries) | layer.of_keys(keys)[:, None]
         heads = layer.of_queries(step.output.needed).any(axis=2, keepdims=True)
@@ -189,8 +191,8 @@ class Layer(Operator):
         ]
         return [(channels, which) for channels, which in found if (which & ~channels.needed).any()]
 
-    def slice(self, step: Step) -> None:
-        layer: Attention = step.memo
+    def slice(self, step: Step[AttentionT]) -> None:
+        layer = step.plan
         kept = layer.of_queries(layer.queries.kept)
         heads, before = np.asarray(np.any(kept, axis=2)), kept.shape[2]
         left = int(heads.any(axis=1).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -43,7 +43,10 @@ class Operand:
         return zero
 
 
-class Elementwise(Operator):
+Operands: TypeAlias = "dict[int, Operand]"  # constant ones, spread once
+
+
+class Elementwise(Operator[Operands]):
     """Handler of an operator that computes each output element from one element of every input.
 
     Args:
@@ -72,13 +75,13 @@ class Elementwise(Operator):
         self.nonnegative = nonnegative
         self.steady = steady
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Operands]) -> None:
         lead = next((i for i, x in enumerate(step.inputs) if x is not None and len(x) > 1), None)
         if lead is None:
             lead = next((i for i, x in enumerate(step.inputs) if x is not None), None)
         if lead is None:
             raise Unsupported("the channels of its inputs are not known")
-        step.memo = {}  # constant operands, spread once
+        step.plan = {}
         leader = step.require(lead)
         offset = len(_shape(step)) - len(step.graph.shape(step.original[lead]) or ())
         target = step.create(tuple(axis + offset for axis in leader.axes))
@@ -117,11 +120,11 @@ class Elementwise(Operator):
         else:
             raise Unsupported("its inputs have different numbers of channels")
 
-    def operands(self, step: Step) -> list[Operand]:
+    def operands(self, step: Step[Operands]) -> list[Operand]:
         """The inputs' facts, spread over the output's channels."""
         return [self._operand(step, index) for index in range(len(step.original))]
 
-    def _operand(self, step: Step, index: int) -> Operand:
+    def _operand(self, step: Step[Operands], index: int) -> Operand:
         source, width = step.inputs[index], len(step.output)
         if index in step.replaced:
             value = step.replaced[index]
@@ -135,12 +138,12 @@ class Elementwise(Operator):
         values = step.constant(index)
         if values is None:
             return Operand(no(width), np.zeros(width), no(width))
-        if index not in step.memo:
-            step.memo[index] = _spread(values, len(_shape(step)), step.output)
-        spread: Operand = step.memo[index]
+        if index not in step.plan:
+            step.plan[index] = _spread(values, len(_shape(step)), step.output)
+        spread: Operand = step.plan[index]
         return spread
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Operands]) -> None:
         target, result = step.output, self.conclude(step, self.operands(step))
         target.constant, target.value = holding(result.constant, result.value, step.graph.dtype(step.made[0]))
         target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
@@ -176,7 +179,7 @@ class Elementwise(Operator):
             return no(len(step.output))
         return reduce(np.logical_and, [operand.nonnegative for operand in operands])
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Operands]) -> None:
         self._replace(step)
         replaced = [step.inputs[index] for index in step.replaced]
         step.links = [link for link in step.links if link.source not in replaced]
@@ -191,11 +194,11 @@ class Elementwise(Operator):
             else:
                 link.source.needed[link.out_of[wanted[link.into]]] = True
 
-    def reads(self, step: Step, source: Channels) -> Bools | None:
+    def reads(self, step: Step[Operands], source: Channels) -> Bools | None:
         """[output channels] where the result depends on what `source` holds; None: everywhere."""
         return None
 
-    def _replace(self, step: Step) -> None:
+    def _replace(self, step: Step[Operands]) -> None:
         """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
         target, shape = step.output, _shape(step)
         for source in self._neutral_first(step):
@@ -222,7 +225,7 @@ class Elementwise(Operator):
             return sources
         return sorted(sources, key=lambda x: not (x.constant & (x.value == self.neutral)).all())
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Operands]) -> None:
         for index in range(len(step.node.inputs)):
             if (values := self._constant_operand(step, index)) is not None:
                 step.graph.set_constant(step.node, index, values)
@@ -261,7 +264,7 @@ class Absorbing(Elementwise):
             np.logical_or, [operand.constant & (operand.value == self.absorbing_value) for operand in operands]
         )
 
-    def reads(self, step: Step, source: Channels) -> Bools | None:
+    def reads(self, step: Step[Operands], source: Channels) -> Bools | None:
         """A channel that another operand decides is not read; where several do, the first one counts."""
         read = np.ones(len(step.output), bool)
         gates_first = sorted(range(len(step.original)), key=lambda index: step.inputs[index] is not None)

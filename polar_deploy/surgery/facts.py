@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,15 @@ from polar_deploy.surgery.validation import NotUnderstoodError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from typing_extensions import TypeVar
+
     from polar_deploy.surgery.operator import Operator
+
+    PlanT_co = TypeVar("PlanT_co", covariant=True, default=object)
+else:
+    from typing import TypeVar  # whose defaults need Python 3.13
+
+    PlanT_co = TypeVar("PlanT_co", covariant=True)
 
 MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
 WIDTHS = 1 << 10  # different numbers of channels that are kept in mind
@@ -150,15 +158,18 @@ def frozen(array: Array) -> Array:
 
 
 @dataclass(eq=False)
-class Step:
-    """One node with the facts about its inputs and outputs: what handlers work on."""
+class Step(Generic[PlanT_co]):
+    """One node with the facts about its inputs and outputs: what handlers work on.
+
+    plan: what the handler found out when it coupled channels, for the phases after that; None: nothing.
+    """
 
     node: Node
     facts: Facts
     handler: Operator
     links: list[Link] = field(default_factory=list)
     ties: list[Link] = field(default_factory=list)  # channels that go together, none made of the other
-    memo: Any = None  # the handler's own notes from one phase to the next
+    plan: PlanT_co = None  # type: ignore[assignment]
     replaced: dict[int, Floats] = field(default_factory=dict)  # inputs that become constants: values a channel
 
     def __post_init__(self) -> None:
@@ -311,10 +322,10 @@ class Facts:
             for tensor in step.made:
                 self._channels.pop(tensor.name, None)
             step = Step(node, self, self._unsupported)
-            step.memo = step.note(str(reason))
+            step.plan = step.note(str(reason))
             for tensor in node.outputs:
                 if tensor.name:
-                    self.open_opaque(step, tensor, step.memo)
+                    self.open_opaque(step, tensor, step.plan)
         except (ValueError, IndexError, TypeError, KeyError) as error:  # numbers that do not fit together
             raise NotUnderstoodError(
                 f"node {step.label} ({node.op}) contradicts its inputs: {error}", "export the model again"

@@ -67,7 +67,7 @@ def _is_zero(channels: Channels) -> Bools:
     return np.asarray(channels.constant & (channels.value == 0))
 
 
-class Product(Operator):
+class Product(Operator[Spare]):
     """What both have in common."""
 
     can_be_nonfinite = True
@@ -99,19 +99,19 @@ class Scores(Product):
         left, right = step.require(0), step.require(1)
         return np.asarray((_is_zero(left) | _is_zero(right)).reshape(left.dims).all(axis=1))
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Spare]) -> None:
         left, right = step.require(0), step.require(1)
-        step.memo = Spare(_is_zero(left), _is_zero(right))
-        needed = np.repeat(step.output.needed, left.dims[1]) & ~step.memo.pairs
+        step.plan = Spare(_is_zero(left), _is_zero(right))
+        needed = np.repeat(step.output.needed, left.dims[1]) & ~step.plan.pairs
         left.needed |= needed
         right.needed |= needed
 
-    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step[Spare]) -> list[tuple[Channels, Bools]]:
         """Where a pair stays, the one that is zero has to be zero still."""
         left, right = step.require(0), step.require(1)
         still = _is_zero(left) | _is_zero(right)
-        risk = step.memo.pairs & ~still & left.kept & np.repeat(step.output.kept, left.dims[1])
-        found = [(left, risk & step.memo.left), (right, risk & ~step.memo.left)]
+        risk = step.plan.pairs & ~still & left.kept & np.repeat(step.output.kept, left.dims[1])
+        found = [(left, risk & step.plan.left), (right, risk & ~step.plan.left)]
         return [(channels, which) for channels, which in found if (which & ~channels.needed).any()]
 
     def retain(self, step: Step) -> list[Retained]:

@@ -153,7 +153,7 @@ class Trim:
     groups: int
 
 
-class Mixing(Operator):
+class Mixing(Operator[Plan]):
     """Handler of operators that mix. A family says how its weights are read and written.
 
     bias_input: the index of the bias among the inputs; None: there is none.
@@ -193,19 +193,19 @@ class Mixing(Operator):
         """The element type of the bias, be it there or not."""
         return step.graph.dtype(step.made[0])
 
-    def mix(self, step: Step) -> MixingWeights:
+    def mix(self, step: Step[Plan]) -> MixingWeights:
         """The operator's constants as they stand; `read` is asked once for as long as they do not change."""
-        plan: Plan = step.memo
+        plan: Plan = step.plan
         if plan.mix is None:
             plan.mix = self.read(step)
         return plan.mix
 
-    def rewrite(self, step: Step, trim: Trim) -> None:
+    def rewrite(self, step: Step[Plan], trim: Trim) -> None:
         """Stores new constants."""
         self.write(step, trim)
-        step.memo.mix = None
+        step.plan.mix = None
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Plan]) -> None:
         mix, source = self.read(step), self.source(step)
         target = step.create((self.output_axis(step),))
         groups, filters, inputs = mix.shape
@@ -213,7 +213,7 @@ class Mixing(Operator):
             raise ValueError(f"a bias of {mix.offset.size} numbers for {groups * filters} filters")
         present = mix.present()
         bits = None if present is None else np.packbits(present, axis=2)
-        step.memo = Plan(mix, bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
+        step.plan = Plan(mix, bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
         if source is not None and groups > 1 and filters == inputs == 1:  # depthwise
             numbers = every(groups)
             step.link(source, target, numbers, numbers)
@@ -223,8 +223,8 @@ class Mixing(Operator):
         source = step.inputs[self.data(step)]
         return source if source is not None and source.axes == (self.input_axis(step),) else None
 
-    def constants(self, step: Step) -> None:
-        plan, target = step.memo, step.output
+    def constants(self, step: Step[Plan]) -> None:
+        plan, target = step.plan, step.output
         if step.facts.after_cut:  # the cut makes filters that nobody needs zero
             value, certain = self.result(step, np.zeros(len(target)))
             target.constant = ~target.needed & certain
@@ -254,8 +254,8 @@ class Mixing(Operator):
         target.value = only(value, target.constant)
         target.nonnegative = target.constant & (target.value >= 0)
 
-    def need(self, step: Step) -> None:
-        plan, source, target = step.memo, self.source(step), step.output
+    def need(self, step: Step[Plan]) -> None:
+        plan, source, target = step.plan, self.source(step), step.output
         for index, channels in enumerate(step.inputs):
             added = plan.addend is not None and channels is plan.addend.source
             if channels is not None and channels is not source and not added:
@@ -273,8 +273,8 @@ class Mixing(Operator):
             value, why = source.value[constant][0], plan.bias_locked_because or self.mix(step).padded_by
             source.notes.append(step.note(f"the constant {value:.6g} meets {why}", constant))
 
-    def retain(self, step: Step) -> list[Retained]:
-        plan, source, target = step.memo, self.source(step), step.output
+    def retain(self, step: Step[Plan]) -> list[Retained]:
+        plan, source, target = step.plan, self.source(step), step.output
         groups = len(plan.absorbed)
         if groups == 1 or target.is_removed or step.links:
             return super().retain(step)
@@ -286,8 +286,8 @@ class Mixing(Operator):
         reason = "every group keeps as many channels as the fullest one"
         return [Retained(channels, indices, reason) for channels, indices in missing if len(indices)]
 
-    def slice(self, step: Step) -> None:
-        plan, source, target, mix = step.memo, self.source(step), step.output, self.mix(step)
+    def slice(self, step: Step[Plan]) -> None:
+        plan, source, target, mix = step.plan, self.source(step), step.output, self.mix(step)
         groups, filters, inputs = mix.shape
         kept_in = np.ones((groups, inputs), bool) if source is None else source.kept.reshape(groups, inputs)
         kept_out, unneeded = target.kept.reshape(groups, filters), ~target.needed.reshape(groups, filters)
@@ -308,7 +308,7 @@ class Mixing(Operator):
         if weight is not None or changed:
             self.rewrite(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
 
-    def scale_output(self, step: Step, factors: Floats) -> bool:
+    def scale_output(self, step: Step[Plan], factors: Floats) -> bool:
         mix = self.mix(step)
         if not mix.plain:
             return False
@@ -321,10 +321,10 @@ class Mixing(Operator):
         self.rewrite(step, Trim(weight, bias, np.ones(scale.size, bool), len(scale)))
         return True
 
-    def scales_input(self, step: Step) -> bool:
+    def scales_input(self, step: Step[Plan]) -> bool:
         return self.source(step) is not None and self.mix(step).plain
 
-    def scale_input(self, step: Step, factors: Floats) -> None:
+    def scale_input(self, step: Step[Plan], factors: Floats) -> None:
         mix = self.mix(step)
         groups, filters, inputs = mix.shape
         weight = mix.weight * factors.reshape(groups, 1, inputs, 1).astype(mix.weight.dtype)

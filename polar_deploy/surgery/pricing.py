@@ -15,7 +15,7 @@ from polar_deploy.costs import Cost, Factor, Layer, Term
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.choices import NEVER, Block, Site
 from polar_deploy.surgery.count import WEIGHTS, count, foldable_norms, layer_macs, parameters
-from polar_deploy.surgery.mixing import Mixing
+from polar_deploy.surgery.mixing import Mixing, Plan
 from polar_deploy.surgery.reshape_channels import ALONG_ONE
 from polar_deploy.surgery.survey import Survey, is_writer, numbers
 
@@ -155,9 +155,9 @@ class Pricing:
         """The axes whose product a node's multiply-accumulates are: those of its output, and the one it sums over."""
         output = self._survey.facts.of(step.made[0])
         axes = [] if output is None else [_along(output, axis) for axis in output.axes]
-        if isinstance(step.handler, Mixing):
+        if isinstance(step.handler, Mixing) and isinstance(step.plan, Plan):
             source = step.handler.source(step)
-            if source is not None and len(step.memo.absorbed) == 1:
+            if source is not None and len(step.plan.absorbed) == 1:
                 axes.append(numbers(source))
         return tuple(axes)
 

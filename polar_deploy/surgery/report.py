@@ -13,7 +13,6 @@ from polar_deploy.surgery.cut import Gate
 from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
-from polar_deploy.surgery.operator import UnsupportedOp
 from polar_deploy.surgery.verify import Proof
 
 if TYPE_CHECKING:
@@ -54,7 +53,9 @@ def build(rounds: list[Round], given: DetachedModel, proof: Proof | str | None) 
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
         "cuts_not_made": _cuts_not_made(last.facts, last.sets),
-        "unsupported": [_entry(step.memo) for step in last.facts.alive if _is_unsupported(step)],
+        "unsupported": [
+            _entry(step.plan) for step in last.facts.alive if isinstance(step.plan, Note) and _is_end(step)
+        ],
     }
 
 
@@ -163,11 +164,11 @@ def _branch(step: Step, makers: dict[str, Step], dropped: set[int]) -> list[str]
     return layers[::-1]
 
 
-def _is_unsupported(step: Step) -> bool:
+def _is_end(step: Step) -> bool:
     """Whether channels end at a node that they cannot be followed through; arithmetic on indices has none."""
     graph = step.graph
     ends = [tensor for tensor in (*step.original, *step.made) if step.facts.of(tensor) is not None]
-    return isinstance(step.handler, UnsupportedOp) and any(graph.dtype(tensor) != np.int64 for tensor in ends)
+    return any(graph.dtype(tensor) != np.int64 for tensor in ends)
 
 
 def _entry(note: Note) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from polar_deploy.surgery.count import WEIGHTS
 from polar_deploy.surgery.facts import Facts, Step
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node, Tensor
-from polar_deploy.surgery.mixing import Mixing
+from polar_deploy.surgery.mixing import Mixing, Plan
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import DetachedModel
@@ -105,7 +105,7 @@ class Survey:
         """
         shared: dict[str, Step] = {}
         for step in self.facts.alive:
-            if is_writer(step) and (groups := len(step.memo.absorbed)) > 1:
+            if is_writer(step) and (groups := len(step.plan.absorbed)) > 1:
                 sides = [x for x in (step.handler.source(step), step.output) if x is not None]  # type: ignore[attr-defined]
                 members = [numbers(side).reshape(groups, -1) for side in sides]
                 for each in members:
@@ -300,6 +300,6 @@ def numbers(channels: Channels) -> Ints:
     return channels.first + np.arange(len(channels))
 
 
-def is_writer(step: Step) -> bool:
+def is_writer(step: Step) -> TypeGuard[Step[Plan]]:
     """Whether a node computes channels of its own from all that it reads: no depthwise convolution."""
     return isinstance(step.handler, Mixing) and not step.links

@@ -14,7 +14,7 @@ import numpy as np
 
 from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.facts import Unsupported, every
-from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.operator import Operator, PlanT
 from polar_deploy.surgery.shape_origin import is_fixed
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def rank_of(step: Step) -> int:
     return len(step.graph.shape(step.original[0]) or ())
 
 
-class AlongAxes(Operator):
+class AlongAxes(Operator[PlanT]):
     """Handler of an operator whose output has the shape of its input.
 
     Args:
@@ -117,17 +117,11 @@ class AlongAxes(Operator):
         """The axes that it computes along."""
         return [step.node.attrs.get("axis", -1) % rank]
 
-    def couple(self, step: Step) -> None:
-        step.require()
-        step.memo = Span.along(step, self.axes(step, rank_of(step)))
-        step.carry()
-
-    def span(self, step: Step) -> Span:
+    def span(self, step: Step[PlanT]) -> Span:
         """What `couple` found out."""
-        found: Span = step.memo
-        return found
+        raise NotImplementedError
 
-    def known(self, step: Step) -> Floats:
+    def known(self, step: Step[PlanT]) -> Floats:
         """[channels] what comes out, NaN where that is not known."""
         source, span = step.require(), self.span(step)
         values, constant = source.value[span.members], source.constant[span.members]
@@ -140,17 +134,17 @@ class AlongAxes(Operator):
             result[source.constant & (source.value == 0)] = 0.0
         return result
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[PlanT]) -> None:
         target, value = step.output, self.known(step)
         target.constant = fits(value, step.graph.dtype(step.made[0]))
         target.value = np.where(target.constant, value, 0.0)
         target.nonnegative = np.where(target.constant, target.value >= 0, self.nonnegative)
 
-    def depends(self, step: Step) -> Bools:
+    def depends(self, step: Step[PlanT]) -> Bools:
         """[channels] results that are needed and depend on the input."""
         return step.output.needed
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[PlanT]) -> None:
         source, span, own = step.require(), self.span(step), self.depends(step)
         span.release(source, source.constant & (source.value == 0) & self.ignores_zero & ~own)
         wanted = np.zeros(span.members.shape[1], bool)
@@ -160,11 +154,23 @@ class AlongAxes(Operator):
         if span.crosses:
             source.notes.append(step.note(self.reason, needed))
 
-    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step[PlanT]) -> list[tuple[Channels, Bools]]:
         return [*super().must_keep_values(step), *self.span(step).disturbed(step.require())]
 
 
-class Softmax(AlongAxes):
+class Spanning(AlongAxes[Span]):
+    """Handler of such an operator without parameters."""
+
+    def couple(self, step: Step[Span]) -> None:
+        step.require()
+        step.plan = Span.along(step, self.axes(step, rank_of(step)))
+        step.carry()
+
+    def span(self, step: Step[Span]) -> Span:
+        return step.plan
+
+
+class Softmax(Spanning):
     """Softmax, LogSoftmax and Hardmax."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
@@ -173,14 +179,14 @@ class Softmax(AlongAxes):
         return super().axes(step, rank)
 
 
-class CumSum(AlongAxes):
+class CumSum(Spanning):
     """Cumulative sums along one axis."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
         return [int(step.parameter(1, "axis").reshape(())) % rank]
 
 
-class LRN(AlongAxes):
+class LRN(Spanning):
     """`x / (bias + sum of squares over neighbouring channels)`: a channel that goes would move the others."""
 
     def axes(self, step: Step, rank: int) -> Iterable[int]:
@@ -222,7 +228,7 @@ HANDLERS: dict[str, Operator] = {
     "LogSoftmax": Softmax("its sum runs over all channels", lambda x, n: np.full_like(x, -math.log(n))),
     "Hardmax": Softmax("it compares all channels", nothing, nonnegative=True),
     "CumSum": CumSum("its sums run over the channels", only_zero, ignores_zero=True),
-    "LpNormalization": AlongAxes("its norm runs over all channels", only_zero, zero_stays=True, ignores_zero=True),
+    "LpNormalization": Spanning("its norm runs over all channels", only_zero, zero_stays=True, ignores_zero=True),
     "LRN": LRN("its window runs over neighbouring channels", only_zero, zero_stays=True),
     "TopK": TopK(),
 }

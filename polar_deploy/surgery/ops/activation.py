@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from polar_deploy.surgery.dtype_limits import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.facts import no, yes
-from polar_deploy.surgery.operator import Operator
+from polar_deploy.surgery.operator import Operator, PlanT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ Attributes = dict[str, Any]
 JUMPS, ROUNDS = 0.05, 0.0
 
 
-class Unary(Operator):
+class Unary(Operator[PlanT]):
     """Handler of a function that is applied to each element.
 
     Args:
@@ -45,10 +45,10 @@ class Unary(Operator):
         self.can_be_nonfinite = can_be_nonfinite
         self.steady = steady
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[PlanT]) -> None:
         step.carry()
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[PlanT]) -> None:
         source, target = step.require(), step.output
         known = source.nonnegative if self.nonnegative is None else (yes if self.nonnegative else no)(len(target))
         if not any_of(source.constant):
@@ -63,11 +63,11 @@ class Unary(Operator):
             target.value[~target.constant] = 0.0
         target.nonnegative = np.where(target.constant, target.value >= 0, known)
 
-    def apply(self, step: Step, values: Floats) -> Floats:
+    def apply(self, step: Step[PlanT], values: Floats) -> Floats:
         """The function on values of the input."""
         return self.function(values, step.node.attrs)
 
-    def change(self, step: Step) -> float | None:
+    def change(self, step: Step[PlanT]) -> float | None:
         """The relative change that is no jump; None where the function has no jumps."""
         return self.steady
 
@@ -81,31 +81,34 @@ class Relu(Unary):
             step.graph.bypass(step.node)
 
 
-class Clip(Unary):
+Bounds: TypeAlias = "tuple[float, float] | None"
+
+
+class Clip(Unary[Bounds]):
     """Clip: bounds are attributes before opset 11, inputs since. With bounds that are computed nothing is constant."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Bounds]) -> None:
         found = [
             step.constant(index) if step.has(index) else np.array(step.node.attrs.get(name, default), np.float64)
             for index, name, default in ((1, "min", -np.inf), (2, "max", np.inf))
         ]
         bounds = [float(bound.reshape(())) for bound in found if bound is not None]
-        step.memo = bounds if len(bounds) == 2 else None
+        step.plan = (bounds[0], bounds[1]) if len(bounds) == 2 else None
         step.carry()
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Bounds]) -> None:
         super().constants(step)
         source, target = step.require(), step.output
-        if step.memo is None:
+        if step.plan is None:
             target.constant[:] = target.nonnegative[:] = False
             return
-        low, high = step.memo
+        low, high = step.plan
         target.nonnegative |= (source.nonnegative | (low >= 0)) & (high >= 0)
 
-    def apply(self, step: Step, values: Floats) -> Floats:
-        if step.memo is None:
+    def apply(self, step: Step[Bounds], values: Floats) -> Floats:
+        if step.plan is None:
             return values
-        low, high = step.memo
+        low, high = step.plan
         clipped: Floats = np.minimum(np.maximum(values, low), high)
         return clipped
 

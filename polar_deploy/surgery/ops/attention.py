@@ -19,7 +19,7 @@ MASK, PAST_KEY = 3, 4
 HEAD_AXIS = -3  # of a mask: [batch, heads, queries, keys]
 
 
-class StandardAttention(Layer):
+class StandardAttention(Layer[Attention]):
     """Attention, on [batch, heads, tokens, dimensions] or on [batch, tokens, channels]."""
 
     def read(self, step: Step) -> Attention:
@@ -45,16 +45,16 @@ class StandardAttention(Layer):
         cut_mask(step, MASK, HEAD_AXIS, heads)
 
 
-class Rotary(Operator):
-    """RotaryEmbedding turns pairs of dimensions of each head: heads go as a whole. Its memo: how many there are."""
+class Rotary(Operator[int]):
+    """RotaryEmbedding turns pairs of dimensions of each head: heads go as a whole. Its plan: how many there are."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[int]) -> None:
         source, rank = step.require(), rank_of(step)
         if source.axes != ((1, 3) if rank == 4 else (2,)):
             raise Unsupported("the channels of its input are not those of heads")
-        step.memo = source.dims[0] if rank == 4 else self.heads(step)
+        step.plan = source.dims[0] if rank == 4 else self.heads(step)
         target = step.carry()
-        numbers = np.arange(len(target)).reshape(step.memo, -1)
+        numbers = np.arange(len(target)).reshape(step.plan, -1)
         step.tie(target, np.broadcast_to(numbers[:, :1], numbers[:, 1:].shape).ravel(), numbers[:, 1:].ravel())
 
     def heads(self, step: Step) -> int:
@@ -64,15 +64,15 @@ class Rotary(Operator):
             raise Unsupported("it is not told how many heads there are")
         return count
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[int]) -> None:
         source, target = step.require(), step.output
-        zero = (source.constant & (source.value == 0)).reshape(step.memo, -1).all(axis=1)
-        target.constant = np.repeat(zero, len(target) // step.memo)
+        zero = (source.constant & (source.value == 0)).reshape(step.plan, -1).all(axis=1)
+        target.constant = np.repeat(zero, len(target) // step.plan)
         target.nonnegative = target.constant.copy()
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[int]) -> None:
         source = step.require()
-        heads: Bools = np.any(step.output.needed.reshape(step.memo, -1), axis=1)
+        heads: Bools = np.any(step.output.needed.reshape(step.plan, -1), axis=1)
         source.needed |= self.spread(step, heads)
         for other in step.inputs[1:]:
             if other is not None:
@@ -82,9 +82,9 @@ class Rotary(Operator):
         """[channels] those of the given heads."""
         return np.repeat(heads, len(step.output) // len(heads))
 
-    def slice(self, step: Step) -> None:
-        kept = int(step.output.kept.reshape(step.memo, -1).any(axis=1).sum())
-        if kept != step.memo and step.node.attrs.get("num_heads", 0):
+    def slice(self, step: Step[int]) -> None:
+        kept = int(step.output.kept.reshape(step.plan, -1).any(axis=1).sum())
+        if kept != step.plan and step.node.attrs.get("num_heads", 0):
             step.graph.set_attribute(step.node, "num_heads", kept)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.dtype_limits import is_half, is_whole
-from polar_deploy.surgery.elementwise import Elementwise, Operand, keeps_shape
+from polar_deploy.surgery.elementwise import Elementwise, Operand, Operands, keeps_shape
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Floats, Step
@@ -101,7 +101,7 @@ class Quotient(Elementwise):
             return operands[0 if step.node.attrs.get("fmod", 0) else 1].nonnegative
         return super().is_nonnegative(step, operands)
 
-    def nonfinite_risk(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step[Operands]) -> Bools:
         divisor, values = self.operands(step)[1], step.constant(1)
         if values is not None and np.all(values):
             return np.zeros(len(step.output), bool)
@@ -117,7 +117,7 @@ class Power(Elementwise):
         base, exponent = operands
         return np.asarray(base.nonnegative | (exponent.constant & (exponent.value % 2 == 0)))
 
-    def nonfinite_risk(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step[Operands]) -> Bools:
         exponent = self.operands(step)[1]
         small = exponent.constant & np.isin(exponent.value, (0, 1, 2, 3, 4))
         return ~small | is_half(step.graph.dtype(step.made[0]))

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.sizes import Shape
 
 
-class Expand(ShapeDriven):
+class Expand(ShapeDriven[ShapeInput]):
     """Expand of a tensor with channels, or of a constant: a token, or a map, for every image of a batch."""
 
     def held(self, step: Step) -> Array | None:
         """The constant that is repeated; None where a tensor is."""
         return step.constant(0)
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[ShapeInput]) -> None:
         after = step.graph.shape(step.made[0])
         if after is None:
             raise Unsupported("its shape is not known")
@@ -36,7 +36,7 @@ class Expand(ShapeDriven):
             target = step.create(_wide(before))
         else:
             target = self._join(step, step.require(), len(after) - len(given))
-        step.memo = ShapeInput()
+        step.plan = ShapeInput()
         if step.constant(self.shape_input_index(step)) is None:
             self._go_along(step, target, before, after)
 
@@ -51,7 +51,7 @@ class Expand(ShapeDriven):
             raise Unsupported("it repeats the channels")
         return target
 
-    def _go_along(self, step: Step, target: Channels, before: Shape, after: Shape) -> None:
+    def _go_along(self, step: Step[ShapeInput], target: Channels, before: Shape, after: Shape) -> None:
         """A computed shape: a constant in its place, if it does not depend on the input; else the channels follow."""
         sizes = trace(step.facts, step.original[self.shape_input_index(step)])
         sizes = [Size()] * len(after) if sizes is None or len(sizes) > len(after) else sizes
@@ -67,19 +67,19 @@ class Expand(ShapeDriven):
             for axis, dim in enumerate(after)
         ]
         if 0 not in new:
-            step.memo.written = np.array(new, np.int64)
+            step.plan.written = np.array(new, np.int64)
             return
         try:
             for axis in target.axes:
                 if new[axis] != 1 or sizes[axis].value != 1:
                     self.follow(step, target, axis, sizes[axis])
-            step.memo.followed = frozenset(axis - offset for axis in target.axes)
+            step.plan.followed = frozenset(axis - offset for axis in target.axes)
         except Unsupported as reason:
             if self.held(step) is None:
                 raise
             target.pin(step.note(str(reason)))
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[ShapeInput]) -> None:
         held, target = self.held(step), step.output
         if held is None:
             super().constants(step)
@@ -88,8 +88,8 @@ class Expand(ShapeDriven):
         full = held.reshape((1,) * (rank - held.ndim) + held.shape)
         target.constant[:], target.value[:], target.nonnegative[:] = by_channel(full, target.axes)
 
-    def slice(self, step: Step) -> None:
-        target, index, written = step.output, self.shape_input_index(step), step.memo.written
+    def slice(self, step: Step[ShapeInput]) -> None:
+        target, index, written = step.output, self.shape_input_index(step), step.plan.written
         asked = step.constant(index) if written is None else written
         if asked is not None and (written is not None or not target.kept.all()):
             step.graph.set_constant(step.node, index, _cut_shape(asked, step, target))
@@ -140,10 +140,10 @@ class ConstantOfShape(Expand):
         """Its one number stays."""
 
 
-class Tile(Operator):
+class Tile(Operator[int | None]):
     """Tile: along the channels, copy after copy of all of them."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[int | None]) -> None:
         source, rank = step.require(), rank_of(step)
         sizes = trace(step.facts, step.original[1])
         if sizes is None or len(sizes) != rank:
@@ -158,18 +158,19 @@ class Tile(Operator):
         target = step.create(source.axes)
         numbers = every(len(target))
         step.link(source, target, numbers % len(source), numbers, coupled=len(source) > 1)
-        step.memo = axis if len(source) == 1 else None
+        step.plan = axis if len(source) == 1 else None
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[int | None]) -> None:
         super().need(step)
-        if step.memo is not None and step.constant(1) is None:
+        if step.plan is not None and step.constant(1) is None:
             step.replaced[1] = np.array(whole_numbers(step, 1), np.float64)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[int | None]) -> None:
         """One channel that becomes many is repeated as often as channels are kept."""
-        repeats = whole_numbers(step, 1) if step.memo is not None else None
-        if repeats is not None and (step.replaced or not step.output.kept.all()):
-            repeats[step.memo] = int(step.output.kept.sum())
+        axis = step.plan
+        repeats = whole_numbers(step, 1) if axis is not None else None
+        if axis is not None and repeats is not None and (step.replaced or not step.output.kept.all()):
+            repeats[axis] = int(step.output.kept.sum())
             write_numbers(step, 1, repeats)
 
 

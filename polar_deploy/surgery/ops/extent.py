@@ -7,7 +7,7 @@ shape puts a constant in place of it, or follows the size of that tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -33,17 +33,20 @@ class ShapeInput:
     followed: frozenset[int] = frozenset()
 
 
-class ShapeDriven(Operator):
-    """Handler of an operator that is told a shape. Its memo is a `ShapeInput`."""
+ShapeInputT = TypeVar("ShapeInputT", bound=ShapeInput)
+
+
+class ShapeDriven(Operator[ShapeInputT]):
+    """Handler of an operator that is told a shape."""
 
     def shape_input_index(self, step: Step) -> int:
         """The input that tells the shape."""
         return 1
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[ShapeInputT]) -> None:
         super().need(step)
-        if step.memo.written is not None:
-            step.replaced[self.shape_input_index(step)] = step.memo.written.astype(np.float64)
+        if step.plan.written is not None:
+            step.replaced[self.shape_input_index(step)] = step.plan.written.astype(np.float64)
 
     def follow(self, step: Step, target: Channels, axis: int, size: Size) -> None:
         """The output's channels on `axis` go with those of the tensor whose size that axis has. Raises Unsupported."""
@@ -109,7 +112,8 @@ def _read(facts: Facts, reader: Node, index: int, position: int) -> list[int] | 
     if step is None or index in step.replaced or isinstance(step.handler, Shape):
         return []
     if isinstance(step.handler, ShapeDriven):
-        return [] if index == step.handler.shape_input_index(step) and position in step.memo.followed else None
+        assert isinstance(step.plan, ShapeInput)
+        return [] if index == step.handler.shape_input_index(step) and position in step.plan.followed else None
     return _moved(facts, reader, index, position) if reader.domain in ("", "ai.onnx") else None
 
 

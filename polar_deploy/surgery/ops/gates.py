@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.dtype_limits import all_of, is_half
-from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, keeps_shape
+from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, Operands, keeps_shape
 from polar_deploy.surgery.ops.activation import swish
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Multiply(Absorbing):
 
     can_be_nonfinite = True
 
-    def operands(self, step: Step) -> list[Operand]:
+    def operands(self, step: Step[Operands]) -> list[Operand]:
         operands = super().operands(step)
         index = self._factor(step) if step.facts.after_cut else None
         if index is not None:
@@ -45,11 +45,11 @@ class Multiply(Absorbing):
         value[zero] = 0.0
         return Operand((one.constant & other.constant) | zero, value, one.nonnegative & other.nonnegative)
 
-    def gate(self, step: Step) -> Floats | None:
+    def gate(self, step: Step[Operands]) -> Floats | None:
         index = self._factor(step)
         return None if index is None else self._operand(step, index).value
 
-    def _factor(self, step: Step) -> int | None:
+    def _factor(self, step: Step[Operands]) -> int | None:
         """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
         left, right = step.constant(0), step.constant(1)
         index, values = (0, left) if right is None else (1, right)
@@ -60,7 +60,7 @@ class Multiply(Absorbing):
         switch = values.size == 1 and factor.value[0] in (0, 1)
         return index if all_of(factor.constant) and (values.size == len(step.output) or switch) else None
 
-    def nonfinite_risk(self, step: Step) -> Bools:
+    def nonfinite_risk(self, step: Step[Operands]) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
         operands = super().operands(step)
         known = np.any([operand.constant for operand in operands], axis=0)
@@ -72,7 +72,7 @@ class Multiply(Absorbing):
             risk = risk if operand.finite is None else risk | ~operand.finite
         return risk
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Operands]) -> None:
         if (index := self._factor(step)) is not None:
             values, opened = step.parameter(index, "factor"), self.operands(step)[index].value
             opened = opened[: values.size]
@@ -97,7 +97,7 @@ class Where(Elementwise):
     def __init__(self) -> None:
         super().__init__(np.where)
 
-    def operands(self, step: Step) -> list[Operand]:
+    def operands(self, step: Step[Operands]) -> list[Operand]:
         operands = super().operands(step)
         if step.facts.after_cut and self._has_mask(step, operands):
             mask = self._opened(step, operands).astype(np.float64)
@@ -116,13 +116,13 @@ class Where(Elementwise):
         nonnegative = choose(yes.nonnegative, no.nonnegative)
         return Operand(choose(yes.constant, no.constant) & same, value, nonnegative)
 
-    def reads(self, step: Step, source: Channels) -> Bools:
+    def reads(self, step: Step[Operands], source: Channels) -> Bools:
         condition = super().operands(step)[0]
         chosen = condition.value != 0
         sides = (np.ones(len(chosen), bool), ~condition.constant | chosen, ~condition.constant | ~chosen)
         return np.asarray(np.any([side for x, side in zip(step.inputs, sides, strict=True) if x is source], axis=0))
 
-    def gate(self, step: Step) -> Floats | None:
+    def gate(self, step: Step[Operands]) -> Floats | None:
         """A mask that lets one tensor through, or zero."""
         operands = super().operands(step)
         data = [index for index in (1, 2) if step.inputs[index] is not None]
@@ -146,7 +146,7 @@ class Where(Elementwise):
             mask = np.where(free, wanted[0], mask)
         return mask
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Operands]) -> None:
         if self._has_mask(step, super().operands(step)):
             values, opened = step.parameter(0, "condition"), self.operands(step)[0].value != 0
             if not np.array_equal(opened, values.ravel()):

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.facts import Ints, Unsupported, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Channels, Ints, Step
+    from polar_deploy.surgery.facts import Step
 
 
-class Gather(Operator):
+class Gather(Operator[Ints | None]):
     """Gather: output channel i is input channel indices[i]. Of a constant table, the columns are the channels.
 
-    The memo is the indices as numbers of input channels; None where they pick something else.
+    The plan is the indices as numbers of input channels; None where they pick something else.
     """
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Ints | None]) -> None:
         rank, added = rank_of(step), rank_of(step, 1) - 1
         axis = step.node.attrs.get("axis", 0) % rank
         if step.constant(0) is not None:
@@ -32,16 +32,16 @@ class Gather(Operator):
         else:
             step.carry(tuple(at + added if at > axis else at for at in step.require().axes))
 
-    def pick(self, step: Step, axis: int, indices: Ints) -> None:
+    def pick(self, step: Step[Ints | None], axis: int, indices: Ints) -> None:
         """Couples where the indices pick channels; several axes of indices are several axes of channels."""
         source = step.require()
         only_axis(source)
-        step.memo = indices % len(source)
+        step.plan = picked = indices % len(source)
         if not indices.ndim:
             self._leave(step)
             return
         target = step.create(tuple(range(axis, axis + indices.ndim)))
-        step.link(source, target, step.memo.ravel(), np.arange(len(target)), coupled=False)
+        step.link(source, target, picked.ravel(), np.arange(len(target)), coupled=False)
         rows = np.arange(len(target)).reshape(-1, target.dims[-1])
         for row in rows[1:]:
             step.tie(target, rows[0], row)
@@ -52,48 +52,49 @@ class Gather(Operator):
         if len(shape) > 1 and isinstance(shape[1], int):
             step.create((1,)).pin(step.note("it picks one channel"))
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Ints | None]) -> None:
         table, target = step.constant(0), next(iter(step.outputs), None)
         if table is not None and target is not None:
             target.constant[:], target.value[:], target.nonnegative[:] = by_channel(table, (1,))
             return
         super().constants(step)
-        for link in step.links if step.memo is not None and step.facts.after_cut else ():
+        for link in step.links if step.plan is not None and step.facts.after_cut else ():
             there = link.source.needed[link.out_of]  # what is not may go, and another channel stands in for it
             link.target.constant &= there
             link.target.nonnegative &= there
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Ints | None]) -> None:
         super().need(step)
-        if step.memo is not None and not step.links:
-            step.require().needed[step.memo] = True
+        if step.plan is not None and not step.links:
+            step.require().needed[step.plan] = True
         if step.inputs[1] is not None:
             step.inputs[1].pin(step.note("it picks by what they hold"))
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Ints | None]) -> None:
         table = step.constant(0)
         if table is not None:
             if not step.output.kept.all():
                 step.graph.set_constant(step.node, 0, table[:, step.output.kept])
-        elif step.memo is not None:
-            self._renumber(step, step.require(), step.parameter(1, "list of indices"))
+        elif step.plan is not None:
+            self._renumber(step, step.plan, step.parameter(1, "list of indices"))
 
-    def _renumber(self, step: Step, source: Channels, indices: Ints) -> None:
+    def _renumber(self, step: Step, picked: Ints, indices: Ints) -> None:
         """Rewrites the indices. One that nobody needs may have lost its channel: the first one stands in for it."""
-        left = np.where(source.kept[step.memo], (np.cumsum(source.kept) - 1)[step.memo], 0)
+        source = step.require()
+        left = np.where(source.kept[picked], (np.cumsum(source.kept) - 1)[picked], 0)
         if step.links:
             left = left[np.ix_(*(step.output.keep(axis) for axis in step.output.axes))]
             if np.array_equal(left, np.arange(source.kept.sum())) and step.graph.bypass(step.node):
                 return
-        if not (source.kept.all() and left.size == step.memo.size):
-            left = left.reshape((*left.shape, *indices.shape[step.memo.ndim :]))
+        if not (source.kept.all() and left.size == picked.size):
+            left = left.reshape((*left.shape, *indices.shape[picked.ndim :]))
             step.graph.set_constant(step.node, 1, left.astype(indices.dtype))
 
 
 class GatherND(Gather):
     """GatherND: where its tuples are of one index along the channels it is a Gather, other tuples let channels pass."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Ints | None]) -> None:
         source, shape, batch = step.require(), step.graph.shape(step.original[1]), step.node.attrs.get("batch_dims", 0)
         length = shape[-1] if shape else None
         if shape is None or not isinstance(length, int):

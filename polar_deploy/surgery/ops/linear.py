@@ -8,7 +8,7 @@ import numpy as np
 
 from polar_deploy.surgery import heads
 from polar_deploy.surgery.facts import Unsupported
-from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter, write_bias
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Plan, Trim, per_filter, write_bias
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
@@ -115,7 +115,7 @@ class MatMul(Mixing):
         shape = step.graph.shape(step.made[0])
         return len(shape or ()) - (1 if self.side(step) == RIGHT else 2)
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Plan]) -> None:
         if self.across and not any(is_stored(step, factor) for factor in self.factors):
             step.handler = heads.handler(step)
             step.handler.couple(step)

@@ -10,7 +10,7 @@ import numpy as np
 from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.elementwise import Elementwise
 from polar_deploy.surgery.facts import Unsupported, every
-from polar_deploy.surgery.mixing import Mixing, MixingWeights
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Plan
 from polar_deploy.surgery.ops.activation import HANDLERS as ACTIVATIONS
 from polar_deploy.surgery.ops.activation import Unary, gelu, swish
 from polar_deploy.surgery.ops.conv import Conv
@@ -31,7 +31,7 @@ ADDEND = 3  # input of FusedConv that is added before the activation
 class Activated(Mixing):
     """A layer whose activation is part of it; FusedConv may add a tensor in between."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Plan]) -> None:
         super().couple(step)
         if not step.has(ADDEND) or not isinstance(self, Conv):
             return
@@ -42,11 +42,11 @@ class Activated(Mixing):
             raise Unsupported("it adds a tensor to what its groups make")
         numbers = every(len(target))
         step.link(added, target, numbers, numbers)
-        step.memo.addend = step.links[-1]
+        step.plan.addend = step.links[-1]
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Plan]) -> None:
         super().constants(step)
-        target, addend = step.output, step.memo.addend
+        target, addend = step.output, step.plan.addend
         if addend is not None:
             target.constant &= addend.source.constant
             target.value = target.value + addend.source.value
@@ -77,8 +77,8 @@ class Activated(Mixing):
         self.activation(step)
         return super().read(step)
 
-    def scale_output(self, step: Step, factors: Floats) -> bool:
-        free = self.activation(step)[0] in HOMOGENEOUS and step.memo.addend is None and bool((factors >= 0).all())
+    def scale_output(self, step: Step[Plan], factors: Floats) -> bool:
+        free = self.activation(step)[0] in HOMOGENEOUS and step.plan.addend is None and bool((factors >= 0).all())
         return free and super().scale_output(step, factors)
 
 

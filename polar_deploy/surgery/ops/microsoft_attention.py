@@ -44,7 +44,7 @@ def _offsets(bias: Array | None, sizes: list[int]) -> tuple[Floats, Floats, Floa
     return parts[0], parts[1], parts[2]
 
 
-class MultiHead(Layer):
+class MultiHead(Layer[Attention]):
     """MultiHeadAttention; its bias is added to queries, keys and values."""
 
     bias, mask = 3, 5
@@ -61,9 +61,9 @@ class MultiHead(Layer):
     def resize(self, step: Step, heads: int, groups: int) -> None:
         step.graph.set_attribute(step.node, "num_heads", heads)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Attention]) -> None:
         super().slice(step)
-        layer: Attention = step.memo
+        layer = step.plan
         for old in filter(None, [layer.offsets]):
             parts = zip(old, (layer.queries, layer.keys, layer.values), strict=True)
             values = np.concatenate([np.where(each.needed, part, 0.0)[each.kept] for part, each in parts])
@@ -75,7 +75,7 @@ class MultiHead(Layer):
         cut_mask(step, self.mask, HEAD_AXIS, heads)
 
 
-class GroupQuery(Layer):
+class GroupQuery(Layer[Attention]):
     """GroupQueryAttention: heads go, their dimensions stay, because kernels want multiples of 8 of them."""
 
     mask, sinks = 10, 11
@@ -123,12 +123,12 @@ class Projected(Attention):
         return self.queries, self.keys, self.values
 
 
-class SelfAttention(Layer):
+class SelfAttention(Layer[Projected]):
     """Attention of com.microsoft. What its product makes has channels of its own here, as tensors have."""
 
     weight, bias, mask = 1, 2, 5
 
-    def read(self, step: Step) -> Attention:
+    def read(self, step: Step) -> Projected:
         matrix, heads = step.parameter(self.weight, "weight"), step.node.attrs["num_heads"]
         sizes = step.node.attrs.get("qkv_hidden_sizes") or [matrix.shape[1] // 3] * 3
         if sum(sizes) != matrix.shape[1] or step.has(6):
@@ -155,8 +155,8 @@ class SelfAttention(Layer):
     def axes(self, step: Step) -> tuple[int, ...]:
         return (2,)
 
-    def constants(self, step: Step) -> None:
-        layer: Projected = step.memo
+    def constants(self, step: Step[Projected]) -> None:
+        layer = step.plan
         if not step.facts.after_cut:
             self._absorb(step, layer)
         read = layer.reads[~layer.absorbed].any(axis=0)
@@ -179,19 +179,19 @@ class SelfAttention(Layer):
         else:
             layer.absorbed = source.constant & (source.value == 0)
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Projected]) -> None:
         super().need(step)
-        layer: Projected = step.memo
+        layer = step.plan
         if layer.source is not None:
             wanted = np.concatenate([channels.needed for channels in layer.three])
             layer.source.needed |= layer.reads[:, wanted].any(axis=1) & ~layer.absorbed
 
-    def need_other(self, step: Step, channels: Channels) -> None:
-        if channels is not step.memo.source:
+    def need_other(self, step: Step[Projected], channels: Channels) -> None:
+        if channels is not step.plan.source:
             super().need_other(step, channels)
 
-    def retain(self, step: Step) -> list[Retained]:
-        source = step.memo.source
+    def retain(self, step: Step[Projected]) -> list[Retained]:
+        source = step.plan.source
         found = super().retain(step)
         if source is not None and source.is_removed and not step.output.is_removed:
             found.append(Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel"))
@@ -200,9 +200,9 @@ class SelfAttention(Layer):
     def resize(self, step: Step, heads: int, groups: int) -> None:
         step.graph.set_attribute(step.node, "num_heads", heads)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Projected]) -> None:
         super().slice(step)
-        layer: Projected = step.memo
+        layer = step.plan
         weight = step.parameter(self.weight, "weight")
         needed, kept = (np.concatenate(parts) for parts in zip(*((c.needed, c.kept) for c in layer.three), strict=True))
         rows = np.ones(len(weight), bool) if layer.source is None else layer.source.kept

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.surgery.dtype_limits import holding, only
-from polar_deploy.surgery.elementwise import Elementwise, Operand
+from polar_deploy.surgery.elementwise import Elementwise, Operand, Operands
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.activation import HANDLERS as ACTIVATIONS
@@ -23,7 +23,7 @@ from polar_deploy.surgery.quantization import Scheme, Weight, doubt, quantize, s
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
-    from polar_deploy.surgery.facts import Bools, Floats, Step
+    from polar_deploy.surgery.facts import Bools, Floats, Ints, Step
     from polar_deploy.surgery.mixing import MixingWeights
 
 DOUBT = doubt(np.dtype(np.float32))
@@ -54,7 +54,7 @@ class Arithmetic(Elementwise):
 
     factors = (0, 3)
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Operands]) -> None:
         for at in (1, 4, 6):
             _scheme(step, at)
         if any(not step.has(at) for at in (2, 5, 7)):
@@ -82,7 +82,7 @@ class Product(Arithmetic):
         value = np.where(zero, _scheme(step, 6).offset, found.value)
         return Operand(found.constant | zero, value, found.nonnegative)
 
-    def reads(self, step: Step, source: object) -> Bools | None:
+    def reads(self, step: Step[Operands], source: object) -> Bools | None:
         """A channel that the other operand makes zero is not read; where both do, the first one counts."""
         right = step.inputs[self.factors[1]]
         if source is right:
@@ -159,12 +159,12 @@ class Joined(Concat):
     def convert(self, step: Step, index: int, values: Array) -> Array:
         return _stored(step, _numbers(values, _scheme(step, index + 1)), 0)
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[list[Ints | None]]) -> None:
         for at in (0, *range(3, len(step.node.inputs), 3)):
             _scheme(step, at)
         super().couple(step)
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[list[Ints | None]]) -> None:
         super().constants(step)
         target = step.output
         target.constant = target.constant & ~np.isnan(target.value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Unsupported
-from polar_deploy.surgery.ops.across import AlongAxes, Span, nothing, only_zero, rank_of
+from polar_deploy.surgery.ops.across import AlongAxes, Span, Spanning, nothing, only_zero, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,8 +40,8 @@ class Affine:
     own: bool
 
 
-class Normalisation(AlongAxes):
-    """Handler of a normalisation with a scale and, maybe, an offset. Its memo is an `Affine`.
+class Normalisation(AlongAxes[Affine]):
+    """Handler of a normalisation with a scale and, maybe, an offset.
 
     Parameters are looked at *aligned*: as arrays with as many axes as the input.
 
@@ -55,7 +55,7 @@ class Normalisation(AlongAxes):
     def __init__(self, reason: str, *, zero_stays: bool = False) -> None:
         super().__init__(reason, lambda x, _: np.zeros_like(x), zero_stays=zero_stays)
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Affine]) -> None:
         self.check(step)
         target = step.carry()
         span = self.cells(step)
@@ -64,7 +64,7 @@ class Normalisation(AlongAxes):
             array.shape[axis] == size for array in arrays for axis, size in zip(target.axes, target.dims, strict=True)
         )
         scale, offset = self.affine(step, [array.astype(np.float64) for array in arrays])
-        step.memo = Affine(span, _per_channel(scale, target), _per_channel(offset, target), own)
+        step.plan = Affine(span, _per_channel(scale, target), _per_channel(offset, target), own)
 
     def check(self, step: Step) -> None:
         """Raises Unsupported where the statistics are of use to others, or may divide zero by zero."""
@@ -77,9 +77,8 @@ class Normalisation(AlongAxes):
         """Which channels are normalised together."""
         return Span.along(step, self.axes(step, rank_of(step)))
 
-    def span(self, step: Step) -> Span:
-        found: Span = step.memo.span
-        return found
+    def span(self, step: Step[Affine]) -> Span:
+        return step.plan.span
 
     def aligned(self, step: Step, index: int) -> Array:
         """A parameter as it stands: a vector along axis 1."""
@@ -93,25 +92,25 @@ class Normalisation(AlongAxes):
         """Scale and offset, from the aligned parameters."""
         return arrays[0], arrays[1] if len(arrays) > 1 else np.zeros_like(arrays[0])
 
-    def known(self, step: Step) -> Floats:
-        affine: Affine = step.memo
+    def known(self, step: Step[Affine]) -> Floats:
+        affine = step.plan
         normalised = super().known(step)
         with np.errstate(all="ignore"):
             value = normalised * affine.scale + affine.offset
         value = np.where((normalised == 0) | (affine.scale == 0), affine.offset, value)
         return np.where(~step.output.needed & affine.own, 0.0, value) if step.facts.after_cut else value
 
-    def quiet(self, step: Step) -> Bools:
+    def quiet(self, step: Step[Affine]) -> Bools:
         """[channels] whose scale becomes zero."""
         target = step.output
         told = target.constant & (step.has(OFFSET) | (target.value == 0))
-        return np.asarray((~target.needed | told) & step.memo.own)
+        return np.asarray((~target.needed | told) & step.plan.own)
 
-    def depends(self, step: Step) -> Bools:
-        affine: Affine = step.memo
+    def depends(self, step: Step[Affine]) -> Bools:
+        affine = step.plan
         return np.asarray(step.output.needed & (affine.scale != 0) & ~self.quiet(step))
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Affine]) -> None:
         target, quiet = step.output, self.quiet(step)
         scale, offset = np.full((2, len(target)), np.nan)  # NaN: as before
         scale[quiet] = 0.0
@@ -125,9 +124,9 @@ class Normalisation(AlongAxes):
                 if not np.array_equal(values, old):
                     self.write(step, index, values)
 
-    def scale_output(self, step: Step, factors: Floats) -> bool:
+    def scale_output(self, step: Step[Affine], factors: Floats) -> bool:
         target = step.output
-        if not step.memo.own or len(target.axes) > 1:
+        if not step.plan.own or len(target.axes) > 1:
             return False
         for index in (SCALE, OFFSET):
             if step.has(index):
@@ -184,9 +183,9 @@ class GroupNormalization(Normalisation):
         step.tie(step.output, np.broadcast_to(members[0], members[1:].shape).ravel(), members[1:].ravel())
         return Span(np.arange(groups).repeat(len(members)), members, None)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Affine]) -> None:
         super().slice(step)
-        groups = int(step.output.kept.sum()) // len(step.memo.span.members)
+        groups = int(step.output.kept.sum()) // len(step.plan.span.members)
         if groups != step.node.attrs["num_groups"]:
             step.graph.set_attribute(step.node, "num_groups", groups)
 
@@ -214,7 +213,7 @@ class RMSNormalization(LayerNormalization):
         self.uniform = only_zero
 
 
-class MeanVarianceNormalization(AlongAxes):
+class MeanVarianceNormalization(Spanning):
     """Statistics along any axes. What is the same everywhere is divided by zero in some runtimes, or next to it."""
 
     can_be_nonfinite = True

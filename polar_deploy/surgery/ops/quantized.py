@@ -12,29 +12,28 @@ import numpy as np
 from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.quantization import INPUT, SCALE, ZERO, doubt, quantize, scheme, smallest
+from polar_deploy.surgery.quantization import INPUT, SCALE, ZERO, Scheme, doubt, quantize, scheme, smallest
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
     from polar_deploy.surgery.ir import Node, Tensor
-    from polar_deploy.surgery.quantization import Scheme
 
 
-class Quantization(Operator):
+class Quantization(Operator[Scheme]):
     """QuantizeLinear or DequantizeLinear with one scale for all, or one for every index of an axis.
 
     The channels of a constant lie on the one axis that it has an extent along. Other constants have none: layers cut
     their weights themselves.
     """
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Scheme]) -> None:
         values, shape = step.constant(INPUT), step.graph.shape(step.original[INPUT]) or ()
         along = [axis for axis, size in enumerate(shape) if size != 1]
         if values is not None and len(along) != 1:
             return
         axis = step.node.attrs.get("axis", 1) % max(len(shape), 1)
-        step.memo = scheme(step.graph, step.node, SCALE, ZERO, axis, self.stored(step))
+        step.plan = scheme(step.graph, step.node, SCALE, ZERO, axis, self.stored(step))
         if values is None:
             step.carry()
         else:
@@ -48,15 +47,15 @@ class Quantization(Operator):
         """The operator on constants, and where every runtime agrees. All: [variants, channels]."""
         raise NotImplementedError
 
-    def keeps_sign(self, step: Step, source: Bools) -> Bools:
+    def keeps_sign(self, step: Step[Scheme], source: Bools) -> Bools:
         """[channels] where nothing below zero comes out."""
         raise NotImplementedError
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Scheme]) -> None:
         for target in step.outputs:
             source, values = step.inputs[INPUT], step.constant(INPUT)
             value = source.value if source is not None else np.asarray(values, np.float64).ravel()
-            scale, zero = (_met(target, step.memo.axis, part) for part in (step.memo.scale, step.memo.zero))
+            scale, zero = (_met(target, step.plan.axis, part) for part in (step.plan.scale, step.plan.zero))
             results, certain = self.convert(step, value, scale, zero)
             target.constant = certain.all(axis=0) & (results == results[0]).all(axis=0)
             target.constant &= source.constant if source is not None else True
@@ -64,15 +63,18 @@ class Quantization(Operator):
             signs = self.keeps_sign(step, source.nonnegative if source is not None else value >= 0)
             target.nonnegative = np.where(target.constant, target.value >= 0, signs)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[Scheme]) -> None:
         for target in step.outputs:
-            values = step.constant(INPUT)
-            if values is not None and not target.kept.all():
-                (axis,) = target.axes
-                step.graph.set_constant(step.node, INPUT, values.take(target.keep(axis), axis=axis))
-            for index in step.memo.vectors if step.memo.axis in target.axes and not target.kept.all() else ():
-                vector = step.parameter(index, "scale")
-                step.graph.set_constant(step.node, index, vector[target.keep(step.memo.axis)])
+            if target.kept.all():
+                continue
+            values, axis = step.constant(INPUT), step.plan.axis
+            if values is not None:
+                (along,) = target.axes
+                step.graph.set_constant(step.node, INPUT, values.take(target.keep(along), axis=along))
+            if axis is None or axis not in target.axes:
+                continue
+            for index in step.plan.vectors:
+                step.graph.set_constant(step.node, index, step.parameter(index, "scale")[target.keep(axis)])
 
 
 class Quantize(Quantization):
@@ -86,8 +88,8 @@ class Quantize(Quantization):
         dtype = step.graph.dtype(step.original[INPUT]) if values is None else values.dtype
         return quantize(value, scale, zero, doubt(dtype))
 
-    def keeps_sign(self, step: Step, source: Bools) -> Bools:
-        upward = bool((step.memo.offset >= 0).all() and (step.memo.scale > 0).all())
+    def keeps_sign(self, step: Step[Scheme], source: Bools) -> Bools:
+        upward = bool((step.plan.offset >= 0).all() and (step.plan.scale > 0).all())
         return np.asarray(source & upward | (smallest(self.stored(step)) >= 0))
 
 
@@ -102,8 +104,8 @@ class Dequantize(Quantization):
         numbers = (value - zero.astype(np.float64)) * scale
         return numbers, fits(numbers, step.graph.dtype(step.made[0]))
 
-    def keeps_sign(self, step: Step, source: Bools) -> Bools:
-        found: Scheme = step.memo
+    def keeps_sign(self, step: Step[Scheme], source: Bools) -> Bools:
+        found = step.plan
         above = smallest(self.stored(step)) >= found.offset.max()  # no integer is below the zero point
         return np.asarray((source & bool((found.offset <= 0).all()) | above) & bool((found.scale > 0).all()))
 

@@ -69,10 +69,10 @@ class Cells:
         return array.reshape(self.directions, -1, self.hidden, *array.shape[2:])
 
 
-class Recurrent(Operator):
-    """Handler of a recurrent layer. Its memo is a `Cells`."""
+class Recurrent(Operator[Cells]):
+    """Handler of a recurrent layer. Its plan is a `Cells`."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Cells]) -> None:
         source, axis, attrs = step.require(INPUT), rank_of(step) - 1, step.node.attrs
         if source.axes != (axis,):
             raise Unsupported("it mixes another axis than that of the channels")
@@ -82,7 +82,7 @@ class Recurrent(Operator):
         for index, what in ((BIAS, "bias"), (PEEPHOLES, "peephole weight")):
             if step.has(index):
                 step.parameter(index, what)
-        step.memo = cells = Cells(len(recurrence), recurrence.shape[-1])
+        step.plan = cells = Cells(len(recurrence), recurrence.shape[-1])
         if attrs.get("hidden_size", cells.hidden) != cells.hidden or weight.shape[1] % cells.hidden:
             raise ValueError(f"{attrs['hidden_size']} hidden units of {recurrence.shape}")
         cells.fixed = any(step.has(index) and step.constant(index) is None for index in STATES)
@@ -105,9 +105,9 @@ class Recurrent(Operator):
             step.ties.append(Link(cells.results[0], target, numbers, numbers))
         cells.results.append(target)
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Cells]) -> None:
         """Asked first, it finds what the bias can take up, and which units are zero; then, which become so."""
-        cells: Cells = step.memo
+        cells = step.plan
         if not step.facts.after_cut:
             self._absorb(step, cells)
             cells.zero = self._zeros(step, cells)
@@ -124,7 +124,7 @@ class Recurrent(Operator):
             cells.absorbed &= source.value == 0
             cells.moved = np.zeros_like(cells.moved)
 
-    def _zeros(self, step: Step, cells: Cells) -> Bools:
+    def _zeros(self, step: Step[Cells], cells: Cells) -> Bools:
         """[directions, hidden] units that are zero throughout: all at first, then those that others do not wake."""
         kind = KINDS[step.node.op]
         if not self._rests(step):
@@ -144,9 +144,9 @@ class Recurrent(Operator):
                 return np.asarray(~awake)
             awake = woken
 
-    def _rests(self, step: Step) -> bool:
+    def _rests(self, step: Step[Cells]) -> bool:
         """Whether a unit without weights stays zero: it starts there, and its activations leave it there."""
-        kind, cells = KINDS[step.node.op], step.memo
+        kind, cells = KINDS[step.node.op], step.plan
         names = list(step.node.attrs.get("activations", ACTIVATIONS[step.node.op] * cells.directions))
         squash = [names[at :: len(ACTIVATIONS[step.node.op])] for at in kind.squash]
         starts = [step.constant(index) for index in STATES if step.has(index)]
@@ -154,8 +154,8 @@ class Recurrent(Operator):
             return False
         return all(values is not None and not any_of(values != 0) for values in starts)
 
-    def need(self, step: Step) -> None:
-        cells, source = step.memo, step.require(INPUT)
+    def need(self, step: Step[Cells]) -> None:
+        cells, source = step.plan, step.require(INPUT)
         wanted = np.full(cells.zero.shape, cells.fixed)
         for target in cells.results:
             wanted = wanted | target.needed.reshape(wanted.shape)
@@ -176,8 +176,8 @@ class Recurrent(Operator):
             if channels is not None:
                 channels.pin(step.note("it is read as a whole"))
 
-    def retain(self, step: Step) -> list[Retained]:
-        source, cells = step.require(INPUT), step.memo
+    def retain(self, step: Step[Cells]) -> list[Retained]:
+        source, cells = step.require(INPUT), step.plan
         found = []
         if source.is_removed:
             found.append(Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel"))
@@ -188,11 +188,11 @@ class Recurrent(Operator):
                 found.append(Retained(target, missing, BOTH))
         return found
 
-    def slice(self, step: Step) -> None:
-        source, cells, weight = step.require(INPUT), step.memo, step.parameter(WEIGHT, "weight")
-        units = np.ones(cells.hidden, bool)
+    def slice(self, step: Step[Cells]) -> None:
+        source, cells, weight = step.require(INPUT), step.plan, step.parameter(WEIGHT, "weight")
+        units: Bools = np.ones(cells.hidden, bool)
         for target in cells.results:
-            units = target.kept.reshape(cells.zero.shape).any(axis=0)
+            units = np.any(target.kept.reshape(cells.zero.shape), axis=0)
         idle = ~cells.needed & units  # they stay, and nobody needs them
         held = step.constant(BIAS) if step.has(BIAS) else None
         bias = np.zeros((cells.directions, 2 * weight.shape[1])) if held is None else held.astype(np.float64)
@@ -214,7 +214,7 @@ class Recurrent(Operator):
 
     def _write(
         self,
-        step: Step,
+        step: Step[Cells],
         index: int,
         old: Array | None,
         new: Array,
@@ -223,7 +223,7 @@ class Recurrent(Operator):
         columns: Bools | None = None,
     ) -> None:
         """Stores what has a row for each gate of each unit: zero for those that are idle, cut to the `units`."""
-        cells: Cells = step.memo
+        cells = step.plan
         rows = cells.of_units(new).copy()
         rows[np.broadcast_to(idle[:, None], rows.shape[:3])] = 0
         rows = rows[:, :, units]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Compute = Callable[[Floats, int], Floats]  # [channels, cells] numbers, how often each one occurs -> [cells]
 
 
-class Reduce(Operator):
+class Reduce(Operator[Span]):
     """Handler of a reduction.
 
     Args:
@@ -63,10 +63,10 @@ class Reduce(Operator):
             raise Unsupported("it reduces over no axis")  # runtimes differ on whether it then squares, or does nothing
         return set()
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Span]) -> None:
         source = step.require()
         axes = self.axes(step, rank_of(step))
-        step.memo = Span.along(step, axes)
+        step.plan = Span.along(step, axes)
         rest = [axis for axis in source.axes if axis not in axes]
         if step.node.attrs.get("keepdims", 1):
             out = rest or [source.axes[0]]  # one channel where all were joined
@@ -74,9 +74,9 @@ class Reduce(Operator):
             out = [axis - sum(removed < axis for removed in axes) for axis in rest]  # none where all were joined
         if out:
             target = step.create(tuple(out))
-            step.link(source, target, np.arange(len(source)), step.memo.cell, coupled=bool(rest))
+            step.link(source, target, np.arange(len(source)), step.plan.cell, coupled=bool(rest))
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[Span]) -> None:
         target, source, found = step.facts.of(step.made[0]), step.require(), self._span(step)
         if target is None:
             return
@@ -107,7 +107,7 @@ class Reduce(Operator):
         """[channels] that make no difference to the result."""
         return source.constant & np.equal(source.value, np.nan if self.neutral is None else self.neutral)
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Span]) -> None:
         target, source, found = step.facts.of(step.made[0]), step.require(), self._span(step)
         wanted = np.ones(found.members.shape[1], bool) if target is None else target.needed
         read = wanted[found.cell]
@@ -119,7 +119,7 @@ class Reduce(Operator):
             source.notes.append(step.note(f"the constant {source.value[lost][0]:.6g} meets {where}", lost))
         source.needed |= read & ~found.spare
 
-    def retain(self, step: Step) -> list[Retained]:
+    def retain(self, step: Step[Span]) -> list[Retained]:
         source = step.require()
         if step.facts.of(step.made[0]) is not None or not source.is_removed:
             return super().retain(step)
@@ -129,11 +129,11 @@ class Reduce(Operator):
         risk = is_half(step.graph.dtype(step.made[0])) if self.squares else self.can_be_nonfinite
         return np.full(len(step.output), risk)
 
-    def must_keep_values(self, step: Step) -> list[tuple[Channels, Bools]]:
+    def must_keep_values(self, step: Step[Span]) -> list[tuple[Channels, Bools]]:
         return [*super().must_keep_values(step), *self._span(step).disturbed(step.require())]
 
-    def _span(self, step: Step) -> Span:
-        found: Span = step.memo
+    def _span(self, step: Step[Span]) -> Span:
+        found: Span = step.plan
         return found
 
 

@@ -27,16 +27,16 @@ class ResizeInput(ShapeInput):
     axes: tuple[int, ...] | None = None
 
 
-class Resize(ShapeDriven):
+class Resize(ShapeDriven[ResizeInput]):
     """Resize and Upsample of other axes than the channels'."""
 
     def shape_input_index(self, step: Step) -> int:
         return SIZES
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[ResizeInput]) -> None:
         source, axes = step.require(), _axes(step)
         step.carry()
-        step.memo = ResizeInput()
+        step.plan = ResizeInput()
         for axis in set(source.axes).intersection(axes):
             at = axes.index(axis)
             if _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize":
@@ -54,7 +54,7 @@ class Resize(ShapeDriven):
         before = step.node.op == "Upsample" or step.graph.opset < 11
         return _numbers(step, ROI if before else SCALES, count)[at].value
 
-    def _obey(self, step: Step, axis: int, at: int, axes: list[int]) -> None:
+    def _obey(self, step: Step[ResizeInput], axis: int, at: int, axes: list[int]) -> None:
         """Sizes that say how many channels there are, too."""
         if _mode(step, "keep_aspect_ratio_policy", "stretch") != "stretch":
             raise Unsupported("it keeps a ratio of sizes that the channels are one of")
@@ -63,14 +63,14 @@ class Resize(ShapeDriven):
         sizes = _numbers(step, SIZES, len(axes))
         whole = whole_numbers(step, SIZES)
         if whole is not None:
-            step.memo.written = np.array(whole, np.int64)
+            step.plan.written = np.array(whole, np.int64)
         elif sizes[at].extent is not None:
             self.follow(step, step.output, axis, sizes[at])
-            step.memo.followed |= {at}
+            step.plan.followed |= {at}
         else:
             self._spare(step, dict(zip(axes, sizes, strict=True)))
 
-    def _spare(self, step: Step, sizes: dict[int, Size]) -> None:
+    def _spare(self, step: Step[ResizeInput], sizes: dict[int, Size]) -> None:
         """Tells the sizes of those axes only that change, by a constant."""
         before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
         changed = [axis for axis, dim in enumerate(after) if dim is None or dim != before[axis]]
@@ -81,9 +81,9 @@ class Resize(ShapeDriven):
         crops = _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize"
         if step.graph.opset < 18 or crops or not changed or len(wanted) < len(changed):
             raise Unsupported("its sizes are computed")
-        step.memo.written, step.memo.axes = np.array(wanted, np.int64), tuple(changed)
+        step.plan.written, step.plan.axes = np.array(wanted, np.int64), tuple(changed)
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[ResizeInput]) -> None:
         super().constants(step)
         target, attrs = step.output, step.node.attrs
         if _mode(step, "coordinate_transformation_mode") == "tf_crop_and_resize":
@@ -93,14 +93,14 @@ class Resize(ShapeDriven):
         if _mode(step, "mode") == "cubic":
             target.nonnegative &= target.constant
 
-    def slice(self, step: Step) -> None:
-        target, memo = step.output, step.memo
-        if memo.axes is not None:
-            step.graph.set_constant(step.node, SIZES, memo.written)
-            step.graph.set_attribute(step.node, "axes", list(memo.axes))
+    def slice(self, step: Step[ResizeInput]) -> None:
+        target, plan = step.output, step.plan
+        if plan.axes is not None and plan.written is not None:
+            step.graph.set_constant(step.node, SIZES, plan.written)
+            step.graph.set_attribute(step.node, "axes", list(plan.axes))
             return
-        asked = step.constant(SIZES) if memo.written is None else memo.written
-        if asked is None or not asked.size or (memo.written is None and target.kept.all()):
+        asked = step.constant(SIZES) if plan.written is None else plan.written
+        if asked is None or not asked.size or (plan.written is None and target.kept.all()):
             return
         new, axes = asked.copy(), _axes(step)
         for axis in set(target.axes).intersection(axes):
@@ -156,17 +156,17 @@ class SpaceToDepth(Operator):
         step.link(source, target, numbers % len(source) if depth_first else numbers // count, numbers)
 
 
-class CenterCropPad(Operator):
+class CenterCropPad(Operator[dict[int, int]]):
     """CenterCropPad of other axes than the channels'; what it adds is zero."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[dict[int, int]]) -> None:
         source, axes = step.require(), _axes(step)
         step.carry()
-        step.memo = {axis: axes.index(axis) for axis in source.axes if axis in axes}
-        if step.memo and step.constant(1) is None:
+        step.plan = {axis: axes.index(axis) for axis in source.axes if axis in axes}
+        if step.plan and step.constant(1) is None:
             raise Unsupported("its sizes are computed")
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[dict[int, int]]) -> None:
         super().constants(step)
         before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
         crops = all(
@@ -175,11 +175,11 @@ class CenterCropPad(Operator):
         if not (crops and before[0] == after[0]):
             step.output.constant &= step.output.value == 0
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[dict[int, int]]) -> None:
         target = step.output
-        sizes = whole_numbers(step, 1) if step.memo and not target.kept.all() else None
+        sizes = whole_numbers(step, 1) if step.plan and not target.kept.all() else None
         if sizes is not None:
-            for axis, at in step.memo.items():
+            for axis, at in step.plan.items():
                 sizes[at] = len(target.keep(axis))
             write_numbers(step, 1, sizes)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from polar_deploy.surgery import reshape_channels
 from polar_deploy.surgery.facts import Unsupported
-from polar_deploy.surgery.operator import Operator, Retained
+from polar_deploy.surgery.operator import Operator, PlanT, Retained
 from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
 from polar_deploy.surgery.shape_origin import Size, is_fixed, trace
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.ir import Node
 
 
-class Moving(Operator):
+class Moving(Operator[PlanT]):
     """Any operator that only moves elements; one channel of the output may hold elements of several of the input."""
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[PlanT]) -> None:
         for link in step.links:
             source, target = link.source, link.target
             target.value[link.into] = source.value[link.out_of]
@@ -32,10 +32,10 @@ class Moving(Operator):
             np.logical_and.at(target.nonnegative, link.into, source.nonnegative[link.out_of])
 
 
-class Regroup(Moving):
+class Regroup(Moving[PlanT]):
     """Any operator that keeps the order of the elements. Flatten before a Gemm gives each channel several columns."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[PlanT]) -> None:
         before, after = step.graph.shape(step.original[0]), step.graph.shape(step.made[0])
         if before is None or after is None:
             raise Unsupported("its shape is not known")
@@ -97,20 +97,20 @@ class ReshapeInput(ShapeInput):
     edit: tuple[int, int] | None = None
 
 
-class Reshape(ShapeDriven, Regroup):
+class Reshape(ShapeDriven[ReshapeInput], Regroup[ReshapeInput]):
     """Reshape to a constant shape, or to a computed one that a constant can stand for or that goes with the cut."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[ReshapeInput]) -> None:
         super().couple(step)
-        step.memo = ReshapeInput()
+        step.plan = ReshapeInput()
         if step.constant(1) is not None:
             return
         rank = len(step.graph.shape(step.made[0]) or ())
         sizes = trace(step.facts, step.original[1])
         if sizes is None or len(sizes) != rank:
             sizes = [Size()] * rank
-        step.memo.written = self._written(step, sizes)
-        if step.memo.written is None:
+        step.plan.written = self._written(step, sizes)
+        if step.plan.written is None:
             self._go_along(step, sizes)
 
     def _written(self, step: Step, sizes: list[Size]) -> Ints | None:
@@ -124,36 +124,36 @@ class Reshape(ShapeDriven, Regroup):
         ]
         return np.array(new, np.int64) if new.count(-1) < 2 else None
 
-    def _go_along(self, step: Step, sizes: list[Size]) -> None:
+    def _go_along(self, step: Step[ReshapeInput], sizes: list[Size]) -> None:
         """A shape that stays computed: the axis that the cut goes along has to get its size from somewhere."""
         (*others, axis), size = step.output.axes, sizes[step.output.axes[-1]]
         if others and not step.ties:
             raise Unsupported("its shape is computed, and its channels lie on several axes")
         if size.value == -1 or (size.value == 0 and step.output.axes == step.require().axes and not _zeros(step)):
             return
-        step.memo.edit = _place(step, axis)
-        if step.memo.edit is None:
+        step.plan.edit = _place(step, axis)
+        if step.plan.edit is None:
             self.follow(step, step.output, axis, size)
-            step.memo.followed = frozenset((axis,))
+            step.plan.followed = frozenset((axis,))
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[ReshapeInput]) -> None:
         super().need(step)
-        if step.memo.edit is not None:
-            concat, (index, _) = step.node.inputs[1].inputs[0], step.memo.edit
+        if step.plan.edit is not None:
+            concat, (index, _) = step.node.inputs[1].inputs[0], step.plan.edit
             if not step.graph.is_constant(concat.inputs[index]):
                 maker = next(maker for maker in step.facts.steps if maker.node is concat)
                 maker.replaced[index] = np.array([-1.0])
 
-    def slice(self, step: Step) -> None:
-        target, memo, asked = step.output, step.memo, step.constant(1)
-        if memo.written is not None:
-            self._write(step, memo.written, literal=False)
-            if (memo.written == 0).any() and _zeros(step):
+    def slice(self, step: Step[ReshapeInput]) -> None:
+        target, plan, asked = step.output, step.plan, step.constant(1)
+        if plan.written is not None:
+            self._write(step, plan.written, literal=False)
+            if (plan.written == 0).any() and _zeros(step):
                 step.graph.set_attribute(step.node, "allowzero", 0)
         elif asked is not None and not target.kept.all():
             self._write(step, asked, literal=_zeros(step))
-        elif memo.edit is not None:
-            concat, (index, position) = step.node.inputs[1].inputs[0], memo.edit
+        elif plan.edit is not None:
+            concat, (index, position) = step.node.inputs[1].inputs[0], plan.edit
             held = step.graph.constant(concat, index)
             if held is None or not target.kept.all():
                 values = np.zeros(1, np.int64) if held is None else held.copy()

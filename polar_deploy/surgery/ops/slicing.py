@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.dtype_limits import all_of
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.facts import Ints, Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.shape_origin import Size, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
-    from polar_deploy.surgery.facts import Bools, Channels, Ints, Step
+    from polar_deploy.surgery.facts import Bools, Channels, Step
 
 
 def only_axis(channels: Channels) -> int:
@@ -65,27 +65,27 @@ class Cutting:
         return self.bounds["steps"][self.at] if "steps" in self.bounds else 1
 
 
-class Slice(Operator):
+class Slice(Operator[Cutting | None]):
     """Slice, forwards and backwards. With strides, the channels that it steps over go with the one that it takes."""
 
     names = ("starts", "ends", "axes", "steps")
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Cutting | None]) -> None:
         source = step.require()
         axes = self._axes(step)
         if not set(axes) & set(source.axes):
             step.carry()
             return
         (axis,) = shared if len(shared := set(axes) & set(source.axes)) == 1 else (only_axis(source),)
-        step.memo = memo = self._cutting(step, axes.index(axis))
-        start, end = (memo.bounds[name][memo.at] for name in ("starts", "ends"))
-        memo.axis, memo.taken = axis, np.arange(source.dims[source.axes.index(axis)])[slice(start, end, memo.stride)]
+        step.plan = plan = self._cutting(step, axes.index(axis))
+        start, end = (plan.bounds[name][plan.at] for name in ("starts", "ends"))
+        plan.axis, plan.taken = axis, np.arange(source.dims[source.axes.index(axis)])[slice(start, end, plan.stride)]
         target = step.create(source.axes)
-        step.link(source, target, along(source, axis, memo.taken), np.arange(len(target)))
-        if len(source.axes) > 1 and memo.stride != 1:
+        step.link(source, target, along(source, axis, plan.taken), np.arange(len(target)))
+        if len(source.axes) > 1 and plan.stride != 1:
             raise Unsupported("it steps over channels that lie on several axes")
-        taken = memo.taken
-        if (width := abs(memo.stride)) > 1:
+        taken = plan.taken
+        if (width := abs(plan.stride)) > 1:
             between = np.arange(taken.min(), taken.max() + 1)
             step.tie(source, between, between - between % width + taken[0] % width)
 
@@ -115,27 +115,29 @@ class Slice(Operator):
                 computed += [index] if step.constant(index) is None else []
         return Cutting(bounds, at, computed)
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Cutting | None]) -> None:
         super().need(step)
-        for index in step.memo.computed if step.memo else ():
-            step.replaced[index] = np.array(step.memo.bounds[self.names[index - 1]], np.float64)
+        plan = step.plan
+        if plan is not None:
+            bounds = {index: plan.bounds[self.names[index - 1]] for index in plan.computed}
+            step.replaced |= {index: np.array(values, np.float64) for index, values in bounds.items()}
 
-    def slice(self, step: Step) -> None:
-        source, target, memo = step.require(), step.output, step.memo
-        if memo is None or (source.kept.all() and not memo.computed):
+    def slice(self, step: Step[Cutting | None]) -> None:
+        source, target, plan = step.require(), step.output, step.plan
+        if plan is None or (source.kept.all() and not plan.computed):
             return
-        new = renumbered(source, memo.axis)
-        left = new[memo.taken[target.keep(memo.axis)]] if memo.axis in target.axes else new[memo.taken]
-        total = len(source.keep(memo.axis))
-        everything = len(left) == total and (memo.stride == 1 or total == 1)
+        new = renumbered(source, plan.axis)
+        left = new[plan.taken[target.keep(plan.axis)]] if plan.axis in target.axes else new[plan.taken]
+        total = len(source.keep(plan.axis))
+        everything = len(left) == total and (plan.stride == 1 or total == 1)
         if everything and _is_whole_elsewhere(step) and step.graph.bypass(step.node):
             return
-        end = int(left[-1]) + (1 if memo.stride > 0 else -1)
+        end = int(left[-1]) + (1 if plan.stride > 0 else -1)
         bounds = {"starts": int(left[0]), "ends": end if end >= 0 else -total - 1}
         for index, name in enumerate(self.names, start=1):
-            if name in bounds or index in memo.computed:
-                values = [*memo.bounds[name]]
-                values[memo.at] = bounds.get(name, values[memo.at])
+            if name in bounds or index in plan.computed:
+                values = [*plan.bounds[name]]
+                values[plan.at] = bounds.get(name, values[plan.at])
                 self._write(step, index, values)
 
     def _write(self, step: Step, index: int, values: list[int]) -> None:
@@ -177,10 +179,10 @@ class Padding:
         return any(width is None or width > 0 for pair in others for width in pair)
 
 
-class Pad(Operator):
+class Pad(Operator[Padding]):
     """Pad; along the channels with a constant, or cropping. Added channels hold the pad value."""
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[Padding]) -> None:
         source = step.require()
         axis = only_axis(source)
         before, after = self._widths(step)
@@ -196,7 +198,7 @@ class Pad(Operator):
         taken = range(len(source))[max(-low, 0) : len(source) - max(-high, 0)]
         if not taken:
             raise Unsupported("it crops all channels")
-        step.memo = Padding(axis, before, after, taken, written)
+        step.plan = Padding(axis, before, after, taken, written)
         target = step.create(source.axes)
         step.link(source, target, np.array(taken), max(low, 0) + np.arange(len(taken)))
 
@@ -232,57 +234,57 @@ class Pad(Operator):
         value = step.constant(2)
         return None if value is None else float(value.reshape(()))
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[Padding]) -> None:
         super().need(step)
-        if step.memo.written:
+        if step.plan.written:
             step.replaced[1] = np.array(self._list(step), np.float64)
 
-    def constants(self, step: Step) -> None:
-        source, target, memo = step.require(), step.output, step.memo
+    def constants(self, step: Step[Padding]) -> None:
+        source, target, plan = step.require(), step.output, step.plan
         value = self._value(step)
         known = value is not None
         target.constant[:], target.value[:], target.nonnegative[:] = known, value or 0.0, known and (value or 0.0) >= 0
         super().constants(step)
-        if memo.inner and self._mode(step) == "constant":
+        if plan.inner and self._mode(step) == "constant":
             inside, taken = step.links[0].into, step.links[0].out_of
             target.constant[inside] &= known and source.value[taken] == value
             target.nonnegative[inside] &= known and (value or 0.0) >= 0
 
-    def retain(self, step: Step) -> list[Retained]:
+    def retain(self, step: Step[Padding]) -> list[Retained]:
         """Of what is not cropped, one channel is left."""
-        source, taken = step.require(), step.memo.taken
+        source, taken = step.require(), step.plan.taken
         if step.output.is_removed or source.kept[taken].any():
             return []
         return [Retained(source, np.array(taken[:1]), "an operator must keep one input channel")]
 
-    def slice(self, step: Step) -> None:
-        source, kept, memo = step.require(), step.output.kept, step.memo
-        low, high = memo.channels
-        first, last = memo.taken[0], memo.taken[-1] + 1
+    def slice(self, step: Step[Padding]) -> None:
+        source, kept, plan = step.require(), step.output.kept, step.plan
+        low, high = plan.channels
+        first, last = plan.taken[0], plan.taken[-1] + 1
         if low or high:
-            memo.before[memo.axis] = int(kept[:low].sum()) if low > 0 else -int(source.kept[:first].sum())
-            memo.after[memo.axis] = int(kept[-high:].sum()) if high > 0 else -int(source.kept[last:].sum())
-        if (*memo.before, *memo.after) == (0,) * 2 * len(memo.before) and step.graph.bypass(step.node):
+            plan.before[plan.axis] = int(kept[:low].sum()) if low > 0 else -int(source.kept[:first].sum())
+            plan.after[plan.axis] = int(kept[-high:].sum()) if high > 0 else -int(source.kept[last:].sum())
+        if (*plan.before, *plan.after) == (0,) * 2 * len(plan.before) and step.graph.bypass(step.node):
             return
-        if memo.written or (low, high) != memo.channels:
+        if plan.written or (low, high) != plan.channels:
             self._write(step)
 
-    def _write(self, step: Step) -> None:
+    def _write(self, step: Step[Padding]) -> None:
         if step.has(1):
             step.graph.set_constant(step.node, 1, np.array(self._list(step), np.int64))
         else:
             step.graph.set_attribute(step.node, "pads", self._list(step))
 
-    def _list(self, step: Step) -> list[int | None]:
+    def _list(self, step: Step[Padding]) -> list[int | None]:
         """The widths as the operator takes them."""
-        axes = self._axes(step, len(step.memo.before))
-        return [widths[axis] for widths in (step.memo.before, step.memo.after) for axis in axes]
+        axes = self._axes(step, len(step.plan.before))
+        return [widths[axis] for widths in (step.plan.before, step.plan.after) for axis in axes]
 
 
-class Concat(Operator):
+class Concat(Operator[list[Ints | None]]):
     """Concat along the channels (each input brings its own) or along another axis (channels must agree).
 
-    Its memo: for each part, the numbers of the output's channels that it brings; None: all of them.
+    Its plan: for each part, the numbers of the output's channels that it brings; None: all of them.
     """
 
     first, stride = 0, 1  # where the parts stand among the inputs
@@ -295,7 +297,7 @@ class Concat(Operator):
         """What becomes of constants of part `index`."""
         return values
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[list[Ints | None]]) -> None:
         shape = step.graph.shape(step.made[0])
         if shape is None:
             raise Unsupported("its shape is not known")
@@ -306,8 +308,8 @@ class Concat(Operator):
             raise Unsupported("its inputs have their channels on different axes")
         axes = found.pop()
         target = step.create(axes)
-        step.memo = [None] * len(parts) if axis not in axes else self._parts(step, target, axis)
-        for index, part in zip(parts, step.memo, strict=True):
+        step.plan = self._parts(step, target, axis) if axis in axes else [None] * len(parts)
+        for index, part in zip(parts, step.plan, strict=True):
             if (source := step.inputs[index]) is not None:
                 numbers = every(len(target)) if part is None else part
                 step.link(source, target, every(len(numbers)), numbers)
@@ -318,7 +320,7 @@ class Concat(Operator):
         axis: int = step.node.attrs["axis"] % len(step.graph.shape(step.made[0]) or ())
         return axis
 
-    def _parts(self, step: Step, target: Channels, axis: int) -> list[Ints]:
+    def _parts(self, step: Step, target: Channels, axis: int) -> list[Ints | None]:
         ends = np.cumsum([self._size(step, index, axis) for index in self.parts(step)])
         return [along(target, axis, part) for part in np.split(np.arange(ends[-1]), ends[:-1])]
 
@@ -329,11 +331,11 @@ class Concat(Operator):
             raise Unsupported(f"the number of channels of {step.original[index].name} is not known")
         return size
 
-    def constants(self, step: Step) -> None:
+    def constants(self, step: Step[list[Ints | None]]) -> None:
         """A part that the model holds counts like one that is computed; joined otherwise, all parts have to agree."""
         target = step.output
         target.constant[:] = target.nonnegative[:] = True
-        for index, numbers in zip(self.parts(step), step.memo, strict=True):
+        for index, numbers in zip(self.parts(step), step.plan, strict=True):
             if (source := step.inputs[index]) is not None:
                 constant, value, nonnegative = source.constant, source.value, source.nonnegative
             else:
@@ -348,10 +350,10 @@ class Concat(Operator):
         """An input that has gone is left out."""
         return []
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[list[Ints | None]]) -> None:
         target, node, axis = step.output, step.node, self._axis(step)
         removed, first = list[int](), 0
-        for index, numbers in zip(self.parts(step), step.memo, strict=True):
+        for index, numbers in zip(self.parts(step), step.plan, strict=True):
             if numbers is not None and not target.kept[numbers].any():
                 removed.append(index)
             elif step.inputs[index] is None and not all_of(target.kept):

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
 
 
-class Split(Operator):
+class Split(Operator[list[int] | None]):
     """Split with sizes (an attribute before opset 13, an input since) or into equal parts (num_outputs since 18).
 
-    The memo is a list of sizes, an entry an output; None where it splits along another axis than that of the channels.
+    The plan is a list of sizes, an entry an output; None where it splits along another axis than that of the channels.
     """
 
-    def couple(self, step: Step) -> None:
+    def couple(self, step: Step[list[int] | None]) -> None:
         source = step.require()
         axis = step.node.attrs.get("axis", 0) % rank_of(step)
         numbers = every(len(source))
@@ -31,7 +31,7 @@ class Split(Operator):
                     step.link(source, step.create(source.axes, index), numbers, numbers)
             return
         only_axis(source)
-        step.memo = sizes = self._sizes(step, len(source))
+        step.plan = sizes = self._sizes(step, len(source))
         if len(sizes) != len(step.made) or sum(sizes) != len(source):
             raise ValueError(f"it splits {len(source)} channels into {sizes}")
         ends = np.cumsum(sizes)
@@ -47,20 +47,20 @@ class Split(Operator):
             return sizes
         return list(step.node.attrs["split"]) if "split" in step.node.attrs else _equal(width, len(step.made))
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[list[int] | None]) -> None:
         super().need(step)
-        if step.memo is not None and step.has(1) and step.constant(1) is None:
-            step.replaced[1] = np.array(step.memo, np.float64)
+        if step.plan is not None and step.has(1) and step.constant(1) is None:
+            step.replaced[1] = np.array(step.plan, np.float64)
 
-    def slice(self, step: Step) -> None:
+    def slice(self, step: Step[list[int] | None]) -> None:
         """A part that is gone as a whole is read by nobody: its output goes. So does a Split of one part."""
         source, node = step.require(), step.node
-        if step.memo is None or (source.kept.all() and not step.replaced):
+        if step.plan is None or (source.kept.all() and not step.replaced):
             return
-        ends = np.cumsum(step.memo)
-        sizes = [int(source.kept[end - size : end].sum()) for size, end in zip(step.memo, ends, strict=True)]
+        ends = np.cumsum(step.plan)
+        sizes = [int(source.kept[end - size : end].sum()) for size, end in zip(step.plan, ends, strict=True)]
         for index in reversed(range(len(sizes))):
-            if step.memo[index] and not sizes[index]:
+            if step.plan[index] and not sizes[index]:
                 step.graph.drop_output(node, index)
                 del sizes[index]
         if len(sizes) == 1 and step.graph.bypass(node):
