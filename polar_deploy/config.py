@@ -275,7 +275,8 @@ class Settings(_Frozen):
     task: Annotated[
         str,
         About(
-            "what the network is for: classification, segmentation, or package.module:function", option="--task TASK"
+            "what the network is for: classification, segmentation, detection, or package.module:function",
+            option="--task TASK",
         ),
     ] = "classification"
     target: Annotated[
@@ -285,7 +286,7 @@ class Settings(_Frozen):
         str | None,
         About(
             "folder:DIR, digits, cifar10, cifar100, tiny-imagenet, imagenet, or package.module:function; "
-            "for segmentation pairs:DIR",
+            "for segmentation pairs:DIR, for detection coco:DIR",
             "",
             "cifar10, or the task's own",
             "--data DATA",

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from polar_deploy.data import cifar, digits, folders, own
 from polar_deploy.data.dataset import Dataset, DataSpec, LazySource, Split, normalise, split_validation
 from polar_deploy.data.folders import image_folders
-from polar_deploy.data.names import PAIRS, folder_of, is_reference, unknown
+from polar_deploy.data.names import COCO, PAIRS, folder_of, is_reference, unknown
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.data.sound import sound
 from polar_deploy.errors import UsageError
@@ -55,8 +55,9 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
             return folders.folder_spec((data_dir or Path()) / folder)
     if is_reference(name):
         return own.load(name, data_dir).spec
-    if folder_of(name, PAIRS) is not None:
-        raise UsageError(f"'{name}' is pictures and masks, which classify nothing", "give --task segmentation, too")
+    for kind, holds, task in ((PAIRS, "masks", "segmentation"), (COCO, "boxes", "detection")):
+        if folder_of(name, kind) is not None:
+            raise UsageError(f"'{name}' is pictures and {holds}, which classify nothing", f"give --task {task}, too")
     if name not in _TABLE:
         raise unknown("data set", name, _TABLE)
     return _TABLE[name][0]

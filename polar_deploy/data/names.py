@@ -17,8 +17,9 @@ from polar_deploy.errors import ContentError, PolarDeployError, UsageError
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
 
-FOLDER, PAIRS = "folder", "pairs"  # the word before the colon in "folder:DIR": one of a folder for each class,
-_PLACES = (FOLDER, PAIRS)  # one of pictures and masks
+# The word before the colon in "folder:DIR": a folder for each class, pictures and masks, pictures and boxes.
+FOLDER, PAIRS, COCO = "folder", "pairs", "coco"
+_PLACES = (FOLDER, PAIRS, COCO)
 
 
 def is_reference(name: str) -> bool:

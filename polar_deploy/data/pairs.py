@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from polar_deploy.data import moves
 from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.decode import decode, decode_indices, problem, upright_size
 from polar_deploy.data.folders import VALIDATION, drawn_for_test, image_names
@@ -263,9 +264,8 @@ def stretched(pair: Pixels, size: int, box: tuple[int, int, int, int] | None = N
 
     Colours go through an antialiased bilinear filter, classes are those of the nearest pixel.
     """
-    picture = Image.fromarray(np.ascontiguousarray(pair[..., :3]))
-    colours = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.dstack([np.asarray(colours), _nearest(pair[..., 3], (size, size), box)])
+    colours = moves.stretched(pair[..., :3], size, box)
+    return np.dstack([colours, _nearest(pair[..., 3], (size, size), box)])
 
 
 def _nearest(mask: Pixels, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Pixels:

@@ -84,6 +84,7 @@ def _own(reference: str, task: Task) -> nn.Module:
         given = ", ".join(f"{name} {spec}" for name, spec in task.inputs.items())
         problem = f"'{reference}' fails on {given}: {type(error).__name__}: {error}"
         raise ContentError(problem, "correct its forward") from error
+    specs = {}
     for name, value in task.named(result).items():
         wanted = task.outputs[name]
         found = TensorSpec(tuple(value.shape[1:]), str(value.dtype).removeprefix("torch.")) if _batched(value) else None
@@ -91,6 +92,9 @@ def _own(reference: str, task: Task) -> nn.Module:
             answer = found if found is not None else list(getattr(value, "shape", [])) or type(value).__name__
             problem = f"'{reference}' answers {_SAMPLES} samples with {answer} for {name}, not with {wanted}"
             raise ContentError(problem, "correct its forward, or the outputs of the task")
+        specs[name] = found
+    if task.require is not None:
+        task.require(specs)
     return model
 
 

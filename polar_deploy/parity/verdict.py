@@ -124,7 +124,7 @@ def _better_than_chance(pair: Paired) -> list[Judgement]:
     if chance is None:
         return []
     expected, error = chance
-    if error == 0:
+    if error == 0 and expected > 0:
         reason = "an answer that never changes is right on all test samples: nothing can be learned from them"
         return [Judgement("undecided", reason)]
     parts = []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from polar_deploy import targets
+from polar_deploy import targets, tasks
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 from polar_deploy.stages import full, gates, report
 from polar_deploy.stages.artefacts import SETTINGS
@@ -41,7 +41,10 @@ def require_machine(settings: Settings, stages: Sequence[Stage], *, builds: bool
     limits_latency = settings.budget is not None and settings.budget.latency is not None
     if "gates" in names and limits_latency and settings.latency_is_measured and settings.latency_table is None:
         _require_measurable(target)
-    for module, extra in dict.fromkeys(package for stage in stages for package in stage.packages):
+    needed = [package for stage in stages for package in stage.packages]
+    if any(stage.reads_data for stage in stages):
+        needed += tasks.packages(settings.task)
+    for module, extra in dict.fromkeys(needed):
         if find_spec(module) is None:
             raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
 

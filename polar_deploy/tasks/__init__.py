@@ -21,8 +21,9 @@ What a network computes and what is made of it may differ: a detector's graph gi
 its metric decodes and suppresses them in numpy, as a device does behind the engine.
 
 A built-in task is a module of this package, named in `BUILT_IN`: `DATA` is the data set where none is named ("": one
-has to be), `defaults(settings)` says what suits a data set, and `make(settings)` gives the `Task`. The user's is a
-"package.module:function" that is called with `data_dir=` and returns a `Task`.
+has to be), `defaults(settings)` says what suits a data set, `make(settings)` gives the `Task`, and `PACKAGES`, if it
+is there, says what has to be installed for it. The user's is a "package.module:function" that is called with
+`data_dir=` and returns a `Task`.
 
 Networks are a "package.module:function" too, called with `classes=` where the task has classes, else without
 arguments; models by name are classifiers, unless `polar_deploy.models` knows them for another task. A forward gets the
@@ -64,9 +65,10 @@ __all__ = [
     "defaults",
     "draw_inputs",
     "make",
+    "packages",
 ]
 
-BUILT_IN = ("classification", "segmentation")
+BUILT_IN = ("classification", "segmentation", "detection")
 
 
 def defaults(settings: Settings) -> Defaults:
@@ -89,6 +91,12 @@ def data_name(settings: Settings) -> str:
     """Name of the data set: the one that is given, the built-in task's `DATA`, or the user's task, which brings it."""
     default: str = settings.task if is_reference(settings.task) else _built_in(settings.task).DATA
     return settings.data or default
+
+
+def packages(name: str) -> tuple[tuple[str, str], ...]:
+    """What a built-in task needs beside the base installation: modules, and the extra that brings each."""
+    needed: tuple[tuple[str, str], ...] = () if is_reference(name) else getattr(_built_in(name), "PACKAGES", ())
+    return needed
 
 
 def make(settings: ResolvedSettings) -> Task:

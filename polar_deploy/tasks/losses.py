@@ -1,4 +1,4 @@
-"""Losses, in PyTorch: the one module of tasks that imports it, when a network is trained."""
+"""Losses, in PyTorch. With `detection_losses` the only module of tasks that imports it, when a network is trained."""
 
 from __future__ import annotations
 

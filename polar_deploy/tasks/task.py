@@ -41,6 +41,8 @@ class Task:
         monitor: (outputs, batch) -> scalar on the device, which the log of training has as `train_score`; None: it
             has none.
         epochs, batch_size: of a training run, where the settings leave them open.
+        require: called with what a network's outputs were found to be; raises a ContentError where they do not fit
+            in a way that their shapes alone do not tell.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task:
     monitor: Callable[[Tensors, Batch], Tensor] | None = None
     epochs: int = 20
     batch_size: int = 32
+    require: Callable[[Mapping[str, TensorSpec]], None] | None = None
 
     def forward(self, network: nn.Module, inputs: Tensors) -> dict[str, Tensor]:
         """What a network gives for inputs, by name.
