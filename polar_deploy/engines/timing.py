@@ -24,6 +24,7 @@ SINGLES = 600  # single inferences, for the percentiles of a verdict
 PERCENTILES = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 NOISE = 0.02  # share by which the control may differ
 QUANTILES = 40  # steps of the distribution that is kept
+SECONDS = (2.0, 30.0)  # least and most time that a round spends in inferences
 MIN_PAIRS = 12  # however long an inference takes: below, the interval of the median says little
 # Of a, b and the control: each comes first, second and last equally often, and equally often right after each other
 # one but never after itself. Where that is not so, what the one before left in the caches favours one of them.
@@ -153,7 +154,7 @@ def compare(
     inputs: Arrays,
     *,
     pairs: int = 200,
-    seconds: tuple[float, float] = (2.0, 30.0),
+    seconds: tuple[float, float] = SECONDS,
     max_rounds: int = 3,
     singles: int = 0,
 ) -> Timing:
