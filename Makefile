@@ -17,8 +17,9 @@ KEEP := ^(torch|torchvision|triton|tensorrt|numpy|nvidia|cuda|pytorch)
 demo: $(INSTALLED)
 	$(BIN)/python -m polar_deploy.pipeline --recipe digits $(ARGS)
 
+# The many children that tests start shall not compile this package anew each time, even where the shell asks for that.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=polar_deploy $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=polar_deploy $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check

@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
+from polar_deploy.engines import timing
 from polar_deploy.pipeline import main
 from polar_deploy.stages import NAMES, STAGES
 
+P, R = ParamSpec("P"), TypeVar("R")
 ROOT = Path(__file__).parents[1]
 # Three epochs are few, and the networks so small that neither is faster: what is asked leaves room for a bundle.
 _LENIENT = ("--budget", "0.5", "--max-drop", "20", "--min-speedup", "0.5")
@@ -64,41 +70,87 @@ class Miniature:
         return target
 
 
-def polar(*arguments: object) -> Outcome:
+def polar(*arguments: object, quick: bool = True) -> Outcome:
     """Call the pipeline in this process."""
-    with _one_analysis():
-        return called(main, *arguments)
+    with _once():
+        return called(main, *arguments, quick=quick)
 
 
-_analyses: dict[object, Any] = {}
+_analyses: dict[object, Any] = {}  # by network
+_open_graphs: dict[object, bytes] = {}  # by network and analysis
+_pictures: dict[int, np.ndarray] = {}  # by size
 
 
 @contextlib.contextmanager
-def _one_analysis() -> Iterator[None]:
-    """What can go from a network is found once for all runs that begin with it: it takes two seconds each time."""
-    import torch
+def _once() -> Iterator[None]:
+    """What all runs of a network begin with is found out once: what can go from it takes a second or two each time."""
+    from polar_deploy.data import digits
+    from polar_deploy.gating import analysis, deploy
 
-    from polar_deploy.gating import analysis
+    whole, write_open, resize = analysis.analyse, deploy.write_open, digits.resize
 
-    whole = analysis.analyse
+    def known(network: Any, example: Any) -> object:
+        values = tuple(float(parameter.detach().sum()) for parameter in network.parameters())
+        return type(network), repr(network), values, example.tensors[0].shape
 
-    @torch.no_grad()
     def analyse(network: Any, example: Any, **how: Any) -> Any:
-        values = tuple(float(parameter.sum()) for parameter in network.parameters())
-        key = type(network), repr(network), values, example.tensors[0].shape, repr(how)
+        key = known(network, example), repr(how)
         if key not in _analyses:
-            with torch.enable_grad():
-                _analyses[key] = whole(network, example, **how)
+            _analyses[key] = whole(network, example, **how)
         return _analyses[key]
+
+    def written(network: Any, found: Any, path: Path) -> None:
+        key = known(network, found.example), id(found)
+        if key not in _open_graphs:
+            write_open(network, found, path)
+            _open_graphs[key] = path.read_bytes()
+        path.write_bytes(_open_graphs[key])
+
+    def resized(images: np.ndarray, size: int) -> np.ndarray:
+        if size not in _pictures:
+            _pictures[size] = resize(images, size)
+        return _pictures[size].copy()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "analyse", analyse)
+        patch.setattr(deploy, "write_open", written)
+        patch.setattr(digits, "resize", resized)
         yield
 
 
-def called(command: Callable[[Sequence[str]], int], *arguments: object) -> Outcome:
-    """Call a command's `main` in this process; what libraries write past `sys.stdout` is caught too."""
-    with _caught(1) as out, _caught(2) as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+_compare = timing.compare
+
+
+@contextlib.contextmanager
+def quick_clock() -> Iterator[None]:
+    """Engines are compared for a third of a second a round: as a user has it, a run spends half of its time on it.
+
+    The miniature run is timed as a user's is, and `tests/engines/test_timing.py` looks at the clock itself.
+    """
+
+    def compare(*engines: Any, singles: int = 0, **how: Any) -> timing.Timing:
+        return _compare(*engines, **{"pairs": 60, "seconds": (0.0, 0.3), "singles": min(singles, 60)} | how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if timing.compare is _compare:  # and no test has put something else there
+            patch.setattr(timing, "compare", compare)
+            patch.setattr(timing, "_WARM_UP_SECONDS", 0.3)
+        yield
+
+
+def called(command: Callable[[Sequence[str]], int], *arguments: object, quick: bool = True) -> Outcome:
+    """Call a command's `main` in this process; what libraries write past `sys.stdout` is caught too.
+
+    quick: what it times it times as `quick_clock` says.
+    """
+    clock = quick_clock() if quick else contextlib.nullcontext()
+    with (
+        clock,
+        _caught(1) as out,
+        _caught(2) as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         code = command([str(argument) for argument in arguments])
         return Outcome(code, _text(out), _text(err))
 
@@ -122,24 +174,50 @@ def _text(file: io.TextIOWrapper) -> str:
     return file.read()
 
 
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of somebody else's, which calls none of ours: coverage does not look at it."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+
+    return called
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Hash every file in a folder by its name in it, the lock aside."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of a child that runs the command somewhere else."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def child_environment(*, traced: bool = True) -> dict[str, str]:
+    """The environment of a child that runs the command somewhere else.
+
+    traced: coverage looks at it, and slows it down; of a process that is killed it would tell nothing.
+    """
+    kept = {name: value for name, value in os.environ.items() if traced or not name.startswith("COVERAGE_")}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  # the last one for Python 3.10
 _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRuntimeError")
 
 
+# Files that take longest, in this order: a worker that got one at the end would keep the other one waiting. The first
+# makes the miniature run, which takes its time; the second does without.
+_LONG = ("test_pipeline.py", "test_examples.py", "sweep/test_runs.py", "test_dry_run.py", "stages/test_distributed.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of whole runs come first: a worker that gets one at the end would keep the other one waiting."""
-    items.sort(key=lambda item: item.path.parent != ROOT / "tests")
+    """The longest files come first, then others of whole runs."""
+    folder = ROOT / "tests"
+    places = {folder / name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path.parent != folder))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -156,18 +234,57 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
     """The one run that serves all tests: 440 k MACs, three epochs, every stage. Copy it to change it."""
-    folder = tmp_path_factory.mktemp("miniature") / "run"
-    outcome = polar(*MINIATURE, "--out", folder, "--json")
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent  # of all workers: the first that asks makes the run, the others wait for it
+    folder, ended = common / "miniature" / "run", common / "miniature.json"
+    with FileLock(common / "miniature.lock"):
+        if not ended.exists():
+            outcome = polar(*MINIATURE, "--out", folder, "--json", quick=False)
+            ended.write_text(json.dumps(asdict(outcome)))
     before = contents(folder)
-    yield Miniature(folder, outcome)
+    yield Miniature(folder, Outcome(**json.loads(ended.read_text())))
     assert contents(folder) == before, "a test changed the miniature run that all tests share"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _exporter_reads_itself_once() -> Iterator[None]:
     """PyTorch's exporter parses the sources of its 497 operators for each network anew: half of a small one's time."""
+    from torch.export import decomp_utils, exported_program
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        for module in (decomp_utils, exported_program):  # and looks through PyTorch's 3,000 operators twice
+            patch.setattr(module, "_collect_all_valid_cia_ops", _composite_operators)
+        yield
+
+
+def _composite_operators() -> set[Any]:
+    """What the exporter finds among all operators that are registered by now."""
+    import torch
+    from torch._export.utils import _collect_all_valid_cia_ops
+
+    registered = len(torch._C._dispatch_get_all_op_names())
+    if registered not in _composite:
+        _composite[registered] = _collect_all_valid_cia_ops()
+    return _composite[registered]
+
+
+_composite: dict[int, set[Any]] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_is_not_traced() -> Iterator[None]:
+    """Coverage slows down all Python code, and so the exporter threefold: what of it never calls ours runs without."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    from torch.onnx._internal.exporter import _core
+
+    with pytest.MonkeyPatch.context() as patch:
+        for mode in (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode):
+            patch.setattr(mode, "__torch_dispatch__", untraced(mode.__torch_dispatch__))
+        for name in ("_prepare_exported_program_for_export", "_exported_program_to_onnx_program"):
+            patch.setattr(_core, name, untraced(getattr(_core, name)))
         yield

@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import MINIATURE, ROOT, Outcome, child_environment, contents
+from tests.conftest import MINIATURE, ROOT, Outcome, child_environment, contents, quick_clock
 
 # What the stages import, so that a fork has it: seconds in which no stage does anything.
 _IMPORTS = ("onnxruntime", "onnxscript", "rich.console", "sklearn.datasets", "torchvision")
@@ -77,7 +77,7 @@ class Runner:
         command = [sys.executable, "-m", "tests.kills"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, env=child_environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
+            command, env=child_environment(traced=False), cwd=ROOT, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
         )
         return self
 
@@ -268,7 +268,8 @@ def _command(folder: Path, moment: Moment | None, pipe: int) -> int:
     spy = _Spy(folder, moment, pipe, runner.run_stage, workspace._fsync)
     runner.run_stage, workspace._fsync = spy.run_stage, spy.fsync
     try:
-        return pipeline.main([*MINIATURE, "--out", str(folder)])
+        with quick_clock():
+            return pipeline.main([*MINIATURE, "--out", str(folder)])
     except BaseException:  # noqa: BLE001  (whatever it is)
         traceback.print_exc()
         return 70

@@ -24,7 +24,7 @@ HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn")
 
 def timed(*arguments: str, cwd: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
     """Processor seconds of a child, without coverage, which would be measured too, and what it said."""
-    environment = {name: value for name, value in child_environment().items() if not name.startswith("COVERAGE_")}
+    environment = child_environment(traced=False)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, child_environment
 from tests.docs.blocks import PAGES
 
 _GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
@@ -26,7 +26,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("myst_parser", reason="myst-parser is not installed: pip install 'polar-deploy[docs]'")
     builder = "dummy"  # reads and resolves everything, and writes no page
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", builder, "docs", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=child_environment(traced=False), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

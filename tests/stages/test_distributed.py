@@ -189,7 +189,7 @@ def test_two_machines_train_and_one_goes_on_when_they_were_killed(tmp_path: Path
                 *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf=is_host={is_host}"),
                 *("-m", "polar_deploy.pipeline", *given),
             ],
-            env=child_environment(),
+            env=child_environment(traced=False),
             cwd=ROOT,
             start_new_session=True,
             stderr=subprocess.PIPE,

@@ -95,15 +95,33 @@ settings:
 budgets: [0.6, 0.5, 0.001]
 """
 
+# The command, without coverage in what it starts: Ray's processes do not live to tell what they did.
+COMMAND = """
+import os, sys
+from polar_deploy.sweep.__main__ import main
+from tests.conftest import quick_clock
+
+for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+    del os.environ[name]
+with quick_clock():
+    sys.exit(main(sys.argv[1:]))
+"""
+
 
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     file, folder = tmp_path / "mine.yaml", tmp_path / "sweep"
     file.write_text(SWEEP)
-    command = [sys.executable, "-m", "polar_deploy.sweep", str(file), "--out", str(folder), "--workers", "2", "--json"]
-    environment = child_environment() | {"RAY_worker_niceness": "0"}
+    given = [str(file), "--out", str(folder), "--workers", "2", "--json"]
+    environment = child_environment(traced=False) | {"RAY_worker_niceness": "0"}
     first, second, third = (run.folder for run in planned(file, folder))
-    killed = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "polar_deploy.sweep", *given],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     ends = time.monotonic() + 300
     while not (first / "stamps/full.json").is_file():
         assert killed.poll() is None, killed.communicate()
@@ -111,6 +129,8 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
+    environment = child_environment() | {"RAY_worker_niceness": "0"}
+    command = [sys.executable, "-c", COMMAND, *given]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout)
     assert [run["error"] is None for run in found["runs"]] == [True, True, False], done.stderr
