@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, wraps
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -208,6 +209,12 @@ OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  
 _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRuntimeError")
 
 
+def pytest_sessionstart() -> None:
+    """Import what takes seconds, and longer where coverage looks on."""
+    for name in ("torch.onnx._internal.exporter._core", "onnxscript", "sklearn.datasets", "torchvision"):
+        untraced(import_module)(name)
+
+
 # Files that take longest, in this order: a worker that got one at the end would keep the other one waiting. The first
 # makes the miniature run, which takes its time; the second does without.
 _LONG = ("test_pipeline.py", "test_examples.py", "sweep/test_runs.py", "test_dry_run.py", "stages/test_distributed.py")
@@ -277,6 +284,7 @@ _composite: dict[int, set[Any]] = {}
 @pytest.fixture(scope="session", autouse=True)
 def _exporter_is_not_traced() -> Iterator[None]:
     """Coverage slows down all Python code, and so the exporter threefold: what of it never calls ours runs without."""
+    from onnxscript import optimizer, rewriter
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
@@ -287,4 +295,6 @@ def _exporter_is_not_traced() -> Iterator[None]:
             patch.setattr(mode, "__torch_dispatch__", untraced(mode.__torch_dispatch__))
         for name in ("_prepare_exported_program_for_export", "_exported_program_to_onnx_program"):
             patch.setattr(_core, name, untraced(getattr(_core, name)))
+        patch.setattr(optimizer, "inline", untraced(optimizer.inline))
+        patch.setattr(rewriter, "rewrite", untraced(rewriter.rewrite))
         yield

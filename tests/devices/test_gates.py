@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from polar_deploy import Gates, devices
 from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
-from polar_deploy.gating.analysis import analyse
+from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.on_device import device_cost
 
 X = torch.zeros(2, 3, 8, 8)
@@ -24,8 +26,19 @@ def net() -> nn.Module:
     )
 
 
+@cache
+def analysis_of(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Analysis:
+    """What can go from a network: looked at once, since that takes a second."""
+    return analyse(make(), Example.of(torch.zeros(shape)))
+
+
+def gated(budget: float | str, steps: int, **options: Any) -> Gates:
+    """Gates on a new `net`."""
+    return Gates(net(), X, budget, steps, rehearse=0, analysis=analysis_of(net, tuple(X.shape)), **options)
+
+
 def test_what_stays_are_widths_that_the_device_likes() -> None:
-    gates = Gates(net(), X, 0.5, 10, device="rk3588", rehearse=0)
+    gates = gated(0.5, 10, device="rk3588")
     gates.freeze()
     widths = [int(gates.opened[site.gates.start : site.gates.stop].sum()) for site in gates.sites]
     assert len(widths) == 2
@@ -35,7 +48,7 @@ def test_what_stays_are_widths_that_the_device_likes() -> None:
 
 
 def test_int8_has_other_widths() -> None:
-    gates = Gates(net(), X, 0.6, 10, device=devices.choose("rk3588", "int8"), rehearse=0)
+    gates = gated(0.6, 10, device=devices.choose("rk3588", "int8"))
     gates.freeze()
     widths = [int(gates.opened[site.gates.start : site.gates.stop].sum()) for site in gates.sites]
     assert all(width in (32, 64, site.width) for width, site in zip(widths, gates.sites, strict=True))
@@ -43,15 +56,17 @@ def test_int8_has_other_widths() -> None:
 
 def test_an_unknown_device() -> None:
     with pytest.raises(UsageError, match="unknown device 'rk1'"):
-        Gates(net(), X, 0.5, 10, device="rk1", rehearse=0)
+        gated(0.5, 10, device="rk1")
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
 
 
 def _pair(channels: int) -> Gates:
     """Two like layers of 64 channels, `channels` between them open."""
-    gates = Gates(
-        nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)),
-        torch.zeros(2, 64, 8, 8),
-    )
+    x = torch.zeros(2, 64, 8, 8)
+    gates = Gates(two_layers(), x, analysis=analysis_of(two_layers, tuple(x.shape)))
     gates.freeze(np.arange(64) < channels)
     return gates
 
@@ -85,11 +100,11 @@ def test_kinds_of_layers_cost_differently() -> None:
 
 
 def test_a_latency_budget_without_a_table() -> None:
-    gates = Gates(net(), X, "latency=0.6", 10, device="ethos-u55-128", rehearse=0)
+    gates = gated("latency=0.6", 10, device="ethos-u55-128")
     gates.freeze()
     assert 0.3 < gates.cost()["latency"] <= 0.6
     with pytest.raises(UsageError, match="needs a latency table, or a device"):
-        Gates(net(), X, "latency=0.6", 10, rehearse=0)
+        gated("latency=0.6", 10)
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.019, 1.25])
@@ -103,7 +118,7 @@ def test_what_is_chosen_is_tightened_until_it_keeps_to_the_latency_as_it_runs(sl
         asked.append(slower * gates.cost(state)["latency"])
         return asked[-1]
 
-    gates = Gates(net(), X, "latency=0.6", 10, device="onnxruntime-x86", measured=measured, rehearse=0)
+    gates = gated("latency=0.6", 10, device="onnxruntime-x86", measured=measured)
     gates.freeze()
     left = gates.cost()["latency"]
     assert left * slower <= 0.6 * 1.02
@@ -114,7 +129,7 @@ def test_what_is_chosen_is_tightened_until_it_keeps_to_the_latency_as_it_runs(sl
 
 def plain(budget: float) -> float:
     """What is left of the latency where nothing is measured."""
-    gates = Gates(net(), X, f"latency={budget}", 10, device="onnxruntime-x86", rehearse=0)
+    gates = gated(f"latency={budget}", 10, device="onnxruntime-x86")
     gates.freeze()
     return gates.cost()["latency"]
 
@@ -126,7 +141,7 @@ def test_a_latency_that_no_choice_keeps_to_leaves_the_last_one_within_reach() ->
         next(calls)
         return 1.0  # nothing is ever faster here
 
-    gates = Gates(net(), X, "latency=0.6", 10, device="onnxruntime-x86", measured=measured, rehearse=0)
+    gates = gated("latency=0.6", 10, device="onnxruntime-x86", measured=measured)
     gates.freeze()
     assert gates.smallest()["latency"] <= gates.cost()["latency"] < plain(0.6)
     assert next(calls) <= 3
@@ -136,6 +151,6 @@ def test_nothing_is_measured_without_a_latency_budget() -> None:
     def measured(opened: Mapping[str, int]) -> float:
         raise AssertionError("was asked")
 
-    gates = Gates(net(), X, "macs=0.6", 10, measured=measured, rehearse=0)
+    gates = gated("macs=0.6", 10, measured=measured)
     gates.freeze()
     assert gates.cost()["macs"] <= 0.6
