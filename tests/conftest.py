@@ -130,7 +130,8 @@ def quick_clock() -> Iterator[None]:
     """
 
     def compare(*engines: Any, singles: int = 0, **how: Any) -> timing.Timing:
-        return _compare(*engines, **{"pairs": 60, "seconds": (0.0, 0.3), "singles": min(singles, 60)} | how)
+        quick = {"pairs": 60, "seconds": (0.0, 0.3), "max_rounds": 2, "singles": min(singles, 60)}
+        return _compare(*engines, **quick | how)
 
     with pytest.MonkeyPatch.context() as patch:
         if timing.compare is _compare:  # and no test has put something else there
@@ -211,7 +212,7 @@ _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRunt
 
 def pytest_sessionstart() -> None:
     """Import what takes seconds, and longer where coverage looks on."""
-    for name in ("torch.onnx._internal.exporter._core", "onnxscript", "sklearn.datasets", "torchvision"):
+    for name in ("torch.onnx._internal.exporter._core", "onnxscript", "torchvision"):
         untraced(import_module)(name)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from tests.conftest import MINIATURE, ROOT, Outcome, child_environment, contents, quick_clock
 
 # What the stages import, so that a fork has it: seconds in which no stage does anything.
-_IMPORTS = ("onnxruntime", "onnxscript", "rich.console", "sklearn.datasets", "torchvision")
+_IMPORTS = ("onnxruntime", "onnxscript", "rich.console", "torchvision")
 _IMPORTS += ("torch.onnx._internal.exporter._core", "polar_deploy.stages.resolve", "polar_deploy.bundle.make")
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]*)?")
 DECIDED = {"pass": 0, "undecided": 5}  # exit codes; a tiny network that fails has no bundle to look at

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,9 @@ def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *
     )
 
 
+@cache
 def environment() -> Environment:
-    """Templates in which all that is not markup is escaped, and a name that is not there is an error."""
+    """Templates, compiled once: all that is not markup is escaped, and a name that is not there is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(

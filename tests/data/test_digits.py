@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from polar_deploy import data
+from polar_deploy.data import digits as module
+from polar_deploy.errors import MachineError
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,17 @@ def test_the_pictures_are_sklearns() -> None:
     expected = {(np.rint(i * 255 / 16).astype(np.uint8).tobytes(), int(n)) for i, n in pairs}
     assert {(i[..., 1].tobytes(), int(n)) for i, n in zip(both, labels, strict=True)} == expected
     assert not {i.tobytes() for i in small.train.images} & {i.tobytes() for i in small.test.images}
+
+
+def test_a_library_that_keeps_them_elsewhere_is_asked(digits: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FILE", "elsewhere.csv")
+    assert data.load("digits").fingerprint() == digits.fingerprint()
+
+
+def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="scikit-learn, which holds the digits, is missing"):
+        data.load("digits")
 
 
 def test_the_test_set_is_always_the_same(digits: data.Dataset) -> None:
