@@ -19,6 +19,7 @@ from pathlib import Path
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 
 SECONDS = 3600.0  # default limit on time
+_NO_ROOM = "failed to map segment"  # what the system's loader says of a library that does not fit into memory
 SHARE = 0.8  # default limit on memory, of what is free
 _GRACE = 5.0  # seconds that a child has for its own end after Ctrl-C
 _GIGA = 1e9
@@ -93,7 +94,9 @@ def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         return command()
-    except (MemoryError, OutOfMemoryError) as error:
+    except (MemoryError, OutOfMemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and _NO_ROOM not in str(error):
+            raise
         what = f"{name} takes more memory than its limit of {memory / _GIGA:.3g} GB"
         said = one_line(error.what if isinstance(error, OutOfMemoryError) else error)
         raise ContentError(f"{what}: {said}" if said else what, _todo("--memory-limit GB")) from error

@@ -15,6 +15,7 @@ import pytest
 
 from polar_deploy import data, recipes
 from polar_deploy.bundle.schema import document
+from polar_deploy.engines import timing
 from tests.bundle.commands import bundle, manifest
 from tests.conftest import ROOT, Miniature, Outcome, contents, polar
 from tests.schemas import schema, valid
@@ -162,10 +163,13 @@ def test_what_is_not_known_of_the_training_is_not_told(miniature: Miniature, tmp
     assert told["seed"] == 0
 
 
-def test_the_bundle_of_an_earlier_verdict_is_gone(miniature: Miniature, tmp_path: Path) -> None:
+def test_the_bundle_of_an_earlier_verdict_is_gone(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.Timing, "decided", True)  # however busy this machine is
     run = miniature.copy(tmp_path / "run")
     command = ("--recipe", miniature.folder / "run.yaml", "--out", run, "--min-speedup", "100")
-    assert polar(*command, "--until", "parity").code in (1, 5)
+    assert polar(*command, "--until", "parity").code == 1
     assert not (run / "bundle").exists()
     outcome = polar(*command, "--from", "report")
     assert "bundle verify" not in outcome.out
