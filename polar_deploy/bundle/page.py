@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy.report import formats
 from polar_deploy.report.figures import speedups
 from polar_deploy.report.page import environment
 
@@ -30,6 +31,7 @@ def page(bundle: Bundle, found: dict[str, Any]) -> str:
     maker = next(
         (each.model_dump() for each in manifest.metrics.latency if each.batch == manifest.verdict.asked.batch), None
     )
+    counted, metric = manifest.metrics.accuracy or manifest.metrics.fp32_graphs, manifest.task.metric
     here = found["latency"] and found["latency"]["rounds"][found["latency"]["chosen"]]
     return (
         environment()
@@ -40,7 +42,8 @@ def page(bundle: Bundle, found: dict[str, Any]) -> str:
             headline=_HEADLINES[found["verdict"]["overall"]["result"]],
             maker=maker,
             here=here,
-            accuracy=manifest.metrics.accuracy or manifest.metrics.fp32_graphs,
+            name=metric.name if metric else "accuracy",
+            score=formats.score(counted.compressed, metric.unit) if counted and metric else "–",
             figure=_speedups(bundle, maker, found["latency"], here),
         )
     )

@@ -182,7 +182,7 @@ def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
     ]
     if "latency" not in verdict:
         lines.append(f"latency   {'not timed' if manifest.networks.full else 'the bundle has no full network'}")
-    if here := found["accuracy"]:
+    if here := found["accuracy"]:  # of a classifier
         lines.append(f"accuracy  {here['compressed']:.2f} % of {here['samples']:,} samples, measured here")
     else:
         lines.append(_makers_accuracy(bundle))
@@ -197,9 +197,9 @@ def _makers_accuracy(bundle: Bundle) -> str:
     metrics, metric = bundle.manifest.metrics, bundle.manifest.task.metric
     counted = metrics.accuracy or metrics.fp32_graphs
     if counted is None or metric is None:
-        return "accuracy  never measured"
+        return f"{metric.name if metric else 'accuracy':<9} never measured"
     low, high = counted.interval
-    points = "points" if metric.unit == "%" else metric.unit
+    points = formats.difference_unit(metric.unit)
     full, compressed = (formats.score(score, metric.unit) for score in (counted.full, counted.compressed))
     which = "" if metrics.accuracy else " of the FP32 graphs"
     return (

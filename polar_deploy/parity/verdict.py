@@ -78,7 +78,7 @@ def judge_accuracy(
     for name, samples in pair.nonfinite.items():
         if samples:
             return Judgement("fail", f"the {name} engine gives NaN or Inf on {samples} of {pair.samples} test samples")
-    pruning = _within_drop(pair, _change(pair), criteria)
+    pruning = _within_drop(pair, _change(pair), criteria, rises=pair.drop < 0)
     parts = [pruning, *_better_than_chance(pair)]
     for name, loss in (precision or {}).items():
         if loss is not None:
@@ -89,14 +89,15 @@ def judge_accuracy(
     return pruning if judged.result == "pass" else judged
 
 
-def _within_drop(pair: Paired, change: str, criteria: AcceptanceCriteria) -> Judgement:
-    """Hold a drop against `max_drop`; `change` says what it is."""
+def _within_drop(pair: Paired, change: str, criteria: AcceptanceCriteria, *, rises: bool = False) -> Judgement:
+    """Hold a drop against `max_drop`; `change` says what it is, or by how much the score `rises`."""
     low, high = pair.interval
     asked = criteria.max_drop
     if criteria.accuracy_rule == "point":
         low = high = pair.drop
     else:
-        change = f"{change} (95 %: {low:+.2f} to {high:+.2f})"
+        ends = (-high, -low) if rises else (low, high)
+        change = f"{change} (95 %: {0 + ends[0]:+.2f} to {0 + ends[1]:+.2f})"
     if not math.isfinite(pair.drop):
         return Judgement("undecided", f"{pair.metric.name} is not known of these {pair.samples:,} test samples")
     if high <= asked:

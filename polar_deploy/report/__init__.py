@@ -4,7 +4,7 @@ makes report.html of it."""
 from __future__ import annotations
 
 from polar_deploy.report.document import build
-from polar_deploy.report.page import page, read_samples
+from polar_deploy.report.page import Shown, page, read_samples
 from polar_deploy.report.table import table
 
-__all__ = ["build", "page", "read_samples", "table"]
+__all__ = ["Shown", "build", "page", "read_samples", "table"]

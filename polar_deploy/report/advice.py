@@ -83,13 +83,22 @@ def measured(report: dict[str, Any]) -> dict[str, Any] | None:
 def _headline(kind: Kind, report: dict[str, Any]) -> str:
     return {
         "pass": "Pass: accurate and fast enough",
-        "accuracy": "Fail: too much accuracy is lost",
+        "accuracy": f"Fail: too much {_metric_name(report)} is lost",
         "speed": "Fail: not fast enough",
-        "both": "Fail: too much accuracy is lost, and it is not fast enough",
+        "both": f"Fail: too much {_metric_name(report)} is lost, and it is not fast enough",
         "undecided": f"Undecided: {_open_question(report)}",
         "not_run": "Built, not run here: "
         + ("the device decides" if not _lost_as_graphs(report) else "its graph loses too much already"),
     }[kind]
+
+
+def _metric_name(report: dict[str, Any]) -> str:
+    return str(report["metric"]["name"]) if report["metric"] else "accuracy"
+
+
+def _amount(report: dict[str, Any], value: float, form: str) -> str:
+    """A drop in its unit; f"{value:{form}}" of points."""
+    return f"{value:{form}} {formats.difference_unit(report['metric']['unit'])}".rstrip()
 
 
 def _figures(report: dict[str, Any]) -> str:
@@ -111,7 +120,7 @@ def _open_question(report: dict[str, Any]) -> str:
     """What an undecided verdict leaves open."""
     parts = _undecided_parts(report)
     if len(parts) == 2:
-        return "neither accuracy nor speed is sure"
+        return f"neither {_metric_name(report)} nor speed is sure"
     if parts == ["accuracy"]:
         return "the test set is too small to tell" if report["metric"] else "no metric says what outputs are worth"
     return "the speed is too close to what is asked" if _is_quiet(report) else "this machine is too noisy to time it"
@@ -145,9 +154,9 @@ def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
     if most > allowed:
         steps.append(
             Step(
-                f"Mind the size of the test set: with {report['accuracy']['samples']:,} images, a drop of up to "
-                f"{most:.2f} points is within the 95 % interval, more than the {allowed:g} allowed. "
-                "The verdict holds for these images; more of them would make it firmer."
+                f"Mind the size of the test set: with {report['accuracy']['samples']:,} samples, a drop of up to "
+                f"{_amount(report, most, '.2f')} is within the 95 % interval, more than the {allowed:g} allowed. "
+                "The verdict holds for these samples; more of them would make it firmer."
             )
         )
     return tuple(steps)
@@ -167,7 +176,7 @@ def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
     looser = ",".join(f"{name}={share:g}" for name, share in asked.items())
     return (
         Step(
-            f"Train longer: {ran} run. What was removed cost the accuracy, not the precision.",
+            f"Train longer: {ran} run. What was removed cost it, not the precision.",
             f"{_AGAIN} RUN-longer {longer}",
         ),
         Step("Or let it keep more of the network.", f"{_AGAIN} RUN-wider --budget {looser}"),
@@ -247,16 +256,17 @@ def _too_few(report: dict[str, Any]) -> tuple[Step, ...]:
     losses = [report["accuracy"], *(report["precision"][name]["loss"] for name in ("full", "compressed"))]
     most = max(each["interval"][1] for each in losses if each)
     if most <= bound:
-        return (Step("Test on more images, of all classes. The verdict above says what these could not tell."),)
+        return (Step("Test on more samples, of all classes. The verdict above says what these could not tell."),)
     larger = math.ceil(most * 10) / 10
     return (
         Step(
-            "Test on more images, as many as the verdict above names: then the interval gets narrow enough. "
+            "Test on more samples, as many as the verdict above names: then the interval gets narrow enough. "
             "With the larger test set in its place, measure again.",
             f"{_AGAIN} RUN --from parity",
         ),
         Step(
-            f"Or allow a larger drop, if your use can bear it: the whole interval lies within {larger:g} points.",
+            "Or allow a larger drop, if your use can bear it: the whole interval lies within "
+            f"{_amount(report, larger, 'g')}.",
             f"{_AGAIN} RUN --from parity --max-drop {larger:g}",
         ),
     )

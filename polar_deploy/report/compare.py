@@ -102,6 +102,7 @@ def _figures(report: JsonFile, name: str) -> dict[str, Any]:
     return {
         "name": name,
         **{key: report.get(key) for key in ("model", "data", "target", "seed", "macs", "params", "bytes", "blocks")},
+        "metric": report.get("metric"),
         "machine": report.get("machine", "cpu"),
         "batch": batch,
         "result": report.get("verdict", "overall", "result"),
@@ -144,16 +145,19 @@ def _is_best(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cost: st
 
 
 def circumstances(run: Mapping[str, Any], cost: str) -> tuple[Any, ...]:
-    """What has to be the same for figures to be comparable: the data; and for what is measured, all that it is on."""
-    return (run["data"],) if cost == "macs" else tuple(run[key] for key in ("data", "target", "machine", "batch"))
+    """What has to be the same for figures to be comparable: data, metric; and for what is measured, all it is on."""
+    common = run["data"], run["metric"]["name"]
+    return common if cost == "macs" else (*common, *(run[key] for key in ("target", "machine", "batch")))
 
 
 def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader has to know before he compares."""
     notes = []
     if len({run["data"] for run in runs}) > 1:
-        notes.append("These runs are of different data sets: their accuracies cannot be compared.")
-    if len({circumstances(run, "latency_ms")[1:] for run in runs if run["latency_ms"]}) > 1:
+        notes.append("These runs are of different data sets: their scores cannot be compared.")
+    if len({run["metric"]["name"] for run in runs}) > 1:
+        notes.append("These runs are judged by different metrics: their scores cannot be compared.")
+    if len({circumstances(run, "latency_ms")[2:] for run in runs if run["latency_ms"]}) > 1:
         notes.append(
             "Not all were timed on the same target, machine and batch: compare their speed-ups, not their times."
         )
@@ -163,6 +167,18 @@ def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ):
         notes.extend(f"{run['name']} {what}." for run in left_out)
     return notes
+
+
+def score_name(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What all runs are judged by; "score", where that differs."""
+    names = {run["metric"]["name"] for run in runs}
+    return str(names.pop()) if len(names) == 1 else "score"
+
+
+def change_of(run: Mapping[str, Any]) -> str:
+    """How the score of a run changes; points, where it is a percentage, without a word."""
+    drop, unit = run["accuracy"]["drop"], run["metric"]["unit"]
+    return formats.points(drop) if unit == "%" else formats.change(drop, unit)
 
 
 def table(compared: Mapping[str, Any]) -> Table:
@@ -175,13 +191,13 @@ def table(compared: Mapping[str, Any]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=star, caption_justify="left")
     grid.add_column("#", justify="right", no_wrap=True)
     grid.add_column("run", overflow="fold", min_width=12)
-    for heading in ("verdict", "top-1", "change", "latency", "speed-up", "MACs"):
+    for heading in ("verdict", score_name(compared["runs"]), "change", "latency", "speed-up", "MACs"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for run in compared["runs"]:
         cells = (
             run["result"],
-            formats.percent(run["accuracy"]["compressed"]),
-            formats.points(run["accuracy"]["drop"]),
+            formats.score(run["accuracy"]["compressed"], run["metric"]["unit"]),
+            change_of(run),
             formats.milliseconds(run["latency_ms"]["compressed"]["median"]) if run["latency_ms"] else "–",
             formats.times(run["speedup"]["median"]) if run["speedup"] else "–",
             formats.share(run["macs"]["ratio"]),

@@ -19,7 +19,7 @@ def draw(report: dict[str, Any]) -> dict[str, Markup | list[Markup]]:
     """All pictures that this run has figures for, by name."""
     found = {
         "accuracy": _accuracy(report),
-        "classes": _classes(report["classes"]),
+        "classes": _classes(report["classes"], report["metric"]),
         "speed": _speed(report),
         "distributions": [_distribution(each) for each in report["latency"] if each["quantiles_ms"]["full"]],
         "network": skyline(report["network"]["layers"], report["blocks"]["removed"]),
@@ -45,10 +45,14 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
     metric = report["metric"]
     if metric is None:
         return None
-    unit = "points" if metric["unit"] == "%" else metric["unit"]
+    unit = formats.difference_unit(metric["unit"])
     rows = [
         Estimate(
-            label, -each["drop"], -each["interval"][1], -each["interval"][0], f"{formats.points(each['drop'])} {unit}"
+            label,
+            -each["drop"],
+            -each["interval"][1],
+            -each["interval"][0],
+            formats.change(each["drop"], metric["unit"]),
         )
         for label, each in named
         if each
@@ -57,7 +61,8 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
         return None
     allowed = report["verdict"]["max_drop"]
     return charts.intervals(
-        f"{metric['name'].capitalize()}, change in {'percentage points' if unit == 'points' else unit or 'its unit'}",
+        f"{formats.heading(metric['name'])}, change in "
+        f"{'percentage points' if unit == 'points' else unit or 'its unit'}",
         "; ".join(f"{row.label}: {row.shown}, 95 % from {row.low:.2f} to {row.high:.2f}" for row in rows)
         + f". A drop of {allowed:g} is allowed.",
         rows,
@@ -67,24 +72,28 @@ def _accuracy(report: dict[str, Any]) -> Markup | None:
     )
 
 
-def _classes(classes: Sequence[Mapping[str, Any]] | None) -> Markup | None:
+def _classes(classes: Sequence[Mapping[str, Any]] | None, metric: Mapping[str, str] | None) -> Markup | None:
     """The classes that change: all of few, the ends of many."""
     ordered = sorted((each for each in classes or () if each["drop"]), key=lambda each: -each["drop"])
-    if not classes or not ordered:
+    if not classes or not ordered or metric is None:
         return None
+    unit = metric["unit"]
     shown = ordered if len(ordered) <= MOST_CLASSES else [*ordered[:14], *ordered[-6:]]
     rows = [
         Bar(
             f"{each['name']} ({each['samples']})",
             -each["drop"],
-            f"{formats.points(each['drop'])} points, now {each['compressed']:.1f} %",
+            f"{formats.change(each['drop'], unit)}, now {formats.score(each['compressed'], unit)}",
             "loss" if each["drop"] > 0 else "gain",
         )
         for each in shown
     ]
     losing = sum(each["drop"] > 0 for each in classes)
-    about = f"{losing} of {len(classes)} classes lose accuracy; {ordered[0]['name']} changes by {rows[0].shown}."
-    return charts.bars("Change by class, in percentage points", about, rows, signed=True)
+    about = (
+        f"{losing} of {len(classes)} classes lose {metric['name']}; {ordered[0]['name']} changes by {rows[0].shown}."
+    )
+    title = "Change by class" + (", in percentage points" if unit == "%" else f", in {unit}" if unit else "")
+    return charts.bars(title, about, rows, signed=True)
 
 
 def _speed(report: dict[str, Any]) -> Markup | None:
@@ -169,7 +178,11 @@ def _saved_ms(predicted: Mapping[str, Any] | None) -> Markup | None:
 
 
 def _learning(report: dict[str, Any]) -> Markup | None:
-    """Validation accuracy of both networks; of a final run, which has none, training accuracy."""
+    """The metric in validation of both networks; of a final run, which has none, in training."""
+    metric = report["metric"]
+    if metric is None:
+        return None
+    unit = metric["unit"]
     history = report["history"]
     key = "val_score" if any(each.get("val_score") is not None for each in history["gated"]) else "train_score"
     lines = []
@@ -182,9 +195,15 @@ def _learning(report: dict[str, Any]) -> Markup | None:
     given = [each["val_score"] for each in history["full"] if not each["epoch"] and each["val_score"] is not None]
     levels = [(given[0], "full network, as given")] if given else []
     what = "Validation" if key == "val_score" else "Training"
-    last = "; ".join(f"{each.label} ends at {each.points[-1][1]:.2f} %" for each in lines)
+    last = "; ".join(f"{each.label} ends at {formats.score(each.points[-1][1], unit)}" for each in lines)
     return charts.curves(
-        f"{what} accuracy", f"{last}.", lines, "epoch", unit=" %", marks=_frozen(report), levels=levels
+        f"{what} {metric['name']}",
+        f"{last}.",
+        lines,
+        "epoch",
+        unit=f" {unit}".rstrip(),
+        marks=_frozen(report),
+        levels=levels,
     )
 
 

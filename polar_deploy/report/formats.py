@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from polar_deploy.tasks.metric import difference_unit
+
+__all__ = [
+    "change",
+    "difference_unit",
+    "heading",
+    "milliseconds",
+    "percent",
+    "points",
+    "relative",
+    "score",
+    "seconds",
+    "share",
+    "short",
+    "times",
+]
+
 
 def short(count: float, unit: str = "") -> str:
     """1234567 -> "1.23 M"; with the unit B -> "1.23 MB"."""
@@ -26,6 +43,19 @@ def seconds(value: float) -> str:
 def relative(value: float | None) -> str:
     """A difference as a share of the scale; None: something is not finite."""
     return "not finite" if value is None else f"{value:.1e}"
+
+
+def heading(name: str) -> str:
+    """A metric's name as the first word of a line: "Accuracy", "Mean IoU"; "mAP" and "R2" stay as they are."""
+    first = name.split(" ")[0]
+    return name if first != first.lower() else name[:1].upper() + name[1:]
+
+
+def change(drop: float, unit: str) -> str:
+    """A drop as a change of a score that has a unit: "−0.50 points", "−0.012 m"."""
+    if unit == "%":
+        return f"{points(drop)} points"
+    return f"{0 - drop:+.3g} {unit}".replace("-", "−").rstrip() if drop else f"±0 {unit}".rstrip()
 
 
 def points(drop: float) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polar_deploy.errors import printable
 from polar_deploy.report import figures, formats
@@ -28,6 +28,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "percent": formats.percent,
     "share": formats.share,
     "points": formats.points,
+    "heading": formats.heading,
     "milliseconds": formats.milliseconds,
     "seconds": formats.seconds,
     "relative": formats.relative,
@@ -40,12 +41,24 @@ _FORMS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *, delivered: bool = False) -> str:
+class Shown(NamedTuple):
+    """The worst samples as the task draws them.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], in the order of `worst_samples`.
+        panels: what lies side by side in each; (): one picture alone.
+    """
+
+    images: npt.NDArray[np.uint8]
+    panels: tuple[str, ...] = ()
+
+
+def page(report: dict[str, Any], samples: Shown | None = None, *, delivered: bool = False) -> str:
     """The page of a run.
 
     Args:
         report: report.json.
-        samples: the pictures of its worst samples, uint8 [N, H, W, 3]; None: they are not shown.
+        samples: the pictures of its worst samples; None: they are not shown.
         delivered: for the bundle, whose readers have the engines, and not the run.
     """
     report = legible(report)
@@ -59,7 +72,8 @@ def page(report: dict[str, Any], samples: npt.NDArray[np.uint8] | None = None, *
             timed=measured(report),
             figures=figures.draw(report),
             most_classes=figures.MOST_CLASSES,
-            samples=[_picture(image) for image in samples] if samples is not None else [],
+            samples=[_picture(image, len(samples.panels) or 1) for image in samples.images] if samples else [],
+            panels=legible(list(samples.panels)) if samples else [],
             settings=_flat(report["recipe"]),
             value=lambda path, form="plain": value(report, path, form),
         )
@@ -101,7 +115,7 @@ def value(report: Mapping[str, Any], path: str, form: str) -> Markup:
     return Markup('<data value="{}" data-of="{}">{}</data>').format(json.dumps(found), path, _FORMS[form](found))
 
 
-def read_samples(path: Path) -> npt.NDArray[np.uint8]:
+def read_samples(path: Path) -> Shown:
     """The pictures that the parity stage kept.
 
     Raises:
@@ -110,17 +124,20 @@ def read_samples(path: Path) -> npt.NDArray[np.uint8]:
     """
     from polar_deploy.data.arrays import read_npz
 
-    return read_npz(path, "images")["images"]
+    arrays = read_npz(path, "images", "panels")
+    return Shown(arrays["images"], tuple(map(str, arrays["panels"])))
 
 
-def _picture(image: npt.NDArray[np.uint8]) -> str:
-    """A PNG in a data URL."""
+def _picture(image: npt.NDArray[np.uint8], panels: int) -> dict[str, Any]:
+    """A PNG in a data URL, and its size; each of the panels that lie side by side is `THUMBNAIL` wide at most."""
     from PIL import Image
 
     picture, file = Image.fromarray(image), io.BytesIO()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((THUMBNAIL * panels, THUMBNAIL))
     picture.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    width, height = picture.size if panels > 1 else (THUMBNAIL, THUMBNAIL)
+    return {"url": url, "width": width, "height": height}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from polar_deploy.report import charts, formats
 from polar_deploy.report.charts import Point
-from polar_deploy.report.compare import COSTS, circumstances, cost_of
+from polar_deploy.report.compare import COSTS, change_of, circumstances, cost_of, score_name
 from polar_deploy.report.page import environment, legible, value
 
 _AXES = {
@@ -33,6 +33,9 @@ def page(compared: dict[str, Any]) -> str:
             costs=COSTS,
             alike=len({tuple(run[key] for key in ("model", "data", "target")) for run in compared["runs"]}) == 1,
             figures=figures,
+            name=score_name(compared["runs"]),
+            score=lambda run: formats.score(run["accuracy"]["compressed"], run["metric"]["unit"]),
+            change=change_of,
             chosen=_chosen(compared["runs"]),
             value=lambda path, form="plain": value(compared, path, form),
         )
@@ -52,14 +55,17 @@ def _chosen(runs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, Mapping[st
 
 
 def _plot(runs: Sequence[Mapping[str, Any]], cost: str) -> Markup | None:
-    """Accuracy against one cost; None where no run has that figure."""
+    """The score against one cost; None where no run has that figure."""
     scale = 1e-6 if cost == "macs" else 1.0
     points = [*_full(runs, cost, scale), *(_point(run, cost, scale) for run in runs if cost_of(run, cost) is not None)]
     if not points:
         return None
     best = ", ".join(f"{run['number']} {run['name']}" for run in runs if run["best"][cost])
     about = f"{len(points)} points. No other run is as accurate and as cheap as: {best}."
-    return charts.scatter(f"Accuracy against {COSTS[cost]}", about, points, _AXES[cost], "top-1, %")
+    name, units = score_name(runs), {run["metric"]["unit"] for run in runs}
+    unit = f", {units.pop()}" if len(units) == 1 and units != {""} else ""
+    title = f"{formats.heading(name)} against {COSTS[cost]}"
+    return charts.scatter(title, about, points, _AXES[cost], f"{name}{unit}")
 
 
 def _point(run: Mapping[str, Any], cost: str, scale: float) -> Point:
@@ -67,14 +73,15 @@ def _point(run: Mapping[str, Any], cost: str, scale: float) -> Point:
     x = found if isinstance(found, dict) else dict.fromkeys(("low", "median", "high"), found)
     low, high = accuracy["interval"]
     y = (accuracy["full"] - high, accuracy["compressed"], accuracy["full"] - low)
-    about = f"{run['number']} {run['name']}: {formats.percent(y[1])}, {x['median'] * scale:.3g} {_AXES[cost]}"
+    unit = run["metric"]["unit"]
+    about = f"{run['number']} {run['name']}: {formats.score(y[1], unit)}, {x['median'] * scale:.3g} {_AXES[cost]}"
     across = (x["low"] * scale, x["median"] * scale, x["high"] * scale)
     front = circumstances(run, cost) if run["best"][cost] else None
-    return Point(str(run["number"]), about, across, _within(y), _STYLES[run["result"]], front)
+    return Point(str(run["number"]), about, across, _within(y) if unit == "%" else y, _STYLES[run["result"]], front)
 
 
 def _within(interval: tuple[float, float, float]) -> tuple[float, float, float]:
-    """No accuracy lies beyond 0 or 100 %."""
+    """No share lies beyond 0 or 100 %."""
     low, value, high = interval
     return max(0.0, low), value, min(100.0, high)
 
@@ -89,6 +96,6 @@ def _full(runs: Sequence[Mapping[str, Any]], cost: str, scale: float) -> list[Po
     for key, members in groups.items():
         x = median(cost_of(run, cost, "full") or 0.0 for run in members) * scale
         y = median(run["accuracy"]["full"] for run in members)
-        about = f"the full network {key[0]}: {formats.percent(y)}, {x:.3g} {_AXES[cost]}"
+        about = f"the full network {key[0]}: {formats.score(y, members[0]['metric']['unit'])}, {x:.3g} {_AXES[cost]}"
         found.append(Point("full", about, (x, x, x), (y, y, y), "point whole"))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.report.formats import milliseconds, relative, score, short
+from polar_deploy.report.formats import difference_unit, milliseconds, relative, score, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
     if scores:
         low, high = scores["interval"]
-        change = f"{-scores['drop']:+.2f} {_difference(metric)} ({-high:+.2f} to {-low:+.2f})"
+        change = f"{-scores['drop']:+.2f} {difference_unit(metric['unit'])} ({-high:+.2f} to {-low:+.2f})"
         label = metric["name"] if report["accuracy"] else f"{metric['name']}, graphs"
         full_score, compressed_score = (score(scores[name], metric["unit"]) for name in ("full", "compressed"))
         rows.append((label, full_score, compressed_score, change))
@@ -78,17 +78,13 @@ def _accuracy(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _difference(metric: dict[str, Any]) -> str:
-    return "points" if metric["unit"] == "%" else str(metric["unit"])
-
-
 def _losses(full: dict[str, Any], compressed: dict[str, Any], metric: dict[str, Any] | None) -> tuple[str, str, str]:
     """What the precision costs both engines: in the metric, or else in their outputs."""
     if metric is None:
         return relative(full["relative_difference"]), relative(compressed["relative_difference"]), "of the outputs"
     plain, pruned = (f"{0 - each['drop']:+.2f}" for each in (full, compressed))
     agree = f"; {compressed['agreement']:.2f} % agree" if "agreement" in compressed else ""
-    return plain, pruned, f"{_difference(metric)}{agree}"
+    return plain, pruned, f"{difference_unit(metric['unit'])}{agree}"
 
 
 def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -96,7 +92,7 @@ def _graphs(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = []
     if report["accuracy"] and report["graphs"] and report["precision"]["full"]["asked"] != "fp32":
         graphs = report["graphs"]
-        change, unit = f"{-graphs['drop']:+.2f} {_difference(report['metric'])}", report["metric"]["unit"]
+        change, unit = f"{-graphs['drop']:+.2f} {difference_unit(report['metric']['unit'])}", report["metric"]["unit"]
         rows.append(("as FP32 graphs", score(graphs["full"], unit), score(graphs["compressed"], unit), change))
     if report["export"]:
         full, gated = (relative(report["export"][name]) for name in ("full", "gated"))

@@ -19,6 +19,7 @@ from polar_deploy.stages.artefacts import (
 from polar_deploy.stages.stage import ONNXRUNTIME, Stage
 
 if TYPE_CHECKING:
+    from polar_deploy.engines import Engine
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
 
@@ -28,19 +29,18 @@ _GRAPHS = (FULL_GRAPH, COMPRESSED_GRAPH, GATED_GRAPH)
 def _run(run: RunContext) -> None:
     from polar_deploy import parity
     from polar_deploy.parity.samples import write_worst
-    from polar_deploy.tasks.classification import PictureData
     from polar_deploy.workspace import remove_folder, write_json
 
-    result = _compared(run)
-    worst = result["worst_samples"] or []
-    write_worst(run.path(WORST_SAMPLES), worst, run.data.dataset.test if isinstance(run.data, PictureData) else None)
+    result, built = _compared(run)
+    write_worst(run.path(WORST_SAMPLES), result["worst_samples"] or [], run.task, run.data.test, built)
     about = {"files": _judged_files(run), "class_names": list(run.data.class_names)}
     write_json(run.path(PARITY), result | about)
     if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
         remove_folder(run.path(BUNDLE))  # of an earlier verdict
 
 
-def _compared(run: RunContext) -> dict[str, Any]:
+def _compared(run: RunContext) -> tuple[dict[str, Any], dict[str, Engine]]:
+    """The content of parity.json, and the engines that it is about, where these run here."""
     from polar_deploy import engines, parity, targets
 
     settings = run.settings
@@ -48,11 +48,11 @@ def _compared(run: RunContext) -> dict[str, Any]:
     full, compressed, gated = (engines.reference_engine(run.path(graph)) for graph in _GRAPHS)
     graphs = parity.Graphs(full, compressed, gated, run.path(REFERENCE))
     if lacks := targets.lacks_to_run(run.target):
-        return parity.not_run("; ".join(lacks), test, metric, settings.accept, graphs)
+        return parity.not_run("; ".join(lacks), test, metric, settings.accept, graphs), {}
     folder, batches = run.path(ENGINE_FOLDER), settings.build.batches
     built = {name: engines.load(folder, name, run.target) for name in ("full", "compressed")}
-    engines_of_both = built["full"], built["compressed"]
-    return parity.compare(*engines_of_both, test, metric, settings.accept, graphs=graphs, batches=batches)
+    both = built["full"], built["compressed"]
+    return parity.compare(*both, test, metric, settings.accept, graphs=graphs, batches=batches), built
 
 
 def _judged_files(run: RunContext) -> dict[str, str]:

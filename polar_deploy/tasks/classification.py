@@ -12,6 +12,7 @@ from polar_deploy import data
 from polar_deploy.config import Normalize, Training
 from polar_deploy.data import Dataset, LazyImages, Split, normalise, split_validation
 from polar_deploy.errors import UsageError
+from polar_deploy.tasks import drawing
 from polar_deploy.tasks.accuracy import Accuracy
 from polar_deploy.tasks.data import Data, Indices
 from polar_deploy.tasks.defaults import Defaults
@@ -47,7 +48,7 @@ def make(settings: ResolvedSettings) -> Task:
     """The task on the settings' data, pictures of their size."""
     assert settings.input_size is not None
     classes = data.spec(settings.data, settings.data_dir).classes
-    return classifier(classes, settings.input_size, settings.training, lambda: _read(settings))
+    return classifier(classes, settings.input_size, settings.training, lambda: _read(settings), settings.normalize)
 
 
 def no_data() -> Data:
@@ -55,12 +56,19 @@ def no_data() -> Data:
     raise UsageError("this task has no data", "name a data set")
 
 
-def classifier(classes: int, size: int, training: Training | None = None, data: Callable[[], Data] = no_data) -> Task:
+def classifier(
+    classes: int,
+    size: int,
+    training: Training | None = None,
+    data: Callable[[], Data] = no_data,
+    normal: Normalize | None = None,
+) -> Task:
     """Classification of pictures float32 [B, 3, size, size] by logits [B, classes].
 
     Args:
         training: label smoothing, and the temperature of distillation.
         data: reads the pictures.
+        normal: how they are normalised, so that they can be shown.
     """
     training = training or Training()
 
@@ -89,6 +97,7 @@ def classifier(classes: int, size: int, training: Training | None = None, data: 
         distill=distill,
         classes=classes,
         monitor=monitor,
+        show=None if normal is None else lambda inputs, targets, outputs: drawing.pictures(inputs[INPUT], normal),
     )
 
 

@@ -12,9 +12,11 @@ import numpy as np
 from polar_deploy.config import Normalize, Training
 from polar_deploy.data import normalise, readable
 from polar_deploy.data.coco import Boxed, CocoFolder, LazyBoxed
+from polar_deploy.data.dataset import Pixels
 from polar_deploy.data.moves import Moved, Mover, stretched
 from polar_deploy.data.names import COCO
-from polar_deploy.tasks.boxes import CENTRENESS, DISTANCES, LOGITS, cells
+from polar_deploy.tasks import drawing
+from polar_deploy.tasks.boxes import CENTRENESS, DISTANCES, LOGITS, Detections, cells, decode
 from polar_deploy.tasks.data import Data, Indices
 from polar_deploy.tasks.defaults import Defaults
 from polar_deploy.tasks.mean_ap import NO_OBJECT, MeanAveragePrecision
@@ -47,14 +49,17 @@ def make(settings: ResolvedSettings) -> Task:
     coco = _folder(settings)
     with readable():
         classes = len(coco.class_names)
-    return detector(classes, settings.input_size, lambda: _read(coco, settings))
+    normal = settings.normalize
+    assert normal is not None
+    return detector(classes, settings.input_size, lambda: _read(coco, settings), normal)
 
 
-def detector(classes: int, size: int, data: Callable[[], Data]) -> Task:
+def detector(classes: int, size: int, data: Callable[[], Data], normal: Normalize) -> Task:
     """Detection in pictures float32 [B, 3, size, size] by what torchvision's `FCOSHead` gives; see `tasks.boxes`.
 
     Args:
         data: reads pictures and boxes.
+        normal: how the pictures are normalised.
     """
 
     def loss(outputs: Tensors, batch: Batch) -> Tensor:
@@ -67,6 +72,17 @@ def detector(classes: int, size: int, data: Callable[[], Data]) -> Task:
         from polar_deploy.tasks.detection_losses import detection_divergence
 
         return detection_divergence(outputs, wanted)
+
+    def show(inputs: Arrays, targets: Arrays, outputs: Mapping[str, Arrays]) -> Pixels:
+        seen = drawing.pictures(inputs[INPUT], normal)
+        objects = [
+            Detections(boxes[labels != NO_OBJECT], np.ones((labels != NO_OBJECT).sum()), labels[labels != NO_OBJECT])
+            for boxes, labels in zip(targets[BOXES], targets[LABELS], strict=True)
+        ]
+        found = [objects, *(decode(outputs[name], size) for name in ("full", "compressed"))]
+        return drawing.side_by_side(
+            [np.stack([drawing.with_boxes(*each) for each in zip(seen, boxes, strict=True)]) for boxes in found]
+        )
 
     def require(outputs: Mapping[str, TensorSpec]) -> None:
         cells(size, outputs[LOGITS].sizes[0])
@@ -84,6 +100,8 @@ def detector(classes: int, size: int, data: Callable[[], Data]) -> Task:
         metric=MeanAveragePrecision(classes, size, BOXES, LABELS, CROWD),
         distill=distill,
         classes=classes,
+        show=show,
+        panels=("objects", "full network", "compressed network"),
         require=require,
     )
 

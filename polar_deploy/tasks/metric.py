@@ -63,7 +63,7 @@ class Metric(ABC):
     @property
     def difference_unit(self) -> str:
         """Of a difference of scores: points, where these are in percent."""
-        return "points" if self.unit == "%" else self.unit
+        return difference_unit(self.unit)
 
     def told(self, score: float, digits: int = 1) -> str:
         """A score as people read it, such as "accuracy 98.8 %"; `digits` behind the point of a percentage."""
@@ -113,6 +113,11 @@ class Metric(ABC):
         """The score of each sample alone, [N]."""
         ones = np.ones((1, 1))
         return np.array([self.scores(statistics[index : index + 1], ones)[0] for index in range(len(statistics))])
+
+
+def difference_unit(unit: str) -> str:
+    """Of a difference of scores that have a unit: points, where that is "%"."""
+    return "points" if unit == "%" else unit
 
 
 def bootstrap(metric: Metric, full: Statistics, compressed: Statistics, resamples: int = RESAMPLES) -> Floats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,9 +11,11 @@ import numpy as np
 
 from polar_deploy.config import Normalize, Training
 from polar_deploy.data import normalise, readable
+from polar_deploy.data.dataset import Pixels
 from polar_deploy.data.moves import Mover
 from polar_deploy.data.names import PAIRS
 from polar_deploy.data.pairs import IGNORED, LazyPairs, PairFolder, stretched
+from polar_deploy.tasks import drawing
 from polar_deploy.tasks.data import Data, Indices
 from polar_deploy.tasks.defaults import Defaults
 from polar_deploy.tasks.mean_iou import MeanIoU
@@ -46,15 +48,18 @@ def make(settings: ResolvedSettings) -> Task:
     pairs = _folder(settings)
     with readable():
         classes = pairs.classes
-    return segmenter(classes, settings.input_size, settings.training, lambda: _read(pairs, settings))
+    normal = settings.normalize
+    assert normal is not None
+    return segmenter(classes, settings.input_size, settings.training, lambda: _read(pairs, settings), normal)
 
 
-def segmenter(classes: int, size: int, training: Training, data: Callable[[], Data]) -> Task:
+def segmenter(classes: int, size: int, training: Training, data: Callable[[], Data], normal: Normalize) -> Task:
     """Segmentation of pictures float32 [B, 3, size, size] by logits [B, classes, size, size].
 
     Args:
         training: label smoothing, and the temperature of distillation.
         data: reads pictures and masks; in the latter, `IGNORED` is no class.
+        normal: how the pictures are normalised.
     """
 
     def loss(outputs: Tensors, batch: Batch) -> Tensor:
@@ -70,6 +75,11 @@ def segmenter(classes: int, size: int, training: Training, data: Callable[[], Da
 
         return divergence(outputs[OUTPUT], wanted[OUTPUT], training.distill_temperature)
 
+    def show(inputs: Arrays, targets: Arrays, outputs: Mapping[str, Arrays]) -> Pixels:
+        answers = [outputs[name][OUTPUT].argmax(axis=1) for name in ("full", "compressed")]
+        colours = [drawing.masks(each, classes) for each in (targets[TARGET].astype(np.int64), *answers)]
+        return drawing.side_by_side([drawing.pictures(inputs[INPUT], normal), *colours])
+
     return Task(
         name=NAME,
         inputs={INPUT: TensorSpec((3, size, size))},
@@ -79,6 +89,8 @@ def segmenter(classes: int, size: int, training: Training, data: Callable[[], Da
         metric=MeanIoU(classes, OUTPUT, TARGET, IGNORED),
         distill=distill,
         classes=classes,
+        show=show,
+        panels=("picture", "mask", "full network", "compressed network"),
     )
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from polar_deploy.errors import ContentError
 from polar_deploy.tasks.data import Data
 from polar_deploy.tasks.metric import Metric
-from polar_deploy.tensors import TensorSpec
+from polar_deploy.tensors import Arrays, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from polar_deploy.data.dataset import Pixels
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"  # name -> [B, …], on the device that trains
 
@@ -41,6 +43,9 @@ class Task:
         monitor: (outputs, batch) -> scalar on the device, which the log of training has as `train_score`; None: it
             has none.
         epochs, batch_size: of a training run, where the settings leave them open.
+        show: (inputs, targets, outputs of "full" and "compressed") of N samples -> pictures uint8 [N, H, W, 3], for
+            the report's worst samples; None: it has none.
+        panels: what lies side by side in each of these, from left to right; (): one picture alone.
         require: called with what a network's outputs were found to be; raises a ContentError where they do not fit
             in a way that their shapes alone do not tell.
     """
@@ -56,6 +61,8 @@ class Task:
     monitor: Callable[[Tensors, Batch], Tensor] | None = None
     epochs: int = 20
     batch_size: int = 32
+    show: Callable[[Arrays, Arrays, Mapping[str, Arrays]], Pixels] | None = None
+    panels: tuple[str, ...] = ()
     require: Callable[[Mapping[str, TensorSpec]], None] | None = None
 
     def forward(self, network: nn.Module, inputs: Tensors) -> dict[str, Tensor]:

@@ -87,12 +87,22 @@ def test_a_better_network_passes_where_no_drop_is_allowed() -> None:
     strict = AcceptanceCriteria(max_drop=0.0)
     better = parity.judge_accuracy(tally(-3), strict)
     assert better.result == "pass"
-    assert better.reason.startswith("accuracy rises by 3.00 points (95 %: -3.3")
+    assert better.reason.startswith("accuracy rises by 3.00 points (95 %: +2.6")
     assert better.reason.endswith("a drop of 0 is allowed")
     assert parity.judge_accuracy(tally(1), strict).result == "fail"
     equal = parity.judge_accuracy(tally(0), strict)  # that two networks are equal cannot be shown
     assert equal.result == "undecided"
     assert "no number would do" in equal.reason
+
+
+def test_a_rise_is_told_with_the_interval_of_the_rise() -> None:
+    """1 point more, between 0.8 and 1.2; a drop is told with that of the drop."""
+    rise, drop = (parity.judge_accuracy(tally(points), VERDICT).reason for points in (-1.0, 0.5))
+    ends = [tuple(map(float, re.search(r"95 %: (\S+) to (\S+)\)", each).groups())) for each in (rise, drop)]
+    assert rise.startswith("accuracy rises by 1.00 points")
+    assert 0.5 < ends[0][0] < 1.0 < ends[0][1] < 1.5
+    assert drop.startswith("accuracy drops by 0.50 points")
+    assert 0 < ends[1][0] < 0.5 < ends[1][1] < 1.0
 
 
 def test_too_few_images_are_said_and_how_many_would_do() -> None:

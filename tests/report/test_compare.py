@@ -95,6 +95,23 @@ def test_the_page_has_both_plots_and_every_run(sweep: Path, tmp_path: Path) -> N
         assert json.loads(outline.tags[index][1]["value"] or "") == value
 
 
+def test_runs_of_another_metric_are_told_by_its_name(document: dict[str, Any], tmp_path: Path) -> None:
+    metric = {"name": "mAP", "unit": "%"}
+    place(tmp_path, document, "a", 61.0, 1.0, 30_000_000, metric=metric)
+    place(tmp_path, document, "b", 60.0, 0.5, 20_000_000, metric=metric)
+    page = tmp_path / "compared.html"
+    outcome = called(main, "compare", tmp_path / "a", tmp_path / "b", "--html", page)
+    assert "mAP" in outcome.out
+    assert "mAP against latency" in page.read_text()
+    assert "accura" not in outcome.out.lower().replace("as accurate and", "") + page.read_text().lower().replace(
+        "accuracy/", ""
+    ).replace("accurate", "")
+    place(tmp_path, document, "c", 99.0, 0.4, 20_000_000)
+    found = json.loads(called(main, "compare", tmp_path / "a", tmp_path / "b", tmp_path / "c", "--json").out)
+    assert "These runs are judged by different metrics: their scores cannot be compared." in found["notes"]
+    assert {run["name"] for run in found["runs"] if run["best"]["latency_ms"]} == {"a", "b", "c"}
+
+
 def test_runs_without_a_latency_are_compared_by_their_macs(document: dict[str, Any], tmp_path: Path) -> None:
     graphs = {**document["accuracy"], "compressed": 95.0}
     lost = {"accuracy": None, "classes": None, "latency": [], "graphs": graphs, "not_run": "no GPU"}

@@ -119,9 +119,8 @@ def test_every_verdict_has_its_page(kind: str, document: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_picture_can_be_read_aloud(kind: str, document: dict[str, Any]) -> None:
-    outline = Outline(
-        report.page(verdicts(document)[kind], np.zeros((1, 4, 4, 3), np.uint8) if kind == "pass" else None)
-    )
+    samples = report.Shown(np.zeros((1, 4, 4, 3), np.uint8)) if kind == "pass" else None
+    outline = Outline(report.page(verdicts(document)[kind], samples))
     pictures = outline.all("svg")
     assert len(pictures) >= 2
     for picture in pictures:
@@ -178,7 +177,7 @@ def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     told["verdict"]["accuracy"]["reason"] = evil
     told["predicted"] = {"batch": 1, "full_ms": 2.0, "compressed_ms": 1.0}
     told["predicted"]["saved"] = [{"name": evil, "kind": "block", "ms": 1.0}]
-    samples = np.zeros((1, 4, 4, 3), np.uint8)
+    samples = report.Shown(np.zeros((1, 4, 4, 3), np.uint8))
     page = report.page(told, samples)
     assert not set("\u202e\x00\ud800") & set(page)
     names = [tag for tag, _ in Outline(page).tags]
@@ -186,6 +185,59 @@ def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     assert names == [tag for tag, _ in Outline(report.page(calm, samples)).tags]
     assert "script" not in names
     assert "{{ 7 * 7 }}" in page
+
+
+def of_another_task(document: dict[str, Any], name: str, unit: str) -> dict[str, Any]:
+    """The same run judged by another metric."""
+    told = copy.deepcopy(document)
+    told["metric"] = {"name": name, "unit": unit}
+    for key in ("agreement", "lost", "gained"):
+        del told["accuracy"][key]
+    told["worst_samples"] = [{"index": 7, "full": 80.0, "compressed": 20.5}]
+    for part in ("accuracy", "overall"):
+        reason = told["verdict"][part]["reason"].replace("accuracy", name)
+        told["verdict"][part]["reason"] = reason if unit == "%" else reason.replace("points", unit)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "heading", "change"),
+    [
+        ("mean IoU", "%", "Mean IoU", "−0.56 points"),
+        ("mAP", "%", "mAP", "−0.56 points"),
+        ("R2", "", "R2", "−0.555"),
+        ("range", "m", "Range", "−0.555 m"),
+    ],
+)
+def test_a_page_speaks_of_the_tasks_own_metric(
+    name: str, unit: str, heading: str, change: str, document: dict[str, Any]
+) -> None:
+    for kind, told in verdicts(of_another_task(document, name, unit)).items():
+        page = report.page(told)
+        words = re.sub(r"<[^>]*>", " ", re.sub(r"<(style|pre)\b.*?</\1>", "", page, flags=re.DOTALL)).lower()
+        assert "accuracy" not in words.replace("--accuracy", "").replace("accuracy_rule", ""), kind
+        assert f"{heading}, " in page
+        assert "images of the class" not in words
+        if unit != "%":
+            assert not re.search(r"\d points", words)
+        if kind == "pass":
+            assert change in page
+            assert f"{heading}, epoch by epoch" in page
+        if kind in ("accuracy", "both"):
+            assert f"Fail: too much {name} is lost" in page
+
+
+def test_the_worst_samples_of_another_task_are_drawn_side_by_side(document: dict[str, Any]) -> None:
+    told = of_another_task(document, "mean IoU", "%")
+    panels = ("picture", "mask", "full network", "compressed network")
+    page = report.page(told, report.Shown(np.zeros((1, 64, 256, 3), np.uint8), panels))
+    outline = Outline(page)
+    (image,) = outline.all("img")
+    attributes = outline.tags[image][1]
+    assert (attributes["width"], attributes["height"]) == ("256", "64")
+    assert attributes["alt"] == "test sample 7: picture, mask, full network, compressed network"
+    assert "From left to right: picture, mask, full network, compressed network" in page
+    assert "data:image/png" not in report.page(told, delivered=True)  # the bundle's, for the edge team
 
 
 def test_large_networks_and_data_sets_fit(document: dict[str, Any]) -> None:
@@ -263,7 +315,7 @@ def test_what_a_small_test_set_leaves_open_is_not_blamed_on_the_clock(document: 
     few = verdict(document, "undecided", "pass")
     told = advise(few)
     assert told.headline == "Undecided: the test set is too small to tell"
-    assert "more images" in told.steps[0].text
+    assert "more samples" in told.steps[0].text
     assert [(step.command or "").partition("--from ")[2] for step in told.steps] == ["parity", "parity --max-drop 1.5"]
     both = advise(verdict(document, "undecided", "undecided"))
     assert both.headline == "Undecided: neither accuracy nor speed is sure"
