@@ -57,6 +57,30 @@ def resnet20_run(folder: Path, data: Path) -> Path:
     return folder
 
 
+def edge_environment(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A fresh environment with what an edge team installs; its interpreter, and the packages in it."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", f"{ROOT}[ort]"], check=True)
+    listed = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
+    return python, dict(line.split("==", 1) for line in listed.split() if "==" in line)
+
+
+def verify_bundle(python: Path, bundle: Path, *options: str) -> dict[str, Any]:
+    """`bundle verify` in an environment: its exit code, seconds, and what it said behind the bundle's name."""
+    start = time.monotonic()
+    done = bundle_command(python, "verify", bundle, *options)
+    seconds = round(time.monotonic() - start, 2)
+    return {"exit_code": done.returncode, "seconds": seconds, "said": done.stdout.splitlines()[2:]}
+
+
+def bundle_command(python: Path, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The bundle's command, of the installed package: from a folder in which there is no other."""
+    line = [str(python), "-m", "polar_deploy.bundle", command, *map(str, arguments)]
+    return subprocess.run(line, cwd=python.parent, capture_output=True, text=True, check=False)
+
+
 def write_result(name: str, bars: dict[str, bool], figures: dict[str, Any]) -> int:
     """Write `benchmarks/results/NAME.json`, say which bars are met; exit code 0 if all are."""
     packages = ("torch", "onnx", "onnxruntime", "openvino", "numpy")

@@ -41,7 +41,10 @@ def test_a_folder_becomes_a_bundle(tmp_path: Path) -> None:
     ]
     assert report["macs"]["ratio"] <= 0.6
     if parity["worst_samples"]:  # drawn for the maker, not for the edge team
-        assert "From left to right: picture, mask, full network, compressed network" in (folder / "report.html").read_text()
+        assert (
+            "From left to right: picture, mask, full network, compressed network"
+            in (folder / "report.html").read_text()
+        )
         assert "data:image/png" in (folder / "report.html").read_text()
     assert "data:image/png" not in (folder / "bundle/report.html").read_text()
     verified = called(bundle, "verify", folder / "bundle")
