@@ -37,7 +37,8 @@ def main() -> int:
             f"{task}: {metric} of the full network is {LEAST[task]:g} % or more": accuracy["full"] >= LEAST[task],
             f"{task}: at most {MOST_LOST:g} points are lost": accuracy["drop"] <= MOST_LOST,
             f"{task}: faster at batch 64": found["speedup"]["64"]["low"] > 1,
-            f"{task}: the bundle is verified without torch": found["verify"]["exit_code"] == 0,
+            f"{task}: the bundle is verified without torch": found["verify_no_timing"]["exit_code"] == 0,
+            f"{task}: and timed there, faster again": found["verify"]["exit_code"] == 0,
         }
     return write_result("tasks", bars, {"packages": packages, **figures})
 
@@ -56,6 +57,7 @@ def _tried(folder: Path, task: str, data: str, python: Path) -> dict[str, Any]:
         "seconds": run["seconds"],
         **{key: report[key] for key in kept},
         "speedup": {str(each["batch"]): each["speedup_with_noise"] for each in report["latency"]},
+        "verify_no_timing": verify_bundle(python, folder / "bundle", "--no-timing"),
         "verify": verify_bundle(python, folder / "bundle"),
     }
 
