@@ -207,7 +207,7 @@ def against_graph(engine: Engine, graph: Path, images: Images) -> dict[str, Any]
     )
     found.add(reference, other, {"label": images.labels})
     assert found.paired is not None
-    return {**found.as_dict(), "nonfinite": found.paired.nonfinite["compressed"]}
+    return {**found.loss().as_json(), "nonfinite": found.paired.nonfinite["compressed"]}
 
 
 def named(engine: Engine, images: Array) -> dict[str, Array]:

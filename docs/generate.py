@@ -1,6 +1,6 @@
-"""Write the parts of README and docs that say what code and results say: `python docs/generate.py`.
+"""Write what code and results say: parts of README and docs, and the JSON Schemas: `python docs/generate.py`.
 
-Such a part lies between `<!-- generated: NAME -->` and `<!-- end -->`. `--check` writes nothing, and names the pages
+Such a part lies between `<!-- generated: NAME -->` and `<!-- end -->`. `--check` writes nothing, and names the files
 that are behind.
 """
 
@@ -22,7 +22,10 @@ from figures import FIGURES, table
 
 from polar_deploy import cli
 from polar_deploy.backends import BACKENDS
+from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.config import About
+from polar_deploy.documents.parity import Parity
+from polar_deploy.documents.part import schema
 from polar_deploy.settings import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,24 +143,34 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
+SCHEMAS: dict[str, type[BaseModel]] = {"bundle": Manifest, "parity": Parity}
+
+
 def renewed(text: str) -> str:
     """A page with its generated parts as they should be."""
     return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}\n{part[3]}", text)
 
 
+def files() -> Iterator[tuple[Path, str]]:
+    """Each file that is generated, or has parts that are, as it should be."""
+    for page in pages():
+        yield page, renewed(page.read_text(encoding="utf-8"))
+    for name, model in SCHEMAS.items():
+        yield ROOT / f"polar_deploy/schemas/{name}.schema.json", f"{json.dumps(schema(model), indent=1)}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write, or with `--check` only look; exit code 1 if a page was behind."""
+    """Write, or with `--check` only look; exit code 1 if a file was behind."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is behind")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is behind")
     check = parser.parse_args(argv).check
     behind = 0
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (new := renewed(text)) != text:
+    for path, text in files():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             behind += 1
-            print(f"{page.relative_to(ROOT)}: {'is behind, run python docs/generate.py' if check else 'written'}")
+            print(f"{path.relative_to(ROOT)}: {'is behind, run python docs/generate.py' if check else 'written'}")
             if not check:
-                page.write_text(new, encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     return 1 if check and behind else 0
 
 

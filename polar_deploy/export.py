@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.errors import ContentError
+from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery.folding import FOLDED_ANYWAY
 from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import atomic_path
@@ -363,15 +364,11 @@ def check(path: Path, inputs: Arrays, expected: Arrays) -> float:
         ContentError: an output of floats differs by more than `TOLERANCE`, another one at all.
         MachineError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MachineError(
-            "onnxruntime is not installed, so no export can be checked", "install the extra 'ort'"
-        ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    known = {value.name for value in session.get_inputs()}  # an exporter leaves out what is not read
-    found = session.run(list(expected), {name: values for name, values in inputs.items() if name in known})
+    options = session_options(todo="install the extra 'ort': no export can be checked without it")
+    with translated(f"{path}: ONNX Runtime cannot run this export"):
+        session = open_session(path, options)
+        known = {value.name for value in session.get_inputs()}  # an exporter leaves out what is not read
+        found = session.run(list(expected), {name: values for name, values in inputs.items() if name in known})
     worst = 0.0
     for (name, wanted), given in zip(expected.items(), found, strict=True):
         if wanted.dtype.kind != "f":

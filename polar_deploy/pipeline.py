@@ -167,7 +167,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 
 def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespace) -> int:
     """Tell what came out; returns the exit code, which is the verdict's where there is one."""
-    from polar_deploy import parity
+    from polar_deploy.documents.parity import Parity
     from polar_deploy.stages.artefacts import BUNDLE, PAGE, PARITY, REPORT
     from polar_deploy.workspace import read_json
 
@@ -179,7 +179,7 @@ def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespac
             _print_bundle(run.path(BUNDLE))
     elif arguments.json:
         print(json.dumps({"folder": str(run.folder), "stages": [name for name in NAMES if name in names]}, indent=1))
-    return parity.exit_code(read_json(run.path(PARITY))) if {"parity", "bundle"} & names else 0
+    return Parity.read(run.path(PARITY)).verdict.exit_code if {"parity", "bundle"} & names else 0
 
 
 def _print_report(report: dict[str, Any], *, as_json: bool) -> None:

@@ -72,10 +72,9 @@ def measure(
     found = {name: each.paired for name, each in parity.compare_all(here.engines, named, test, metric).items()}
     if pair := found.get("accuracy"):
         precision = {name: found[name] for name in here.engines if name in found}
-        return pair.as_dict(), parity.judge_accuracy(pair, manifest.verdict.asked.settings(), precision)
+        return pair.accuracy().as_json(), parity.judge_accuracy(pair, manifest.verdict.asked.settings(), precision)
     if pair := found.get("compressed"):
-        counted = pair.as_dict()
-        return {key: counted[key] for key in ("samples", "compressed")}, None
+        return {"samples": pair.samples, "compressed": pair.scores[1]}, None
     return None, None
 
 

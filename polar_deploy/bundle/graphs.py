@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
+from polar_deploy import onnx_files
 from polar_deploy.bundle.refusal import refused
 from polar_deploy.errors import ContentError, one_line
 
@@ -49,11 +50,13 @@ def _read(path: Path) -> onnx.ModelProto:
     import onnx
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx_files.read(path, external=False, check=False)
         problem = _problem(model)
         if problem is None:
             onnx.checker.check_model(model)
-    except Exception as error:  # on random bytes, protobuf and onnx fail in many ways
+    except ContentError as error:
+        raise refused(path, f"is not valid ONNX: {error.what}") from error
+    except Exception as error:  # on random bytes, onnx fails in many ways
         raise refused(path, f"is not valid ONNX: {one_line(error)}") from error
     if problem is not None:
         raise refused(path, problem)

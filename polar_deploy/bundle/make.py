@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy import onnx_files
 from polar_deploy.bundle import golden, graphs
 from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
+from polar_deploy.documents.parity import Accuracy, BatchLatency, Parity, Verdict
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.tensors import count
 from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
@@ -42,7 +44,7 @@ def make(
         ContentError: a file of the run is not what the stage before it wrote, or an engine fails its golden samples.
     """
     names = ("compressed", "full") if settings.bundle.full else ("compressed",)
-    parity, built = read_json(run / "parity.json"), read_json(run / "engines/build.json")
+    parity, built = Parity.read(run / "parity.json"), read_json(run / "engines/build.json")
     _require_judged(run, parity, settings)
     with atomic_folder(folder) as draft:
         networks = {name: _network(run, draft, name, built["engines"][name]) for name in names}
@@ -52,7 +54,7 @@ def make(
             **_head(settings),
             "task": {
                 "name": task,
-                "metric": parity["metric"],
+                "metric": parity.metric and parity.metric.as_json(),
                 "preprocessing": {} if pictures else dict(data.preprocessing),
             },
             **_tensors(draft / networks["compressed"]["typed"]),
@@ -67,23 +69,21 @@ def make(
             "surgery": "compressed/surgery.json",
             "report": _page(run, draft, settings, omit_settings),
             "metrics": _metrics(parity),
-            "verdict": _verdict(parity["verdict"]),
+            "verdict": _verdict(parity.verdict),
             "provenance": _provenance(settings, data, built["engines"]["compressed"], omit_settings),
         }
         write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
 
 
-def _require_judged(run: Path, parity: dict[str, Any], settings: ResolvedSettings) -> None:
+def _require_judged(run: Path, parity: Parity, settings: ResolvedSettings) -> None:
     """The verdict has to be about these very files, and on what is asked."""
     again = "measure it: run again with --from parity"
-    if "files" not in parity:
-        raise ContentError(f"{run / 'parity.json'} does not tell which files it judges", again)
-    for name, judged in parity["files"].items():
+    for name, judged in parity.files.items():
         if sha256(run / name) != judged:
             raise ContentError(f"{run / name} is not the file that parity.json judges", again)
     asked = settings.accept.model_dump(mode="json")
-    if any(parity["verdict"][key] != value for key, value in asked.items()):
+    if parity.verdict.asked() != asked:
         raise ContentError(f"{run / 'parity.json'} judges by other bounds than {asked}", again)
 
 
@@ -156,9 +156,7 @@ def _plan(run: Path, draft: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _tensors(typed: Path) -> dict[str, Any]:
     """Inputs and outputs of the typed graph."""
-    import onnx
-
-    model = onnx.load(typed, load_external_data=False)
+    model = onnx_files.read(typed, external=False, check=False)
     given = {value.name for value in model.graph.output}
     found: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
     for name, kind, shape in graphs.io_tensors(model):
@@ -213,30 +211,31 @@ def _write_golden(draft: Path, inputs: dict[str, golden.Array], names: Sequence[
     return written
 
 
-def _metrics(parity: dict[str, Any]) -> dict[str, Any]:
+def _metrics(parity: Parity) -> dict[str, Any]:
     return {
-        "machine": parity["machine"],
-        "not_run": parity["not_run"],
-        "accuracy": _accuracy(parity["accuracy"]),
-        "fp32_graphs": _accuracy(parity["graphs"]),
-        "latency": [_latency(measured) for measured in parity["latency"]],
+        "machine": parity.machine.as_json(),
+        "not_run": parity.not_run,
+        "accuracy": _accuracy(parity.accuracy),
+        "fp32_graphs": _accuracy(parity.graphs),
+        "latency": [_latency(measured) for measured in parity.latency],
     }
 
 
-def _accuracy(counted: dict[str, Any] | None) -> dict[str, Any] | None:
-    return counted and {key: counted[key] for key in ("samples", "full", "compressed", "drop", "interval")}
+def _accuracy(counted: Accuracy | None) -> dict[str, Any] | None:
+    if counted is None:
+        return None
+    return counted.model_dump(mode="json", include={"samples", "full", "compressed", "drop", "interval"})
 
 
-def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+def _latency(measured: BatchLatency) -> dict[str, Any]:
     """The round that counts, of one batch size."""
-    best = measured["rounds"][measured["chosen"]]
-    kept = ("pairs", "full", "compressed", "speedup", "control", "before", "after")
-    return {"batch": measured["batch"], "decided": measured["decided"], **{key: best[key] for key in kept}}
+    best = measured.best.model_dump(mode="json", exclude={"inferences", "singles", "quantiles_ms"})
+    return {"batch": measured.batch, "decided": measured.decided, **best}
 
 
-def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
-    answers = {key: verdict[key] for key in ("accuracy", "latency", "overall")}
-    return {"asked": {key: value for key, value in verdict.items() if key not in answers}, **answers}
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    answers = verdict.model_dump(mode="json", include={"accuracy", "latency", "overall"})
+    return {"asked": verdict.asked(), **answers}
 
 
 def _provenance(

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from polar_deploy import config
 from polar_deploy.backends import PLAN
 from polar_deploy.bundle.measured import Metrics
-from polar_deploy.bundle.part import Part
 from polar_deploy.config import Capability, Count, Text
+from polar_deploy.documents.part import Part
 from polar_deploy.targets import TARGETS
 
 SCHEMA = 2

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from polar_deploy.bundle.part import Part
 from polar_deploy.config import Count, Text
+from polar_deploy.documents.part import Part
 
 Milliseconds = Annotated[float, Field(ge=0)]
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify a bundle and print what was found."""
     from polar_deploy.bundle.read import opened
-    from polar_deploy.parity import exit_code
+    from polar_deploy.parity import EXIT_CODES
 
     with opened(arguments.bundle) as bundle:
         options = device.read_options(arguments, bundle)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             with atomic_path(arguments.html) as temporary:
                 temporary.write_text(page(bundle, found), encoding="utf-8")
         print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else "\n".join(_lines(bundle, found)))
-    return exit_code(found)
+    return EXIT_CODES[found["verdict"]["overall"]["result"]]
 
 
 def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data: Path | None = None) -> dict[str, Any]:
@@ -166,7 +166,8 @@ def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, A
     full, compressed = (here.engines[name] for name in ("full", "compressed"))
     inputs = take(bundle.inputs, np.arange(asked.batch) % count(bundle.inputs))
     measured = timing.compare(full, compressed, inputs, singles=parity.singles_for(asked))
-    return parity.latency_document(full, compressed, inputs, measured), parity.judge_latency(measured, asked)
+    timed = parity.batch_latency(full, compressed, inputs, measured)
+    return timed.as_json(), parity.judge_latency(measured, asked)
 
 
 def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from polar_deploy import onnx_files
 from polar_deploy.devices.device import Device
 from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
 from polar_deploy.errors import MachineError, UsageError
+from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.workspace import atomic_path
 
 MOST_OFF = 0.05  # share by which the control may be off: beyond, the file would tell of the noise
@@ -67,19 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def session(path: Path, size: tuple[int, ...]) -> Run:
     """An ONNX file with one input of that size in ONNX Runtime, on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with translated(f"{path}: ONNX Runtime cannot run it"):
+        made = open_session(path, session_options(threads=1))
     given = {made.get_inputs()[0].name: np.random.default_rng(1).normal(size=size).astype(np.float32)}
     return lambda: made.run(None, given)
 
 
 def session_int8(path: Path, size: tuple[int, ...]) -> Run:
     """The same with Q/DQ pairs as `ort-int8` has them."""
-    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Samples(CalibrationDataReader):  # type: ignore[misc]
@@ -87,7 +84,7 @@ def session_int8(path: Path, size: tuple[int, ...]) -> Run:
             self.left = [np.random.default_rng(1).normal(size=size).astype(np.float32)]
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return {onnx.load(path).graph.input[0].name: self.left.pop()} if self.left else None
+            return {onnx_files.read(path).graph.input[0].name: self.left.pop()} if self.left else None
 
     quantised = path.with_suffix(".int8.onnx")
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from polar_deploy import __version__, precision, targets
-from polar_deploy.engines import machine, network
+from polar_deploy import __version__, onnx_files, precision, targets
+from polar_deploy.engines import machine
 from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.tensors import Arrays
@@ -75,7 +75,7 @@ def build(
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
     start = time.perf_counter()
     targets.check(target)
-    model = network.read(source)
+    model = onnx_files.read(source)
     types = precision.write(source, folder / f"{name}.onnx", target, options, calibration, kernels(target))
     return _built(model, folder, name, target, options, types, start)
 
@@ -100,7 +100,7 @@ def rebuild(
         start = time.perf_counter()
         with atomic_path(folder / f"{name}.onnx") as temporary:
             shutil.copyfile(typed, temporary)
-        engines[name] = _built(network.read(fp32), folder, name, target, options, types[name], start)
+        engines[name] = _built(onnx_files.read(fp32), folder, name, target, options, types[name], start)
     return {"schema": 2, "target": target.name, "engines": engines}
 
 

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.engines import network
+from polar_deploy import onnx_files
 from polar_deploy.engines.base import Array, Timer, fitting, specs
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
-from polar_deploy.precision.graph import count_wider, described
+from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
 from polar_deploy.tensors import Arrays, count
 from polar_deploy.workspace import write_json
@@ -69,7 +69,7 @@ class OvEngine:
 
     def __init__(self, path: Path, threads: int = THREADS) -> None:
         self.path, self.threads = path, threads
-        network.read(path)  # OpenVINO tries other formats, aloud, on what is no ONNX file
+        onnx_files.read(path)  # OpenVINO tries other formats, aloud, on what is no ONNX file
         with _translated(path):
             self._model = _core().read_model(str(path))
         self.inputs = specs("input", _shapes(self._model.inputs), path)
@@ -268,9 +268,9 @@ def _translated(path: Path, model: onnx.ModelProto | None = None) -> Iterator[No
     try:
         yield
     except RuntimeError as error:  # all of its errors
-        message, given = one_line(error), model or network.read(path)
+        message, given = one_line(error), model or onnx_files.read(path)
         said = message.partition("failed with ")[2] or message
-        what = f"{path}: {_unknown(given, message) or network.blame(given, message)}OpenVINO says: {said}"
+        what = f"{path}: {_unknown(given, message) or onnx_files.blame(given, message)}OpenVINO says: {said}"
         if "bad_alloc" in message or "allocate" in message:
             raise OutOfMemoryError(what, "free some memory, or use smaller batches or images") from error
         raise ContentError(what, "export the network with operators that this OpenVINO has") from error
@@ -281,7 +281,7 @@ def _unknown(model: onnx.ModelProto, message: str) -> str:
     listed = re.search(r"operations: ([\w., ]+)", message)
     operators = re.split("[, ]+", listed[1]) if listed else []
     lacking = (node for node in model.graph.node if f"{node.domain}.{node.op_type}".lstrip(".") in operators)
-    return next((f"{described(node)}: " for node in lacking), "")
+    return next((f"{onnx_files.described(node)}: " for node in lacking), "")
 
 
 @cache

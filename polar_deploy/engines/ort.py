@@ -12,8 +12,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy import onnx_files
 from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
-from polar_deploy.engines import network
 from polar_deploy.engines.base import Array, Timer, fitting, specs
-from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, one_line
-from polar_deploy.limits import is_out_of_memory
+from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
@@ -79,7 +78,7 @@ class OrtEngine:
 
     def __init__(self, path: Path, backend: OnnxRuntime = ORT, threads: int = THREADS, *, tf32: bool = False) -> None:
         self.path, self.backend, self.threads, self.tf32 = path, backend, threads, tf32
-        self._session = _session(path, _options(threads), backend, tf32=tf32)
+        self._session = _session(path, session_options(threads=threads), backend, tf32=tf32)
         taken, given = self._session.get_inputs(), self._session.get_outputs()
         self.inputs = specs("input", _told(taken), path)
         self.outputs = specs("output", _told(given), path)
@@ -183,7 +182,7 @@ def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -
     Each is {"name", "op", "provider", "inputs", "type"}: `inputs` the element types read, `type` the one written.
     """
     with tempfile.TemporaryDirectory(prefix="polar_deploy-") as folder:
-        options = _options(THREADS)
+        options = session_options(threads=THREADS)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = _session(path, options, backend, tf32=tf32)
@@ -260,32 +259,16 @@ def _layer(event: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
-    """Options under which two live sessions do not disturb each other (spinning threads steal the other's time)."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # fatal: what fails is raised, and reported once
-    return options
-
-
 def _session(
     path: Path, options: onnxruntime.SessionOptions, backend: OnnxRuntime, *, tf32: bool = False
 ) -> onnxruntime.InferenceSession:
     """Load a network. What the provider cannot run may fall to the CPU, but the provider itself has to start."""
-    import onnxruntime
-
     settings = {ORT_CUDA: {"use_tf32": str(int(tf32))}, ORT_TRT: {"trt_fp16_enable": "1"}}.get(backend, {})
     providers = None if backend.plugin else [(backend.provider, settings), *([] if backend is ORT else [ORT.provider])]
     with _translated(path):
         if backend.plugin:
             _register(backend.plugin, options)
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = open_session(path, options, providers=providers)
     if backend.provider not in session.get_providers():
         raise MachineError(
             f"ONNX Runtime does not start its {backend.provider} here: it has {', '.join(session.get_providers())}",
@@ -312,23 +295,14 @@ def _register(plugin: str, options: onnxruntime.SessionOptions) -> None:
     options.add_provider_for_devices(found, {})
 
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(path: Path) -> AbstractContextManager[None]:
     """Turn what ONNX Runtime raises about the network in `path` into an error that names node and operator."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    # They have no base class in common but Exception; a run with bound inputs raises RuntimeError instead.
-    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    raised: tuple[type[Exception], ...] = (RuntimeError, *own)
-    try:
-        yield
-    except raised as error:
-        model = network.read(path)  # which has a better word for a file that is missing, damaged or no ONNX
-        message = one_line(error)
-        what = f"{path}: {network.blame(model, message)}ONNX Runtime says: {message}"
-        if is_out_of_memory(message):
-            raise OutOfMemoryError(what, "free some memory, or use smaller batches or images") from error
-        raise ContentError(what, "export the network with operators that this ONNX Runtime has") from error
+    def what(message: str) -> str:
+        model = onnx_files.read(path)  # which has a better word for a file that is missing, damaged or no ONNX
+        return f"{path}: {onnx_files.blame(model, message)}ONNX Runtime says: {message}"
+
+    return translated(what)
 
 
 def _told(values: list[onnxruntime.NodeArg]) -> dict[str, tuple[str | None, list[Any]]]:

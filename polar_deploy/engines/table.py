@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy import targets
-from polar_deploy.engines import Array, build, load, machine, network, timing
+from polar_deploy import onnx_files, targets
+from polar_deploy.engines import Array, build, load, machine, timing
 from polar_deploy.engines.overlaps import (
     Group,
     Pair,
@@ -188,7 +188,7 @@ class Bench:
         self.options = (options or Build(batches=(batch, batch, batch))).model_copy(
             update={"max_layer_error": ANY_ERROR}
         )
-        self.model = network.read(gated_onnx)
+        self.model = onnx_files.read(gated_onnx)
         self.constants, self.gates = own_constants(self.model, gated_onnx)
         self.rounds: list[timing.Round] = []
         self.built = 0

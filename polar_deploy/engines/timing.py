@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from polar_deploy.documents.parity import Interval, Latency, Percentile, Percentiles
 from polar_deploy.engines.base import Engine, Timer
 from polar_deploy.tensors import Arrays, count
 
 SINGLES = 600  # single inferences, for the percentiles of a verdict
-PERCENTILES = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
+PERCENTILES: dict[Percentiles, float] = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 NOISE = 0.02  # share by which the control may differ
 QUANTILES = 40  # steps of the distribution that is kept
 SECONDS = (2.0, 30.0)  # least and most time that a round spends in inferences
@@ -34,15 +35,6 @@ _WARM_UP_SECONDS = 3.0  # at most
 _WARM_UP_WINDOW = 5  # samples; warm when their median stays within 5 % from one window to the next
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A median and its 95 % confidence interval."""
-
-    median: float
-    low: float
-    high: float
-
-
 def with_noise(speedup: Interval, control: Interval) -> Interval:
     """A speed-up, its interval widened by as much as two copies of one engine may differ here.
 
@@ -51,33 +43,6 @@ def with_noise(speedup: Interval, control: Interval) -> Interval:
     """
     bias = max(control.high, 1 / control.low, 1.0)
     return Interval(speedup.median, speedup.low / bias, speedup.high * bias)
-
-
-@dataclass(frozen=True)
-class Percentile:
-    """A percentile of single inferences, in milliseconds, with its 95 % interval.
-
-    `high_ms` is None where there are too few for an upper end: of the 99th percentile, fewer than 368.
-    """
-
-    value_ms: float
-    low_ms: float
-    high_ms: float | None
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds an inference, over the samples of one round.
-
-    `low_ms` and `high_ms` enclose the median with 95 %; `iqr_ms` is the 75th minus the 25th percentile. `tail` has the
-    percentiles of `PERCENTILES`, those of single inferences; {} where none were timed one by one.
-    """
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    iqr_ms: float
-    tail: Mapping[str, Percentile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, own_tensors
+from polar_deploy.ort_session import open_session, translated
 from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import Choices, with_values
 from polar_deploy.surgery.facts import Bools
@@ -127,15 +128,12 @@ def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
 
 def _off(model: nn.Module, example: Example, path: Path) -> float:
     """Largest difference between a model and a graph, as a share of each output's scale."""
-    import onnxruntime
-
     with torch.no_grad(), evaluating(model), masking.exporting():
         expected = _arrays(model(*example.args, **example.kwargs))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # of errors: constants that no node reads are no matter here
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-    given = session.run(None, dict(zip(names, _arrays((example.args, dict(example.kwargs))), strict=False)))
+    with translated("ONNX Runtime cannot run the graph with its masks"):
+        session = open_session(path)
+        names = [each.name for each in session.get_inputs()]
+        given = session.run(None, dict(zip(names, _arrays((example.args, dict(example.kwargs))), strict=False)))
     return max((_share_off(a, b) for a, b in zip(given, expected, strict=True)), default=0.0)
 
 

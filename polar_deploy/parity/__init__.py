@@ -7,22 +7,31 @@ FP32 graph (what the precision costs), and the graphs against PyTorch and each o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.data.arrays import read_npz
+from polar_deploy.documents import parity as documents
+from polar_deploy.documents.parity import (
+    EXIT_CODES,
+    BatchLatency,
+    Compared,
+    Conditions,
+    Export,
+    Judgement,
+    Machine,
+    Round,
+    Verdict,
+)
+from polar_deploy.documents.part import Pair
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
 from polar_deploy.errors import ContentError
 from polar_deploy.parity.paired import Comparison, Gap, Paired
 from polar_deploy.parity.verdict import (
-    EXIT_CODES,
-    Judgement,
     combine,
-    exit_code,
     judge,
     judge_accuracy,
     judge_latency,
@@ -39,16 +48,15 @@ __all__ = [
     "Graphs",
     "Judgement",
     "Paired",
+    "batch_latency",
     "combine",
     "compare",
     "compare_all",
-    "exit_code",
     "export_loss",
     "judge",
     "judge_accuracy",
     "judge_latency",
     "judge_not_run",
-    "latency_document",
     "not_run",
     "singles_for",
 ]
@@ -95,8 +103,8 @@ def compare(
     *,
     graphs: Graphs | None = None,
     batches: Iterable[int] = (1, 64),
-) -> dict[str, Any]:
-    """Compare two engines on the whole test set and on the clock; return the content of parity.json.
+) -> Compared:
+    """Compare two engines on the whole test set and on the clock.
 
     Args:
         full, compressed: the engines.
@@ -124,17 +132,14 @@ def compare(
         for size in sorted({*batches, criteria.batch})
     ]
     precision = {name: found[name].paired for name in ("full", "compressed")} if graphs else None
-    return {
-        **_head(None, found, metric, graphs),
-        "latency": [latency_document(full, compressed, test.read(rows[: each.batch])[0], each) for each in timings],
-        "verdict": judge(found["accuracy"].paired, timings, criteria, precision),
-    }
+    latency = [batch_latency(full, compressed, test.read(rows[: each.batch])[0], each) for each in timings]
+    return _compared(
+        None, found, metric, graphs, latency, judge(found["accuracy"].paired, timings, criteria, precision)
+    )
 
 
-def not_run(
-    lack: str, test: Samples, metric: Metric | None, criteria: AcceptanceCriteria, graphs: Graphs
-) -> dict[str, Any]:
-    """The content of parity.json for engines that cannot run here: what their FP32 graphs say, and no more.
+def not_run(lack: str, test: Samples, metric: Metric | None, criteria: AcceptanceCriteria, graphs: Graphs) -> Compared:
+    """The same for engines that cannot run here: what their FP32 graphs say, and no more.
 
     Args:
         lack: what this machine lacks.
@@ -147,14 +152,11 @@ def not_run(
         As `compare`.
     """
     found = compare_all({}, graphs.named(), test, metric)
-    return {
-        **_head(f"built, not run here: {lack}", found, metric, graphs),
-        "latency": [],
-        "verdict": judge_not_run(lack, found["pruning"].paired, criteria),
-    }
+    verdict = judge_not_run(lack, found["pruning"].paired, criteria)
+    return _compared(f"built, not run here: {lack}", found, metric, graphs, [], verdict)
 
 
-def export_loss(graphs: Graphs) -> dict[str, Any]:
+def export_loss(graphs: Graphs) -> Export:
     """Compare both exported graphs with what PyTorch gave for the same inputs: the relative difference of each."""
     arrays = read_npz(graphs.reference)
     parts: dict[str, dict[str, Array]] = {"inputs": {}, "full": {}, "gated": {}}
@@ -164,13 +166,13 @@ def export_loss(graphs: Graphs) -> dict[str, Any]:
     if lacking := next((part for part, each in parts.items() if not each), None):
         problem = f"{graphs.reference} has no arrays '{lacking}/…', only {', '.join(arrays) or 'nothing'}"
         raise ContentError(problem, "run again with --from export")
-    result: dict[str, Any] = {"samples": count(parts["inputs"])}
+    off: dict[str, float | None] = {}
     for name, engine in (("full", graphs.full), ("gated", graphs.gated)):
         found, comparison = infer_all(engine, parts["inputs"]), Comparison(None)
         _require_same_shape(f"{graphs.reference}, '{name}'", parts[name], "the network", found)
         comparison.add(parts[name], found, {})
-        result[name] = comparison.difference()["relative_difference"]
-    return result
+        off[name] = comparison.difference().relative_difference
+    return Export(samples=count(parts["inputs"]), full=off["full"], gated=off["gated"])
 
 
 def compare_all(
@@ -218,46 +220,65 @@ def _add(
             found[name].add(outputs[reference], outputs[other], targets)
 
 
-def _head(
-    lack: str | None, found: Mapping[str, Comparison], metric: Metric | None, graphs: Graphs | None
-) -> dict[str, Any]:
-    """All of parity.json but latency and verdict; None where nothing was compared."""
+def _compared(
+    lack: str | None,
+    found: Mapping[str, Comparison],
+    metric: Metric | None,
+    graphs: Graphs | None,
+    latency: list[BatchLatency],
+    verdict: Verdict,
+) -> Compared:
     engines, surgery = found.get("accuracy"), found.get("surgery")
-    pair, pruning = engines and engines.paired, found["pruning"].paired if graphs else None
-    return {
-        "schema": 1,
-        "machine": machine.describe(),
-        "not_run": lack,
-        "metric": metric and {"name": metric.name, "unit": metric.unit},
-        "accuracy": pair and pair.as_dict(),
-        "classes": pair and pair.classes(),
-        "worst_classes": pair and pair.worst_classes(),
-        "worst_samples": pair and pair.worst_samples(),
-        "precision": {name: found[name].as_dict() for name in ("full", "compressed")} if engines and graphs else None,
-        "graphs": pruning and pruning.as_dict(),
-        "outputs": engines and engines.difference(),
-        "export": export_loss(graphs) if graphs else None,
-        "surgery": surgery and surgery.difference(),
-    }
+    pair, pruning = engines.paired if engines else None, found["pruning"].paired if graphs else None
+    losses = {name: found[name].loss() for name in ("full", "compressed")} if engines and graphs else None
+    return Compared(
+        schema=1,
+        machine=Machine(**machine.describe()),
+        not_run=lack,
+        metric=documents.Metric(name=metric.name, unit=metric.unit) if metric else None,
+        accuracy=pair.accuracy() if pair else None,
+        classes=pair.classes() if pair else None,
+        worst_classes=pair.worst_classes() if pair else None,
+        worst_samples=pair.worst_samples() if pair else None,
+        precision=Pair(**losses) if losses else None,
+        graphs=pruning.accuracy() if pruning else None,
+        outputs=engines.difference() if engines else None,
+        export=export_loss(graphs) if graphs else None,
+        surgery=surgery.difference() if surgery else None,
+        latency=latency,
+        verdict=verdict,
+    )
 
 
-def latency_document(full: Engine, compressed: Engine, inputs: Arrays, result: timing.Timing) -> dict[str, Any]:
+def batch_latency(full: Engine, compressed: Engine, inputs: Arrays, result: timing.Timing) -> BatchLatency:
     """One batch size in parity.json: every round, throughput and energy, with the engines by their names."""
-    rounds = [asdict(measured) for measured in result.rounds]
-    for measured in rounds:
-        measured["full"], measured["compressed"] = measured.pop("a"), measured.pop("b")
-        quantiles = measured.pop("a_quantiles_ms"), measured.pop("b_quantiles_ms")
-        measured["quantiles_ms"] = dict(zip(("full", "compressed"), map(list, quantiles), strict=True))
     pair = {"full": (full, result.best.a), "compressed": (compressed, result.best.b)}
-    return {
-        "batch": result.batch,
-        "decided": result.decided,
-        "different": result.different,
-        "chosen": result.chosen,
-        "rounds": rounds,
-        "images_per_second": {name: 1000 * result.batch / latency.median_ms for name, (_, latency) in pair.items()},
-        "energy_mj": {name: timing.energy(engine, inputs) for name, (engine, _) in pair.items()},
-    }
+    return BatchLatency(
+        batch=result.batch,
+        decided=result.decided,
+        different=result.different,
+        chosen=result.chosen,
+        rounds=[_round(each) for each in result.rounds],
+        images_per_second=Pair(
+            **{name: 1000 * result.batch / latency.median_ms for name, (_, latency) in pair.items()}
+        ),
+        energy_mj=Pair(**{name: timing.energy(engine, inputs) for name, (engine, _) in pair.items()}),
+    )
+
+
+def _round(measured: timing.Round) -> Round:
+    return Round(
+        pairs=measured.pairs,
+        inferences=measured.inferences,
+        singles=measured.singles,
+        speedup=measured.speedup,
+        control=measured.control,
+        before=None if measured.before is None else Conditions(**measured.before),
+        after=None if measured.after is None else Conditions(**measured.after),
+        full=measured.a,
+        compressed=measured.b,
+        quantiles_ms=Pair(full=measured.a_quantiles_ms, compressed=measured.b_quantiles_ms),
+    )
 
 
 def _require_same_shape(first: str, one: Arrays, second: str, other: Arrays) -> None:

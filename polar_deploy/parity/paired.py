@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from polar_deploy.documents.parity import Accuracy, ClassScore, Difference, Loss, LostSample
+from polar_deploy.documents.part import Pair
 from polar_deploy.errors import ContentError
 from polar_deploy.tasks.metric import DropInterval, Metric, Statistics
 from polar_deploy.tensors import Arrays, count, finite
@@ -78,32 +79,33 @@ class Paired:
             least, most = (least, middle) if decides(middle) else (middle, most)
         return most
 
-    def as_dict(self) -> dict[str, Any]:
+    def accuracy(self) -> Accuracy:
         """Scores, the drop and its paired 95 % interval, and what else the metric tells of two networks."""
         full, compressed = self.scores
-        return {
-            "samples": self.samples,
-            "full": _number(full),
-            "compressed": _number(compressed),
-            "drop": _number(self.drop),
-            "interval": [_number(end) for end in self.interval],
+        low, high = self.interval
+        return Accuracy(
+            samples=self.samples,
+            full=_number(full),
+            compressed=_number(compressed),
+            drop=_number(self.drop),
+            interval=(_number(low), _number(high)),
+            nonfinite=Pair(**self.nonfinite),
             **self.metric.details(self.full, self.compressed),
-            "nonfinite": self.nonfinite,
-        }
+        )
 
-    def classes(self) -> list[dict[str, Any]] | None:
+    def classes(self) -> list[ClassScore] | None:
         """Each class's samples, scores and drop, in the order of the labels; None: the metric knows no classes."""
         full, compressed = (self.metric.by_class(each) for each in (self.full, self.compressed))
         if full is None or compressed is None:
             return None
         return [
-            {
-                "class": label,
-                "samples": samples,
-                "full": score,
-                "compressed": compressed[label][1],
-                "drop": score - compressed[label][1],
-            }
+            ClassScore(
+                **{"class": label},
+                samples=samples,
+                full=score,
+                compressed=compressed[label][1],
+                drop=score - compressed[label][1],
+            )
             for label, (samples, score) in sorted(full.items())
             if label in compressed
         ]
@@ -111,12 +113,12 @@ class Paired:
     def worst_classes(self) -> list[int] | None:
         """The labels of the (at most ten) classes that lose most, those that lose nothing left out."""
         classes = self.classes()
-        losing = sorted((each for each in classes or () if each["drop"] > 0), key=lambda each: -each["drop"])
-        return None if classes is None else [each["class"] for each in losing[:_WORST_CLASSES]]
+        losing = sorted((each for each in classes or () if each.drop > 0), key=lambda each: -each.drop)
+        return None if classes is None else [each.label for each in losing[:_WORST_CLASSES]]
 
-    def worst_samples(self) -> list[dict[str, Any]]:
+    def worst_samples(self) -> list[LostSample]:
         """A dozen samples at most, as the metric tells them."""
-        return self.metric.worst(self.full, self.compressed, _WORST_SAMPLES)
+        return [LostSample(**each) for each in self.metric.worst(self.full, self.compressed, _WORST_SAMPLES)]
 
 
 @dataclass
@@ -177,24 +179,21 @@ class Comparison:
         full, compressed = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         return Paired(self.metric, full, compressed, self._nonfinite)
 
-    def difference(self) -> dict[str, Any]:
+    def difference(self) -> Difference:
         """The largest relative difference of an output, that output's scale, and the differences of all of them."""
         worst = max(self.gaps.values(), key=lambda gap: math.inf if gap.relative is None else gap.relative)
-        return {
-            "relative_difference": worst.relative,
-            "scale": worst.scale,
-            "outputs": {name: gap.relative for name, gap in self.gaps.items()},
-        }
+        outputs = {name: gap.relative for name, gap in self.gaps.items()}
+        return Difference(relative_difference=worst.relative, scale=worst.scale, outputs=outputs)
 
-    def as_dict(self) -> dict[str, Any]:
+    def loss(self) -> Loss:
         """Drop against the reference with its interval, and differences of outputs."""
-        counted, gaps = self.paired.as_dict() if self.paired else {}, self.gaps.values()
-        return {
-            "samples": max(gap.compared + gap.nonfinite for gap in gaps),
+        counted, gaps = self.paired.accuracy().as_json() if self.paired else {}, self.gaps.values()
+        return Loss(
+            **self.difference().as_json(),
+            samples=max(gap.compared + gap.nonfinite for gap in gaps),
+            nonfinite=max(gap.nonfinite for gap in gaps),
             **{key: counted[key] for key in ("drop", "interval", "agreement") if key in counted},
-            **self.difference(),
-            "nonfinite": max(gap.nonfinite for gap in gaps),
-        }
+        )
 
 
 def _statistics(metric: Metric, outputs: Arrays, targets: Arrays) -> Statistics:

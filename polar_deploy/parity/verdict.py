@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from polar_deploy.config import AcceptanceCriteria
+from polar_deploy.documents.parity import Judgement, Percentile, Percentiles, Result, Verdict
 from polar_deploy.engines import timing
 from polar_deploy.parity.paired import Paired
 from polar_deploy.tasks.accuracy import Z95
-
-Result = Literal["pass", "fail", "undecided"]
-
-EXIT_CODES: dict[Result, int] = {"pass": 0, "fail": 1, "undecided": 5}
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One answer with its reason, one sentence."""
-
-    result: Result
-    reason: str
-
-
-def exit_code(parity: dict[str, Any]) -> int:
-    """The command's exit code for the content of parity.json: 0 passed, 1 failed, 5 undecided."""
-    result: Result = parity["verdict"]["overall"]["result"]
-    return EXIT_CODES[result]
 
 
 def judge(
@@ -36,7 +18,7 @@ def judge(
     timings: Sequence[timing.Timing],
     criteria: AcceptanceCriteria,
     precision: Mapping[str, Paired | None] | None = None,
-) -> dict[str, Any]:
+) -> Verdict:
     """The verdict: accuracy, latency and both together, each pass, fail or undecided with its reason.
 
     Args:
@@ -49,7 +31,7 @@ def judge(
     return _document(judge_accuracy(pair, criteria, precision), judge_latency(at_batch, criteria), criteria)
 
 
-def judge_not_run(lack: str, pruning: Paired | None, criteria: AcceptanceCriteria) -> dict[str, Any]:
+def judge_not_run(lack: str, pruning: Paired | None, criteria: AcceptanceCriteria) -> Verdict:
     """The verdict on engines that cannot run here: undecided, whatever their graphs do elsewhere.
 
     Args:
@@ -155,9 +137,10 @@ def judge_latency(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgem
 
 def singles_for(criteria: AcceptanceCriteria) -> int:
     """How many inferences to time one by one, so that the percentile that is asked has an upper end."""
-    share = timing.PERCENTILES.get(criteria.latency_percentile)
-    asked = criteria.max_latency_ms is not None and share is not None
-    return max(timing.SINGLES, 2 * timing.singles_needed(share) if asked and share else 0)
+    asked = criteria.latency_percentile
+    if criteria.max_latency_ms is None or asked == "p50":
+        return timing.SINGLES
+    return max(timing.SINGLES, 2 * timing.singles_needed(timing.PERCENTILES[asked]))
 
 
 def _speedup(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgement:
@@ -175,18 +158,19 @@ def _speedup(result: timing.Timing, criteria: AcceptanceCriteria) -> Judgement:
     return Judgement("undecided", f"{measured}, too close to the {criteria.min_speedup:g} asked to tell")
 
 
-def _within(result: timing.Timing, bound: float, percentile: str) -> Judgement:
+def _within(result: timing.Timing, bound: float, percentile: Literal["p50"] | Percentiles) -> Judgement:
     """Hold a percentile of the compressed engine's latency against a bound in milliseconds."""
     latency, place = result.best.b, f"an inference at batch {result.batch}"
-    found = timing.Percentile(latency.median_ms, latency.low_ms, latency.high_ms)
-    name = f"the median of {place}"
-    if percentile != "p50":
+    if percentile == "p50":
+        found = Percentile(latency.median_ms, latency.low_ms, latency.high_ms)
+        name, needed = f"the median of {place}", 0
+    else:
         found, name = latency.tail[percentile], f"{percentile} of {place}"
-    if found.high_ms is None:
         needed = timing.singles_needed(timing.PERCENTILES[percentile])
+    if found.low_ms > bound and found.high_ms is None:
+        return Judgement("fail", f"{name} is above {found.low_ms:.3g} ms (95 %), only {bound:g} ms are allowed")
+    if found.high_ms is None:
         few = f"too few samples, {result.best.singles}, for an upper end: {needed} are needed"
-        if found.low_ms > bound:
-            return Judgement("fail", f"{name} is above {found.low_ms:.3g} ms (95 %), only {bound:g} ms are allowed")
         return Judgement("undecided", f"{name} is {found.value_ms:.3g} ms, {few}")
     measured = f"{name} is {found.value_ms:.3g} ms (95 %: {found.low_ms:.3g} to {found.high_ms:.3g})"
     if found.high_ms <= bound:
@@ -196,13 +180,9 @@ def _within(result: timing.Timing, bound: float, percentile: str) -> Judgement:
     return Judgement("undecided", f"{measured}, too close to the {bound:g} ms allowed to tell")
 
 
-def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCriteria) -> dict[str, Any]:
-    return {
-        **criteria.model_dump(),
-        "accuracy": asdict(accuracy),
-        "latency": asdict(latency),
-        "overall": asdict(combine(accuracy, latency)),
-    }
+def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCriteria) -> Verdict:
+    overall = combine(accuracy, latency)
+    return Verdict(**criteria.model_dump(), accuracy=accuracy, latency=latency, overall=overall)
 
 
 def combine(*parts: Judgement) -> Judgement:

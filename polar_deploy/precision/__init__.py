@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy import onnx_files
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def write(
     described: dict[str, Any] | None = None
     keep_io_types = options.io_dtype == "fp32"
     if target.precision == "fp32":
-        model = onnx.load(source)  # as it is
-        graph.require_fp32(graph.inferred(onnx.load(source, load_external_data=False)).graph, source)
+        model = onnx_files.read(source, check=False)  # as it is
+        graph.require_fp32(graph.inferred(onnx_files.read(source, external=False, check=False)).graph, source)
     elif target.precision == "int8":
         scheme = int8.SCHEMES[target.backend.int8]
         model, kept, described = int8.to_int8(graph.load(source), source, scheme, options, calibration, kernels)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
@@ -46,7 +47,7 @@ def to_bf16(
     for node in model.graph.node:
         if any(attribute.HasField("g") for attribute in node.attribute):
             raise ContentError(
-                f"{path}: {graph.described(node)} has a body of its own, and BF16 is not written into bodies",
+                f"{path}: {onnx_files.described(node)} has a body of its own, and BF16 is not written into bodies",
                 "export the network without control flow, or build for an FP16 or FP32 target",
             )
     if any(node.op_type == "BatchNormalization" for node in model.graph.node):

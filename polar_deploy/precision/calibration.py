@@ -7,7 +7,7 @@ method in its default setting tries one threshold only, the largest value.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from polar_deploy.errors import ContentError, one_line
-from polar_deploy.precision import graph
+from polar_deploy import onnx_files
+from polar_deploy.errors import ContentError
+from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.precision.qdq import Range
 from polar_deploy.tensors import Arrays, count, finite, take
 
@@ -200,17 +201,11 @@ class Session:
         *,
         fused: bool = False,
     ) -> None:
-        import onnxruntime
-
         self.path = path
-        options = options or onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised, and reported once
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = options or session_options()
         options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
         with self._translated():
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(model, options)
 
     def run(self, names: list[str], feeds: dict[str, Array]) -> list[Array]:
         """The outputs of these names."""
@@ -218,16 +213,11 @@ class Session:
             found: list[Array] = self._session.run(names, feeds)
         return found
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # its errors have no base class in common but this
-            raise ContentError(
-                f"{self.path}: ONNX Runtime, which holds new types against FP32, cannot run it: {one_line(error)}",
-                "export the network with a dynamic batch and with operators that ONNX Runtime has, or choose a float "
-                "target",
-            ) from error
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(
+            f"{self.path}: ONNX Runtime, which holds new types against FP32, cannot run it",
+            "export the network with a dynamic batch and operators that ONNX Runtime has, or choose a float target",
+        )
 
 
 def _sizes(value: onnx.ValueInfoProto, path: Path) -> tuple[int | str, ...]:
@@ -243,7 +233,7 @@ def _sizes(value: onnx.ValueInfoProto, path: Path) -> tuple[int | str, ...]:
 
 def _not_finite(model: onnx.ModelProto, tensor: str, path: Path) -> ContentError:
     maker = next((node for node in model.graph.node if tensor in node.output), None)
-    place = graph.described(maker) if maker is not None else "the network's input"
+    place = onnx_files.described(maker) if maker is not None else "the network's input"
     return ContentError(
         f"{path}: tensor {tensor!r} of {place} is NaN or infinite for a calibration image",
         "check the network's weights: it cannot work in FP32 either",

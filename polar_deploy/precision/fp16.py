@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
@@ -89,6 +90,6 @@ def _loss(value: np.ndarray) -> float:
 
 def _misfit(path: Path, name: str, node: onnx.NodeProto, why: str) -> ContentError:
     return ContentError(
-        f"{path}: constant {name!r} of {graph.described(node)} {why}",
+        f"{path}: constant {name!r} of {onnx_files.described(node)} {why}",
         "scale the weights of this layer in training (weight decay, BatchNorm), or build for a BF16 or FP32 target",
     )

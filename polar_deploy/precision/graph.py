@@ -15,7 +15,9 @@ import onnx
 import onnx.version_converter
 from onnx import TensorProto, helper, inliner, numpy_helper
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, one_line
+from polar_deploy.ort_session import session_options
 from polar_deploy.surgery.standins import stand_ins
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
@@ -36,7 +38,7 @@ def load(path: Path) -> onnx.ModelProto:
         ContentError: a tensor has another float type, or one that ONNX cannot tell; the message names it, its node
             and operator.
     """
-    model = onnx.load(path)
+    model = onnx_files.read(path, check=False)
     if model.functions:
         model = inliner.inline_local_functions(model)
     _store_constants(model.graph)
@@ -136,16 +138,14 @@ def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
 
 def folded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """The network with BatchNorm and constants folded in FP32, so that each layer's final weights are rounded."""
-    import onnxruntime
-
     from polar_deploy.precision.calibration import Session
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # ONNX's own operators only
+    options = session_options(level="basic")
     with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        destination = Path(folder) / "folded.onnx"
+        options.optimized_model_filepath = str(destination)
         Session(model, path, options)
-        folded = onnx.load(options.optimized_model_filepath)
+        folded = onnx_files.read(destination, check=False)
     used = {node.domain for node in folded.graph.node}
     imports = [each for each in folded.opset_import if each.domain in used]  # it imports all domains that it knows
     del folded.opset_import[:]
@@ -190,7 +190,7 @@ def checked(model: onnx.ModelProto, path: Path, precision: str, wide: Collection
     for node in model.graph.node:
         if precision != "int8" and node.name not in wide and found.get(node.name, precision) != precision:
             raise ContentError(
-                f"{path}: {described(node)} would stay {found[node.name]}, the target is {precision}",
+                f"{path}: {onnx_files.described(node)} would stay {found[node.name]}, the target is {precision}",
                 "choose another target for this network, and report it",
             )
     return dict(Counter(found.values()).most_common())
@@ -206,7 +206,7 @@ def count_wider(path: Path, precision: str) -> int:
     """How many layers of a typed graph compute in another type than its target's: they stay wider on purpose."""
     if precision == "fp32":
         return 0
-    types = layer_types(inferred(onnx.load(path, load_external_data=False)))
+    types = layer_types(inferred(onnx_files.read(path, external=False, check=False)))
     return sum(kind != precision for kind in types.values())
 
 
@@ -238,12 +238,6 @@ def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 def users(model: onnx.ModelProto, tensor: str) -> list[onnx.NodeProto]:
     """The nodes that read a tensor."""
     return [node for node in model.graph.node if tensor in node.input]
-
-
-def described(node: onnx.NodeProto) -> str:
-    """A node in an error message: node 'x' (operator Conv)."""
-    operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
-    return f"node {node.name or node.output[0]!r} (operator {operator})"
 
 
 def sort(graph: onnx.GraphProto) -> None:
@@ -304,7 +298,7 @@ def require_fp32(graph: onnx.GraphProto, path: Path) -> None:
         kind = TensorProto.DataType.Name(code)
         if kind != "FLOAT" and ("FLOAT" in kind or kind.startswith(("DOUBLE", "COMPLEX"))):
             near = [node for node in graph.node if name in (*node.output, *node.input)]
-            place = f" of {described(near[0])}" if near else ""
+            place = f" of {onnx_files.described(near[0])}" if near else ""
             raise ContentError(
                 f"{path}: tensor {name!r}{place} is {kind}, but every float tensor has to be FLOAT",
                 "export the network in FP32; lower precision is the target's job",
@@ -317,8 +311,8 @@ def _require_known(graph: onnx.GraphProto, path: Path) -> None:
         for name in node.output:
             if name and name not in known:
                 raise ContentError(
-                    f"{path}: ONNX does not know the type of {name!r}, which {described(node)} makes, so that none can "
-                    "be written behind it",
+                    f"{path}: ONNX does not know the type of {name!r}, which {onnx_files.described(node)} makes, so "
+                    "that none can be written behind it",
                     "export the network with ONNX's own operators, or choose an FP32 target",
                 )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
 from polar_deploy.precision.proof import Kernels, Reference
@@ -182,7 +183,7 @@ class _Writer:
     def _nothing_left(self, errors: Mapping[str, float] | None = None) -> ContentError:
         most = self.options.max_layer_error
         best = min(self.layers, key=lambda layer: (errors or {}).get(layer.name, np.inf))
-        alone = f", by {errors[best.name]:.2g} in the best one, {graph.described(best)}" if errors else ""
+        alone = f", by {errors[best.name]:.2g} in the best one, {onnx_files.described(best)}" if errors else ""
         return ContentError(
             f"{self.path}: INT8 moves the outputs by more than {most:g} of their size in every layer{alone}",
             "choose a float target, or calibrate on more images or with build.calibration.method: minmax",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
 from polar_deploy.data.names import without_places
+from polar_deploy.documents.parity import BatchLatency, Parity
 from polar_deploy.engines import timing
 from polar_deploy.errors import ContentError
 from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
@@ -48,7 +49,8 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         ContentError: one is not JSON, or lacks a key.
     """
     gates, engines = JsonFile(folder / "gated/gates.json"), JsonFile(folder / "engines/build.json")
-    surgery, parity = JsonFile(folder / "compressed/surgery.json"), JsonFile(folder / "parity.json")
+    surgery, parity = JsonFile(folder / "compressed/surgery.json"), Parity.read(folder / "parity.json")
+    compared = parity.as_json()
     entries = {name: engines.get("engines", name) for name in ("full", "compressed")}
     logs = {name: _log(folder / name / "training.jsonl") for name in ("full", "gated")}
     costs = {key: _pair({name: engines.get("engines", name, key) for name in entries}) for key in ("macs", "params")}
@@ -60,27 +62,27 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "recipe": without_places(settings),
         "model": settings.model,
         "task": settings.task,
-        "metric": parity.get("metric"),
-        "outputs": parity.get("outputs"),
+        "metric": compared["metric"],
+        "outputs": compared["outputs"],
         "data": without_places(settings)["data"],
         "target": engines.get("target"),
         "seed": settings.seed,
         "full": "given" if settings.full_weights else "trained",
-        "export": parity.get("export"),
-        "surgery": parity.get("surgery"),
+        "export": compared["export"],
+        "surgery": compared["surgery"],
         "budget": {"asked": gates.get("budget"), "achieved": gates.get("achieved")},
         "verified": surgery.get("verified"),
-        "not_run": parity.get("not_run"),
-        "accuracy": parity.get("accuracy"),
+        "not_run": compared["not_run"],
+        "accuracy": compared["accuracy"],
         "classes": _classes(parity),
         "worst_classes": _worst(parity),
         "worst_samples": _worst_samples(parity),
-        "graphs": parity.get("graphs"),
-        "precision": {name: _precision(entries[name], parity.get("precision"), name) for name in entries},
+        "graphs": compared["graphs"],
+        "precision": {name: _precision(entries[name], compared["precision"], name) for name in entries},
         **costs,
         "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
         "layers": {name: _layers(entry) for name, entry in entries.items()},
-        "latency": [_latency(measured) for measured in parity.get("latency")],
+        "latency": [_latency(measured) for measured in parity.latency],
         "predicted": _predicted(folder / "latency-table.json", gates) if measured else None,
         "blocks": _blocks(gates.get("sites")),
         "network": {**cut, "ungated": gates.get("ungated")},
@@ -89,10 +91,10 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "training": {name: _trained(log, costs["macs"]["full"]) for name, log in logs.items()},
         "history": {name: _history(log) for name, log in logs.items()},
         "freeze": _freeze(logs["gated"]),
-        "verdict": parity.get("verdict"),
+        "verdict": compared["verdict"],
         "bundle": _bundle(folder / "bundle/manifest.json"),
         "versions": engines.get("engines", "compressed", "versions"),
-        "machine": parity.get("machine"),
+        "machine": compared["machine"],
     }
 
 
@@ -105,17 +107,16 @@ def _pair(values: dict[str, int]) -> dict[str, Any]:
     return {**values, "ratio": values["compressed"] / values["full"]}
 
 
-def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+def _latency(measured: BatchLatency) -> dict[str, Any]:
     """The round that counts, of one batch size."""
-    best = measured["rounds"][measured["chosen"]]
-    speedup, control = (timing.Interval(**best[key]) for key in ("speedup", "control"))
+    best = measured.best
     return {
-        "batch": measured["batch"],
-        "decided": measured["decided"],
-        "images_per_second": measured["images_per_second"],
-        "energy_mj": measured["energy_mj"],
-        **best,
-        "speedup_with_noise": asdict(timing.with_noise(speedup, control)),  # what the verdict is about
+        "batch": measured.batch,
+        "decided": measured.decided,
+        "images_per_second": measured.images_per_second.as_json(),
+        "energy_mj": measured.energy_mj.as_json(),
+        **best.as_json(),
+        "speedup_with_noise": asdict(timing.with_noise(best.speedup, best.control)),  # what the verdict is about
     }
 
 
@@ -172,18 +173,23 @@ def _freeze(log: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {key: frozen[-1].get(key) for key in keys} if frozen else None
 
 
-def _classes(parity: JsonFile) -> list[dict[str, Any]] | None:
+def _classes(parity: Parity) -> list[dict[str, Any]] | None:
     """Every class by its name, in the order of the labels."""
-    names, classes = parity.get("class_names"), parity.get("classes")
-    return classes and [{**each, "name": _name(names, each["class"])} for each in classes]
+    if parity.classes is None:
+        return None
+    return [{**each.as_json(), "name": _name(parity.class_names, each.label)} for each in parity.classes]
 
 
-def _worst_samples(parity: JsonFile) -> list[dict[str, Any]]:
+def _worst_samples(parity: Parity) -> list[dict[str, Any]]:
     """The samples that lose most; of a classifier with the names of their labels and answers."""
-    names = parity.get("class_names")
     return [
-        {**each, **{f"{key}_name": _name(names, each[key]) for key in ("label", "answer") if key in each}}
-        for each in parity.get("worst_samples") or ()
+        each.as_json()
+        | {
+            f"{key}_name": _name(parity.class_names, label)
+            for key, label in (("label", each.label), ("answer", each.answer))
+            if label is not None
+        }
+        for each in parity.worst_samples or ()
     ]
 
 
@@ -191,13 +197,12 @@ def _name(names: list[str], label: int) -> str:
     return names[label] if label < len(names) else str(label)
 
 
-def _worst(parity: JsonFile) -> list[dict[str, Any]] | None:
+def _worst(parity: Parity) -> list[dict[str, Any]] | None:
     """The classes that lose most, worst first."""
-    worst = parity.get("worst_classes")
-    if worst is None:
+    if parity.worst_classes is None:
         return None
-    classes = {each["class"]: each for each in parity.get("classes")}
-    return [classes[label] for label in worst]
+    classes = {each.label: each.as_json() for each in parity.classes or ()}
+    return [classes[label] for label in parity.worst_classes]
 
 
 def _bundle(manifest: Path) -> dict[str, Any] | None:

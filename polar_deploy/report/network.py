@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar_deploy import onnx_files
 from polar_deploy.latency import LatencyTable
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
         surgery: surgery.json.
         gated: the graph before surgery, which knows the layers by their names in the model.
     """
-    from polar_deploy.engines.network import read
-
-    nodes = read(gated).graph.node
+    nodes = onnx_files.read(gated).graph.node
     names = _module_names(nodes)
     words = names | _other_names(nodes, names)
     block_of: dict[str, int] = {}

@@ -31,11 +31,10 @@ _OF_GATED_RUN = {"budget", "align", "gates", "training"}
 
 
 def _run(run: RunContext) -> None:
-    from polar_deploy import parity
     from polar_deploy.bundle.make import make
-    from polar_deploy.workspace import read_json
+    from polar_deploy.documents.parity import Parity
 
-    if parity.exit_code(read_json(run.path(PARITY))) == parity.EXIT_CODES["fail"]:
+    if Parity.read(run.path(PARITY)).verdict.overall.result == "fail":
         run.progress.note("no bundle: parity failed")
         return
     others = _made_with_other_settings(run)

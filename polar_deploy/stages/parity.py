@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
@@ -19,6 +19,7 @@ from polar_deploy.stages.artefacts import (
 from polar_deploy.stages.stage import ONNXRUNTIME, Stage
 
 if TYPE_CHECKING:
+    from polar_deploy.documents.parity import Compared
     from polar_deploy.engines import Engine
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
@@ -27,20 +28,20 @@ _GRAPHS = (FULL_GRAPH, COMPRESSED_GRAPH, GATED_GRAPH)
 
 
 def _run(run: RunContext) -> None:
-    from polar_deploy import parity
+    from polar_deploy.documents.parity import Parity
     from polar_deploy.parity.samples import write_worst
-    from polar_deploy.workspace import remove_folder, write_json
+    from polar_deploy.workspace import remove_folder
 
     result, built = _compared(run)
-    write_worst(run.path(WORST_SAMPLES), result["worst_samples"] or [], run.task, run.data.test, built)
-    about = {"files": _judged_files(run), "class_names": list(run.data.class_names)}
-    write_json(run.path(PARITY), result | about)
-    if parity.exit_code(result) == parity.EXIT_CODES["fail"]:
+    worst = [each.index for each in result.worst_samples or ()]
+    write_worst(run.path(WORST_SAMPLES), worst, run.task, run.data.test, built)
+    Parity(**dict(result), files=_judged_files(run), class_names=list(run.data.class_names)).write(run.path(PARITY))
+    if result.verdict.overall.result == "fail":
         remove_folder(run.path(BUNDLE))  # of an earlier verdict
 
 
-def _compared(run: RunContext) -> tuple[dict[str, Any], dict[str, Engine]]:
-    """The content of parity.json, and the engines that it is about, where these run here."""
+def _compared(run: RunContext) -> tuple[Compared, dict[str, Engine]]:
+    """What parity.json holds, and the engines that it is about, where these run here."""
     from polar_deploy import engines, parity, targets
 
     settings = run.settings
@@ -75,11 +76,11 @@ def _fingerprint(run: RunContext) -> Fingerprint:
 
 def _decided(run: RunContext) -> bool:
     """Whether the same would come out again: a noisy machine may be quieter the next time, a test set stays."""
-    from polar_deploy.workspace import read_json
+    from polar_deploy.documents.parity import Parity
 
-    parity = read_json(run.path(PARITY))
-    overall, latency = (parity["verdict"][part]["result"] for part in ("overall", "latency"))
-    return parity["not_run"] is not None or overall != "undecided" or latency != "undecided"
+    parity = Parity.read(run.path(PARITY))
+    verdict = parity.verdict
+    return parity.not_run is not None or "undecided" not in (verdict.overall.result, verdict.latency.result)
 
 
 STAGE = Stage(

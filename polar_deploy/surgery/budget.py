@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cost
 
@@ -19,9 +20,7 @@ def require_kept(budget: Mapping[str, float], counted: Mapping[str, Any], full: 
         full: the full network's ONNX file.
         report: where that report lies, for the message.
     """
-    import onnx
-
-    costs = cost(onnx.load(full))
+    costs = cost(onnx_files.read(full, check=False))
     for name, asked in budget.items():
         if name == "latency":
             continue

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
@@ -150,9 +151,7 @@ def write(detached: DetachedModel, path: Path, data: Path | None = None, name: s
 
 def refer_to(path: Path, name: str) -> None:
     """Makes the model in `path` look for its external data in the file `name`."""
-    import onnx
-
-    model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    model = onnx_files.read(path, external=False, check=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, PolarDeployError
-from polar_deploy.limits import is_out_of_memory
+from polar_deploy.errors import ContentError, OutOfMemoryError
+from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery.inputs import Value, Values
 from polar_deploy.surgery.validation import first_line
 
@@ -20,18 +20,8 @@ if TYPE_CHECKING:
 
 Run = Callable[[Values], Values]
 NOT_RUN = "pass --no-verify to write the cut graph without the proof"
-# What ONNX Runtime says of valid graphs that it cannot run: no kernel for a type, custom operators, a newer opset,
-# names that it wants to be unique.
-BEYOND = (
-    *("NOT_IMPLEMENTED", "No Op registered", "not a registered", "guarantees* support", "IR version"),
-    *("same node name", "are not supported", "Failed to construct locale"),
-)
 BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}  # of types with several numbers a byte
 NATIVE = "biufOSU"  # kinds of numpy's own types; ONNX Runtime takes others as bytes only
-
-
-class BeyondRuntimeError(ContentError):
-    """A valid graph that the runtime cannot run."""
 
 
 def onnx_runtime(path: Path) -> Run:
@@ -43,43 +33,22 @@ def onnx_runtime(path: Path) -> Run:
         ContentError: it finds the graph invalid; when run, that these inputs do not fit.
         OutOfMemoryError: it got no memory for it.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MachineError(
-            "onnxruntime is not installed, so the cut cannot be verified",
-            "install polar-deploy[ort], or pass --no-verify",
-        ) from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has no common class for its errors
-        raise _kind(error)(f"ONNX Runtime refuses the graph: {first_line(error)}", NOT_RUN) from error
+    options = session_options(threads=1, level="none", todo="install polar-deploy[ort], or pass --no-verify")
+    with translated("ONNX Runtime refuses the graph", NOT_RUN):
+        session = open_session(path, options)
     names = [value.name for value in session.get_outputs()]
     taken = {value.name for value in session.get_inputs()}
     is_native = not any(name in value.type for value in session.get_outputs() for name in ("bfloat16", "float8", *BITS))
 
     def run(inputs: Values) -> Values:
         given = {name: value for name, value in inputs.items() if name in taken}
-        try:
+        with translated("ONNX Runtime cannot run the graph", NOT_RUN):
             if is_native and all(_is_native(value) for value in given.values()):
                 return dict(zip(names, session.run(names, given), strict=True))
             values = session.run_with_ort_values(names, {name: _to_ort(value) for name, value in given.items()})
             return dict(zip(names, map(_from_ort, values), strict=True))
-        except Exception as error:
-            raise _kind(error)(f"ONNX Runtime cannot run the graph: {first_line(error)}", NOT_RUN) from error
 
     return run
-
-
-def _kind(error: Exception) -> type[PolarDeployError]:
-    """Of an error of ONNX Runtime's: what it cannot run, has no memory for, or finds wrong."""
-    if is_out_of_memory(str(error)) or isinstance(error, MemoryError):
-        return OutOfMemoryError
-    return BeyondRuntimeError if any(text in str(error) for text in BEYOND) else ContentError
 
 
 def reference(model: onnx.ModelProto, reason: str) -> Run:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, OutOfMemoryError, PolarDeployError
+from polar_deploy.ort_session import BeyondRuntimeError
 from polar_deploy.surgery import inputs
-from polar_deploy.surgery.runtime import NOT_RUN, BeyondRuntimeError, onnx_runtime, reference
+from polar_deploy.surgery.runtime import NOT_RUN, onnx_runtime, reference
 from polar_deploy.surgery.sizes import input_shapes, symbols
 
 if TYPE_CHECKING:
@@ -145,15 +147,10 @@ def _runners(before: Path, after: Path) -> tuple[tuple[Run, Run], str]:
 
 def _references(before: Path, after: Path, why: ContentError) -> tuple[Run, Run]:
     try:
-        return reference(_load(before), why.what), reference(_load(after), why.what)
+        first, second = (reference(onnx_files.read(path, check=False), why.what) for path in (before, after))
+        return first, second
     except ContentError as error:
         raise NotVerifiedError(f"the cut cannot be verified, {error.what}", NOT_RUN) from error
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    import onnx
-
-    return onnx.load_model(path, format="protobuf")
 
 
 def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) -> list[Trial]:
@@ -215,7 +212,7 @@ def _judge(case: _Case, worst: float) -> None:
     """Raises ContentError where a difference is more than rounding, UndecidedError where that does not come out."""
     apart = f"outputs differ by {worst:.2g} of their scale (allowed {case.tolerance:g})"
     try:
-        exact = reference(_in_double(_load(case.before)), "float64")
+        exact = reference(_in_double(onnx_files.read(case.before, check=False)), "float64")
         was, now = 0.0, 0.0
         for values in case.inputs():
             truth = exact(_widened(values))
@@ -237,7 +234,7 @@ def _judge(case: _Case, worst: float) -> None:
 
 def _jump_alike(case: _Case, exact: Run) -> bool:
     """Whether both graphs say the same when they compute in float64, integers and truth values included."""
-    cut = reference(_in_double(_load(case.after)), "float64")
+    cut = reference(_in_double(onnx_files.read(case.after, check=False)), "float64")
     jumps = False
     for values in case.inputs():
         expected, found = exact(_widened(values)), cut(_widened(values))

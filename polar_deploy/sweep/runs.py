@@ -213,9 +213,8 @@ def adopt(run: RunContext, donor: Path) -> None:
 
 def _time(run: RunContext, others: Collection[RunContext]) -> int:
     """Build and compare, with the machine to itself; returns the verdict's exit code."""
-    from polar_deploy import parity
+    from polar_deploy.documents.parity import Parity
     from polar_deploy.stages.artefacts import PARITY
-    from polar_deploy.workspace import read_json
 
     key = _key(run, gates.STAGE)
     donors = [other.folder for other in others if other.folder != run.folder and _key(other, gates.STAGE) == key]
@@ -224,7 +223,7 @@ def _time(run: RunContext, others: Collection[RunContext]) -> int:
             for donor in donors:
                 adopt(run, donor)
     run_stages(run, between("full", "report"))
-    return parity.exit_code(read_json(run.path(PARITY)))
+    return Parity.read(run.path(PARITY)).verdict.exit_code
 
 
 def _caught(work: Callable[[], int]) -> Ended:

@@ -19,6 +19,7 @@ from polar_deploy.backends.onnx_runtime import OnnxRuntime
 from polar_deploy.config import Build
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.ort_session import session_options
 from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import write_json
 from tests.engines.networks import classifier, model, saved, two_inputs
@@ -97,7 +98,7 @@ def test_engines_are_timed(built: dict, tmp_path: Path) -> None:
 
 
 def test_sessions_do_not_spin_and_use_one_thread() -> None:
-    options = ort._options(1)
+    options = session_options(threads=1)
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert options.execution_mode == onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

@@ -95,7 +95,7 @@ def logits_of(answers: list[int], classes: int = 3) -> np.ndarray:
 def test_classes_are_counted_each_and_the_worst_named_first() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1, 2, 2])
     pair = paired((logits_of([0, 0, 0, 1, 1, 1, 2, 0]), logits_of([0, 0, 1, 1, 0, 0, 2, 2]), labels))
-    assert pair.classes() == [
+    assert [each.as_json() for each in pair.classes() or ()] == [
         {"class": 0, "samples": 4, "full": 75.0, "compressed": 50.0, "drop": 25.0},
         {"class": 1, "samples": 2, "full": 100.0, "compressed": 0.0, "drop": 100.0},
         {"class": 2, "samples": 2, "full": 50.0, "compressed": 100.0, "drop": -50.0},
@@ -119,10 +119,10 @@ def test_the_surest_wrong_answers_are_kept_with_their_places() -> None:
         (logits_of([0, 0, 1]), broken, np.array([0, 0, 1])),
     ]
     worst = paired(*batches).worst_samples()
-    assert [(each["index"], each["label"], each["answer"]) for each in worst] == [(5, 1, 2), (4, 0, 1), (0, 0, 1)]
-    assert [each["confidence"] for each in worst] == [98.0, 80.0, pytest.approx(74.98, abs=0.01)]
+    assert [(each.index, each.label, each.answer) for each in worst] == [(5, 1, 2), (4, 0, 1), (0, 0, 1)]
+    assert [each.confidence for each in worst] == [98.0, 80.0, pytest.approx(74.98, abs=0.01)]
     assert paired(*batches).nonfinite == {"full": 0, "compressed": 1}
     many = np.eye(2, dtype=np.float32)[np.ones(20, int)] * np.linspace(1, 3, 20, dtype=np.float32)[:, None]
     batches.append((logits_of([0] * 20, 2), many, np.zeros(20, np.int64)))
     worst = paired(*batches).worst_samples()
-    assert [each["index"] for each in worst] == [5, *range(25, 14, -1)]  # a dozen, those that are surest
+    assert [each.index for each in worst] == [5, *range(25, 14, -1)]  # a dozen, those that are surest

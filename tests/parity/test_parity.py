@@ -65,7 +65,9 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
     answers = {n: np.where(np.arange(100) < n, wrong, labels) for n in (0, 1, 10, 15)}
     full, engine = TableEngine(answering(answers[1])), TableEngine(answering(answers[15]))
     same = graphs(answering(answers[0]), answering(answers[10]), answering(answers[10]), reference)
-    result = parity.compare(full, engine, numbered(labels), Accuracy(), AcceptanceCriteria(max_drop=4.0), graphs=same)
+    result = parity.compare(
+        full, engine, numbered(labels), Accuracy(), AcceptanceCriteria(max_drop=4.0), graphs=same
+    ).as_json()
     valid("parity", result | FILES)
     assert result["accuracy"]["drop"] == pytest.approx(14)
     assert result["graphs"]["drop"] == pytest.approx(10)
@@ -79,15 +81,16 @@ def test_a_loss_of_pruning_is_told_from_one_of_precision(reference: Path) -> Non
 def test_engines_that_cannot_run_are_judged_by_nothing(reference: Path) -> None:
     labels = np.arange(60) % 3
     good = answering(labels)
-    result = parity.not_run(
+    found = parity.not_run(
         "no NVIDIA driver", numbered(labels), Accuracy(), VERDICT, graphs(good, good, good, reference)
     )
+    result = found.as_json()
     valid("parity", result | FILES)
     assert result["not_run"] == "built, not run here: no NVIDIA driver"
     assert result["accuracy"] is result["precision"] is result["classes"] is None
     assert result["latency"] == []
     assert result["graphs"]["compressed"] == 100
-    assert parity.exit_code(result) == 5
+    assert found.verdict.exit_code == 5
 
 
 def test_graphs_see_a_sample_of_a_large_test_set(monkeypatch: pytest.MonkeyPatch, reference: Path) -> None:
@@ -95,7 +98,7 @@ def test_graphs_see_a_sample_of_a_large_test_set(monkeypatch: pytest.MonkeyPatch
     labels = np.arange(200) % 3
     good = answering(labels)
     engine, same = TableEngine(good), graphs(good, good, good, reference)
-    result = parity.compare(engine, TableEngine(good), numbered(labels), Accuracy(), VERDICT, graphs=same)
+    result = parity.compare(engine, TableEngine(good), numbered(labels), Accuracy(), VERDICT, graphs=same).as_json()
     assert result["accuracy"]["samples"] == 200
     assert result["graphs"]["samples"] == result["precision"]["full"]["samples"] == 20
     assert result["precision"]["full"]["relative_difference"] == 0  # rows are those of the engine's
@@ -115,7 +118,9 @@ def test_engines_get_the_batches_that_they_take() -> None:
     labels = np.arange(130) % 3  # 130 = 8 * 16 + 2
     narrow = NarrowEngine(answering(labels))
     verdict = AcceptanceCriteria(batch=8)
-    result = parity.compare(narrow, NarrowEngine(narrow.logits), numbered(labels), Accuracy(), verdict, batches=(4, 16))
+    result = parity.compare(
+        narrow, NarrowEngine(narrow.logits), numbered(labels), Accuracy(), verdict, batches=(4, 16)
+    ).as_json()
     assert result["accuracy"]["samples"] == 130
     assert result["accuracy"]["full"] == 100
     assert [each["batch"] for each in result["latency"]] == [4, 8, 16]

@@ -49,9 +49,10 @@ SMALL = tally(0.5, samples=1000)  # 95 %: -0.2 to 1.3
     ],
 )
 def test_truth_table(counts: parity.Paired, timing: Timing, answers: tuple[str, str, str], code: int) -> None:
-    verdict = parity.judge(counts, [measured(9, 9, 9, batch=64), timing], VERDICT)
+    judged = parity.judge(counts, [measured(9, 9, 9, batch=64), timing], VERDICT)
+    verdict = judged.as_json()
     assert tuple(verdict[part]["result"] for part in ("accuracy", "latency", "overall")) == answers
-    assert parity.exit_code({"verdict": verdict}) == code
+    assert judged.exit_code == code
     deciding = [verdict[part]["reason"] for part in ("accuracy", "latency") if verdict[part]["result"] == answers[2]]
     assert verdict["overall"]["reason"] == "; ".join(deciding)
 
@@ -209,8 +210,9 @@ def test_throttling_is_said() -> None:
 
 @pytest.mark.parametrize("drop", [-3, 0, 50])
 def test_what_did_not_run_is_never_judged(drop: int) -> None:
-    verdict = parity.judge_not_run("no NVIDIA driver", tally(drop), VERDICT)
-    assert parity.exit_code({"verdict": verdict}) == 5
+    judged = parity.judge_not_run("no NVIDIA driver", tally(drop), VERDICT)
+    assert judged.exit_code == 5
+    verdict = judged.as_json()
     assert [verdict[part]["result"] for part in ("accuracy", "latency", "overall")] == ["undecided"] * 3
     assert verdict["latency"]["reason"] == "built, not run here (no NVIDIA driver)"
     assert f"by {abs(drop)}.00 points" in verdict["accuracy"]["reason"]

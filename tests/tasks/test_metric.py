@@ -152,6 +152,6 @@ def test_without_a_metric_outputs_are_compared_and_nothing_is_decided() -> None:
     comparison = parity.Comparison(None)
     comparison.add({"a": np.array([[2.0]]), "b": np.array([4, 4])}, {"a": np.array([[1.5]]), "b": np.array([4, 3])}, {})
     assert comparison.paired is None
-    found = comparison.difference()
+    found = comparison.difference().as_json()
     assert found == {"relative_difference": 0.25, "scale": 2.0, "outputs": {"a": 0.25, "b": 0.25}}
     assert parity.judge_accuracy(None, AcceptanceCriteria()).result == "undecided"
