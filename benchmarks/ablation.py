@@ -38,7 +38,6 @@ from polar_deploy.tasks.classification import PictureData
 from polar_deploy.training.batches import ImageBatches
 from polar_deploy.training.gated import OnePass
 from polar_deploy.training.loop import TrainingJob, fit, prepare
-from polar_deploy.workspace import write_json
 
 CPU = torch.device("cpu")
 FLOORS = ("uniform width", "uniform depth")
@@ -131,7 +130,7 @@ def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, 
     export.write(full.eval(), run.example(), folder / "whole.onnx", inputs=("input",), outputs=("logits",))
     compress_file(folder / "gated.onnx", folder / "small.onnx")
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
-    write_json(folder / "build.json", built)
+    built.write(folder / "build.json")
     a, b = (engines.load(folder, name, run.target) for name in ("full", "compressed"))
     draw, taken = np.random.default_rng(0), a.inputs.items()
     inputs = {name: draw.standard_normal((1, *spec.sizes), np.float32) for name, spec in taken}

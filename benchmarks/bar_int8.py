@@ -23,9 +23,9 @@ import yaml
 from benchmarks.common import ROOT, SHARED, resnet20_run, write_result
 from polar_deploy import cpu, data, engines, export, models, targets
 from polar_deploy.config import Build, Calibration
+from polar_deploy.documents.build import Built
 from polar_deploy.engines import Array, Engine, timing
 from polar_deploy.tasks.classification import classifier
-from polar_deploy.workspace import write_json
 from tests.shared import cifar_folder, cifar_split
 
 FP32, INT8 = targets.parse("ort-fp32"), targets.parse("ort-int8")
@@ -104,8 +104,8 @@ def _engine(
     """Build an engine and load it; the engine, and its entry in build.json."""
     calibration = {"input": images.train[: options.calibration.images]}
     entry = engines.build(onnx, folder, "full", target, options, calibration)
-    write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": {"full": entry}})
-    return engines.load(folder, "full", target), entry
+    Built(schema=2, target=target.name, engines={"full": entry}).write(folder / "build.json")
+    return engines.load(folder, "full", target), entry.as_json()
 
 
 def _logits(engine: Engine, images: Images) -> Array:

@@ -66,12 +66,14 @@ def build(name: str, target: targets.Target, folder: Path) -> dict[str, Any]:
     images = surgery_models.random_images(onnx.load(full), IMAGES)
     row: dict[str, Any] = {"network": name, "target": target.name}
     try:
-        made = engines.build_all(
-            full, compressed, folder / target.name, target, Build(), images if target.precision == "int8" else None
-        )
+        calibration = images if target.precision == "int8" else None
+        made = engines.build_all(full, compressed, folder / target.name, target, Build(), calibration).as_json()
     except PolarDeployError as error:
         return row | {"error": str(error)}
-    return row | {"result": "built, not run here", **{key: _figures(made, key, folder / target.name) for key in _BOTH}}
+    return row | {
+        "result": "built, not run here",
+        **{key: _figures(made, key, folder / target.name) for key in _BOTH},
+    }
 
 
 def _figures(made: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:

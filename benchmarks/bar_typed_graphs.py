@@ -178,7 +178,7 @@ def trial(seed: int, target: str, folder: Path) -> dict[str, Any]:
     else:
         found = [*kernels.outputs(typed, batch, folder / "b.onnx").values()]
     off = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True))
-    return {**said, "off": float(off), "kept": [each["layer"] for each in written["high_precision_layers"]]}
+    return {**said, "off": float(off), "kept": [each.layer for each in written.high_precision_layers]}
 
 
 def residual_chain(layers: int) -> onnx.ModelProto:

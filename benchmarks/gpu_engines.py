@@ -29,12 +29,13 @@ import onnx
 from benchmarks.common import SHARED, write_result
 from polar_deploy import data, engines, surgery, targets
 from polar_deploy.config import Build
+from polar_deploy.documents.build import Built
 from polar_deploy.engines import Array, Engine, nvml, timing
 from polar_deploy.errors import MachineError
 from polar_deploy.parity import Comparison
 from polar_deploy.tasks.accuracy import Accuracy
 from polar_deploy.tasks.classification import classifier
-from polar_deploy.workspace import read_json, write_json
+from polar_deploy.workspace import read_json
 
 if TYPE_CHECKING:
     from polar_deploy.gating.network import GatedNetwork
@@ -167,7 +168,7 @@ def examine(name: str, target: targets.Target, graphs: Path, folder: Path) -> in
     source = onnx.load(graphs / f"{names[0]}.onnx", load_external_data=False).graph.input[0].name
     calibration = {source: images.calibration} if target.precision == "int8" else None
     built = {each: engines.build(graphs / f"{each}.onnx", folder, each, target, OPTIONS, calibration) for each in names}
-    write_json(folder / "build.json", {"schema": 2, "target": target.name, "engines": built})
+    Built(schema=2, target=target.name, engines=built).write(folder / "build.json")
     loaded: dict[str, Engine] = {each: engines.load(folder, each, target) for each in names}
     layers = {each: read_json(folder / f"{each}.layers.json") for each in names}
     accuracy = {each: against_graph(loaded[each], graphs / f"{each}.onnx", images) for each in names}
@@ -175,7 +176,7 @@ def examine(name: str, target: targets.Target, graphs: Path, folder: Path) -> in
         "network": {"name": name, **asdict(network)},
         "target": target.name,
         "gpu": nvml.conditions(),
-        "engines": built,
+        "engines": {each: entry.as_json() for each, entry in built.items()},
         "layers": {
             each: {key: value for key, value in found.items() if key != "layers"} for each, found in layers.items()
         },

@@ -24,6 +24,7 @@ from polar_deploy import cli
 from polar_deploy.backends import BACKENDS
 from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.config import About
+from polar_deploy.documents.build import Built
 from polar_deploy.documents.parity import Parity
 from polar_deploy.documents.part import schema
 from polar_deploy.settings import GROUPS
@@ -143,7 +144,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-SCHEMAS: dict[str, type[BaseModel]] = {"bundle": Manifest, "parity": Parity}
+SCHEMAS: dict[str, type[BaseModel]] = {"build": Built, "bundle": Manifest, "parity": Parity}
 
 
 def renewed(text: str) -> str:

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy.backends import PLAN
+from polar_deploy.documents.build import Built, BuiltEngine, Plan, Types
 from polar_deploy.errors import ContentError, MachineError, UsageError
 
 if TYPE_CHECKING:
+    from polar_deploy.bundle import manifest
     from polar_deploy.bundle.manifest import Network
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.engines import Engine
     from polar_deploy.targets import Target
-
-
-# What has to be known of a plan that was built here.
-_DESCRIBED = ("file", "library", "version", "gpu", "capabilities", "version_compatible", "hardware_compatible")
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def open_engines(bundle: Bundle, options: Options) -> Iterator[AvailableEngines]
         )
         return
     if options.engine_cache is not None and (options.engine_cache / "build.json").is_file():
-        plans = [cached_engine(options.engine_cache, name, bundle)["plan"] for name in networks]
+        plans = [cached_engine(options.engine_cache, name, bundle).plan_file for name in networks]
         unfit = _unfit(plans, options.engine_cache, target)
         if unfit is None:
             yield _loaded(
@@ -142,7 +140,7 @@ def open_engines(bundle: Bundle, options: Options) -> Iterator[AvailableEngines]
 
 def plan_rejection(bundle: Bundle, target: Target, *, trusted: bool) -> str | None:
     """Why the plans must not or cannot be loaded on this machine, which runs the target; None: nothing against it."""
-    plans = [network.plan.model_dump(mode="json") for network in bundle.manifest.each().values() if network.plan]
+    plans = [as_built(network.plan) for network in bundle.manifest.each().values() if network.plan]
     if unfit := _unfit(plans, bundle.folder, target):
         return f"the plan does not fit: {unfit}"
     if target.backend.artefact.is_code and not trusted:
@@ -150,13 +148,13 @@ def plan_rejection(bundle: Bundle, target: Target, *, trusted: bool) -> str | No
     return None
 
 
-def _unfit(plans: list[dict[str, Any]], folder: Path, target: Target) -> str | None:
+def _unfit(plans: Iterable[Plan | None], folder: Path, target: Target) -> str | None:
     """Why one of the plans in a folder, of which these are the descriptions, does not run here; None: all do."""
     from polar_deploy import engines
 
     try:
-        for plan in plans:
-            engines.require_fit(folder / plan["file"], target, plan)
+        for plan in filter(None, plans):
+            engines.require_fit(folder / plan.file, target, plan)
     except MachineError as error:
         return error.what
     return None
@@ -166,7 +164,13 @@ def _delivered(bundle: Bundle, network: Network, target: Target) -> Engine:
     from polar_deploy import engines
 
     path = bundle.path(network.plan.file if network.plan else network.typed)
-    return engines.open_artefact(path, target, network.model_dump(mode="json"))
+    plan = as_built(network.plan) if network.plan else None
+    return engines.open_artefact(path, target, plan, tf32=network.tf32)
+
+
+def as_built(plan: manifest.Plan) -> Plan:
+    """A plan of a manifest, as build.json described it."""
+    return Plan.model_validate(plan.model_dump())
 
 
 def _loaded(folder: Path, bundle: Bundle, target: Target, how: str) -> AvailableEngines:
@@ -187,7 +191,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
     """Build from the typed graphs, with the timing cache, so that the same kernels are chosen where that can be."""
     from polar_deploy import engines
-    from polar_deploy.workspace import atomic_path, write_json
+    from polar_deploy.workspace import atomic_path
 
     networks = bundle.manifest.each()
     cache = next((each.plan.timing_cache for each in networks.values() if each.plan and each.plan.timing_cache), None)
@@ -199,31 +203,29 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
         with atomic_path(folder / "timing.cache") as temporary:
             shutil.copyfile(bundle.path(cache), temporary)
     sources = {name: (bundle.path(each.typed), bundle.path(each.fp32)) for name, each in networks.items()}
-    types = {name: each.precision.model_dump(mode="json") for name, each in networks.items()}
-    for each in types.values():
-        del each["asked"], each["found"]
+    written = {name: each.precision.model_dump(exclude={"asked", "found"}) for name, each in networks.items()}
+    types = {name: Types.model_validate(each) for name, each in written.items()}
     here = bundle.manifest.build.settings().model_copy(
         update={"capabilities": ()}
     )  # for this GPU, whatever they were built for
     built = engines.rebuild(sources, folder, target, here, types)
-    write_json(folder / "build.json", {**built, "bundle": bundle.sha256})
+    built.model_copy(update={"bundle": bundle.sha256}).write(folder / "build.json")
 
 
-def cached_engine(folder: Path, name: str, bundle: Bundle) -> dict[str, Any]:
+def cached_engine(folder: Path, name: str, bundle: Bundle) -> BuiltEngine:
     """The entry in build.json of an engine that was built into `folder` from this very bundle.
 
     Raises:
         UsageError: there is no build.json, or it is another bundle's. ContentError: it does not list the engine.
     """
-    from polar_deploy.workspace import read_json
-
     path, again = folder / "build.json", "run `verify --rebuild --engines DIR` with a new folder"
-    built = read_json(path)
     try:
-        same, entry = built["bundle"] == bundle.sha256, built["engines"][name]
-        _ = entry["files"][f"{name}.plan"]["sha256"], [entry["plan"][key] for key in _DESCRIBED]
-    except (KeyError, TypeError) as error:
-        raise ContentError(f"{path} does not list engines of a bundle: {error!r}", again) from error
-    if not same:
+        built = Built.read(path)
+    except ContentError as error:
+        raise ContentError(f"{path} does not list engines of a bundle: {error.what}", again) from error
+    entry = built.engines.get(name)
+    if built.bundle is None or entry is None or entry.plan_file is None or f"{name}.plan" not in entry.files:
+        raise ContentError(f"{path} does not list engines of a bundle", again)
+    if built.bundle != bundle.sha256:
         raise UsageError(f"{folder} has engines of another bundle", again)
-    return dict(entry)
+    return entry

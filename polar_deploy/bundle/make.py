@@ -16,10 +16,11 @@ from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
+from polar_deploy.documents.build import Built, BuiltEngine, Plan
 from polar_deploy.documents.parity import Accuracy, BatchLatency, Parity, Verdict
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.tensors import count
-from polar_deploy.workspace import atomic_folder, read_json, sha256, write_json
+from polar_deploy.workspace import atomic_folder, sha256, write_json
 
 if TYPE_CHECKING:
     from polar_deploy.config import ResolvedSettings
@@ -44,10 +45,10 @@ def make(
         ContentError: a file of the run is not what the stage before it wrote, or an engine fails its golden samples.
     """
     names = ("compressed", "full") if settings.bundle.full else ("compressed",)
-    parity, built = Parity.read(run / "parity.json"), read_json(run / "engines/build.json")
+    parity, built = Parity.read(run / "parity.json"), Built.read(run / "engines/build.json")
     _require_judged(run, parity, settings)
     with atomic_folder(folder) as draft:
-        networks = {name: _network(run, draft, name, built["engines"][name]) for name in names}
+        networks = {name: _network(run, draft, name, built.engines[name]) for name in names}
         _copy(run, draft, "compressed/surgery.json")
         pictures = task == CLASSIFICATION
         document = {
@@ -70,7 +71,7 @@ def make(
             "report": _page(run, draft, settings, omit_settings),
             "metrics": _metrics(parity),
             "verdict": _verdict(parity.verdict),
-            "provenance": _provenance(settings, data, built["engines"]["compressed"], omit_settings),
+            "provenance": _provenance(settings, data, built.engines["compressed"], omit_settings),
         }
         write_json(draft / MANIFEST, document | {"files": _files(draft)})
         _prove(read(draft))
@@ -125,31 +126,29 @@ def _page(run: Path, draft: Path, settings: ResolvedSettings, omit_settings: Col
     return "report.html"
 
 
-def _network(run: Path, draft: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> dict[str, Any]:
     """Copy one network's files; return its part of the manifest. A graph without other types is there only once."""
     fp32, typed = f"{name}/model.onnx", f"engines/{name}.onnx"
-    for file, listed in entry["files"].items():
-        if sha256(run / "engines" / file) != listed["sha256"]:
+    for file, listed in entry.files.items():
+        if sha256(run / "engines" / file) != listed.sha256:
             raise ContentError(f"{run / 'engines' / file} is not what was built", "run again with --from build")
     _copy(run, draft, fp32)
     same = sha256(run / fp32) == sha256(run / typed)
-    plan = entry["plan"] if isinstance(entry["plan"], dict) else None
     return {
         "fp32": fp32,
         "typed": fp32 if same else _copy(run, draft, typed),
         "layers": _copy(run, draft, f"engines/{name}.layers.json"),
-        "plan": plan and _plan(run, draft, plan),
-        **{key: entry[key] for key in ("provider", "tf32", "versions", "precision", "macs", "params")},
-        **{key: entry.get(key) for key in ("threads", "reformats", "padded_channels")},
+        "plan": _plan(run, draft, entry.plan_file) if entry.plan_file else None,
+        **entry.model_dump(mode="json", exclude={"backend", "files", "plan", "seconds"}),
     }
 
 
-def _plan(run: Path, draft: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    cache = f"engines/{plan['timing_cache']}"
-    has_cache = plan["timing_cache"] is not None and (run / cache).is_file()
+def _plan(run: Path, draft: Path, plan: Plan) -> dict[str, Any]:
+    cache = f"engines/{plan.timing_cache}"
+    has_cache = plan.timing_cache is not None and (run / cache).is_file()
     return {
-        **plan,
-        "file": _copy(run, draft, f"engines/{plan['file']}"),
+        **plan.as_json(),
+        "file": _copy(run, draft, f"engines/{plan.file}"),
         "timing_cache": _copy(run, draft, cache) if has_cache else None,
     }
 
@@ -239,13 +238,13 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _provenance(
-    settings: ResolvedSettings, data: Data, entry: dict[str, Any], omit_settings: Collection[str]
+    settings: ResolvedSettings, data: Data, entry: BuiltEngine, omit_settings: Collection[str]
 ) -> dict[str, Any]:
     """Where it comes from, without the places where somebody's files lie."""
     told = {key: value for key, value in without_places(settings).items() if key not in omit_settings}
     return {
-        "polar_deploy": entry["versions"]["polar_deploy"],
-        "versions": entry["versions"],
+        "polar_deploy": entry.versions["polar_deploy"],
+        "versions": entry.versions,
         "model": settings.model,
         "full": "given" if settings.full_weights else "trained",
         "data": {"name": told["data"], "sha256": data.fingerprint()},

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy.backends import BACKENDS, PLAN
 from polar_deploy.backends.base import triton_instances
@@ -25,6 +25,7 @@ from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA
 from polar_deploy.bundle import device
 from polar_deploy.bundle.read import Bundle, opened
 from polar_deploy.bundle.refusal import require_outside
+from polar_deploy.documents.build import Plan
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import atomic_folder, sha256
 
@@ -174,7 +175,7 @@ def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, tr
     if arguments.engines is not None:
         file, plan = _rebuilt(arguments.engines, arguments.network, bundle)
     elif trusted:
-        file, plan = bundle.path(network.plan.file), network.plan.model_dump(mode="json")
+        file, plan = bundle.path(network.plan.file), device.as_built(network.plan)
     else:
         raise UsageError(
             "the plan is not trusted: it is code, which Triton runs",
@@ -184,24 +185,25 @@ def _plan(bundle: Bundle, network: Network, arguments: argparse.Namespace, *, tr
     return _Model("tensorrt", file, True, [triton_instances("GPU")], _needs(plan))
 
 
-def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, dict[str, Any]]:
+def _rebuilt(folder: Path, name: str, bundle: Bundle) -> tuple[Path, Plan]:
     """A plan that was built here from this bundle, and its description."""
     entry, path = device.cached_engine(folder, name, bundle), folder / f"{name}.plan"
-    if sha256(path) != entry["files"][path.name]["sha256"]:
+    if sha256(path) != entry.files[path.name].sha256:
         raise ContentError(f"{path} is not the file that was built", "build again, with a new folder")
-    return path, entry["plan"]
+    assert entry.plan_file is not None  # as `cached_engine` says
+    return path, entry.plan_file
 
 
-def _needs(plan: dict[str, Any]) -> list[str]:
+def _needs(plan: Plan) -> list[str]:
     """What Triton has to have for a plan."""
-    gpu = plan["gpu"] or "a GPU"
-    capabilities = " or ".join(plan["capabilities"])
-    gpus = f"{gpu} (compute capability {capabilities}{' or later' if plan['hardware_compatible'] else ''})"
-    if not plan["version_compatible"]:
-        return [f"serve it with a Triton whose TensorRT is {plan['version']}, on {gpus}"]
-    major = plan["version"].partition(".")[0]
+    gpu = plan.gpu or "a GPU"
+    capabilities = " or ".join(plan.capabilities)
+    gpus = f"{gpu} (compute capability {capabilities}{' or later' if plan.hardware_compatible else ''})"
+    if not plan.version_compatible:
+        return [f"serve it with a Triton whose TensorRT is {plan.version}, on {gpus}"]
+    major = plan.version.partition(".")[0]
     return [
-        f"serve it with a Triton whose TensorRT is {plan['version']} or a later {major}, on {gpus}",
+        f"serve it with a Triton whose TensorRT is {plan.version} or a later {major}, on {gpus}",
         "and start that with --backend-config=tensorrt,version-compatible=true",
     ]
 

@@ -28,6 +28,10 @@ class Part(BaseModel):
         """The part as plain JSON data, with the keys that the file has."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
+    def entries(self) -> dict[str, Any]:
+        """The fields that are there, to make another part of."""
+        return {name: value for name, value in self if name in self.model_fields_set}
+
 
 class Open(Part):
     """A part that may have further entries, which others know."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from polar_deploy import __version__, onnx_files, precision, targets
+from polar_deploy.documents.build import Built, BuiltEngine, File, Plan, Precision, Types
 from polar_deploy.engines import machine
 from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.tensors import Arrays
-from polar_deploy.workspace import atomic_path, read_json, sha256
+from polar_deploy.workspace import atomic_path, sha256
 
 if TYPE_CHECKING:
     import onnx
@@ -49,8 +51,8 @@ def build_all(
     target: targets.Target,
     options: Build,
     calibration: Arrays | None = None,
-) -> dict[str, Any]:
-    """Build both engines into `folder` and return the content of build.json.
+) -> Built:
+    """Build both engines into `folder`.
 
     Args:
         full_onnx: the full network in FP32; the batch is all that varies in its inputs and outputs.
@@ -66,12 +68,12 @@ def build_all(
     """
     sources = {"full": full_onnx, "compressed": compressed_onnx}
     engines = {name: build(source, folder, name, target, options, calibration) for name, source in sources.items()}
-    return {"schema": 2, "target": target.name, "engines": engines}
+    return Built(schema=2, target=target.name, engines=engines)
 
 
 def build(
     source: Path, folder: Path, name: str, target: targets.Target, options: Build, calibration: Arrays | None = None
-) -> dict[str, Any]:
+) -> BuiltEngine:
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
     start = time.perf_counter()
     targets.check(target)
@@ -81,9 +83,13 @@ def build(
 
 
 def rebuild(
-    sources: dict[str, tuple[Path, Path]], folder: Path, target: targets.Target, options: Build, types: dict[str, Any]
-) -> dict[str, Any]:
-    """Build engines from graphs that have their types already, into `folder`; return the content of build.json.
+    sources: Mapping[str, tuple[Path, Path]],
+    folder: Path,
+    target: targets.Target,
+    options: Build,
+    types: Mapping[str, Types],
+) -> Built:
+    """Build engines from graphs that have their types already, into `folder`.
 
     Args:
         sources: name -> (typed graph, FP32 graph that it was made from).
@@ -95,13 +101,13 @@ def rebuild(
     Raises:
         As `build_all`.
     """
-    engines = {}
+    engines: dict[str, BuiltEngine] = {}
     for name, (typed, fp32) in sources.items():
         start = time.perf_counter()
         with atomic_path(folder / f"{name}.onnx") as temporary:
             shutil.copyfile(typed, temporary)
         engines[name] = _built(onnx_files.read(fp32), folder, name, target, options, types[name], start)
-    return {"schema": 2, "target": target.name, "engines": engines}
+    return Built(schema=2, target=target.name, engines=engines)
 
 
 def _built(
@@ -110,25 +116,25 @@ def _built(
     name: str,
     target: targets.Target,
     options: Build,
-    types: dict[str, Any],
+    types: Types,
     start: float,
-) -> dict[str, Any]:
+) -> BuiltEngine:
     """Build `folder/NAME.onnx`, which was made from the FP32 network `model`; return its entry in build.json."""
     from polar_deploy.surgery import cost
 
     costs = cost(model)
     made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
-    files = [folder / file for file in made.pop("files")]
-    return {
-        "backend": target.backend.name,
-        "versions": {"polar_deploy": __version__, "onnx": version("onnx"), **made.pop("versions")},
-        "precision": {"asked": target.precision, "found": made.pop("found"), **types},
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
-        **made,
-        "macs": costs.macs,
-        "params": costs.params,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    versions = {"polar_deploy": __version__, "onnx": version("onnx"), **made.engine.versions}
+    files = [folder / file for file in made.files]
+    return BuiltEngine(
+        **made.engine.entries() | {"versions": versions},
+        backend=target.backend.name,
+        precision=Precision.model_validate({**types.entries(), "asked": target.precision, "found": made.found}),
+        files={path.name: File(bytes=path.stat().st_size, sha256=sha256(path)) for path in files},
+        macs=costs.macs,
+        params=costs.params,
+        seconds=round(time.perf_counter() - start, 3),
+    )
 
 
 def load(folder: Path, name: str, target: targets.Target) -> Engine:
@@ -147,35 +153,36 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
     entry = _entry(folder / "build.json", name, target)
     artefact = folder / f"{name}{target.backend.artefact.suffix}"
     for file in {f"{name}.onnx", artefact.name}:
-        if file not in entry["files"]:
+        if file not in entry.files:
             raise ContentError(f"{folder / 'build.json'} does not list {file}", "let the build stage run again")
-    for file, listed in entry["files"].items():
-        if (found := sha256(folder / file)) != listed["sha256"]:
+    for file, listed in entry.files.items():
+        if (found := sha256(folder / file)) != listed.sha256:
             raise ContentError(
                 f"{folder / file} is not the file that was built: its sha256 is {found[:12]}…, build.json says "
-                f"{listed['sha256'][:12]}…",
+                f"{listed.sha256[:12]}…",
                 "let the build stage run again",
             )
-    return open_artefact(artefact, target, entry)
+    return open_artefact(artefact, target, entry.plan_file, tf32=entry.tf32)
 
 
-def open_artefact(path: Path, target: targets.Target, entry: dict[str, Any]) -> Engine:
+def open_artefact(path: Path, target: targets.Target, plan: Plan | None, *, tf32: bool) -> Engine:
     """Load an artefact that is known to be the one which was built.
 
     Args:
         path: the file.
         target: what it was built for; it can run here.
-        entry: its entry of build.json.
+        plan: what it was built with and for, if it is a plan.
+        tf32: whether FP32 may be computed as TF32.
 
     Raises:
         ContentError: it is damaged. MachineError: it is for another machine.
     """
-    return _runtime(target).load(path, target, entry)
+    return _runtime(target).load(path, target, plan, tf32=tf32)
 
 
-def require_fit(path: Path, target: targets.Target, described: Any) -> None:
+def require_fit(path: Path, target: targets.Target, plan: Plan | None) -> None:
     """Raise unless an artefact can be loaded on this machine. As `Runtime.require_fit` says."""
-    _runtime(target).require_fit(path, target, described)
+    _runtime(target).require_fit(path, target, plan)
 
 
 def kernels(target: targets.Target) -> Kernels | None:
@@ -190,18 +197,16 @@ def reference_engine(path: Path) -> Engine:
     return OrtEngine(path, threads=machine.cores())
 
 
-def _entry(path: Path, name: str, target: targets.Target) -> dict[str, Any]:
-    content = read_json(path)
-    try:
-        built_for, entry = content["target"], content["engines"][name]
-        _ = [listed["sha256"][:12] for listed in entry["files"].values()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ContentError(f"{path} does not list the engine {name!r}", "let the build stage run again") from error
-    if built_for != target.name:
+def _entry(path: Path, name: str, target: targets.Target) -> BuiltEngine:
+    built = Built.read(path)
+    entry = built.engines.get(name)
+    if entry is None:
+        raise ContentError(f"{path} does not list the engine {name!r}", "let the build stage run again")
+    if built.target != target.name:
         raise ContentError(
-            f"{path}: the engines were built for {built_for}, not {target.name}", "let the build stage run again"
+            f"{path}: the engines were built for {built.target}, not {target.name}", "let the build stage run again"
         )
-    return cast("dict[str, Any]", entry)
+    return entry
 
 
 def _runtime(target: targets.Target) -> Runtime:

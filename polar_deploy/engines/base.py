@@ -6,12 +6,14 @@ What can be told of a backend without importing its library is in `polar_deploy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy.documents.build import EngineFacts, Plan
 from polar_deploy.errors import ContentError
 from polar_deploy.tensors import Arrays, TensorSpec, count, joined, take
 
@@ -64,14 +66,28 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a runtime made.
+
+    Attributes:
+        engine: its part of build.json.
+        found: element type -> layers that run in it.
+        files: the names of all files.
+    """
+
+    engine: EngineFacts
+    found: dict[str, int]
+    files: tuple[str, ...]
+
+
 class Runtime(Protocol):
     """The half of a backend that imports its library: how its engines are made, checked and loaded."""
 
-    def build(self, onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+    def build(self, onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> Made:
         """Make an engine of `folder/NAME.onnx`, whose types are already those of the target.
 
-        Writes `folder/NAME.layers.json` and what else the backend has, and returns its part of build.json: "provider",
-        "versions", "found" (element type -> layers), "files" (the names of all files) and "plan".
+        Writes `folder/NAME.layers.json` and what else the backend has.
 
         Raises:
             ContentError: the backend cannot run the network in the target's precision.
@@ -82,13 +98,14 @@ class Runtime(Protocol):
         """How this runtime computes a typed graph, which has to be proven before it is built; None: not on a CPU."""
         ...
 
-    def load(self, artefact: Path, target: Target, entry: dict[str, Any]) -> Engine:
+    def load(self, artefact: Path, target: Target, plan: Plan | None, *, tf32: bool) -> Engine:
         """Load what `build` made: the plan, or the typed ONNX file where that is the artefact.
 
         Args:
-            artefact: the file; its hash is the one in the entry.
+            artefact: the file that was built.
             target: what it was built for.
-            entry: its entry of build.json.
+            plan: what it was built with and for, if it is a plan.
+            tf32: whether FP32 may be computed as TF32.
 
         Raises:
             ContentError: it is damaged.
@@ -96,16 +113,16 @@ class Runtime(Protocol):
         """
         ...
 
-    def require_fit(self, artefact: Path, target: Target, described: Any) -> None:
+    def require_fit(self, artefact: Path, target: Target, plan: Plan | None) -> None:
         """Raise unless an artefact can be loaded on this machine, which has all that the target takes.
 
         Args:
             artefact: the file.
             target: what it was built for.
-            described: "plan" of its entry in build.json.
+            plan: what it was built with and for, if it is a plan.
 
         Raises:
-            MachineError: it is for another machine. ContentError: its description does not say.
+            MachineError: it is for another machine.
         """
         ...
 

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy import onnx_files
-from polar_deploy.engines.base import Array, Timer, fitting, specs
+from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
@@ -131,21 +132,20 @@ class OvEngine:
         return _compiled(_with_fp32_io(model), self.threads)
 
 
-def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> Made:
     """Write `folder/NAME.layers.json`: what runs at the usual batch, in which type. Else as `Runtime.build` says."""
     layers_path = folder / f"{name}.layers.json"
     layers = OvEngine(onnx_path).layers(options.batches[1])
     found = require_precision(layers, target.precision, onnx_path, count_wider(onnx_path, target.precision))
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "runtime graph", "layers": layers})
-    return {
-        "provider": f"OpenVINO {DEVICE}",
-        "threads": THREADS,
-        "tf32": options.tf32,
-        "versions": {"openvino": version("openvino")},
-        "found": found,
-        "files": [onnx_path.name, layers_path.name],
-        "plan": _NO_PLAN,
-    }
+    engine = EngineFacts(
+        provider=f"OpenVINO {DEVICE}",
+        threads=THREADS,
+        tf32=options.tf32,
+        versions={"openvino": version("openvino")},
+        plan=_NO_PLAN,
+    )
+    return Made(engine, found, (onnx_path.name, layers_path.name))
 
 
 def kernels(target: Target) -> Kernels | None:
@@ -153,12 +153,12 @@ def kernels(target: Target) -> Kernels | None:
     return Kernels(target.backend.library, _outputs)
 
 
-def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OvEngine:
+def load(artefact: Path, target: Target, plan: Plan | None, *, tf32: bool) -> OvEngine:
     """Load the typed ONNX file that `build` looked at."""
     return OvEngine(artefact)
 
 
-def require_fit(artefact: Path, target: Target, described: Any) -> None:
+def require_fit(artefact: Path, target: Target, plan: Plan | None) -> None:
     """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
 
 

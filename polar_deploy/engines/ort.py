@@ -22,7 +22,8 @@ import numpy as np
 
 from polar_deploy import onnx_files
 from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
-from polar_deploy.engines.base import Array, Timer, fitting, specs
+from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.precision import calibration
@@ -132,7 +133,7 @@ class OrtEngine:
         return nvml.conditions()
 
 
-def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> Made:
     """Write `folder/NAME.layers.json`: what ran, in which type. The rest as `Runtime.build` says."""
     import onnxruntime
 
@@ -144,15 +145,14 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     else:
         found = require_fused(layers, onnx_path, backend.provider)
     write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
-    return {
-        "provider": backend.provider,
-        "threads": THREADS,
-        "tf32": options.tf32,
-        "versions": {"onnxruntime": onnxruntime.__version__},
-        "found": found,
-        "files": [onnx_path.name, layers_path.name],
-        "plan": _NO_PLAN,
-    }
+    engine = EngineFacts(
+        provider=backend.provider,
+        threads=THREADS,
+        tf32=options.tf32,
+        versions={"onnxruntime": onnxruntime.__version__},
+        plan=_NO_PLAN,
+    )
+    return Made(engine, found, (onnx_path.name, layers_path.name))
 
 
 def kernels(target: Target) -> Kernels | None:
@@ -162,12 +162,12 @@ def kernels(target: Target) -> Kernels | None:
     return Kernels(target.backend.library, partial(calibration.outputs, fused=True))
 
 
-def load(artefact: Path, target: Target, entry: dict[str, Any]) -> OrtEngine:
+def load(artefact: Path, target: Target, plan: Plan | None, *, tf32: bool) -> OrtEngine:
     """Load the typed ONNX file that `build` looked at."""
-    return OrtEngine(artefact, _backend(target), tf32=bool(entry.get("tf32")))
+    return OrtEngine(artefact, _backend(target), tf32=tf32)
 
 
-def require_fit(artefact: Path, target: Target, described: Any) -> None:
+def require_fit(artefact: Path, target: Target, plan: Plan | None) -> None:
     """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
 
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy import onnx_files, targets
-from polar_deploy.engines import Array, build, load, machine, timing
+from polar_deploy.engines import Array, build, machine, open_artefact, timing
 from polar_deploy.engines.overlaps import (
     Group,
     Pair,
@@ -286,10 +286,10 @@ class Bench:
         set_gates(self.constants, self.gates, opened)
         onnx.save(compress(self.model, verify=False).model, folder / "source.onnx")
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
-        write_json(folder / "build.json", {"schema": 2, "target": self.target.name, "engines": {name: entry}})
         self.built += 1
-        self.versions = entry["versions"]
-        return load(folder, name, self.target)
+        self.versions = entry.versions
+        artefact = folder / f"{name}{self.target.backend.artefact.suffix}"
+        return open_artefact(artefact, self.target, entry.plan_file, tf32=entry.tf32)
 
 
 def _at_rates(site: Site, rates: Mapping[int, Sequence[float]], every: Sequence[float]) -> dict[int, float]:

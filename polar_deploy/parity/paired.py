@@ -187,9 +187,9 @@ class Comparison:
 
     def loss(self) -> Loss:
         """Drop against the reference with its interval, and differences of outputs."""
-        counted, gaps = self.paired.accuracy().as_json() if self.paired else {}, self.gaps.values()
+        counted, gaps = self.paired.accuracy().entries() if self.paired else {}, self.gaps.values()
         return Loss(
-            **self.difference().as_json(),
+            **self.difference().entries(),
             samples=max(gap.compared + gap.nonfinite for gap in gaps),
             nonfinite=max(gap.nonfinite for gap in gaps),
             **{key: counted[key] for key in ("drop", "interval", "agreement") if key in counted},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import onnx_files
+from polar_deploy.documents.build import Types, WiderLayer
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def write(
     options: Build,
     calibration: Arrays | None,
     kernels: Kernels | None = None,
-) -> dict[str, Any]:
+) -> Types:
     """Write the network `source` to `destination` with the types of `target`; graph inputs and outputs keep names.
 
     Args:
@@ -40,8 +41,7 @@ def write(
             the graph is proven as it is written.
 
     Returns:
-        {"io_dtype": "fp32" or "native", "types": {"int8": 55, "fp16": 3}: layers by type, "high_precision_layers": the
-        nodes that stay wider and why, "calibration": None or how}, as build.json has it.
+        What build.json tells of the types.
 
     Raises:
         ContentError: a tensor of another float type, a constant that FP16 cannot hold, an operator that ONNX does not
@@ -53,7 +53,7 @@ def write(
     from polar_deploy.precision import bf16, fp16, graph, int8
     from polar_deploy.precision.proof import Reference, normal_samples, spread
 
-    kept: list[dict[str, Any]] = []
+    kept: list[WiderLayer] = []
     described: dict[str, Any] | None = None
     keep_io_types = options.io_dtype == "fp32"
     if target.precision == "fp32":
@@ -68,11 +68,12 @@ def write(
         reference = None if samples is None else Reference.of(wide, samples, source)
         convert = fp16.to_fp16 if target.precision == "fp16" else bf16.to_bf16
         model, kept = convert(wide, source, reference, keep_io_types=keep_io_types, kernels=kernels)
-    types = graph.checked(model, source, target.precision, {each["layer"] for each in kept})
+    types = graph.checked(model, source, target.precision, {each.layer for each in kept})
     with atomic_path(destination) as path:
         onnx.save(model, path)
     narrow = any(
         value.type.tensor_type.elem_type in graph.NARROW for value in (*model.graph.input, *model.graph.output)
     )
-    io_dtype = "native" if narrow else "fp32"
-    return {"io_dtype": io_dtype, "types": types, "high_precision_layers": kept, "calibration": described}
+    return Types(
+        io_dtype="native" if narrow else "fp32", types=types, high_precision_layers=kept, calibration=described
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy import onnx_files
+from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
@@ -31,7 +31,7 @@ def to_bf16(
     *,
     keep_io_types: bool,
     kernels: Kernels | None = None,
-) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+) -> tuple[onnx.ModelProto, list[WiderLayer]]:
     """Write BF16 into a graph, casts where an operator cannot have it: the graph, and the nodes that stay FP32.
 
     Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
 from polar_deploy import onnx_files
+from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
@@ -26,7 +26,7 @@ def to_fp16(
     keep_io_types: bool,
     kernels: Kernels | None = None,
     bound: float = BOUNDS["fp16"],
-) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+) -> tuple[onnx.ModelProto, list[WiderLayer]]:
     """Write FP16 into a graph: the graph, and the nodes that stay FP32 because FP16 would ruin the outputs.
 
     Args:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from polar_deploy import onnx_files
+from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
 from polar_deploy.precision.proof import Kernels, Reference
@@ -33,7 +34,7 @@ def to_int8(
     options: Build,
     samples: Arrays | None,
     kernels: Kernels | None = None,
-) -> tuple[onnx.ModelProto, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[onnx.ModelProto, list[WiderLayer], dict[str, Any]]:
     """Write INT8 into a graph: the graph, the nodes that stay wider, and how it was calibrated.
 
     Args:
@@ -156,7 +157,7 @@ class _Writer:
         self.kept += [proof.entry(self.nodes[name], self.scheme.wider, why) for name in found]
         return found
 
-    def _layers(self) -> tuple[list[onnx.NodeProto], list[dict[str, Any]]]:
+    def _layers(self) -> tuple[list[onnx.NodeProto], list[WiderLayer]]:
         """The layers with constants of their own: what INT8 makes faster. And those that have no integer kernel."""
         constants, computed = graph.weights(self.model), set(graph.makers(self.model))
         computed |= {value.name for value in self.model.graph.input}

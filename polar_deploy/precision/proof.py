@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration
 from polar_deploy.precision.calibration import Array
@@ -154,7 +154,7 @@ def kept_wide(
     bound: float,
     wider: str,
     kernels: Kernels | None = None,
-) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+) -> tuple[onnx.ModelProto, list[WiderLayer]]:
     """Convert a network, and leave as few nodes as possible in the wider type so that its error is within a bound.
 
     Args:
@@ -196,15 +196,10 @@ def kept_wide(
     return typed[tuple(wide)], [entry(nodes[name], wider, _lost(before)) for name in wide]
 
 
-def entry(node: onnx.NodeProto, wider: str, why: str, error: float | None = None) -> dict[str, Any]:
+def entry(node: onnx.NodeProto, wider: str, why: str, error: float | None = None) -> WiderLayer:
     """A node that stays wider, as build.json lists it."""
-    return {
-        "layer": node.name,
-        "operator": node.op_type,
-        "error": None if error is None else round(error, 6),
-        "type": wider,
-        "why": why,
-    }
+    share = None if error is None else round(error, 6)
+    return WiderLayer(layer=node.name, operator=node.op_type, error=share, type=wider, why=why)
 
 
 def _lost(error: float) -> str:

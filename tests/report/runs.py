@@ -54,7 +54,9 @@ def entry(name: str, macs: int, params: int, size: int) -> dict[str, Any]:
     types = {"io_dtype": "fp32", "types": {}, "high_precision_layers": [], "calibration": None}
     precision = {"asked": "fp32", "found": {"fp32": 21}, **types}
     versions = {"onnxruntime": "1.32.0"}
-    return {"macs": macs, "params": params, "files": files, "versions": versions, "precision": precision}
+    made = {"backend": "ort", "provider": "CPUExecutionProvider", "threads": 1, "tf32": False, "plan": "none: a graph"}
+    costs = {"macs": macs, "params": params, "seconds": 1.5}
+    return {**made, "versions": versions, "precision": precision, "files": files, **costs}
 
 
 BUILD = {
@@ -78,6 +80,7 @@ PARITY = {
     "worst_classes": [1],
     "worst_samples": [{"index": 7, "label": 1, "answer": 0, "confidence": 91.5}],
     "class_names": ["cat", "dog"],
+    "files": {"engines/full.onnx": "0" * 64},
     "precision": None,
     "graphs": None,
     "accuracy": {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from polar_deploy.documents.build import EngineFacts, Plan
 from polar_deploy.engines import child
+from polar_deploy.engines.base import Made
 from polar_deploy.errors import ContentError, MachineError
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ _AGAIN = "build again here: --from build"
 _COMPATIBLE_SINCE = (8, 0)  # Ampere: a hardware-compatible plan runs on it and on what came later
 
 
-def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Build) -> Made:
     """Build in a child process. As `Runtime.build` says."""
     request = {
         "folder": str(folder.resolve()),
@@ -27,14 +29,16 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
         "options": options.model_dump(mode="json"),
     }
     made = child.call(f"{__name__}.builder:run", request, f"building an engine of {onnx_path}")
-    plan = made["plan"]
-    return {
-        **made,
-        "provider": plan["library"],
-        "tf32": options.tf32,
-        "versions": {plan["library"]: plan["version"]},
-        "files": [onnx_path.name, plan["file"], f"{name}.layers.json"],
-    }
+    plan = Plan(**made["plan"])
+    engine = EngineFacts(
+        provider=plan.library,
+        tf32=options.tf32,
+        versions={plan.library: plan.version},
+        plan=plan,
+        reformats=made["reformats"],
+        padded_channels=made["padded_channels"],
+    )
+    return Made(engine, made["found"], (onnx_path.name, plan.file, f"{name}.layers.json"))
 
 
 def kernels(target: Target) -> Kernels | None:
@@ -42,43 +46,40 @@ def kernels(target: Target) -> Kernels | None:
     return None
 
 
-def load(artefact: Path, target: Target, entry: dict[str, Any]) -> TrtEngine:
+def load(artefact: Path, target: Target, plan: Plan | None, *, tf32: bool) -> TrtEngine:
     """Load a plan that was built for this GPU and this version of the library. As `Runtime.load` says."""
     from polar_deploy.engines.trt import library
     from polar_deploy.engines.trt.run import TrtEngine
 
-    require_fit(artefact, target, entry["plan"])
-    brings_code = bool(entry["plan"].get("version_compatible"))
+    require_fit(artefact, target, plan)
+    brings_code = plan is not None and plan.version_compatible
     backend = library.of(target)
     return TrtEngine(artefact, library.load(backend), library.logger(backend), host_code=brings_code)
 
 
-def require_fit(artefact: Path, target: Target, described: Any) -> None:
+def require_fit(artefact: Path, target: Target, plan: Plan | None) -> None:
     """Raise unless a plan is for the GPU and the version of the library that are here. As `Runtime.require_fit`."""
     from polar_deploy.engines.trt import library
 
-    require_plan_fits(artefact, described, library.version(library.of(target)))
+    if plan is None:
+        raise ContentError(f"{artefact}: build.json does not say what the plan is for", _AGAIN)
+    require_plan_fits(artefact, plan, library.version(library.of(target)))
 
 
-def require_plan_fits(path: Path, plan: dict[str, Any], version: str) -> None:
+def require_plan_fits(path: Path, plan: Plan, version: str) -> None:
     """As `require_fit`, for a version of the library, which has four parts."""
     from polar_deploy import gpu
 
-    try:
-        built_with, capabilities = str(plan["version"]), [_numbers(each) for each in plan["capabilities"]]
-        built_on = plan["gpu"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ContentError(f"{path}: build.json does not say what the plan is for", _AGAIN) from error
-    later = plan.get("version_compatible") and _runs_later(built_with, version)
-    if built_with != version and not later:
-        raise MachineError(f"{path} was built with {plan['library']} {built_with}, here is {version}", _AGAIN)
+    later = plan.version_compatible and _runs_later(plan.version, version)
+    if plan.version != version and not later:
+        raise MachineError(f"{path} was built with {plan.library} {plan.version}, here is {version}", _AGAIN)
     here = gpu.first()
-    same = here.capability in capabilities and built_on in (None, here.name)
-    if not same and not (plan.get("hardware_compatible") and here.capability >= _COMPATIBLE_SINCE):
-        listed = ", ".join(".".join(map(str, each)) for each in capabilities)
+    capabilities = [_numbers(each) for each in plan.capabilities]
+    same = here.capability in capabilities and plan.gpu in (None, here.name)
+    if not same and not (plan.hardware_compatible and here.capability >= _COMPATIBLE_SINCE):
         raise MachineError(
-            f"{path} was built for {built_on or 'GPUs'} (compute capability {listed}), here is {here.name} "
-            f"({'.'.join(map(str, here.capability))})",
+            f"{path} was built for {plan.gpu or 'GPUs'} (compute capability {', '.join(plan.capabilities)}), here is "
+            f"{here.name} ({'.'.join(map(str, here.capability))})",
             _AGAIN,
         )
 
