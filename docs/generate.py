@@ -25,8 +25,10 @@ from polar_deploy.backends import BACKENDS
 from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.config import About
 from polar_deploy.documents.build import Built
+from polar_deploy.documents.gates import GateStates
 from polar_deploy.documents.parity import Parity
 from polar_deploy.documents.part import schema
+from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.settings import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +146,13 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-SCHEMAS: dict[str, type[BaseModel]] = {"build": Built, "bundle": Manifest, "parity": Parity}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "build": Built,
+    "bundle": Manifest,
+    "gates": GateStates,
+    "parity": Parity,
+    "surgery": SurgeryReport,
+}
 
 
 def renewed(text: str) -> str:

@@ -48,7 +48,7 @@ def make(
     parity, built = Parity.read(run / "parity.json"), Built.read(run / "engines/build.json")
     _require_judged(run, parity, settings)
     with atomic_folder(folder) as draft:
-        networks = {name: _network(run, draft, name, built.engines[name]) for name in names}
+        networks = {name: _network(run, draft, name, built.entry(name, run / "engines/build.json")) for name in names}
         _copy(run, draft, "compressed/surgery.json")
         pictures = task == CLASSIFICATION
         document = {

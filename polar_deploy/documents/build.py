@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from polar_deploy.config import Capability, Count, CountOrNone, NonNegative
 from polar_deploy.documents.parity import Reason, Sha256
 from polar_deploy.documents.part import Document, Part
+from polar_deploy.errors import ContentError
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -127,3 +129,9 @@ class Built(Document):
     target: Name
     engines: Annotated[dict[str, BuiltEngine], Field(min_length=1)]
     bundle: Sha256 | None = None
+
+    def entry(self, name: str, path: Path) -> BuiltEngine:
+        """The engine `name`; ContentError where the file, which lies at `path`, does not list it."""
+        if name not in self.engines:
+            raise ContentError(f"{path} does not list the engine {name!r}", "let the build stage run again")
+        return self.engines[name]

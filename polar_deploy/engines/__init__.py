@@ -38,6 +38,7 @@ __all__ = [
     "kernels",
     "load",
     "open_artefact",
+    "open_built",
     "rebuild",
     "reference_engine",
     "require_fit",
@@ -162,6 +163,12 @@ def load(folder: Path, name: str, target: targets.Target) -> Engine:
                 f"{listed.sha256[:12]}…",
                 "let the build stage run again",
             )
+    return open_built(entry, folder, name, target)
+
+
+def open_built(entry: BuiltEngine, folder: Path, name: str, target: targets.Target) -> Engine:
+    """Load the engine that `build` has just made as `folder/NAME.*`. Raises as `open_artefact`."""
+    artefact = folder / f"{name}{target.backend.artefact.suffix}"
     return open_artefact(artefact, target, entry.plan_file, tf32=entry.tf32)
 
 
@@ -199,9 +206,7 @@ def reference_engine(path: Path) -> Engine:
 
 def _entry(path: Path, name: str, target: targets.Target) -> BuiltEngine:
     built = Built.read(path)
-    entry = built.engines.get(name)
-    if entry is None:
-        raise ContentError(f"{path} does not list the engine {name!r}", "let the build stage run again")
+    entry = built.entry(name, path)
     if built.target != target.name:
         raise ContentError(
             f"{path}: the engines were built for {built.target}, not {target.name}", "let the build stage run again"

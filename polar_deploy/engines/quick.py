@@ -109,13 +109,10 @@ def pictures(batch: int) -> dict[str, Array]:
 
 
 def _engine(source: Path, folder: Path, target: Target) -> Engine:
-    from polar_deploy.workspace import write_json
-
     folder.mkdir()
     options = Build(batches=(min(BATCHES), min(BATCHES), max(BATCHES)))
     built = engines.build(source, folder, "full", target, options, pictures(64))
-    write_json(folder / "build.json", {"schema": 1, "target": target.name, "engines": {"full": built}})
-    return engines.load(folder, "full", target)
+    return engines.open_built(built, folder, "full", target)
 
 
 def _medians(timers: dict[str, Timer], seconds: float) -> dict[str, float]:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy import onnx_files, targets
-from polar_deploy.engines import Array, build, machine, open_artefact, timing
+from polar_deploy.engines import Array, build, machine, open_built, timing
 from polar_deploy.engines.overlaps import (
     Group,
     Pair,
@@ -288,8 +288,7 @@ class Bench:
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
         self.built += 1
         self.versions = entry.versions
-        artefact = folder / f"{name}{self.target.backend.artefact.suffix}"
-        return open_artefact(artefact, self.target, entry.plan_file, tf32=entry.tf32)
+        return open_built(entry, folder, name, self.target)
 
 
 def _at_rates(site: Site, rates: Mapping[int, Sequence[float]], every: Sequence[float]) -> dict[int, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.documents.gates import GateStates
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery.choices import Choices
 from polar_deploy.surgery.facts import Bools
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def document(
     model: str, inputs: dict[str, list[int | None]], align: int, device: Chosen | None, gates: Gates, share: list[float]
-) -> dict[str, Any]:
+) -> GateStates:
     """The content of gates.json.
 
     Args:
@@ -30,31 +31,28 @@ def document(
         gates: as they were fixed.
         share: of training samples that opened each gate, [gates].
     """
-    return {
-        "schema": 1,
-        "model": model,
-        "inputs": inputs,
-        "align": align,
-        "device": device and {"name": device.device.name, "precision": device.precision},
-        "budget": dict(gates.budget),
-        "achieved": {name: gates.cost()[name] for name in gates.budget},
-        "sites": sites(gates.analysis.choices, gates.opened, share),
-        "ungated": gates.ungated,
-    }
-
-
-def sites(choices: Choices, opened: Bools, share: list[float]) -> list[dict[str, Any]]:
-    """The entry `sites` of gates.json; `share`: of training samples that opened each gate, [gates]."""
-    return [
+    return GateStates.model_validate(
         {
-            "name": name,
-            "kind": kind,
-            "width": len(gates),
-            "open": np.flatnonzero(opened[gates.start : gates.stop]).tolist(),
-            "share": share[gates.start : gates.stop],
+            "schema": 1,
+            "model": model,
+            "inputs": inputs,
+            "align": align,
+            "device": device and {"name": device.device.name, "precision": device.precision},
+            "budget": dict(gates.budget),
+            "achieved": {name: gates.cost()[name] for name in gates.budget},
+            "sites": [
+                {
+                    "name": name,
+                    "kind": kind,
+                    "width": len(each),
+                    "open": np.flatnonzero(gates.opened[each.start : each.stop]).tolist(),
+                    "share": share[each.start : each.stop],
+                }
+                for each, name, kind in gates.analysis.choices.owners()
+            ],
+            "ungated": gates.ungated,
         }
-        for gates, name, kind in choices.owners()
-    ]
+    )
 
 
 def read_open(choices: Choices, path: Path) -> Bools:

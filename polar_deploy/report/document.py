@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy import latency
 from polar_deploy.data.names import without_places
 from polar_deploy.documents.build import Built, BuiltEngine
+from polar_deploy.documents.gates import GateSite, GateStates
 from polar_deploy.documents.parity import BatchLatency, Parity
+from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.engines import timing
 from polar_deploy.errors import ContentError
-from polar_deploy.report.network import OF_SURGERY, network, saved_ms, savings, sites
+from polar_deploy.report.network import network, saved_ms, savings, sites
 from polar_deploy.workspace import digest, read_json, sha256
 
 if TYPE_CHECKING:
@@ -49,14 +51,15 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         UsageError: one of the files is missing.
         ContentError: one is not JSON, or lacks a key.
     """
-    gates, built = JsonFile(folder / "gated/gates.json"), Built.read(folder / "engines/build.json")
-    surgery, parity = JsonFile(folder / "compressed/surgery.json"), Parity.read(folder / "parity.json")
+    gates, build_json = GateStates.read(folder / "gated/gates.json"), folder / "engines/build.json"
+    built = Built.read(build_json)
+    surgery, parity = SurgeryReport.read(folder / "compressed/surgery.json"), Parity.read(folder / "parity.json")
     compared = parity.as_json()
-    entries = {"full": built.engines["full"], "compressed": built.engines["compressed"]}
+    entries = {name: built.entry(name, build_json) for name in ("full", "compressed")}
     logs = {name: _log(folder / name / "training.jsonl") for name in ("full", "gated")}
     costs = {key: _pair({name: getattr(each, key) for name, each in entries.items()}) for key in ("macs", "params")}
-    measured = "latency" in gates.get("budget") and settings.latency_is_measured
-    cut = network({key: surgery.get(key) for key in OF_SURGERY}, folder / "gated/model.onnx")
+    measured = "latency" in gates.budget and settings.latency_is_measured
+    cut = network(surgery, folder / "gated/model.onnx")
     return {
         "schema": 2,
         "settings": _digest(settings),
@@ -71,8 +74,8 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "full": "given" if settings.full_weights else "trained",
         "export": compared["export"],
         "surgery": compared["surgery"],
-        "budget": {"asked": gates.get("budget"), "achieved": gates.get("achieved")},
-        "verified": surgery.get("verified"),
+        "budget": {"asked": gates.budget, "achieved": gates.achieved},
+        "verified": surgery.verified,
         "not_run": compared["not_run"],
         "accuracy": compared["accuracy"],
         "classes": _classes(parity),
@@ -85,10 +88,10 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.latency],
         "predicted": _predicted(folder / "latency-table.json", gates) if measured else None,
-        "blocks": _blocks(gates.get("sites")),
-        "network": {**cut, "ungated": gates.get("ungated")},
+        "blocks": _blocks(gates.sites),
+        "network": {**cut, "ungated": gates.ungated},
         "savings": {key: savings(cut["layers"], pair["full"], pair["compressed"], key) for key, pair in costs.items()},
-        "sites": sites(gates.get("sites"), logs["gated"]),
+        "sites": sites(gates.sites, logs["gated"]),
         "training": {name: _trained(log, costs["macs"]["full"]) for name, log in logs.items()},
         "history": {name: _history(log) for name, log in logs.items()},
         "freeze": _freeze(logs["gated"]),
@@ -127,10 +130,10 @@ def _layers(entry: BuiltEngine) -> dict[str, Any]:
     return {"layers": layers, "reformats": entry.reformats, "padded_channels": entry.padded_channels}
 
 
-def _predicted(path: Path, gates: JsonFile) -> dict[str, Any]:
+def _predicted(path: Path, gates: GateStates) -> dict[str, Any]:
     """What the latency table says of the gates that stayed open, to be held against what was measured."""
     table = latency.read(path)
-    opened = {site["name"]: len(site["open"]) for site in gates.get("sites")}
+    opened = {site.name: len(site.open) for site in gates.sites}
     predicted = {"full_ms": table.full_ms, "compressed_ms": table.predicted_ms(opened)}
     return {"batch": table.batch, **predicted, "saved": saved_ms(table, opened)}
 
@@ -214,7 +217,7 @@ def _bundle(manifest: Path) -> dict[str, Any] | None:
     return {"manifest_sha256": sha256(manifest), "bytes": size}
 
 
-def _blocks(sites: list[dict[str, Any]]) -> dict[str, int]:
+def _blocks(sites: list[GateSite]) -> dict[str, int]:
     """How many of the blocks that have a gate are closed, and so removed."""
-    blocks = [site for site in sites if site["kind"] == "block"]
-    return {"removed": sum(not site["open"] for site in blocks), "total": len(blocks)}
+    blocks = [site for site in sites if site.kind == "block"]
+    return {"removed": sum(not site.open for site in blocks), "total": len(blocks)}

@@ -6,11 +6,10 @@ Reads gated/gates.json: the rest of the run need not be there.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from polar_deploy.report.document import JsonFile
+from polar_deploy.documents.gates import GateSite, GateStates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,30 +28,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw the gates of a run."""
     from polar_deploy.progress import console
 
-    draw(JsonFile(arguments.folder / "gated/gates.json"), console())
+    draw(GateStates.read(arguments.folder / "gated/gates.json"), console())
     return 0
 
 
-def draw(gates: JsonFile, console: Console) -> None:
+def draw(gates: GateStates, console: Console) -> None:
     """One line a place: kind, name, a bar as long as it is wide and filled as far as it is open, and the numbers."""
-    sites = gates.get("sites")
-    widest = max(site["width"] for site in sites)
+    sites = gates.sites
+    widest = max(site.width for site in sites)
     signs = _SIGNS[console.encoding.lower().startswith("utf")]
-    named = max(len(site["name"]) for site in sites)
+    named = max(len(site.name) for site in sites)
     bar = min(BAR, max(8, console.width - named - _BESIDE))  # names tell more than lengths of bars do
     longest = min(named, max(12, console.width - bar - _BESIDE))
     for site in sites:
         console.print(_line(site, longest, bar / widest, signs), markup=False, highlight=False, no_wrap=True, crop=True)
-    asked, achieved = gates.get("budget"), gates.get("achieved")
-    for name, share in achieved.items():
-        console.print(f"{name}: {share:.3f} of the full network's, {asked[name]:g} asked", highlight=False)
+    for name, share in gates.achieved.items():
+        console.print(f"{name}: {share:.3f} of the full network's, {gates.budget[name]:g} asked", highlight=False)
 
 
-def _line(site: Mapping[str, Any], longest: int, scale: float, signs: tuple[str, str]) -> str:
-    opened, width, name = len(site["open"]), site["width"], site["name"]
+def _line(site: GateSite, longest: int, scale: float, signs: tuple[str, str]) -> str:
+    opened, width, name = len(site.open), site.width, site.name
     name = name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[longest // 2 - longest :]}"
-    head = f"{site['kind']:<8}{name:<{longest}}  "
-    if site["kind"] == "block":
+    head = f"{site.kind:<8}{name:<{longest}}  "
+    if site.kind == "block":
         return head + ("stays" if opened else "removed")
     length = max(1, round(scale * width))
     filled = max(1, round(length * opened / width))

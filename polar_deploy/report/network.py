@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import onnx_files
+from polar_deploy.documents.gates import GateSite
+from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.latency import LatencyTable
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
 _SITE = "polar_deploy.site"  # metadata of a gate's Mul, as `polar_deploy.gating.deploy` writes it
-OF_SURGERY = ("layers", "blocks_removed", "cuts_not_made", "unsupported")  # what `network` reads of surgery.json
 
 
-def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
-    """The entry `network` of report.json.
+def network(surgery: SurgeryReport, gated: Path) -> dict[str, Any]:
+    """The entry `network` of report.json, but for what has no gates.
 
     Args:
         surgery: surgery.json.
@@ -29,24 +30,23 @@ def network(surgery: Mapping[str, Any], gated: Path) -> dict[str, Any]:
     names = _module_names(nodes)
     words = names | _other_names(nodes, names)
     block_of: dict[str, int] = {}
-    for index, block in enumerate(surgery["blocks_removed"]):
-        for node in block["layers"]:
+    for index, block in enumerate(surgery.blocks_removed):
+        for node in block.layers:
             block_of.setdefault(node, index)  # a block behind another removed one lists that one's layers, too
-    keys = ("operator", "in", "out", "macs", "params")
     return {
         "layers": [
             {
-                "name": names.get(layer["name"], layer["name"]),
-                **{key: layer[key] for key in keys},
-                "removed_block": block_of.get(layer["name"]),
+                **layer.model_dump(mode="json", by_alias=True, exclude={"alignment", "padding"}),
+                "name": names.get(layer.name, layer.name),
+                "removed_block": block_of.get(layer.name),
             }
-            for layer in surgery["layers"]
+            for layer in surgery.layers
         ],
         "not_cut": [
-            {key: _in_words(each, words) if isinstance(each, str) else each for key, each in cut.items()}
-            for cut in surgery["cuts_not_made"]
+            {key: _in_words(each, words) if isinstance(each, str) else each for key, each in cut.as_json().items()}
+            for cut in surgery.cuts_not_made
         ],
-        "unsupported": surgery["unsupported"],
+        "unsupported": [each.as_json() for each in surgery.unsupported],
     }
 
 
@@ -79,10 +79,10 @@ def _in_words(text: str, names: Mapping[str, str]) -> str:
     return re.sub(r"[^\s,;]+", lambda word: names.get(word[0], word[0]), text)
 
 
-def sites(gates: Iterable[Mapping[str, Any]], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def sites(gates: Iterable[GateSite], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every place for gates: its width, how many gates stayed open, and when that changed, as [epoch, open]."""
     found: list[dict[str, Any]] = [
-        {"name": site["name"], "kind": site["kind"], "width": site["width"], "open": len(site["open"]), "changes": []}
+        {"name": site.name, "kind": site.kind, "width": site.width, "open": len(site.open), "changes": []}
         for site in gates
     ]
     for record in log:

@@ -34,13 +34,12 @@ if TYPE_CHECKING:
 def _run(run: RunContext) -> None:
     from polar_deploy import models
     from polar_deploy.gating.document import document
-    from polar_deploy.workspace import write_json
 
     settings = run.settings
     network, gates, share = train(run)
     models.save_weights(network, run.path(GATED_WEIGHTS))
     shapes = {name: list(spec.shape) for name, spec in run.task.inputs.items()}
-    write_json(run.path(GATES), document(settings.model, shapes, settings.align, run.device, gates, share))
+    document(settings.model, shapes, settings.align, run.device, gates, share).write(run.path(GATES))
 
 
 def train(run: RunContext) -> tuple[nn.Module, Gates, list[float]]:

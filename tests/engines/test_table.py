@@ -227,10 +227,10 @@ def macs_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], float]) -> None:
     """A clock that shows a function of an engine's MACs."""
 
-    def build(source: Path, folder: Path, name: str, *how: object) -> dict[str, Any]:
-        return {"versions": {"onnx": onnx.__version__}}
+    def build(source: Path, folder: Path, name: str, *how: object) -> Any:
+        return SimpleNamespace(versions={"onnx": onnx.__version__})
 
-    def load(folder: Path, name: str, target: targets.Target) -> Any:
+    def open_built(entry: object, folder: Path, name: str, target: targets.Target) -> Any:
         return SimpleNamespace(macs=cost(onnx.load(folder / "source.onnx")).macs, conditions=lambda: None)
 
     def afresh(a: Any, b: Any, images: np.ndarray, **how: object) -> list[timing.Round]:
@@ -241,7 +241,7 @@ def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], flo
         return [timing.Round(12, 1, 0, *took, speedup, even)]
 
     monkeypatch.setattr(table, "build", build)
-    monkeypatch.setattr(table, "load", load)
+    monkeypatch.setattr(table, "open_built", open_built)
     monkeypatch.setattr(table.timing, "afresh", afresh)
 
 

@@ -267,11 +267,13 @@ def test_tensorrt_is_proven_by_the_engine_itself(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(builder, "_gpu_here", lambda: gpu.Gpu("NVIDIA L4", (8, 9)))
     monkeypatch.setattr(gpu, "cuda_version", lambda: "12.8")
     made = direct(half_typed(), tmp_path, "trt-fp16", workspace=64, optimization_level=2)
-    assert made["found"] == {"fp16": 1}
-    assert (made["plan"]["gpu"], made["plan"]["capabilities"], made["plan"]["cuda"]) == ("NVIDIA L4", ["8.9"], "12.8")
-    assert made["plan"]["timing_cache"] == "timing.cache"
+    assert made.found == {"fp16": 1}
+    plan = made.engine.plan
+    assert isinstance(plan, Plan)
+    assert (plan.gpu, plan.capabilities, plan.cuda) == ("NVIDIA L4", ["8.9"], "12.8")
+    assert plan.timing_cache == "timing.cache"
     assert not (tmp_path / "timing.cache.lock").exists()
-    assert "--memPoolSize=workspace:64M" in made["plan"]["trtexec"]
+    assert "--memPoolSize=workspace:64M" in (plan.trtexec or "")
     content = json.loads((tmp_path / "full.layers.json").read_text())
     assert (content["read_from"], content["reformats"], content["padded_channels"]) == ("engine inspector", 0, 0)
 

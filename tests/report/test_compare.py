@@ -14,7 +14,7 @@ from polar_deploy import cli, report
 from polar_deploy.report.__main__ import main
 from polar_deploy.workspace import write_json
 from tests.conftest import called
-from tests.report.runs import SETTINGS, write_run
+from tests.report.runs import GATES, SETTINGS, write_run
 from tests.report.test_page import Outline
 
 
@@ -161,12 +161,12 @@ def test_view_prints_the_path_and_opens_a_browser_where_there_is_a_screen(
 def test_gates_are_drawn_place_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """32 characters for the widest place; fewer on a narrow terminal, where names stay whole."""
     sites = [
-        {"name": "stem", "kind": "stream", "width": 16, "open": list(range(16))},
-        {"name": "body.conv1", "kind": "channel", "width": 32, "open": list(range(8))},
-        {"name": "body:out", "kind": "block", "width": 1, "open": []},
-        {"name": "tail:out", "kind": "block", "width": 1, "open": [0]},
+        {"name": "stem", "kind": "stream", "width": 16, "open": list(range(16)), "share": [1.0] * 16},
+        {"name": "body.conv1", "kind": "channel", "width": 32, "open": list(range(8)), "share": [0.5] * 32},
+        {"name": "body:out", "kind": "block", "width": 1, "open": [], "share": [0.0]},
+        {"name": "tail:out", "kind": "block", "width": 1, "open": [0], "share": [1.0]},
     ]
-    write_json(tmp_path / "gated/gates.json", {"sites": sites, "budget": {"macs": 0.5}, "achieved": {"macs": 0.4961}})
+    write_json(tmp_path / "gated/gates.json", {**GATES, "sites": sites, "achieved": {"macs": 0.4961}})
     assert called(cli.main, "gates", "show", tmp_path).out.splitlines() == [
         f"stream  stem        {'█' * 16} 16",
         f"channel body.conv1  {'█' * 8}{'░' * 24} 8 of 32",

@@ -124,7 +124,10 @@ def test_given_weights_are_named(folder: Path) -> None:
 
 def test_missing_file_and_missing_key_are_named(folder: Path) -> None:
     write_json(folder / "engines/build.json", {"schema": 2, "target": "ort-fp32", "engines": {"full": {}}})
-    with pytest.raises(ContentError, match=r"build\.json has no 'engines\.compressed'"):
+    with pytest.raises(ContentError, match=r"build\.json: engines\.full\.provider: Field required"):
+        report.build(folder, SETTINGS)
+    write_json(folder / "engines/build.json", {**BUILD, "engines": {"full": BUILD["engines"]["full"]}})
+    with pytest.raises(ContentError, match=r"build\.json does not list the engine 'compressed'"):
         report.build(folder, SETTINGS)
     (folder / "parity.json").write_text("half a {")
     with pytest.raises(ContentError, match=r"parity\.json is not JSON"):
