@@ -17,7 +17,7 @@ from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
 from polar_deploy.documents.build import Built, BuiltEngine, Plan
-from polar_deploy.documents.parity import Accuracy, BatchLatency, Parity, Verdict
+from polar_deploy.documents.parity import Accuracy, BatchLatency, Judged, Parity
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.tensors import count
 from polar_deploy.workspace import atomic_folder, sha256, write_json
@@ -232,7 +232,7 @@ def _latency(measured: BatchLatency) -> dict[str, Any]:
     return {"batch": measured.batch, "decided": measured.decided, **best}
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Judged) -> dict[str, Any]:
     answers = verdict.model_dump(mode="json", include={"accuracy", "latency", "overall"})
     return {"asked": verdict.asked(), **answers}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from polar_deploy.config import Count, CountOrNone, Share
 from polar_deploy.documents.part import Document, Part
@@ -55,11 +55,3 @@ class GateStates(Document):
     achieved: Costs
     sites: Annotated[list[GateSite], Field(min_length=1)]
     ungated: dict[str, str]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_input(cls, content: Any) -> Any:
-        """Networks had one input, with this name, when the files of older runs were written."""
-        if isinstance(content, dict) and "input" in content:
-            return {"inputs": {"input": content["input"]}, **{k: v for k, v in content.items() if k != "input"}}
-        return content

@@ -216,7 +216,7 @@ class BatchLatency(Part):
         return self.rounds[self.chosen]
 
 
-class Verdict(Part):
+class Judged(Part):
     """What was asked, as the settings `accept` have it, and the answers."""
 
     max_drop: NonNegative
@@ -268,7 +268,7 @@ class Compared(Document):
     export: Export | None
     surgery: Difference | None
     latency: list[BatchLatency]
-    verdict: Verdict
+    verdict: Judged
 
 
 class Parity(Compared):

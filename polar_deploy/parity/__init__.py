@@ -21,10 +21,10 @@ from polar_deploy.documents.parity import (
     Compared,
     Conditions,
     Export,
+    Judged,
     Judgement,
     Machine,
     Round,
-    Verdict,
 )
 from polar_deploy.documents.part import Pair
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
@@ -226,7 +226,7 @@ def _compared(
     metric: Metric | None,
     graphs: Graphs | None,
     latency: list[BatchLatency],
-    verdict: Verdict,
+    verdict: Judged,
 ) -> Compared:
     engines, surgery = found.get("accuracy"), found.get("surgery")
     pair, pruning = engines.paired if engines else None, found["pruning"].paired if graphs else None

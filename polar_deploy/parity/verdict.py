@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from polar_deploy.config import AcceptanceCriteria
-from polar_deploy.documents.parity import Judgement, Percentile, Percentiles, Result, Verdict
+from polar_deploy.documents.parity import Judged, Judgement, Percentile, Percentiles, Result
 from polar_deploy.engines import timing
 from polar_deploy.parity.paired import Paired
 from polar_deploy.tasks.accuracy import Z95
@@ -18,7 +18,7 @@ def judge(
     timings: Sequence[timing.Timing],
     criteria: AcceptanceCriteria,
     precision: Mapping[str, Paired | None] | None = None,
-) -> Verdict:
+) -> Judged:
     """The verdict: accuracy, latency and both together, each pass, fail or undecided with its reason.
 
     Args:
@@ -31,7 +31,7 @@ def judge(
     return _document(judge_accuracy(pair, criteria, precision), judge_latency(at_batch, criteria), criteria)
 
 
-def judge_not_run(lack: str, pruning: Paired | None, criteria: AcceptanceCriteria) -> Verdict:
+def judge_not_run(lack: str, pruning: Paired | None, criteria: AcceptanceCriteria) -> Judged:
     """The verdict on engines that cannot run here: undecided, whatever their graphs do elsewhere.
 
     Args:
@@ -180,9 +180,9 @@ def _within(result: timing.Timing, bound: float, percentile: Literal["p50"] | Pe
     return Judgement("undecided", f"{measured}, too close to the {bound:g} ms allowed to tell")
 
 
-def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCriteria) -> Verdict:
+def _document(accuracy: Judgement, latency: Judgement, criteria: AcceptanceCriteria) -> Judged:
     overall = combine(accuracy, latency)
-    return Verdict(**criteria.model_dump(), accuracy=accuracy, latency=latency, overall=overall)
+    return Judged(**criteria.model_dump(), accuracy=accuracy, latency=latency, overall=overall)
 
 
 def combine(*parts: Judgement) -> Judgement:

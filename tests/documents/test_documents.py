@@ -55,9 +55,3 @@ def test_a_place_inside_of_a_file_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "parity.json", content)
     with pytest.raises(ContentError, match=r"parity\.json: verdict\.overall\.result: "):
         Parity.read(tmp_path / "parity.json")
-
-
-def test_gates_of_older_runs_had_one_input(tmp_path: Path) -> None:
-    older = {key: value for key, value in GATES.items() if key != "inputs"} | {"input": [3, 8, 8]}
-    write_json(tmp_path / "gates.json", older)
-    assert GateStates.read(tmp_path / "gates.json").inputs == {"input": [3, 8, 8]}
