@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from polar_deploy.gating.deploy import write_open
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.surgery.choices import Choices
 from polar_deploy.tasks.classification import classifier
-from polar_deploy.workspace import write_json
 
 TARGET = "ort-fp32"
 NETWORKS = {"resnet56": 32, "resnet20": 32, "resnet50": 64}  # and pixels a side
@@ -64,8 +64,10 @@ def examine(name: str, size: int) -> dict[str, Any]:
         folder = Path(place)
         gated = folder / "gated.onnx"
         choices = export_open(name, size, gated)
-        document = table.measure(gated, targets.parse(TARGET), tell=lambda text: print(f"{name}: {text}", flush=True))
-        write_json(folder / "latency-table.json", document)
+        shown = partial(print, f"{name}:", flush=True)
+        measured = table.measure(gated, targets.parse(TARGET), on_progress=shown)
+        document = measured.as_json()
+        measured.write(folder / "latency-table.json")
         read = latency.read(folder / "latency-table.json", TARGET)
         cost = latency_cost(read, choices)
         bench = table.Bench(gated, folder, targets.parse(TARGET))

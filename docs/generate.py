@@ -26,6 +26,7 @@ from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.config import About
 from polar_deploy.documents.build import Built
 from polar_deploy.documents.gates import GateStates
+from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.documents.parity import Parity
 from polar_deploy.documents.part import schema
 from polar_deploy.documents.surgery import SurgeryReport
@@ -150,6 +151,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "build": Built,
     "bundle": Manifest,
     "gates": GateStates,
+    "latency-table": MeasuredTable,
     "parity": Parity,
     "surgery": SurgeryReport,
 }

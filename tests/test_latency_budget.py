@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from polar_deploy import gpu, latency
-from polar_deploy.engines import table
+from polar_deploy.documents.latency_table import MeasuredTable
+from polar_deploy.engines import machine, table
 from polar_deploy.workspace import read_json, write_json
 from tests.conftest import MINIATURE, Miniature, polar
 
@@ -31,6 +32,13 @@ def _document(target: str = "ort-fp32") -> dict[str, Any]:
     shortcut = {"name": "block2.shortcut:out", "kind": "block", "width": 1, "widths": [0, 1], "ms": [9.9, 10.0]}
     sites.append(shortcut | {"within": []})
     return {"schema": 1, "target": target, "batch": 1, "full_ms": 10.0, "sites": sites, "overlaps": []}
+
+
+def _measured(**changes: Any) -> MeasuredTable:
+    """The same as this program measures it."""
+    about = {"machine": machine.describe(), "device": None, "throttled": [], "versions": {}, "engines": 9}
+    noise = {"median": 0.0, "worst": 0.01}
+    return MeasuredTable.model_validate(_document() | about | {"noise": noise, "seconds": 1.0} | changes)
 
 
 def _given(folder: Path, document: object) -> tuple[str, str]:
@@ -77,7 +85,7 @@ def as_asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 def test_what_was_chosen_is_measured_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_asked: list[dict[str, int]]
 ) -> None:
-    monkeypatch.setattr(table, "measure", lambda *_, **__: _document())
+    monkeypatch.setattr(table, "measure", lambda *_, **__: _measured())
     outcome = polar(*TINY, "--budget", "latency=0.8", "--out", str(tmp_path / "run"))
     assert "what was chosen takes 0.80 of the latency, 0.80 is asked" in outcome.err
     gates = read_json(tmp_path / "run" / "gated" / "gates.json")
@@ -89,9 +97,9 @@ def test_what_was_chosen_is_measured_and_told(
 def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measure(gated: Path, target: Any, *, batch: int, **how: Any) -> dict[str, Any]:
+    def measure(gated: Path, target: Any, *, batch: int, **how: Any) -> MeasuredTable:
         asked.append((gated.is_file(), target.name, batch))
-        return {**_document(), "seconds": len(asked)}  # never the same again
+        return _measured(seconds=float(len(asked)))  # never the same again
 
     monkeypatch.setattr(table, "measure", measure)
     run = tmp_path / "run"
@@ -99,7 +107,7 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert polar(*command).code == 0
     assert asked == [(True, "ort-fp32", 1)]
     made = read_json(run / "latency-table.json")
-    assert {name: value for name, value in made.items() if name != "key"} == {**_document(), "seconds": 1}
+    assert {name: value for name, value in made.items() if name != "key"} == _measured(seconds=1.0).as_json()
     assert polar(*command).up_to_date == ["full", "gates"]
     (run / "stamps" / "gates.json").unlink()  # as if it had been killed
     assert "gates" in polar(*command).ran
@@ -117,11 +125,11 @@ def test_a_table_that_whole_networks_do_not_bear_out_is_measured_again(
 ) -> None:
     likely, times = [], iter([9.9, 8.1])
 
-    def measure(gated: Path, target: Any, **how: Any) -> dict[str, Any]:
+    def measure(gated: Path, target: Any, **how: Any) -> MeasuredTable:
         path = tmp_path / "measured.json"
         write_json(path, _document())
         likely.append(how["likely"](latency.read(path)))
-        return _document() | {"checks": [{"predicted_ms": 8.0, "ms": next(times)}]}
+        return _measured(checks=[{"predicted_ms": 8.0, "ms": next(times)}])
 
     monkeypatch.setattr(table, "measure", measure)
     run = tmp_path / "run"
@@ -150,14 +158,14 @@ def test_measurements_that_contradict_each_other_are_made_again(
 ) -> None:
     results = iter(measured)
 
-    def measure(gated: Path, target: Any, **how: Any) -> dict[str, Any]:
+    def measure(gated: Path, target: Any, **how: Any) -> MeasuredTable:
         result = next(results)
         if result == "disturbed":
             raise latency.DisturbedError(
                 "the sites save 45 ms, but the full network takes 20 ms",
                 "measure the latency table while nothing else runs on the machine",
             )
-        return _document() | {"checks": [{"predicted_ms": 8.0, "ms": 6.7 if result == "off" else 8.0}]}
+        return _measured(checks=[{"predicted_ms": 8.0, "ms": 6.7 if result == "off" else 8.0}])
 
     monkeypatch.setattr(table, "measure", measure)
     outcome = polar(*TINY, "--budget", "latency=0.9", "--out", str(tmp_path / "run"))
@@ -169,7 +177,7 @@ def test_measurements_that_contradict_each_other_are_made_again(
 def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_gates_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "measure", lambda *_, **__: _document())
+    monkeypatch.setattr(table, "measure", lambda *_, **__: _measured())
     outcome = polar(*TINY, "--budget", "latency=0.2", "--out", str(tmp_path / "run"))
     assert outcome.code == 2
     assert "budget latency=0.2 cannot be reached" in outcome.err

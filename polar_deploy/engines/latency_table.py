@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy import latency
+from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.engines import table
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def make(
     options: Build,
     likely: Callable[[LatencyTable], list[dict[str, int]]],
     on_progress: Callable[[str], None],
-) -> dict[str, Any]:
+) -> MeasuredTable:
     """Measure a table (see `table.measure`), and once more where whole networks do not bear it out.
 
     Args:
@@ -38,7 +39,7 @@ def make(
     Raises:
         DisturbedError: what was measured contradicts itself, each time.
     """
-    measured: dict[str, Any] | None = None
+    measured: MeasuredTable | None = None
     for attempt in range(ATTEMPTS):
         try:
             measured = table.measure(
@@ -49,7 +50,7 @@ def make(
                 raise
             on_progress(f"{error.what}: a busy machine?")
             continue
-        off = latency.correction(measured)
+        off = latency.correction(measured.as_json())
         if off <= latency.MOST_CORRECTION:
             break
         on_progress(f"whole networks are {100 * off:.0f} % off what single layers say: a busy machine?")

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy import onnx_files, targets
+from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.engines import Array, build, machine, open_built, timing
 from polar_deploy.engines.overlaps import (
     Group,
@@ -53,7 +54,6 @@ from polar_deploy.engines.sites import Site, own_constants, probed, set_gates, w
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.latency import SCHEMA, LatencyTable, ascending, parsed
 from polar_deploy.tensors import Arrays
-from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
     import onnx
@@ -77,8 +77,8 @@ def measure(
     calibration: Arrays | None = None,
     likely: Callable[[LatencyTable], Sequence[Mapping[str, int]]] = lambda table: (),
     on_progress: Callable[[str], None] = lambda message: None,
-) -> dict[str, Any]:
-    """Measure a gated network on `target` and return the content of latency-table.json.
+) -> MeasuredTable:
+    """Measure a gated network on `target`.
 
     Args:
         gated_onnx: an FP32 network whose gates are products with constants, as the export stage writes it. Which of
@@ -126,14 +126,16 @@ def measure(
             ],
         }
         table = parsed(document)
-        document["checks"] = [
+        checks = [
             {
                 "predicted_ms": round(table.predicted_ms(state), 6),
                 "ms": round(table.full_ms * (1 - bench.saved(state)), 6),
             }
             for state in likely(table)
         ]
-        return document | {"seconds": round(time.monotonic() - start, 1)}
+        return MeasuredTable.model_validate(
+            document | {"checks": checks, "seconds": round(time.monotonic() - start, 1)}
+        )
 
 
 def _entry(site: Site, curve: Mapping[int, float], bench: Bench) -> dict[str, Any]:
@@ -327,11 +329,10 @@ def run(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         on_progress=lambda message: print(message, file=sys.stderr),
     )
-    write_json(arguments.out, table)
-    noise = table["noise"]
+    table.write(arguments.out)
     print(
-        f"{arguments.out}: {len(table['sites'])} sites, {table['engines']} engines, {table['seconds']:.0f} s; "
-        f"full network {table['full_ms']:.3f} ms, control off by {100 * noise['median']:.1f} % (worst "
-        f"{100 * noise['worst']:.1f} %)"
+        f"{arguments.out}: {len(table.sites)} sites, {table.engines} engines, {table.seconds:.0f} s; "
+        f"full network {table.full_ms:.3f} ms, control off by {100 * table.noise.median:.1f} % (worst "
+        f"{100 * table.noise.worst:.1f} %)"
     )
     return 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from polar_deploy.devices import Chosen
+    from polar_deploy.documents.latency_table import MeasuredTable
     from polar_deploy.gating.choice import Measured
     from polar_deploy.gating.gates import Gates
     from polar_deploy.latency import LatencyTable
@@ -124,12 +125,12 @@ def latency_table(run: RunContext) -> LatencyTable:
     known = latency.key(path) if path.is_file() else None
     begun = known is not None and checkpoint.fits(run.path(GATED_CHECKPOINT), str(_fingerprint(run)))
     if known != key and not begun:
-        write_json(path, _measured_table(run) | {"key": key})
+        _measured_table(run).model_copy(update={"key": key}).write(path)
     return latency.read(path, target, batch)
 
 
-def _measured_table(run: RunContext) -> dict[str, object]:
-    """The content of a latency table of the network."""
+def _measured_table(run: RunContext) -> MeasuredTable:
+    """A latency table of the network."""
     from polar_deploy.engines import latency_table
     from polar_deploy.gating import budgets
 

@@ -269,7 +269,7 @@ def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], flo
 def test_prediction_is_exact_where_cost_is_a_product_of_widths(
     tmp_path: Path, network: Callable[[], onnx.ModelProto], macs: Callable[[Opened], int], expected: int
 ) -> None:
-    document = table.measure(saved(network(), tmp_path / "gated.onnx"), TARGET)
+    document = table.measure(saved(network(), tmp_path / "gated.onnx"), TARGET).as_json()
     valid("latency-table", document)
     assert document["engines"] == expected
     write_json(tmp_path / "table.json", document)
@@ -285,7 +285,7 @@ def test_prediction_is_exact_where_cost_is_a_product_of_widths(
 def test_what_a_hub_saves_twice_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where latency does not follow MACs, the cut of all widths at once is predicted as it was measured."""
     use_clock(monkeypatch, lambda macs: macs**0.9)
-    write_json(tmp_path / "table.json", table.measure(saved(stream(), tmp_path / "gated.onnx"), TARGET))
+    table.measure(saved(stream(), tmp_path / "gated.onnx"), TARGET).write(tmp_path / "table.json")
     read = latency.read(tmp_path / "table.json")
     opened = {"stream": 8} | dict.fromkeys(STREAM, 1)
     opened |= {f"{name}.{i + 1}": widths[i] // 2 for name, widths in STREAM.items() for i in (0, 1)}
@@ -302,7 +302,7 @@ def test_whole_networks_are_measured_as_checks(tmp_path: Path, monkeypatch: pyte
         half.update({site.name: 1 if site.kind == "block" else site.width // 2 for site in measured.sites})
         return [half]
 
-    document = table.measure(saved(bottlenecks(), tmp_path / "gated.onnx"), TARGET, likely=likely)
+    document = table.measure(saved(bottlenecks(), tmp_path / "gated.onnx"), TARGET, likely=likely).as_json()
     valid("latency-table", document)
     (check,) = document["checks"]
     assert check["ms"] == pytest.approx(bottlenecks_macs(half) ** 0.5, rel=1e-4)
@@ -317,7 +317,7 @@ def test_what_gates_were_open_does_not_matter(tmp_path: Path) -> None:
     for tensor in network.graph.initializer:
         if tensor.name.startswith("ones"):
             tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
-    document = table.measure(saved(network, tmp_path / "gated.onnx"), TARGET, batch=3)
+    document = table.measure(saved(network, tmp_path / "gated.onnx"), TARGET, batch=3).as_json()
     full = {site["name"]: 1 if site["kind"] == "block" else site["width"] for site in document["sites"]}
     assert document["full_ms"] == bottlenecks_macs(full)
     assert document["batch"] == 3
