@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from polar_deploy.tasks import Samples, Task
 
 
-def write_worst(
-    path: Path, worst: Sequence[int], task: Task, test: Samples, engines: Mapping[str, Engine]
-) -> None:
+def write_worst(path: Path, worst: Sequence[int], task: Task, test: Samples, engines: Mapping[str, Engine]) -> None:
     """Write how the task draws the `worst` samples: uint8 [N, H, W, 3] as "images", and the names of their "panels".
 
     Without pictures, there are none of them.
