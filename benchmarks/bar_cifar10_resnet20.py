@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import ROOT, SHARED, run_pipeline, write_result
-from tests.shared import cifar_folder
+from tests.support.shared import cifar_folder
 
 FULL_TOP1 = (91.73, 0.05)  # what the weights' author reports, and the tolerance
 

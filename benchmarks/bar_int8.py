@@ -26,7 +26,7 @@ from polar_deploy.config import Build, Calibration
 from polar_deploy.documents.build import Built
 from polar_deploy.engines import Array, Engine, timing
 from polar_deploy.tasks.classification import classifier
-from tests.shared import cifar_folder, cifar_split
+from tests.support.shared import cifar_folder, cifar_split
 
 FP32, INT8 = targets.parse("ort-fp32"), targets.parse("ort-int8")
 BATCH = 16

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import ROOT, SHARED, run_pipeline, write_result
-from tests.shared import cifar_folder
+from tests.support.shared import cifar_folder
 
 SPEEDUP = 1.4  # the bar
 

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import write_result
 from polar_deploy.stages import NAMES
 from tests.conftest import MINIATURE
-from tests.kills import DECIDED, Ended, Moment, Runner, differences, leftovers, not_yet, verdict
+from tests.support.kills import DECIDED, Ended, Moment, Runner, differences, leftovers, not_yet, verdict
 
 KILLS = 100
 KINDS = ("time", "write")

@@ -20,9 +20,9 @@ import onnx
 
 from benchmarks.common import ROOT, write_result
 from polar_deploy.limits import available_memory
-from tests.bundle.bundles import write_bundle
-from tests.bundle.commands import put
-from tests.greedy import endless, growing, huge, inflated
+from tests.support.bundle_commands import put
+from tests.support.bundles import write_bundle
+from tests.support.greedy import endless, growing, huge, inflated
 
 GIVEN = 3.0  # GB
 SECONDS = 10.0

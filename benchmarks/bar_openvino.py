@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.common import ROOT, SHARED, resnet20_run, run_pipeline, write_result
 from polar_deploy import targets
 from polar_deploy.workspace import read_json, sha256
-from tests.shared import cifar_folder
+from tests.support.shared import cifar_folder
 
 FULL_TOP1 = (91.73, 0.05)  # what the weights' author reports, and the tolerance
 MOST_LOST = {"fp32": 0.02, "bf16": 0.3, "int8": 0.5}  # points, of either network, against its own FP32 graph

@@ -60,6 +60,7 @@ from benchmarks.surgery_models import (
 from benchmarks.surgery_oracle import Sets, widths
 
 LIMITS = {"resnet50": 1.0, "mobilenet_v2": 0.5, "densenet121": 2.0, "chain-2000": 10.0}  # seconds
+IMPORT = 0.3  # seconds
 MEMORY = ("resnet50", 3.0)  # times the size of the file
 SHARES = {"chain-2000": 0.3, "resnet50": 0.55, "densenet121": 0.55, "mobilenet_v2": 0.55, "vit_b_16": 0.7}  # of before
 CHAINS = (500, 1000, 2000, 4000)  # convolutions
@@ -294,14 +295,23 @@ def main() -> int:
     if set(args.names) != set(names):
         return 0
     growth = _growth(rows)
-    bars = _bars(rows, growth)
-    return write_result("surgery-speed", bars, {"growth_of_chains": growth, "networks": rows})
+    bars, start = _bars(rows, growth), _import()
+    bars[f"import: at most {IMPORT} s"] = start <= IMPORT
+    return write_result("surgery-speed", bars, {"growth_of_chains": growth, "import": start, "networks": rows})
 
 
 def _share(row: Mapping[str, Any]) -> float:
     """Processor time of this build, as a share of the earlier one's: median over the rounds."""
     runs = [row.get(who, {}).get("processor_runs", []) for who in ("ours", "before")]
     return statistics.median(ours / before for ours, before in zip(*runs, strict=True)) if all(runs) else math.nan
+
+
+def _import() -> float:
+    """Seconds that the import of surgery takes, for which whoever calls a command waits."""
+    code = "import time; start = time.perf_counter(); import polar_deploy.surgery; print(time.perf_counter() - start)"
+    command = [sys.executable, "-c", code]
+    asked = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(RUNS))
+    return round(statistics.median(float(done.stdout) for done in asked), 3)
 
 
 def _is_leaner(row: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from tests.tasks import objects, shapes
 PICTURES, BUDGET, MOST_LOST = 200, 0.6, 5.0
 COMMON = ("--budget", f"macs={BUDGET}", "--max-drop", str(MOST_LOST), "--epochs", "40", "--batch", "1,8,64")
 COMMON = (*COMMON, "--set", "input_size=64", "--set", "training.crop_scale=1", "--set", "training.crop_padding=6")
-TASKS = {"segmentation": "tests.tasks.shapes:unet", "detection": "tests.tasks.objects:detector"}
+TASKS = {"segmentation": "tests.support.shapes:unet", "detection": "tests.support.objects:detector"}
 LEAST = {"segmentation": 80.0, "detection": 60.0}  # of the full network, so that there is something to lose
 
 

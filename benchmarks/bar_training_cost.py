@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.bar_choice import OLD, checkout
 from benchmarks.common import ROOT, SHARED, write_result
-from tests.shared import cifar_folder
+from tests.support.shared import cifar_folder
 
 EPOCHS = 10
 IMAGES = 10_000

@@ -36,7 +36,7 @@ BACKEND = Path(__file__).with_name("triton_onnxruntime.py")
 RUNS = {
     "fp32": ("--model", "resnet20", "--target", "ort-fp32"),
     "int8": ("--model", "resnet20", "--target", "ort-int8"),
-    "own": ("--model", "tests.tiny:net", "--target", "ort-fp32"),
+    "own": ("--model", "tests.support.tiny:net", "--target", "ort-fp32"),
 }
 QUICK = ("--data", "digits", "--epochs", "2", "--budget", "0.5", "--max-drop", "100", "--min-speedup", "0.01")
 REQUESTS = 100  # for the median over HTTP

@@ -134,7 +134,7 @@ def export(name: str, folder: Path) -> None:
 
 def keep_images(path: Path) -> None:
     """Write CIFAR-10's test set, and images of its training set for calibration, as they are."""
-    from tests.shared import cifar_folder
+    from tests.support.shared import cifar_folder
 
     with tempfile.TemporaryDirectory() as folder:
         found = data.load("cifar10", cifar_folder(Path(folder), "cifar10"))

@@ -31,7 +31,17 @@ P, R = ParamSpec("P"), TypeVar("R")
 ROOT = Path(__file__).parents[1]
 # Three epochs are few, and the networks so small that neither is faster: what is asked leaves room for a bundle.
 _LENIENT = ("--budget", "0.5", "--max-drop", "20", "--min-speedup", "0.5")
-MINIATURE = ("--model", "tests.tiny:net", "--data", "digits", "--epochs", "3", "--set", "training.threads=1", *_LENIENT)
+MINIATURE = (
+    "--model",
+    "tests.support.tiny:net",
+    "--data",
+    "digits",
+    "--epochs",
+    "3",
+    "--set",
+    "training.threads=1",
+    *_LENIENT,
+)
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,11 @@ def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
 
 
 def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None:
-    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-fp16", "--seed", "7")
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--target", "trt-fp16", "--seed", "7")
     outcome = polar(*command, "--dry-run", "--json", "--from", "gates", "--until", "surgery")
     plan = json.loads(outcome.out)
     assert plan["stages"] == ["gates", "export", "surgery"]
-    assert plan["folder"] == "runs/tests.tiny.net-digits-trt-fp16-s7"
+    assert plan["folder"] == "runs/tests.support.tiny.net-digits-trt-fp16-s7"
     assert plan["gates"] == {"channel_sites": 5, "channels": 84, "streams": 2, "blocks": 4, "ungated": {}}
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
@@ -96,7 +96,7 @@ def test_the_default_budget_is_that_of_gates_that_were_trained_elsewhere(tmp_pat
     """Trained where its target could not be measured, built where it can."""
 
     def budget() -> object:
-        command = ("--model", "tests.tiny:net", "--data", "digits", "--out", tmp_path / "run")
+        command = ("--model", "tests.support.tiny:net", "--data", "digits", "--out", tmp_path / "run")
         return json.loads(polar(*command, "--dry-run", "--json").out)["settings"]["budget"]
 
     assert budget() == {"macs": None, "params": None, "latency": 0.6}
@@ -111,7 +111,7 @@ def test_the_default_budget_is_that_of_gates_that_were_trained_elsewhere(tmp_pat
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
-    command = ("--model", "tests.tiny:net", "--data", "digits")
+    command = ("--model", "tests.support.tiny:net", "--data", "digits")
     outcome = polar(*command, "--budget", "0.01", *(["--dry-run"] if dry else []))
     assert (outcome.code, outcome.out) == (2, "")
     # 3 channels of the stem, 8 behind the shortcut, and the head stay: (64*27*3 + 16*3*8 + 80) of 440 304 MACs
@@ -124,7 +124,7 @@ def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
 
 
 def test_the_plan_with_the_widths_of_a_device() -> None:
-    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-int8", "--device", "rk3588")
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--target", "trt-int8", "--device", "rk3588")
     outcome = polar(*command, "--dry-run", "--json")
     plan = json.loads(outcome.out)
     assert plan["device"]["name"] == "rk3588"
@@ -141,7 +141,7 @@ def test_the_plan_with_the_widths_of_a_device() -> None:
 
 def test_a_device_tells_what_latency_can_be_reached() -> None:
     # trt-int8 cannot be measured here: without the device a latency budget would need a table
-    command = ("--model", "tests.tiny:net", "--data", "digits", "--target", "trt-int8", "--until", "surgery")
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--target", "trt-int8", "--until", "surgery")
     with_device = polar(*command, "--device", "ethos-u55-128", "--budget", "latency=0.6", "--dry-run", "--json")
     assert with_device.code == 0
     assert json.loads(with_device.out)["smallest"]["latency"] < 0.6
@@ -152,19 +152,19 @@ def test_a_device_tells_what_latency_can_be_reached() -> None:
 
 
 def test_the_plan_without_a_device() -> None:
-    outcome = polar("--model", "tests.tiny:net", "--data", "digits", "--dry-run", "--json")
+    outcome = polar("--model", "tests.support.tiny:net", "--data", "digits", "--dry-run", "--json")
     assert json.loads(outcome.out)["device"] is None
 
 
 def test_a_device_that_is_not_known() -> None:
-    outcome = polar("--model", "tests.tiny:net", "--data", "digits", "--device", "rk3589", "--dry-run")
+    outcome = polar("--model", "tests.support.tiny:net", "--data", "digits", "--device", "rk3589", "--dry-run")
     assert (outcome.code, outcome.out) == (2, "")
     assert "unknown device 'rk3589'" in outcome.err
     assert "did you mean rk3588?" in outcome.err
 
 
 def test_a_device_and_an_alignment() -> None:
-    command = ("--model", "tests.tiny:net", "--data", "digits", "--device", "rk3588", "--dry-run")
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--device", "rk3588", "--dry-run")
     outcome = polar(*command, "--align", "8")
     assert (outcome.code, outcome.out) == (2, "")
     assert "both a device (rk3588) and an alignment (8)" in outcome.err

@@ -38,7 +38,7 @@ from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.deploy import GATES, KIND, SITE
 from polar_deploy.surgery.facts import Bools
 from polar_deploy.tasks.classification import classifier
-from tests.tiny import BLOCKS, SITES, Tiny
+from tests.support.tiny import BLOCKS, SITES, Tiny
 
 SIZE = 16
 NAMES = {"inputs": ("input",), "outputs": ("logits",)}

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from polar_deploy import limits
-from tests.bundle.bundles import write_bundle
-from tests.bundle.commands import manifest, put
 from tests.conftest import child_environment
-from tests.greedy import endless, huge, inflated
+from tests.support.bundle_commands import manifest, put
+from tests.support.bundles import write_bundle
+from tests.support.greedy import endless, huge, inflated
 
 CODE = """
 import os, sys, time

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, UsageError
-from tests.engines.networks import classifier, saved
+from tests.support.classifiers import classifier, saved
 
 
 def test_reads_a_network_with_external_data(tmp_path: Path) -> None:

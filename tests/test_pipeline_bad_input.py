@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import MINIATURE, Miniature, Outcome, child_environment, contents, polar
-from tests.tiny import Tiny
+from tests.support.tiny import Tiny
 
-TINY = ("--model", "tests.tiny:net", "--data", "digits", "--epochs", "1", "--set", "training.threads=1")
+TINY = ("--model", "tests.support.tiny:net", "--data", "digits", "--epochs", "1", "--set", "training.threads=1")
 NOBODY = 65534
 
 
@@ -79,7 +79,11 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "no recipe file": (["--recipe", "none.yaml"], 2, ["none.yaml", "No such file"]),
     "no data folder": (["--model", "resnet20", "--data-dir", "nowhere"], 2, ["nowhere", "does not exist"]),
     "no module": (["--model", "no_such:net", "--data", "digits"], 2, ["no module no_such"]),
-    "no function": (["--model", "tests.tiny:nett", "--data", "digits"], 2, ["tests.tiny has no function nett"]),
+    "no function": (
+        ["--model", "tests.support.tiny:nett", "--data", "digits"],
+        2,
+        ["tests.support.tiny has no function nett"],
+    ),
 }
 
 

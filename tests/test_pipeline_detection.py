@@ -10,12 +10,12 @@ import pytest
 from polar_deploy.bundle.__main__ import main as bundle
 from polar_deploy.workspace import read_json
 from tests.conftest import called, polar
-from tests.kills import DECIDED, verdict
-from tests.schemas import valid
-from tests.tasks.objects import SIZE, draw, write
+from tests.support.kills import DECIDED, verdict
+from tests.support.objects import SIZE, draw, write
+from tests.support.schemas import valid
 
 TINY = (
-    *("--task", "detection", "--model", "tests.tasks.objects:detector", "--epochs", "8", "--budget", "macs=0.6"),
+    *("--task", "detection", "--model", "tests.support.objects:detector", "--epochs", "8", "--budget", "macs=0.6"),
     *("--max-drop", "60", "--accuracy-rule", "point", "--min-speedup", "0.2", "--batch", "1"),
     *("--set", f"input_size={SIZE}", "--set", "training.threads=1", "--set", "training.batch_size=8"),
     *("--set", "training.crop_scale=1", "--set", "training.crop_padding=3"),
@@ -57,8 +57,8 @@ def test_a_folder_becomes_a_bundle(tmp_path: Path) -> None:
         (("--data", "digits"), 2, "a folder of pictures and boxes, not 'digits'"),
         (("--data", "coco:nowhere"), 2, "there is no folder nowhere"),
         (("--data", "coco:.", "--task", "classification"), 2, "give --task detection"),
-        (("--data", "coco:shapes", "--model", "tests.tasks.objects:lopsided"), 4, "answers for 63 cells"),
-        (("--data", "coco:shapes", "--model", "tests.tasks.shapes:unet"), 4, "a dictionary of out"),
+        (("--data", "coco:shapes", "--model", "tests.support.objects:lopsided"), 4, "answers for 63 cells"),
+        (("--data", "coco:shapes", "--model", "tests.support.shapes:unet"), 4, "a dictionary of out"),
         (("--data", "coco:spoilt"), 4, "annotations[0] is of the picture 3"),
     ],
 )

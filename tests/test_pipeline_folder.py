@@ -18,7 +18,18 @@ NAMES = ("cyan", "grey", "olive", "rose")
 COLOURS = {"cyan": (20, 180, 190), "grey": (128, 128, 128), "olive": (120, 130, 20), "rose": (220, 60, 120)}
 KINDS = (".jpg", ".png", ".webp", ".bmp", ".gif", ".tif")
 TINY = (
-    *("--model", "tests.tiny:net", "--epochs", "4", "--budget", "0.5", "--max-drop", "30", "--accuracy-rule", "point"),
+    *(
+        "--model",
+        "tests.support.tiny:net",
+        "--epochs",
+        "4",
+        "--budget",
+        "0.5",
+        "--max-drop",
+        "30",
+        "--accuracy-rule",
+        "point",
+    ),
     *("--min-speedup", "0.5", "--batch", "1,4,8", "--set", "input_size=16", "--set", "training.threads=1"),
 )
 
@@ -59,7 +70,7 @@ def run(place: Path) -> Iterator[Path]:
         patch.chdir(place)
         outcome = polar(*TINY, "--data", "folder:tiles")
         assert outcome.code == 0, outcome.err
-        yield place / "runs" / "tests.tiny.net-folder.tiles-ort-fp32-macs0.5-s0"
+        yield place / "runs" / "tests.support.tiny.net-folder.tiles-ort-fp32-macs0.5-s0"
 
 
 def test_the_bundle_is_verified(run: Path) -> None:
@@ -120,11 +131,11 @@ def test_a_broken_picture_ends_the_run_before_it_begins(tmp_path: Path, monkeypa
 
 def test_folders_that_are_none_end_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    outcome = polar("--model", "tests.tiny:net", "--data", "folder:nowhere")
+    outcome = polar("--model", "tests.support.tiny:net", "--data", "folder:nowhere")
     assert outcome.code == 2
     assert "error: there is no folder nowhere\n  what to do: give one folder a class" in outcome.err
     (tmp_path / "flat").mkdir()
-    outcome = polar("--model", "tests.tiny:net", "--data", "folder:flat")
+    outcome = polar("--model", "tests.support.tiny:net", "--data", "folder:flat")
     assert outcome.code == 4
     assert "error: flat has 0 class folders" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["flat"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tests.conftest import Miniature
-from tests.kills import DECIDED, Ended, Moment, Runner, becomes, differences, leftovers, verdict
+from tests.support.kills import DECIDED, Ended, Moment, Runner, becomes, differences, leftovers, verdict
 
 SEED = 5
 

@@ -16,7 +16,7 @@ import pytest
 
 from polar_deploy.stages import NAMES, STAGES
 from tests.conftest import MINIATURE, Miniature, child_environment, contents, polar
-from tests.kills import DECIDED, differences, leftovers, not_yet, verdict
+from tests.support.kills import DECIDED, differences, leftovers, not_yet, verdict
 
 FUTURE = 4_000_000_000  # seconds since 1970: the year 2096
 

@@ -10,11 +10,11 @@ import pytest
 from polar_deploy.bundle.__main__ import main as bundle
 from polar_deploy.workspace import read_json
 from tests.conftest import called, polar
-from tests.schemas import valid
-from tests.tasks.shapes import SIZE, paint
+from tests.support.schemas import valid
+from tests.support.shapes import SIZE, paint
 
 TINY = (
-    *("--task", "segmentation", "--model", "tests.tasks.shapes:unet", "--epochs", "8", "--budget", "macs=0.6"),
+    *("--task", "segmentation", "--model", "tests.support.shapes:unet", "--epochs", "8", "--budget", "macs=0.6"),
     *("--max-drop", "40", "--accuracy-rule", "point", "--min-speedup", "0.2", "--batch", "1,4,8"),
     *("--set", f"input_size={SIZE}", "--set", "training.threads=1", "--set", "training.batch_size=8"),
 )

@@ -13,9 +13,9 @@ import pytest
 from polar_deploy import targets
 from polar_deploy.engines import timing
 from polar_deploy.workspace import read_json
-from tests.bundle.commands import bundle
 from tests.conftest import MINIATURE, Miniature, Outcome, polar
-from tests.schemas import valid
+from tests.support.bundle_commands import bundle
+from tests.support.schemas import valid
 
 RESNET20 = ("--model", "resnet20", "--data", "digits", "--epochs", "1", "--set", "training.threads=1")
 needs_rtx = pytest.mark.skipif(

@@ -11,15 +11,15 @@ import pytest
 
 from polar_deploy.workspace import read_json
 from tests.conftest import Outcome, polar
-from tests.kills import DECIDED, verdict
-from tests.schemas import valid
+from tests.support.kills import DECIDED, verdict
+from tests.support.schemas import valid
 
 COMMON = ("--budget", "0.6", "--max-drop", "100", "--min-speedup", "0.2", "--set", "training.threads=1")
 COMMON = (*COMMON, "--set", "training.lr=0.02")
 
 
 def run(tmp_path: Path, task: str, model: str, *more: str) -> tuple[Path, Outcome]:
-    where = ("--task", f"tests.tasks.miniatures:{task}", "--model", f"tests.tasks.miniatures:{model}")
+    where = ("--task", f"tests.support.own_tasks:{task}", "--model", f"tests.support.own_tasks:{model}")
     return tmp_path / "run", polar(*where, *COMMON, *more, "--out", tmp_path / "run")
 
 

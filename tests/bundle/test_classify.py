@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from polar_deploy import targets
-from tests.bundle.bundles import LABELS, logits, write_bundle
-from tests.bundle.commands import bundle
+from tests.support.bundle_commands import bundle
+from tests.support.bundles import LABELS, logits, write_bundle
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from polar_deploy.engines.base import Made
 from polar_deploy.engines.ort import OrtEngine
 from polar_deploy.engines.trt import library
 from polar_deploy.workspace import sha256
-from tests.bundle.bundles import PLAN, VERSION, write_bundle
-from tests.bundle.commands import bundle, change
 from tests.conftest import Outcome, contents
+from tests.support.bundle_commands import bundle, change
+from tests.support.bundles import PLAN, VERSION, write_bundle
 
 
 @dataclass

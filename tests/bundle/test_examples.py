@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from polar_deploy.data import LazyImages, normalise
-from tests.bundle.bundles import LABELS, logits, write_bundle
-from tests.bundle.commands import put
 from tests.conftest import ROOT
-from tests.engines import fake_gpu
+from tests.support import fake_gpu
+from tests.support.bundle_commands import put
+from tests.support.bundles import LABELS, logits, write_bundle
 
 ORT, TENSORRT = (ROOT / f"docs/examples/classify_{name}.py" for name in ("onnxruntime", "tensorrt"))
 MEAN, STD = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.25, 0.3])

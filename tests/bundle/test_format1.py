@@ -10,8 +10,8 @@ import pytest
 
 from polar_deploy.bundle.read import parse
 from polar_deploy.errors import ContentError
-from tests.bundle.bundles import write_bundle
-from tests.bundle.commands import bundle
+from tests.support.bundle_commands import bundle
+from tests.support.bundles import write_bundle
 
 DELIVERED = Path(__file__).parent / "data/format-1.zip"  # by the build before the names changed, for ort-int8
 SHA256 = "4d8ec6c87b54c94ee43b9bc7d38db096a824f1906b6fb035ff645f10adc22f7c"  # of its manifest, as that build printed it

@@ -18,8 +18,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.bundle.commands import bundle, change, edit, manifest, put
 from tests.conftest import contents
+from tests.support.bundle_commands import bundle, change, edit, manifest, put
 
 Case = tuple[Callable[[Path], object], str]  # what is done to the bundle, and words of the answer
 MODEL, GOLDEN = "compressed/model.onnx", "golden/compressed/logits.npy"

@@ -17,9 +17,9 @@ from polar_deploy import data, recipes
 from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.documents import part
 from polar_deploy.engines import timing
-from tests.bundle.commands import bundle, manifest
 from tests.conftest import ROOT, Miniature, Outcome, contents, polar
-from tests.schemas import schema, valid
+from tests.support.bundle_commands import bundle, manifest
+from tests.support.schemas import schema, valid
 
 
 def again(miniature: Miniature, folder: Path, *options: object, without: tuple[str, ...] = ()) -> Outcome:

@@ -15,9 +15,9 @@ from google.protobuf import json_format, text_format
 
 from polar_deploy.bundle.read import read
 from polar_deploy.targets import TARGETS
-from tests.bundle.bundles import LABELS, PLAN, write_bundle
-from tests.bundle.commands import bundle
 from tests.conftest import Outcome, contents
+from tests.support.bundle_commands import bundle
+from tests.support.bundles import LABELS, PLAN, write_bundle
 
 IMAGE = {"data_type": "TYPE_FP32", "dims": ["3", "8", "8"]}
 NATIVE = {"input": {"dtype": "fp16"}, "output": {"dtype": "fp16"}}

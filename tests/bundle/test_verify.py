@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from onnx import numpy_helper
 from PIL import Image
 
 from polar_deploy import data, targets
-from tests.bundle.commands import bundle, change, manifest, put
 from tests.conftest import ROOT, Miniature, contents, polar
+from tests.support.bundle_commands import bundle, change, manifest, put
 
 QUIET = ("--no-timing", "--json")
 TORCHLESS = """
@@ -59,15 +58,11 @@ def weights(folder: Path, name: str, index: int, change_it: Any) -> None:
     put(folder, name, model.SerializeToString())
 
 
-def test_without_torch_in_three_seconds(folder: Path) -> None:
-    seconds = []
-    while not seconds or (min(seconds) > 3 and len(seconds) < 5):  # it is the bundle that is timed, not its neighbours
-        start = time.monotonic()
-        done = torchless("verify", folder, "--no-timing")
-        seconds.append(time.monotonic() - start)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "verdict: PASS (golden)" in done.stdout
-    assert min(seconds) <= 3
+def test_without_torch(folder: Path) -> None:
+    """`benchmarks.bar_bundle` times it."""
+    done = torchless("verify", folder, "--no-timing")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verdict: PASS (golden)" in done.stdout
 
 
 def test_the_maker_s_own_machine_finds_what_the_maker_found(folder: Path) -> None:

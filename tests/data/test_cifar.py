@@ -15,7 +15,7 @@ from polar_deploy import data
 from polar_deploy.data import cifar
 from polar_deploy.data.pickles import read_pickle
 from polar_deploy.errors import ContentError, UsageError
-from tests.shared import cifar_folder, needs_shared
+from tests.support.shared import cifar_folder, needs_shared
 
 
 def batch(count: int, classes: int, key: str = "labels", seed: int = 0) -> dict[str, object]:

@@ -13,7 +13,7 @@ from polar_deploy.config import Normalize, Training
 from polar_deploy.data.coco import CocoFolder, LazyBoxed
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tasks.detection import BoxedPictures
-from tests.tasks.objects import draw, write
+from tests.support.objects import draw, write
 
 PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 Document = dict[str, Any]

@@ -15,7 +15,7 @@ from polar_deploy.data.decode import decode_indices
 from polar_deploy.data.pairs import LazyPairs, PairFolder
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tasks.segmentation import MaskedPictures
-from tests.tasks.shapes import paint
+from tests.support.shapes import paint
 
 PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

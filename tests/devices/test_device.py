@@ -11,7 +11,7 @@ import pytest
 from polar_deploy import devices
 from polar_deploy.devices import Chosen, Device
 from polar_deploy.errors import ContentError, UsageError
-from tests.schemas import schema, valid
+from tests.support.schemas import schema, valid
 
 FOLDER = Path(devices.__file__).parent
 

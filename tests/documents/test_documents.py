@@ -16,7 +16,7 @@ from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import read_json, write_json
 from tests.report.runs import BUILD, GATES, PARITY, SURGERY
-from tests.schemas import valid
+from tests.support.schemas import valid
 
 FILES: dict[str, tuple[type[Document], dict[str, Any]]] = {
     "build": (Built, BUILD),

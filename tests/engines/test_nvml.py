@@ -11,7 +11,7 @@ import pytest
 
 from polar_deploy import gpu
 from polar_deploy.engines import cuda, nvml
-from tests.engines.fake_gpu import Cuda, Error
+from tests.support.fake_gpu import Cuda, Error
 
 pynvml = pytest.importorskip("pynvml")
 UNKNOWN = dict.fromkeys(("name", "driver", "sm_mhz", "memory_mhz", "power_w", "temperature_c", "energy_mj"))

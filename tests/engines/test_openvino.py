@@ -17,9 +17,9 @@ from polar_deploy.config import Build
 from polar_deploy.engines import openvino, timing
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tensors import TensorSpec
-from tests.engines.networks import classifier, model, saved, two_inputs
-from tests.precision.networks import images, residual
-from tests.schemas import valid
+from tests.support.classifiers import classifier, model, saved, two_inputs
+from tests.support.residual import images, residual
+from tests.support.schemas import valid
 
 TARGET = targets.parse("ov-fp32")
 IMAGES = images(5, seed=3)

@@ -22,8 +22,8 @@ from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.ort_session import session_options
 from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import write_json
-from tests.engines.networks import classifier, model, saved, two_inputs
-from tests.schemas import valid
+from tests.support.classifiers import classifier, model, saved, two_inputs
+from tests.support.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)

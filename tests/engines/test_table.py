@@ -21,8 +21,8 @@ from polar_deploy.engines import table, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.surgery import cost
 from polar_deploy.workspace import read_json, write_json
-from tests.engines.networks import classifier, model, saved
-from tests.schemas import valid
+from tests.support.classifiers import classifier, model, saved
+from tests.support.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
 PIXELS, CLASSES = 64, 4  # all layers see 8 x 8

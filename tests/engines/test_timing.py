@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from polar_deploy.engines import timing
 from polar_deploy.engines.timing import compare, median_interval
-from tests.engines.networks import BusyEngine, TimedEngine, noisy, steady
+from tests.support.classifiers import BusyEngine, TimedEngine, noisy, steady
 
 IMAGES = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 

@@ -22,8 +22,8 @@ from polar_deploy.engines.base import Made
 from polar_deploy.engines.trt import builder, library, require_plan_fits
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 from polar_deploy.workspace import write_json
-from tests.engines.networks import classifier, model, saved
-from tests.schemas import valid
+from tests.support.classifiers import classifier, model, saved
+from tests.support.schemas import valid
 
 RTX = targets.parse("rtx-fp32")
 pytestmark = [  # polygraphy keeps a timing cache, which TensorRT for RTX takes but does not fill

@@ -15,8 +15,8 @@ from polar_deploy.engines import cuda
 from polar_deploy.engines.trt.run import TrtEngine
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.tensors import TensorSpec
-from tests.engines import fake_gpu
-from tests.engines.fake_gpu import MS, Cuda, Error, Trt
+from tests.support import fake_gpu
+from tests.support.fake_gpu import MS, Cuda, Error, Trt
 
 
 @pytest.fixture

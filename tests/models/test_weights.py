@@ -20,7 +20,7 @@ from polar_deploy import data, models
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.models import unpickling
 from polar_deploy.tasks.classification import classifier
-from tests.shared import SHARED, cifar_split, needs_shared
+from tests.support.shared import SHARED, cifar_split, needs_shared
 
 torch.set_num_threads(1)
 State = dict[str, Tensor]

@@ -12,8 +12,8 @@ from polar_deploy.engines import Array
 from polar_deploy.tasks.accuracy import Accuracy
 from polar_deploy.tasks.classification import Pictures
 from polar_deploy.tensors import Arrays, count
-from tests.engines.networks import TimedEngine, steady
-from tests.schemas import valid
+from tests.support.classifiers import TimedEngine, steady
+from tests.support.schemas import valid
 
 VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 RNG = np.random.default_rng(7)

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import bf16, graph
-from tests.engines.networks import classifier, model, saved
+from tests.support.classifiers import classifier, model, saved
 
 FLOAT, BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.errors import ContentError
-from tests.precision.networks import constants, difference, element_types, evaluated, images, nodes, residual, written
+from tests.support.residual import constants, difference, element_types, evaluated, images, nodes, residual, written
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 LAYERS = ("stem", "conv1", "conv2", "conv3", "conv4", "shortcut", "fc")

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
-from tests.engines.networks import classifier, model, saved
+from tests.support.classifiers import classifier, model, saved
 
 
 def retype(network: onnx.ModelProto, kind: int) -> onnx.ModelProto:

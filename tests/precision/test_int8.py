@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from polar_deploy import targets
 from polar_deploy.errors import ContentError
 from tests.conftest import OLD_RUNTIME
-from tests.engines.networks import model
-from tests.precision.networks import (
+from tests.support.classifiers import model
+from tests.support.residual import (
     SIZE,
     behind,
     constants,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import OLD_RUNTIME
 from tests.precision.kinds import KINDS, SIDE
-from tests.precision.networks import written
+from tests.support.residual import written
 
 # Layers that have no integer kernel, or no constants of their own.
 WIDE = {

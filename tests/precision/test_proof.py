@@ -15,9 +15,9 @@ from polar_deploy.errors import ContentError
 from polar_deploy.precision import int8, proof
 from polar_deploy.precision.rounding import computed_wide
 from tests.precision.kinds import Net, stem
-from tests.precision.networks import behind, images, residual, run, written
 from tests.precision.test_kinds import errors, outputs
 from tests.precision.test_kinds import images as larger
+from tests.support.residual import behind, images, residual, run, written
 
 
 @pytest.mark.parametrize("seed", range(5))

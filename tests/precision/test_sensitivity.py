@@ -11,8 +11,8 @@ from onnx import helper
 
 from polar_deploy.precision import proof, sensitivity
 from polar_deploy.precision.proof import Reference
-from tests.engines.networks import model
-from tests.precision.networks import SIZE, images, residual, run, written
+from tests.support.classifiers import model
+from tests.support.residual import SIZE, images, residual, run, written
 
 MINMAX = {"calibration": {"method": "minmax"}, "max_layer_error": 10}
 PATH = Path("a.onnx")

@@ -15,7 +15,7 @@ from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import write_json
 from tests.report.runs import BUILD, GATES, LOG, PARITY, SETTINGS, SURGERY, write_graph, write_log, write_run
-from tests.schemas import valid
+from tests.support.schemas import valid
 
 
 @pytest.fixture

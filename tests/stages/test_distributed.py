@@ -39,7 +39,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
 
 
 def run_in(folder: Path) -> RunContext:
-    settings = Settings.model_validate({"model": "tests.tiny:net", "data": "digits", "budget": {"macs": 0.5}})
+    settings = Settings.model_validate({"model": "tests.support.tiny:net", "data": "digits", "budget": {"macs": 0.5}})
     return RunContext(resolve(settings, folder), folder, Progress(quiet=True))
 
 

@@ -20,7 +20,7 @@ BOTH, GATED = {"full", "gates"}, {"gates"}
 BUILT = {"build", "parity"}
 # setting -> another value, and the stages that depend on it; bundle and report depend on all of them
 SETTINGS: dict[str, tuple[object, set[str]]] = {
-    "model": ("tests.tiny:other", {"full", "gates", "export"}),
+    "model": ("tests.support.tiny:other", {"full", "gates", "export"}),
     "target": ("ort-int8", BUILT | GATED),  # which likes widths of 16 channels, not 8
     "data": ("tests.stages.test_fingerprint:noise", EVERYTHING),
     "input_size": (24, EVERYTHING),
@@ -82,7 +82,12 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "gates.freeze_at": (0.5, GATED),
     "gates.min_width": (0.5, GATED),
 }
-GIVEN: dict[str, object] = {"model": "tests.tiny:net", "data": "digits", "budget.macs": 0.5, "training.full_epochs": 3}
+GIVEN: dict[str, object] = {
+    "model": "tests.support.tiny:net",
+    "data": "digits",
+    "budget.macs": 0.5,
+    "training.full_epochs": 3,
+}
 ALWAYS = {"bundle", "report"}
 
 
@@ -135,7 +140,7 @@ def test_every_setting_is_tried() -> None:
 
 
 def test_another_task_makes_everything_again(before: dict[str, object], tmp_path: Path) -> None:
-    own = context(tmp_path, task="tests.tasks.miniatures:tones", model="tests.tasks.miniatures:listener", data=None)
+    own = context(tmp_path, task="tests.support.own_tasks:tones", model="tests.support.own_tasks:listener", data=None)
     assert changed(before, fingerprints(own)) >= EVERYTHING
 
 

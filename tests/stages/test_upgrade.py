@@ -11,7 +11,7 @@ from polar_deploy.engines import table
 from polar_deploy.progress import Progress
 from polar_deploy.stages import NAMES, fingerprint
 from tests.conftest import MINIATURE, Miniature, Outcome, contents, polar
-from tests.kills import differences
+from tests.support.kills import differences
 from tests.test_latency_budget import TINY
 from tests.test_latency_budget import _document as table_document
 

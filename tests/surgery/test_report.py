@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import compress, compress_file, cost
 from polar_deploy.surgery.report import alignment, show
-from tests.schemas import valid
+from tests.support.schemas import valid
 from tests.surgery.graphs import Net, cut, names
 
 
@@ -138,16 +137,10 @@ def test_a_graph_without_inputs_to_feed() -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, time; start = time.perf_counter(); import polar_deploy.surgery; "
-        "heavy = {'torch', 'onnx', 'onnxruntime'} & sys.modules.keys(); "
-        "assert not heavy, heavy; print(time.perf_counter() - start)"
-    )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(5)
-    ]
-    assert statistics.median(times) <= 0.3
+    """`benchmarks.bar_surgery_speed` times it."""
+    code = "import sys, polar_deploy.surgery; print({'torch', 'onnx', 'onnxruntime'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_full_disk_is_told_by_the_name_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from polar_deploy.errors import UsageError
 from polar_deploy.sweep.plan import planned
 from tests.conftest import ROOT, called
 
-TINY = "settings: {model: 'tests.tiny:net', data: digits}\n"
+TINY = "settings: {model: 'tests.support.tiny:net', data: digits}\n"
 
 
 def sweep(folder: Path, text: str) -> Path:
@@ -51,7 +51,10 @@ def test_seeds_and_targets_are_those_of_the_settings_where_they_are_left_out(tmp
         (f"{TINY}budgets: [0.5]\nseed: [1]\n", "mine.yaml: seed: Extra inputs are not permitted"),
         (f"{TINY}budgets: [0.5]\nseeds: [one]\n", "mine.yaml: seeds.0: Input should be a valid integer"),
         (f"{TINY}budgets: [1.5]\n", "--budget 1.5"),
-        (f"{TINY}budgets: [0.5, macs=0.5]\n", "two runs are the same, tests.tiny.net-digits-ort-fp32-macs0.5-s0"),
+        (
+            f"{TINY}budgets: [0.5, macs=0.5]\n",
+            "two runs are the same, tests.support.tiny.net-digits-ort-fp32-macs0.5-s0",
+        ),
         (f"{TINY}budgets: [0.5]\ntargets: [toaster]\n", "toaster"),
         ("settings: {model: resnet20, training: {epoch: 3}}\nbudgets: [0.5]\n", "settings.training.epoch: unknown key"),
         ("recipe: digitz\nbudgets: [0.5]\n", "no recipe of that name"),

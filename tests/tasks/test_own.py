@@ -15,12 +15,12 @@ from polar_deploy import models, tasks
 from polar_deploy.config import Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tasks import Data, InMemory, Samples, Task, TensorSpec, losses, own
-from tests.tasks import miniatures
+from tests.support import own_tasks
 
 CODE = """
 from dataclasses import replace
 from polar_deploy.tasks import TensorSpec
-from tests.tasks.miniatures import tones
+from tests.support.own_tasks import tones
 
 def right(data_dir): return tones()
 def nothing(data_dir=None): return None
@@ -114,7 +114,7 @@ HEIGHT, GUESS = torch.zeros(2, 1), torch.zeros(2, 4)
 
 @pytest.mark.parametrize("result", [(HEIGHT, GUESS), [HEIGHT, GUESS], {"guess": GUESS, "height": HEIGHT}])
 def test_outputs_go_by_place_or_by_name(result: object) -> None:
-    found = miniatures.heights().forward(Gives(result), {"signal": HEIGHT, "sensor": HEIGHT})
+    found = own_tasks.heights().forward(Gives(result), {"signal": HEIGHT, "sensor": HEIGHT})
     assert {name: tuple(value.shape) for name, value in found.items()} == {"height": (2, 1), "guess": (2, 4)}
 
 
@@ -133,20 +133,20 @@ def test_outputs_go_by_place_or_by_name(result: object) -> None:
 def test_a_network_that_gives_something_else_is_refused(
     result: object, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(miniatures, "surveyor", lambda: Gives(result))
+    monkeypatch.setattr(own_tasks, "surveyor", lambda: Gives(result))
     with pytest.raises(ContentError, match=message):
-        models.build("tests.tasks.miniatures:surveyor", miniatures.heights())
+        models.build("tests.support.own_tasks:surveyor", own_tasks.heights())
 
 
 def test_a_network_by_name_is_for_its_own_task() -> None:
     with pytest.raises(UsageError, match="resnet56 is a classifier, and the task is heights"):
-        models.build("resnet56", miniatures.heights())
+        models.build("resnet56", own_tasks.heights())
 
 
 def test_a_network_is_told_its_classes_where_there_are_any() -> None:
-    assert models.build("tests.tasks.miniatures:listener", miniatures.tones()).head.out_features == 3
+    assert models.build("tests.support.own_tasks:listener", own_tasks.tones()).head.out_features == 3
     with pytest.raises(ContentError, match=r"def listener\(\):"):
-        models.build("tests.tasks.miniatures:listener", miniatures.heights())
+        models.build("tests.support.own_tasks:listener", own_tasks.heights())
 
 
 # --------------------------------------------------------------------------- data and losses

@@ -23,7 +23,7 @@ from polar_deploy.training.checkpoint import State
 from polar_deploy.training.full import train_full
 from polar_deploy.training.gated import train_gated
 from polar_deploy.training.loop import TrainingJob, prepare
-from tests.tiny import Tiny
+from tests.support.tiny import Tiny
 
 CPU = torch.device("cpu")
 CLASSES, SIZE, TRAIN, VALIDATION = 4, 16, 128, 32

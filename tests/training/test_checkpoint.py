@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from polar_deploy.training.checkpoint import State, load, restore, save
-from tests.tiny import net
+from tests.support.tiny import net
 
 STATE = State(epoch=3, records=[{"epoch": 3, "loss": 0.25, "val_score": None}], notes={"freeze": {"share": [0.5]}})
 # What a way of training may keep: all that JSON holds, and tensors of any type and shape, anywhere in it.

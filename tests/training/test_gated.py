@@ -22,7 +22,7 @@ from polar_deploy.training import loop
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.gated import OnePass, undecided
 from polar_deploy.training.loop import TrainingJob
-from tests.tiny import BLOCKS, SITES, costs
+from tests.support.tiny import BLOCKS, SITES, costs
 from tests.training.runs import (
     CLASSES,
     TRAIN,

@@ -90,7 +90,7 @@ def _by_cell(values: Tensor) -> Tensor:
 
 
 def detector(classes: int) -> nn.Module:
-    """For --model tests.tasks.objects:detector."""
+    """For --model tests.support.objects:detector."""
     return Detector(classes)
 
 

@@ -45,7 +45,7 @@ class Tiny(nn.Module):
 
 
 def net(classes: int) -> nn.Module:
-    """For --model tests.tiny:net."""
+    """For --model tests.support.tiny:net."""
     return Tiny(classes)
 
 

@@ -74,7 +74,7 @@ class Runner:
     """A process with everything imported that runs the miniature's command in forks of itself; a context manager."""
 
     def __enter__(self) -> Runner:
-        command = [sys.executable, "-m", "tests.kills"]
+        command = [sys.executable, "-m", "tests.support.kills"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, env=child_environment(traced=False), cwd=ROOT, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"

@@ -68,5 +68,5 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 
 def unet(classes: int) -> nn.Module:
-    """For --model tests.tasks.shapes:unet."""
+    """For --model tests.support.shapes:unet."""
     return UNet(classes)

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from polar_deploy import engines, precision, targets
 from polar_deploy.config import Build
-from tests.engines.networks import model, saved
+from tests.support.classifiers import model, saved
 
 SIZE, CLASSES = 8, 4
 
