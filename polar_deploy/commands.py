@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -57,7 +58,7 @@ def _told(error: Exception) -> tuple[int, str]:
     """Exit code and text of an error."""
     if isinstance(error, PolarDeployError):
         return error.exit_code, str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         what = f"out of memory: {error}"
         return MachineError.exit_code, f"{what}\n  what to do: use a smaller batch, image size or network"
     if isinstance(error, OSError) and error.strerror:  # of files that nobody opened with more care

@@ -6,6 +6,7 @@ process: what is beyond its limit ends there, and the machine goes on.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -64,7 +65,8 @@ def confined(command: Callable[[], int], name: str, limits: Limits) -> int:
     told, tell = os.pipe()  # of Ctrl-C, which the terminal sends to the child, too
     before = signal.signal(signal.SIGINT, lambda *_: os.write(tell, b"!"))
     try:
-        with tempfile.TemporaryDirectory(prefix="polar_deploy-") as scratch:
+        # The child leaves this block, too, and may have no memory left to clean up with: its parent does that.
+        with tempfile.TemporaryDirectory(prefix="polar_deploy-", ignore_cleanup_errors=True) as scratch:
             child = os.fork()
             if child == 0:
                 signal.signal(signal.SIGINT, before)
@@ -94,8 +96,10 @@ def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         return command()
-    except (MemoryError, OutOfMemoryError, ImportError) as error:
+    except (MemoryError, OutOfMemoryError, ImportError, OSError) as error:
         if isinstance(error, ImportError) and _NO_ROOM not in str(error):
+            raise
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         what = f"{name} takes more memory than its limit of {memory / _GIGA:.3g} GB"
         said = one_line(error.what if isinstance(error, OutOfMemoryError) else error)

@@ -79,10 +79,14 @@ def test_what_takes_too_long_is_ended(body: str, tmp_path: Path) -> None:
             "it takes more memory than its limit of 1 GB: Unable to allocate 745. GiB",
         ),
         ("raise OutOfMemoryError('no room', '')", "it takes more memory than its limit of 1 GB: no room\n"),
+        (
+            "raise OSError(12, 'Cannot allocate memory', 'folder')",
+            "it takes more memory than its limit of 1 GB: [Errno 12]",
+        ),
         ("os.abort()", "it died of SIGABRT; its limits were 60 s and 1 GB\n"),
         ("os.kill(os.getpid(), 9)", "it died of SIGKILL; "),
     ],
-    ids=["memory", "numpy", "library", "abort", "kill"],
+    ids=["memory", "numpy", "library", "system", "abort", "kill"],
 )
 def test_what_takes_too_much_or_dies_is_one_sentence(body: str, words: str, tmp_path: Path) -> None:
     code, out, err = ended(body, tmp_path, memory=1e9)

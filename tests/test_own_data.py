@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from polar_deploy import data, models, pipeline
-from polar_deploy.config import Settings
+from polar_deploy.config import Normalize, Settings
 from polar_deploy.data import own
 from polar_deploy.errors import ContentError
 from polar_deploy.tasks.classification import classifier
+from polar_deploy.tasks.detection import detector
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -31,8 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "mypackage").mkdir()
-    (tmp_path / "mypackage" / "nets.py").write_text(BLOCKS[0], encoding="utf-8")
-    (tmp_path / "mypackage" / "sets.py").write_text("\n".join(BLOCKS[1:]), encoding="utf-8")
+    (tmp_path / "mypackage" / "detectors.py").write_text(BLOCKS[0], encoding="utf-8")
+    (tmp_path / "mypackage" / "nets.py").write_text(BLOCKS[1], encoding="utf-8")
+    (tmp_path / "mypackage" / "sets.py").write_text("\n".join(BLOCKS[2:]), encoding="utf-8")
     own.load.cache_clear()
     yield tmp_path
     own.load.cache_clear()
@@ -41,8 +43,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_all_blocks_are_taken() -> None:
-    assert PAGE.count("```python") == len(BLOCKS) == 4
+    assert PAGE.count("```python") == len(BLOCKS) == 5
     assert [re.findall(r"^(?:def|class) (\w+)", block, re.MULTILINE) for block in BLOCKS] == [
+        ["Fcos", "fcos"],
         ["small"],
         ["parts"],
         ["Tiles", "tiles"],
@@ -62,6 +65,19 @@ def test_the_commands_are_commands() -> None:
         fields = Settings.model_fields["training"].annotation.model_fields if group else Settings.model_fields  # type: ignore[union-attr]
         assert name in fields, key
         assert value
+
+
+def test_the_detector() -> None:
+    """Strides of 8, 16, 32 and 64 pixels: 64, 16, 4 cells and 1 of a picture of 64."""
+    normal = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    task = detector(3, 64, lambda: pytest.fail("no data is read"), normal)
+    network = models.build("mypackage.detectors:fcos", task).eval()
+    outputs = task.forward(network, {"input": torch.zeros(1, 3, 64, 64)})
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "cls_logits": (1, 85, 3),
+        "bbox_regression": (1, 85, 4),
+        "bbox_ctrness": (1, 85, 1),
+    }
 
 
 def test_the_network() -> None:

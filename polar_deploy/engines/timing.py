@@ -120,7 +120,7 @@ def compare(
     *,
     pairs: int = 200,
     seconds: tuple[float, float] = SECONDS,
-    max_rounds: int = 3,
+    max_rounds: int = 5,
     singles: int = 0,
 ) -> Timing:
     """Time engine `a` against engine `b` on one batch.

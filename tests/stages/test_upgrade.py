@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.engines import table
 from polar_deploy.progress import Progress
 from polar_deploy.stages import NAMES, fingerprint
 from tests.conftest import MINIATURE, Miniature, Outcome, contents, polar
 from tests.support.kills import differences
 from tests.test_latency_budget import TINY
-from tests.test_latency_budget import _document as table_document
+from tests.test_latency_budget import _measured as measured_table
 
 
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +88,9 @@ def test_a_network_that_is_trained_otherwise_now_begins_again_and_says_so(
 def test_the_budget_of_a_half_trained_network_does_not_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def measure(*_: object, **__: object) -> dict[str, Any]:
+    def measure(*_: object, **__: object) -> MeasuredTable:
         measured.append("a table")
-        return {**table_document(), "seconds": len(measured)}
+        return measured_table(seconds=float(len(measured)))
 
     monkeypatch.setattr(table, "measure", measure)
     run = tmp_path / "run"
