@@ -25,6 +25,7 @@ SINGLES = 600  # single inferences, for the percentiles of a verdict
 PERCENTILES: dict[Percentiles, float] = {"p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 NOISE = 0.02  # share by which the control may differ
 QUANTILES = 40  # steps of the distribution that is kept
+MAX_ROUNDS = 5  # of a comparison, as long as the control is off
 SECONDS = (2.0, 30.0)  # least and most time that a round spends in inferences
 MIN_PAIRS = 12  # however long an inference takes: below, the interval of the median says little
 # Of a, b and the control: each comes first, second and last equally often, and equally often right after each other
@@ -120,7 +121,7 @@ def compare(
     *,
     pairs: int = 200,
     seconds: tuple[float, float] = SECONDS,
-    max_rounds: int = 5,
+    max_rounds: int = MAX_ROUNDS,
     singles: int = 0,
 ) -> Timing:
     """Time engine `a` against engine `b` on one batch.

@@ -63,8 +63,8 @@ __all__ = [
 
 GRAPH_SAMPLES = 10_000  # of the test set at most, for comparisons with the FP32 graphs, which run on the CPU
 _BATCH = 128  # samples an inference, for accuracy
-# Of a batch size that is only told: 600 single inferences of 64 samples, in five rounds, would take minutes.
-_NOT_JUDGED: dict[str, Any] = {"seconds": (1.0, 8.0), "max_rounds": 2}
+# Seconds and rounds at a batch size that is only told: 600 single inferences of 64 samples, five times, take minutes.
+_NOT_JUDGED = (1.0, 8.0), 2
 # What is compared: name -> (reference, other)
 _ENGINES = {"accuracy": ("full", "compressed")}
 _GRAPHS = {
@@ -122,16 +122,11 @@ def compare(
     found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test, metric)
     rows = np.arange(max({*batches, criteria.batch})) % len(test)
     singles = singles_for(criteria)
-    timings = [
-        timing.compare(
-            full,
-            compressed,
-            test.read(rows[:size])[0],
-            singles=singles,
-            **({} if size == criteria.batch else _NOT_JUDGED),
-        )
-        for size in sorted({*batches, criteria.batch})
-    ]
+    timings = []
+    for size in sorted({*batches, criteria.batch}):
+        seconds, tries = (timing.SECONDS, timing.MAX_ROUNDS) if size == criteria.batch else _NOT_JUDGED
+        inputs = test.read(rows[:size])[0]
+        timings.append(timing.compare(full, compressed, inputs, seconds=seconds, max_rounds=tries, singles=singles))
     precision = {name: found[name].paired for name in ("full", "compressed")} if graphs else None
     latency = [batch_latency(full, compressed, test.read(rows[: each.batch])[0], each) for each in timings]
     return _compared(
