@@ -229,7 +229,14 @@ def pytest_sessionstart() -> None:
 
 # Files that take longest, in this order: a worker that got one at the end would keep the other one waiting. The first
 # makes the miniature run, which takes its time; the second does without.
-_LONG = ("test_pipeline.py", "test_examples.py", "sweep/test_runs.py", "test_dry_run.py", "stages/test_distributed.py")
+_LONG = (
+    "test_pipeline.py",
+    "test_examples.py",
+    "sweep/test_runs.py",
+    "test_dry_run.py",
+    "stages/test_distributed.py",
+    "training/test_processes.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
