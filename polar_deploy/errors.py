@@ -6,7 +6,10 @@ A verdict is not a failure: parity failed (exit 1) and undecided (exit 5) are re
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # As in a regular expression's []: control signs, and signs that turn the direction of writing. On a terminal they can
 # say something else than what is written.
@@ -32,6 +35,16 @@ class PolarDeployError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  what to do: {self.todo}"
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """The first thing that pydantic found wrong, behind its place: "networks.full: Field required".
+
+    Args:
+        whole: what to say in place of the place where the whole is wrong.
+    """
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {one_line(first['msg'])}"
 
 
 def one_line(text: object) -> str:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from polar_deploy.bundle import format1, graphs
 from polar_deploy.bundle.manifest import CLASSIFICATION, SCHEMA, Manifest, Tensor
 from polar_deploy.bundle.refusal import refused
-from polar_deploy.errors import ContentError, UsageError, one_line, printable
+from polar_deploy.errors import ContentError, UsageError, first_problem, one_line, printable
 from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import sha256
 
@@ -168,10 +168,8 @@ def parse(content: bytes, place: Path | str) -> Manifest:
     try:
         return Manifest.model_validate_json(content if version == SCHEMA else json.dumps(format1.renamed(document)))
     except ValidationError as error:
-        first, count = error.errors()[0], error.error_count()
-        where = ".".join(map(str, first["loc"])) or "the manifest"
-        more = f" ({count - 1} more)" if count > 1 else ""
-        raise refused(place, f"is no manifest: {where}: {one_line(first['msg'])}{more}") from error
+        more = f" ({count - 1} more)" if (count := error.error_count()) > 1 else ""
+        raise refused(place, f"is no manifest: {first_problem(error, 'the manifest')}{more}") from error
 
 
 def strict_json(content: bytes, place: Path | str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from polar_deploy.devices.device import Device, Precision
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, first_problem
 from polar_deploy.workspace import read_json
 
 __all__ = ["Chosen", "Device", "choose", "load", "names"]
@@ -74,8 +74,5 @@ def _read(path: Path) -> Device:
     try:
         return Device.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the document"
-        raise ContentError(
-            f"{path}: {place}: {first['msg']}", "see polar_deploy/schemas/device.schema.json, or measure it again"
-        ) from error
+        what = f"{path}: {first_problem(error, 'the document')}"
+        raise ContentError(what, "see polar_deploy/schemas/device.schema.json, or measure it again") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from polar_deploy.errors import ContentError, one_line
+from polar_deploy.errors import ContentError, first_problem
 from polar_deploy.workspace import read_json, write_json
 
 if TYPE_CHECKING:
@@ -65,11 +65,8 @@ class Document(Part):
         try:
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise ContentError(
-                f"{path}: {where}: {one_line(first['msg'])}", "let the stage that writes it run again"
-            ) from error
+            what = f"{path}: {first_problem(error, 'the document')}"
+            raise ContentError(what, "let the stage that writes it run again") from error
 
     def write(self, path: Path) -> None:
         """Write it, atomically."""

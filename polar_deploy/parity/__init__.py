@@ -122,13 +122,13 @@ def compare(
     found = compare_all({"full": full, "compressed": compressed}, graphs.named() if graphs else {}, test, metric)
     rows = np.arange(max({*batches, criteria.batch})) % len(test)
     singles = singles_for(criteria)
-    timings = []
+    timings, latency = [], []
     for size in sorted({*batches, criteria.batch}):
         seconds, tries = (timing.SECONDS, timing.MAX_ROUNDS) if size == criteria.batch else _NOT_JUDGED
         inputs = test.read(rows[:size])[0]
         timings.append(timing.compare(full, compressed, inputs, seconds=seconds, max_rounds=tries, singles=singles))
+        latency.append(batch_latency(full, compressed, inputs, timings[-1]))
     precision = {name: found[name].paired for name in ("full", "compressed")} if graphs else None
-    latency = [batch_latency(full, compressed, test.read(rows[: each.batch])[0], each) for each in timings]
     return _compared(
         None, found, metric, graphs, latency, judge(found["accuracy"].paired, timings, criteria, precision)
     )
