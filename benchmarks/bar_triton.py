@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.common import ROOT, run_pipeline, write_result
 from polar_deploy.bundle import golden
 from polar_deploy.bundle.read import opened
+from polar_deploy.tensors import Arrays, take
 
 PACKAGES = ("nvidia-pytriton>=0.5.14", "onnxruntime>=1.19", "numpy<2")  # the server's stub knows numpy 1
 BACKEND = Path(__file__).with_name("triton_onnxruntime.py")
@@ -150,26 +151,27 @@ def ready(address: str) -> bool:
         return False
 
 
-def infer(address: str, model: str, name: str, images: np.ndarray) -> np.ndarray:
-    """Logits for images, over HTTP."""
-    tensor = {"name": name, "shape": images.shape, "datatype": "FP32", "data": images.ravel().tolist()}
-    request = urllib.request.Request(f"{address}/models/{model}/infer", json.dumps({"inputs": [tensor]}).encode())
+def infer(address: str, model: str, inputs: Arrays) -> dict[str, np.ndarray]:
+    """The outputs for inputs of float32, over HTTP."""
+    tensors = [
+        {"name": name, "shape": each.shape, "datatype": "FP32", "data": each.ravel().tolist()}
+        for name, each in inputs.items()
+    ]
+    request = urllib.request.Request(f"{address}/models/{model}/infer", json.dumps({"inputs": tensors}).encode())
     with urllib.request.urlopen(request, timeout=60) as response:
-        (output,) = json.load(response)["outputs"]
-    return np.asarray(output["data"], np.float32).reshape(output["shape"])
+        given = json.load(response)["outputs"]
+    return {each["name"]: np.asarray(each["data"], np.float32).reshape(each["shape"]) for each in given}
 
 
 def answered(address: str, model: str, path: Path, network: str) -> dict[str, Any]:
     """The golden samples through the server, against the bundle's; and the median of single images."""
     with opened(path) as bundle:
         manifest, inputs, outputs = bundle.manifest, bundle.inputs, bundle.outputs[network]
-        precision = manifest.each()[network].precision.asked
-        name = manifest.input.name
-    found = golden.check(outputs, infer(address, model, name, inputs), precision)
-    times = []
+        found = golden.check(outputs, infer(address, model, inputs), manifest.each()[network].precision.asked)
+    one, times = take(inputs, slice(1)), []
     for _ in range(REQUESTS):
         begun = time.perf_counter()
-        infer(address, model, name, inputs[:1])
+        infer(address, model, one)
         times.append(1000 * (time.perf_counter() - begun))
     return {**found, "p50_ms": round(statistics.median(times), 3)}
 
