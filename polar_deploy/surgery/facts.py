@@ -281,6 +281,14 @@ class Facts:
         """The channels of all tensors, in topological order."""
         return list(self._channels.values())
 
+    def gathered(self, fact: str) -> Array:
+        """[channels of the graph] an attribute of `Channels`."""
+        return np.concatenate([getattr(channels, fact) for channels in self._channels.values()])
+
+    def by_tensor(self, combine: np.ufunc, which: Bools) -> Bools:
+        """[tensors] `which` [channels of the graph], combined within each tensor: `np.logical_or` for any of them."""
+        return np.asarray(combine.reduceat(which, [channels.first for channels in self._channels.values()]))
+
     def create(self, step: Step | None, tensor: Tensor, axes: tuple[int, ...]) -> Channels:
         """Opens the facts about `tensor`. Raises Unsupported where the size of an axis is not known."""
         shape = self.graph.shape(tensor)
@@ -314,13 +322,14 @@ class Facts:
             channels.needed[:] = needed
 
     def _forward(self, node: Node) -> Step:
-        step = Step(node, self, self._handler(node))
+        step, total = Step(node, self, self._handler(node)), self.total
         try:
             step.handler.couple(step)
             step.handler.constants(step)
         except Unsupported as reason:
             for tensor in step.made:
                 self._channels.pop(tensor.name, None)
+            self.total = total
             step = Step(node, self, self._unsupported)
             step.plan = step.note(str(reason))
             for tensor in node.outputs:
@@ -357,9 +366,12 @@ class Facts:
         What a needed channel holds does not change, and what goes holds nothing: where that is all, nothing is done.
         """
         self.after_cut = True
-        for channels in self.everything():
-            channels.was_constant = all_of(channels.constant)
-        if not any(any_of(channels.kept & ~channels.needed) for channels in self.everything()):
+        if not self._channels:
+            return
+        throughout = self.by_tensor(np.logical_and, self.gathered("constant")).tolist()
+        for channels, was_constant in zip(self._channels.values(), throughout, strict=True):
+            channels.was_constant = was_constant
+        if not any_of(self.gathered("kept") & ~self.gathered("needed")):
             return
         for step in self.alive:
             if all(all_of(channels.needed) for channels in step.outputs):

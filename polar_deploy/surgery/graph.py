@@ -21,10 +21,9 @@ from polar_deploy.surgery.detached import (
 from polar_deploy.surgery.folding import fold
 from polar_deploy.surgery.ir import Node, Tensor, attributes, has_body
 from polar_deploy.surgery.sizes import Shape
-from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.tensor_data import PACKED
 from polar_deploy.surgery.transposes import join_transposes
-from polar_deploy.surgery.validation import SMALL, array_of, dtype_of, not_inferred
+from polar_deploy.surgery.validation import SMALL, array_of, dtype_of, not_inferred, opset_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import onnx
 
 FLOAT = 1  # the number of an element type in ONNX
-UNNAMED_OPSET = 11
 
 
 class Graph:
@@ -358,11 +356,6 @@ class Graph:
         after.clear_outputs()
         node.set_output(0, result)
         self.set_attribute(node, name, value)
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """The opset of the standard operators; of a model that names none, the one that onnx took for granted once."""
-    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), UNNAMED_OPSET)
 
 
 def _given(tensor: onnx.TensorProto, detached: DetachedModel) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from polar_deploy.surgery.detached import Array, DetachedModel, names_in_bodies, sort_nodes
 from polar_deploy.surgery.shape_folding import evaluate
 from polar_deploy.surgery.standins import STANDARD
+from polar_deploy.surgery.validation import opset_of
 
 if TYPE_CHECKING:
     import onnx
@@ -27,7 +28,7 @@ def inlined(detached: DetachedModel) -> DetachedModel:
         model = onnx.inliner.inline_local_functions(model)
         sort_nodes(model.graph)
     for _ in range(DEEPEST):
-        decided = _decided(model.graph, _opset(model))
+        decided = _decided(model.graph, opset_of(model))
         if not decided:
             break
         if model is detached.model:
@@ -35,10 +36,6 @@ def inlined(detached: DetachedModel) -> DetachedModel:
             model.CopyFrom(detached.model)
         _put(model.graph, decided)
     return detached if model is detached.model else replace(detached, model=model)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 1)
 
 
 def _decided(graph: onnx.GraphProto, opset: int) -> dict[int, onnx.GraphProto]:

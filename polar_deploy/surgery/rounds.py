@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
 from polar_deploy.surgery.detached import are_same
@@ -37,7 +39,9 @@ class Round:
     @property
     def needs_another_round(self) -> bool:
         """Whether the cut has left more to do: facts that hold only now."""
-        changed = bool(self.cut.dropped) or not all(all_of(c.kept) for c in self.facts.everything())
+        if not self.facts.total:
+            return False
+        changed = bool(self.cut.dropped) or not all_of(self.facts.gathered("kept"))
         return changed and (
             self._has_idle_channels or self._has_new_constants or self._has_new_gates or self._has_new_neighbours
         )
@@ -45,13 +49,15 @@ class Round:
     @property
     def _has_idle_channels(self) -> bool:
         """Channels that stay though nobody needs them: what held them may be gone, or be known to be zero by now."""
-        return any(any_of(channels.kept & ~channels.needed) for channels in self.facts.everything())
+        return any_of(self.facts.gathered("kept") & ~self.facts.gathered("needed"))
 
     @property
     def _has_new_constants(self) -> bool:
         """Tensors that are constant throughout by now: their readers can do without them."""
-        channels = self.facts.everything()
-        return any(not c.was_constant and not c.is_removed and all_of(c.constant | ~c.kept) for c in channels)
+        kept = self.facts.gathered("kept")
+        settled = self.facts.by_tensor(np.logical_and, self.facts.gathered("constant") | ~kept)
+        new = settled & self.facts.by_tensor(np.logical_or, kept)
+        return any(new and not c.was_constant for new, c in zip(new.tolist(), self.facts.everything(), strict=True))
 
     @property
     def _has_new_gates(self) -> bool:

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from polar_deploy.errors import ContentError, OutOfMemoryError
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery.inputs import Value, Values
-from polar_deploy.surgery.validation import first_line
+from polar_deploy.surgery.validation import first_line, opset_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx
+    from onnx.reference.op_run import OpRun
 
 Run = Callable[[Values], Values]
+Array = npt.NDArray[Any]
+DEQUANTIZE = 19  # the opset since which onnx's reference knows DequantizeLinear
 NOT_RUN = "pass --no-verify to write the cut graph without the proof"
 BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}  # of types with several numbers a byte
 NATIVE = "biufOSU"  # kinds of numpy's own types; ONNX Runtime takes others as bytes only
@@ -61,7 +65,7 @@ def reference(model: onnx.ModelProto, reason: str) -> Run:
 
     names = [value.name for value in model.graph.output]
     try:
-        evaluator = ReferenceEvaluator(model)
+        evaluator = ReferenceEvaluator(model, new_ops=_lacking(opset_of(model)))
     except Exception as error:  # the reference has no common class for its errors
         raise ContentError(f"no runtime takes the graph: {reason}", NOT_RUN) from error
 
@@ -78,6 +82,21 @@ def reference(model: onnx.ModelProto, reason: str) -> Run:
         }
 
     return run
+
+
+def _lacking(opset: int) -> list[type[OpRun]]:
+    """Operators of an opset that onnx's reference has in later ones only."""
+    from onnx.reference.op_run import OpRun
+
+    class DequantizeLinear(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Array, scale: Array, zero: Array | None = None, axis: int = 1, **_: object) -> tuple[Array]:
+            along = [-1 if at == axis % x.ndim else 1 for at in range(x.ndim)] if np.ndim(scale) else ()
+            offset = 0.0 if zero is None else zero.astype(np.float64).reshape(along)
+            return (np.asarray((x.astype(np.float64) - offset) * scale.reshape(along)).astype(scale.dtype),)
+
+    return [DequantizeLinear] if opset < DEQUANTIZE else []
 
 
 def _is_native(value: Value) -> bool:

@@ -56,16 +56,14 @@ def plan(graph: Graph) -> tuple[Facts, Sets]:
 def decide(facts: Facts) -> Sets:
     """Plans the cut: sets `kept` of every tensor's channels."""
     labels = components(facts)
-    everything = facts.everything()
-    blocked = np.zeros(facts.total, bool)
-    for channels in everything:
-        held = channels.needed | channels.pinned
-        blocked[labels[channels.first : channels.first + len(channels)][held]] = True
-    kept = blocked[labels]
-    for channels in everything:
-        channels.kept = kept[channels.first : channels.first + len(channels)]  # a view: follows what is retained
     sets = Sets(labels, {})
-    _retain(facts, sets, kept)
+    if facts.total:
+        blocked = np.zeros(facts.total, bool)
+        blocked[labels[facts.gathered("needed") | facts.gathered("pinned")]] = True
+        kept = blocked[labels]
+        for channels in facts.everything():
+            channels.kept = kept[channels.first : channels.first + channels.size]  # a view: follows what is retained
+        _retain(facts, sets, kept)
     return sets
 
 
@@ -85,7 +83,7 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
 
     while changed:
         changed = False
-        all_there = not any(channels.is_removed for channels in facts.everything())
+        all_there = bool(facts.by_tensor(np.logical_or, kept).all())
         for step in reversed(facts.alive):
             if all_there and type(step.handler).retain is Operator.retain:
                 continue  # it asks for one channel of what is gone

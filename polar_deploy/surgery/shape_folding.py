@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy.surgery.validation import opset_of
+
 if TYPE_CHECKING:
     import onnx
 
@@ -69,7 +71,7 @@ class _Arithmetic:
         import onnx
 
         self.types = types
-        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+        self.opset = opset_of(model)
         self.numbers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         self._done: dict[tuple[bytes, ...], Array | None] = {}  # exporters write the same calculation again and again
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
 NUMBERS = (1, 2, 6, 7)  # attribute types: FLOAT, INT, FLOATS, INTS
+UNNAMED_OPSET = 11
 EXPORT_AGAIN = "export the model again and check it with onnx.checker"
 
 
@@ -31,46 +32,41 @@ def check_text(model: onnx.ModelProto, name: str) -> None:
     if not model.graph.node or not model.graph.output:
         raise ContentError(f"{name} holds an empty graph", "give an ONNX file with nodes and outputs")
     try:
-        "".join(_texts(model))
+        "".join(_texts(model, []))
     except (TypeError, UnicodeError):
-        text = next(text for text in _texts(model, decoded=False) if not _is_utf8(text))
+        text = next(text for text in _texts(model, [], decoded=False) if not _is_utf8(text))
         raise ContentError(f"{name} holds text that is not UTF-8: {text!r}", EXPORT_AGAIN) from None
 
 
-def _texts(message: Message, *, decoded: bool = True) -> Iterator[str]:
-    """All text in a model, attributes included; protobuf hands out what is not UTF-8 as bytes.
+def _texts(message: Message, found: list[Any], *, decoded: bool = True) -> list[Any]:
+    """Adds all text in a model to `found`, attributes included; protobuf hands out what is not UTF-8 as bytes.
 
     decoded: whether text in fields for bytes is decoded, which raises UnicodeError.
     """
+    kind: Any = message
     name = message.DESCRIPTOR.name
     if name == "TensorProto":  # touching the data would copy it
-        yield from (message.name, message.doc_string)
-        return
-    if name == "NodeProto":  # there are many
-        yield from _texts_of_node(message, decoded=decoded)
-        return
-    for field, value in message.ListFields():
-        values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
-        if field.type == field.TYPE_MESSAGE:
-            for item in values:
-                yield from _texts(item, decoded=decoded)
-        elif field.type == field.TYPE_STRING:
-            yield from values
-        elif field.type == field.TYPE_BYTES:
-            yield from (value.decode() for value in values) if decoded else values
-
-
-def _texts_of_node(node: Any, *, decoded: bool) -> Iterator[str]:
-    yield from (node.name, node.op_type, node.domain, node.doc_string)
-    yield from node.input
-    yield from node.output
-    for entry in node.metadata_props:
-        yield from (entry.key, entry.value)
-    for attribute in node.attribute:
-        if attribute.type in NUMBERS:
-            yield from (attribute.name, attribute.doc_string)
-        else:
-            yield from _texts(attribute, decoded=decoded)
+        found += (kind.name, kind.doc_string)
+    elif name == "NodeProto":  # there are many
+        found += (kind.name, kind.op_type, kind.domain, kind.doc_string, *kind.input, *kind.output)
+        for entry in kind.metadata_props:
+            found += (entry.key, entry.value)
+        for attribute in kind.attribute:
+            if attribute.type in NUMBERS:
+                found += (attribute.name, attribute.doc_string)
+            else:
+                _texts(attribute, found, decoded=decoded)
+    else:
+        for field, value in message.ListFields():
+            values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+            if field.type == field.TYPE_MESSAGE:
+                for item in values:
+                    _texts(item, found, decoded=decoded)
+            elif field.type == field.TYPE_STRING:
+                found += values
+            elif field.type == field.TYPE_BYTES:
+                found += [value.decode() for value in values] if decoded else values
+    return found
 
 
 def _is_utf8(text: str | bytes) -> bool:
@@ -100,6 +96,11 @@ def not_inferred(model: onnx.ModelProto) -> list[str]:
         if node.domain not in STANDARD and (node.domain, node.op_type) not in functions and stand_ins(node) is None
     ]
     return [name for node in nodes for name in node.output if name]
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The opset of the standard operators; of a model that names none, the one that onnx took for granted once."""
+    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), UNNAMED_OPSET)
 
 
 @cache

@@ -15,15 +15,8 @@ GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # fields of ModelProto, GraphProto and T
 LARGE = 4096  # bytes of a weight that stays where it is
 
 Buffer = memoryview | bytes
-
-
-class Field(NamedTuple):
-    """A field of a message: its number, where it starts, and its value, in bytes from the start of the file."""
-
-    number: int
-    start: int
-    value: int
-    stop: int
+# A field of a message: its number; where it, its value, and what follows start, in bytes from the start of the file.
+Field = tuple[int, int, int, int]
 
 
 class Split(NamedTuple):
@@ -38,11 +31,11 @@ def split(data: Buffer) -> Split | None:
     weights: dict[int, tuple[int, int]] = {}
 
     def without_data(index: int, tensor: list[Field]) -> list[Buffer] | None:
-        raw = [field for field in tensor if field.number == RAW_DATA]
-        if len(raw) != 1 or raw[0].stop - raw[0].value <= LARGE:
+        raw = [(value, stop - value) for number, _, value, stop in tensor if number == RAW_DATA]
+        if len(raw) != 1 or raw[0][1] <= LARGE:
             return None
-        weights[index] = raw[0].value, raw[0].stop - raw[0].value
-        return [data[field.start : field.stop] for field in tensor if field.number != RAW_DATA]
+        (weights[index],) = raw
+        return [data[start:stop] for number, start, _, stop in tensor if number != RAW_DATA]
 
     parts = _with_tensors(data, without_data, LARGE)
     return None if parts is None else Split(b"".join(parts), weights)
@@ -55,7 +48,7 @@ def join(model: bytes, weights: Mapping[int, Buffer]) -> list[Buffer]:
         if index not in weights:
             return None
         before, after = (
-            b"".join(model[field.start : field.stop] for field in tensor if (field.number > RAW_DATA) is behind)
+            b"".join([model[start:stop] for number, start, _, stop in tensor if (number > RAW_DATA) is behind])
             for behind in (False, True)
         )
         return [before, _head(RAW_DATA, len(weights[index])), weights[index], after]
@@ -70,40 +63,46 @@ def _with_tensors(
 ) -> list[Buffer] | None:
     """The model with changed initializers, in parts: those of `least` bytes or more that `change` says so of."""
     try:
-        model = list(_fields(data, 0, len(data)))
-        (graph,) = (field for field in model if field.number == GRAPH)
+        ((graph, inside, end),) = (
+            (start, value, stop) for number, start, value, stop in _fields(data, 0, len(data)) if number == GRAPH
+        )
         parts: list[Buffer] = []
-        kept, index = graph.value, 0  # what comes before `kept` is among the parts
-        for field in _fields(data, graph.value, graph.stop):
-            if field.number != INITIALIZER:
+        kept, index = inside, 0  # what comes before `kept` is among the parts
+        for number, start, value, stop in _fields(data, inside, end):
+            if number != INITIALIZER:
                 continue
-            if field.stop - field.value >= least:
-                changed = change(index, list(_fields(data, field.value, field.stop)))
+            if stop - value >= least:
+                changed = change(index, list(_fields(data, value, stop)))
                 if changed is not None:
-                    parts += [data[kept : field.start], _head(INITIALIZER, sum(map(len, changed))), *changed]
-                    kept = field.stop
+                    parts += [data[kept:start], _head(INITIALIZER, sum(map(len, changed))), *changed]
+                    kept = stop
             index += 1
-        parts.append(data[kept : graph.stop])
+        parts.append(data[kept:end])
     except (IndexError, ValueError):
         return None
-    return [data[: graph.start], _head(GRAPH, sum(map(len, parts))), *parts, data[graph.stop :]]
+    return [data[:graph], _head(GRAPH, sum(map(len, parts))), *parts, data[end:]]
 
 
 def _fields(data: Buffer, at: int, stop: int) -> Iterator[Field]:
     """The fields of a message. Raises ValueError or IndexError where it is none."""
     while at < stop:
-        start = at
-        tag, at = _varint(data, at)
+        start, tag = at, data[at]
+        at += 1
+        if tag >= 128:
+            tag, at = _varint(data, start)
         kind = tag & 7
         if kind == LENGTH:
-            length, at = _varint(data, at)
+            length = data[at]
+            at += 1
+            if length >= 128:
+                length, at = _varint(data, at - 1)
         elif kind == 0:
             length = _varint(data, at)[1] - at
         else:
             length = SIZES.get(kind, stop)
         if at + length > stop:
             raise ValueError("a field ends behind its message")
-        yield Field(tag >> 3, start, at, at + length)
+        yield tag >> 3, start, at, at + length
         at += length
 
 

@@ -12,8 +12,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.surgery import compress, inputs, verify
+from polar_deploy.surgery import compress, inputs, runtime, verify
 from polar_deploy.surgery.__main__ import main
+from polar_deploy.surgery.runtime import Run
 from tests.surgery.graphs import Net, weight
 
 
@@ -70,6 +71,65 @@ def test_rounding_above_the_tolerance_is_judged_by_float64(tmp_path: Path) -> No
         graphs.append(graph)
     proof = _prove(tmp_path, *graphs)
     assert proof.difference > proof.tolerance == 1e-5
+
+
+def _apart(a_channel: float, a_pixel: float) -> list[onnx.ModelProto]:
+    """Two graphs for pictures of any size that differ by so much, and by so much times the number of elements."""
+    graphs = []
+    for factor in (0.0, 1.0):
+        net = Net()
+        net.inputs = [helper.make_tensor_value_info("input", 1, ["batch", 3, "height", "width"])]
+        size = net.node("Cast", [net.node("Size", ["input"], "size")], "number", to=onnx.TensorProto.FLOAT)
+        more = net.node("Mul", [size, net.constant("pixel", np.float32(factor * a_pixel))], "grown")
+        more = net.node("Add", [more, net.constant("channel", np.float32(factor * a_channel))], "more")
+        graphs.append(net.model(net.node("Add", [net.conv("input", 4, "one"), more], "sum")))
+    return graphs
+
+
+def test_rounding_that_grows_with_a_picture_is_judged_on_smaller_ones(tmp_path: Path) -> None:
+    proof = _prove(tmp_path, *_apart(0, 1e-9))  # 4e-4 of a batch of 224 pixels a side, 1e-5 at 32
+    assert proof.difference > proof.tolerance == 1e-5
+
+
+def test_what_differs_in_smaller_pictures_too_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ContentError, match="changed the function"):
+        _prove(tmp_path, *_apart(1e-3, 0))
+
+
+def test_what_only_the_runtime_computes_otherwise_is_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integer kernels saturate on some processors, and then the order of channels counts."""
+    real, calls = verify.onnx_runtime, list[Path]()
+
+    def saturating(path: Path) -> Run:
+        run = real(path)
+        calls.append(path)
+        return run if len(calls) == 1 else lambda values: {name: 0.9 * x for name, x in run(values).items()}
+
+    monkeypatch.setattr(verify, "onnx_runtime", saturating)
+    with pytest.raises(verify.UndecidedError, match="both graphs agree in float64"):
+        _prove(tmp_path, _model(), _model())
+
+
+@pytest.mark.parametrize(("opset", "axis"), [(10, None), (13, None), (13, 0), (13, 1), (19, 1)])
+def test_float64_judges_what_old_opsets_dequantize(opset: int, axis: int | None) -> None:
+    """onnx's reference knows DequantizeLinear since opset 19 only."""
+    size = 1 if axis is None else (2, 3)[axis]
+    scale, zero = np.arange(1, size + 1) / 8, np.arange(size, dtype=np.int8)
+    constants = [
+        numpy_helper.from_array(x if axis is not None else x.reshape(()), name)
+        for x, name in ((scale, "scale"), (zero, "zero"))
+    ]
+    attributes = {} if axis is None else {"axis": axis}
+    node = helper.make_node("DequantizeLinear", ["x", "scale", "zero"], ["y"], **attributes)
+    ends = [helper.make_tensor_value_info(name, kind, [2, 3]) for name, kind in (("x", 3), ("y", 11))]
+    graph = helper.make_graph([node], "one", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    x = np.array([[-128, 0, 1], [2, 3, 127]], np.int8)
+    shape = [(), (2, 1), (1, 3)][0 if axis is None else axis + 1]
+    expected = (x - zero.reshape(shape).astype(np.float64)) * scale.reshape(shape)
+    found = runtime.reference(model, "")({"x": x})["y"]
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float64
 
 
 def test_double_is_proven_in_onnx_reference() -> None:

@@ -26,15 +26,19 @@ class Multiply(Absorbing):
 
     def operands(self, step: Step[Operands]) -> list[Operand]:
         operands = super().operands(step)
-        index = self._factor(step) if step.facts.after_cut else None
+        index = self._factor(step, operands) if step.facts.after_cut else None
         if index is not None:
-            value, other = operands[index].value, operands[1 - index]
-            free = ~step.output.needed | other.zero
-            if step.parameter(index, "factor").size == 1:  # one for all
-                free[:] = free.all()
-            value = np.where(free, 1.0, value)
-            operands[index] = Operand(np.ones(len(value), bool), value, value >= 0, operands[index].finite)
+            operands[index] = self._opened(step, index, operands)
         return operands
+
+    def _opened(self, step: Step[Operands], index: int, operands: list[Operand]) -> Operand:
+        """The factor `index`, one where that makes no difference."""
+        factor = operands[index]
+        free = ~step.output.needed | operands[1 - index].zero
+        if step.parameter(index, "factor").size == 1 and not all_of(free):  # one for all
+            return factor
+        value = np.where(free, 1.0, factor.value)
+        return Operand(factor.constant, value, value >= 0, factor.finite)
 
     def conclude(self, step: Step, operands: list[Operand]) -> Operand:
         if len(operands) != 2 or any(operand.finite is not None for operand in operands):
@@ -46,19 +50,20 @@ class Multiply(Absorbing):
         return Operand((one.constant & other.constant) | zero, value, one.nonnegative & other.nonnegative)
 
     def gate(self, step: Step[Operands]) -> Floats | None:
-        index = self._factor(step)
-        return None if index is None else self._operand(step, index).value
+        operands = super().operands(step)
+        index = self._factor(step, operands)
+        return None if index is None else operands[index].value
 
-    def _factor(self, step: Step[Operands]) -> int | None:
+    def _factor(self, step: Step[Operands], operands: list[Operand]) -> int | None:
         """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
         left, right = step.constant(0), step.constant(1)
         index, values = (0, left) if right is None else (1, right)
-        one_only = (left is None) is not (right is None)
-        if values is None or not one_only or step.inputs[1 - index] is None or values.size not in (1, len(step.output)):
+        one_only, width = (left is None) is not (right is None), step.output.size
+        if values is None or not one_only or step.inputs[1 - index] is None or values.size not in (1, width):
             return None
-        factor = self._operand(step, index)
+        factor = operands[index]
         switch = values.size == 1 and factor.value[0] in (0, 1)
-        return index if all_of(factor.constant) and (values.size == len(step.output) or switch) else None
+        return index if all_of(factor.constant) and (values.size == width or switch) else None
 
     def nonfinite_risk(self, step: Step[Operands]) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
@@ -73,8 +78,9 @@ class Multiply(Absorbing):
         return risk
 
     def slice(self, step: Step[Operands]) -> None:
-        if (index := self._factor(step)) is not None:
-            values, opened = step.parameter(index, "factor"), self.operands(step)[index].value
+        operands = super().operands(step)
+        if (index := self._factor(step, operands)) is not None:
+            values, opened = step.parameter(index, "factor"), self._opened(step, index, operands).value
             opened = opened[: values.size]
             if all_of(opened == 1) and keeps_shape(step, 1 - index) and step.graph.bypass(step.node, 1 - index):
                 return
