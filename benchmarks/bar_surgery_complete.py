@@ -1,4 +1,6 @@
-"""Surgery is complete: what can go does go, in 16 torchvision CNNs whose coupled sets PyTorch's gradients tell.
+"""Surgery is complete: what can go does go, in 19 CNNs whose coupled sets PyTorch's gradients tell.
+
+They are 16 of torchvision and three of timm: paddings worked out from fixed sizes, standardised weights, norms first.
 
 One random mask a coupled set: every row and column of a weight that touches a closed set is gone, no gate is left, and
 the function is the same. Independent masks behind every mixer: at least 99 % of what can be cut at best. About ten
@@ -25,6 +27,7 @@ from benchmarks.common import write_result
 from benchmarks.surgery_models import (
     SCOPES,
     SIZES,
+    TIMM,
     Array,
     Site,
     activations,
@@ -34,6 +37,7 @@ from benchmarks.surgery_models import (
     faults,
     gated,
     half,
+    pixels,
     random_images,
     readers_of,
     run,
@@ -43,7 +47,7 @@ from benchmarks.surgery_models import (
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.surgery import compress
 
-NETWORKS = [name for name in SIZES if name not in ("vit_b_16", "swin_t")]
+NETWORKS = [*(name for name in SIZES if name not in ("vit_b_16", "swin_t")), *TIMM]
 REPORTED_ONLY = ("shufflenet_v2_x1_0",)  # with independent masks
 ENOUGH = 0.99
 FAITHFUL = 1e-4  # of the scale: gated graph in float32 against gated network in float64
@@ -76,6 +80,7 @@ class Subject:
     def weights(self, model: onnx.ModelProto) -> dict[str, list[int]]:
         """By mixer: [output channels, input channels a group, *kernel] in `model`; zeros where it is gone."""
         dims = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+        dims |= {value.name: shape_of(model, value.name) for value in model.graph.value_info}  # of computed weights
         nodes = {node.name: node for node in model.graph.node}
         found = {}
         for name, before in self.nodes.items():
@@ -215,8 +220,8 @@ def _wider(best: Mapping[str, oracle.Widths], now: Mapping[str, list[int]]) -> l
 def check(name: str, cache: Path) -> dict[str, Any]:
     """Both kinds of masks on one network."""
     subject = Subject(name, cache)
-    row: dict[str, Any] = {"network": name, "input": SIZES[name], "oracle_seconds": round(subject.seconds, 1)}
-    for kind, judge in (("sets", check_sets), ("independent", lambda s: check_independent(s, SIZES[name]))):
+    row: dict[str, Any] = {"network": name, "input": pixels(name), "oracle_seconds": round(subject.seconds, 1)}
+    for kind, judge in (("sets", check_sets), ("independent", lambda s: check_independent(s, pixels(name)))):
         try:
             row[kind] = judge(subject)
         except PolarDeployError as error:

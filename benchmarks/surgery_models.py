@@ -48,6 +48,7 @@ SIZES = {  # pixels a side of the exported input: small where the network allows
     "vit_b_16": 224,
     "swin_t": 224,
 }
+TIMM = {"tf_efficientnetv2_b0": 64, "nf_regnet_b1": 64, "resnetv2_50": 64}  # the same of timm's
 OPSET = 18
 INPUT, OUTPUT = "input", "logits"
 SCOPES = "pkg.torch.onnx.name_scopes"  # a node's metadata: the modules that it comes from
@@ -82,11 +83,27 @@ class Difference(NamedTuple):
 def build(name: str) -> nn.Module:
     """The network in evaluation mode with random numbers, the same ones every time."""
     torch.manual_seed(0)
+    network = _untrained(name)
+    _randomise(network)
+    side = min(pixels(name), 96)
+    _calibrate(network, torch.randn(16, 3, side, side))
+    return network.eval().requires_grad_(False)  # else the exporter takes longer
+
+
+def pixels(name: str) -> int:
+    """A side of the exported input."""
+    return (SIZES | TIMM)[name]
+
+
+def _untrained(name: str) -> nn.Module:
+    if name in TIMM:
+        import timm
+
+        own: nn.Module = timm.create_model(name, pretrained=False)
+        return own
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    _randomise(network)
-    _calibrate(network, torch.randn(16, 3, min(SIZES[name], 96), min(SIZES[name], 96)))
-    return network.eval().requires_grad_(False)  # else the exporter takes longer
+    return network
 
 
 @torch.no_grad()
@@ -99,7 +116,7 @@ def _randomise(network: nn.Module) -> None:
             value.uniform_(0.3, 0.8)
         elif leaf == "class_token":
             value.normal_()
-        elif value.ndim == 1:  # the scale of a norm
+        elif value.ndim < 2:  # the scale of a norm, or of a branch
             value.uniform_(0.5, 1.5)
         elif not value.any():  # heads that start at zero
             value.normal_(0, value[0].numel() ** -0.5)
@@ -151,7 +168,7 @@ def export(name: str, network: nn.Module, cache: Path, size: int = 0) -> onnx.Mo
     Args:
         size: pixels a side of the input; 0: as in `SIZES`.
     """
-    size = size or SIZES[name]
+    size = size or pixels(name)
     path = cache / f"{name}-{size}.onnx"
     if not path.is_file():
         model = exported(network, torch.zeros(2, 3, size, size))

@@ -62,8 +62,11 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.smooth = smooth
         self.mixers: dict[str, Mixer] = {}
-        modules = network.named_modules()
-        self._names = {id(module.weight): name for name, module in modules if isinstance(module, nn.Conv2d | nn.Linear)}
+        mixers = {name: each for name, each in network.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)}
+        self._names = {id(module.weight): name for name, module in mixers.items()}
+        self._running = ""  # the last mixer's module that was called: what it multiplies with may be computed
+        for name, module in mixers.items():
+            module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "_running", name))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +98,7 @@ class _Watch(TorchFunctionMode):
         self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Mixer, Callable[[Tensor], Tensor]]:
         x, weight, bias, *rest = args
-        name, outputs = self._names[id(weight)], len(weight)
+        name, outputs = self._names.get(id(weight), self._running), len(weight)
         if kind == "linear":
             self.mixers[name] = Mixer(name, x.shape[-1], outputs, 1, 1, padded=False, axis=x.ndim - 1)
             return self.mixers[name], lambda x: func(x, weight, bias)
