@@ -7,9 +7,9 @@ The earlier build is a checkout of its own; without one, the bars that compare w
 
 The rivals are Torch-Pruning 1.6, onnxsim 0.8, OpenVINO's pruning behind its common transformations, and PruneChannels
 of qonnx 1.0. All get the same masks: of the coupled sets that the same layers write, half are closed. The rivals work
-in memory, without any file; OpenVINO gets the gated graph, onnxsim the gates folded by hand into zero filters, because
-it stops at gates, Torch-Pruning and qonnx the numbers of the closed channels. They are no requirement of this project;
-install them anywhere and name the place,
+in memory, without any file; onnxsim and OpenVINO get the gates folded by hand into zero filters, because they stop at
+gates, Torch-Pruning and qonnx the numbers of the closed channels. They are no requirement of this project; install them
+anywhere and name the place,
 
     pip install --target /tmp/rivals --no-deps torch-pruning==1.6.* onnxsim==0.8.* qonnx==1.0.* \\
         bitstring tibs toposort sigtools clize

@@ -73,7 +73,7 @@ def torch_pruning(name: str, folder: Path) -> dict[str, Any]:
 
 
 def openvino(_: str, folder: Path) -> dict[str, Any]:
-    """Pruning of OpenVINO, which looks for zero filters, behind the common transformations, which fold gates."""
+    """Pruning of OpenVINO, which looks for zero filters, behind the common transformations."""
     import openvino as ov
     from openvino._offline_transformations import apply_moc_transformations, apply_pruning_transformation
 
@@ -84,7 +84,7 @@ def openvino(_: str, folder: Path) -> dict[str, Any]:
         apply_pruning_transformation(model)
         return model
 
-    seconds, pruned = _repeated(lambda: core.read_model(folder / "gated.onnx"), prune)
+    seconds, pruned = _repeated(lambda: core.read_model(folder / "folded.onnx"), prune)
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(pruned, "CPU", hint)
     np.savez(folder / "logits.npz", logits=compiled(np.load(folder / "images.npz")["images"])[0])
@@ -96,18 +96,24 @@ def openvino(_: str, folder: Path) -> dict[str, Any]:
 def qonnx(_: str, folder: Path) -> dict[str, Any]:
     """PruneChannels of qonnx, told which channels of which weights go; its lossless mode does not keep shapes."""
     from qonnx.core.modelwrapper import ModelWrapper  # type: ignore[import-not-found]
+    from qonnx.transformation.extract_conv_bias import ExtractBiasFromConv  # type: ignore[import-not-found]
     from qonnx.transformation.gemm_to_matmul import GemmToMatMul  # type: ignore[import-not-found]
+    from qonnx.transformation.infer_shapes import InferShapes  # type: ignore[import-not-found]
     from qonnx.transformation.pruning import PruneChannels  # type: ignore[import-not-found]
-    from qonnx.util.cleanup import cleanup_model  # type: ignore[import-not-found]
 
     names = json.loads((folder / "weights.json").read_text())
     masks = np.load(folder / "masks.npz")
     spec = {names[layer]: {0: set(np.flatnonzero(~mask).tolist())} for layer, mask in masks.items()}
-    plain = onnx.load(folder / "plain.onnx")
-    given = cleanup_model(ModelWrapper(plain).transform(GemmToMatMul()), extract_conv_bias=True)
+    given = ModelWrapper(onnx.load(folder / "plain.onnx"))
+    for needed in (GemmToMatMul(), ExtractBiasFromConv(), InferShapes()):
+        given = given.transform(needed)
     seconds, pruned = _repeated(
         lambda: copy.deepcopy(given), lambda model: model.transform(PruneChannels(copy.deepcopy(spec)))
     )
+    graph = pruned.model.graph
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):  # it took 1 for what was open
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.save(pruned.model, folder / "out.onnx")
     return {"seconds": seconds}
 
