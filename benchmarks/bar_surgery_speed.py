@@ -71,7 +71,7 @@ TRANSFORMERS = ("vit_b_16",)
 RUNS = 5
 RIVALS = {"onnxsim": "onnxsim", "torch-pruning": "torch_pruning", "openvino": "openvino", "qonnx": "qonnx"}  # imports
 NOISE = 1.02  # times the memory of another run that counts as the same
-PATIENCE = 300  # seconds for a rival's five runs
+PATIENCE = 150  # seconds for a rival's runs
 PIXELS = 224  # a side of the networks' input
 WIDTH, SIDE = 16, 16  # channels and pixels of a chain
 

@@ -152,6 +152,11 @@ class Graph:
                 (user, at - (user is node and at > index)) for user, at in users if user is not node or at != index
             ]
 
+    def leave_out(self, node: Node, index: int) -> None:
+        """Makes an optional input absent."""
+        node.set_input(index, Tensor(""))
+        self.is_changed = True
+
     def drop_output(self, node: Node, index: int) -> None:
         """Takes an output that nobody reads away from an operator that has any number of them."""
         node.drop_output(index)

@@ -160,6 +160,30 @@ def test_units_that_start_elsewhere_are_not_zero(kind: str) -> None:
     assert surgery.report["verified"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("start", "left"), [(0.0, 3), (0.5, HIDDEN)])
+def test_states_that_are_computed_zeros_are_left_out(kind: str, start: float, left: int) -> None:
+    """PyTorch expands a zero to the batch, for all layers at once, and cuts out those of each."""
+    model = _hidden(kind, directions=2)
+    graph, net = model.graph, Net()
+    batch = net.node("Shape", ["input"], "batch", start=0, end=1)
+    parts = [net.constant(name, np.array([size])) for name, size in (("layers", 4), ("units", HIDDEN))]
+    size = net.node("Concat", [parts[0], batch, parts[1]], "size", axis=0)
+    every = net.node("Expand", [net.constant("number", np.float32(start)), size], "every")
+    bounds = [net.constant(f"bound{number}", np.array([number])) for number in (0, 2)]
+    net.node("Slice", [every, *bounds, bounds[0]], "state")
+    graph.initializer.extend(net.constants)
+    layer = next(node for node in graph.node if node.name == "tested")
+    layer.input.extend(["", "state", "state"] if kind == "LSTM" else ["", "state"])
+    nodes = [*net.nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    surgery = cut(model)
+    assert _sizes(surgery.model) == (left, left, 2 * left)
+    operators = {node.op_type for node in surgery.model.graph.node}
+    assert ("Expand" in operators) is (start != 0)
+
+
 def test_states_and_peepholes_are_cut() -> None:
     random = np.random.default_rng(3)
     states = {name: random.standard_normal((1, 1, HIDDEN)).astype(np.float32) for name in ("h", "c")}

@@ -2,7 +2,8 @@
 
 What an input channel that is constant adds to the gates goes into the first half of the bias. A hidden unit is needed
 where its output is, or where a needed unit reads it at the next step. A unit whose candidate state has no weights, and
-that starts at zero, stays zero.
+that starts at zero, stays zero. Zeros that are computed, as PyTorch exports them, are no states to start from: without
+any, units start at zero.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import any_of, fits
+from polar_deploy.surgery.dtype_limits import all_of, any_of, fits
 from polar_deploy.surgery.facts import Link, Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.ops.slicing import rank_of
@@ -47,6 +48,7 @@ class Cells:
     """What a handler knows of a recurrent layer. [directions, hidden] each, unless it says otherwise.
 
     results: channels of the outputs, the same units in each; fixed: whether all units stay.
+    zeros: inputs that hold computed states, all of them zero.
     absorbed: [input channels] constants that the bias takes up; moved: [directions, gates * hidden] what they add.
     zero: units that are zero throughout; needed: those that somebody needs.
     """
@@ -55,6 +57,7 @@ class Cells:
     hidden: int
     results: list[Channels] = field(default_factory=list)
     fixed: bool = False
+    zeros: frozenset[int] = frozenset()
     absorbed: Bools = field(init=False)
     moved: Floats = field(init=False)
     zero: Bools = field(init=False)
@@ -85,7 +88,9 @@ class Recurrent(Operator[Cells]):
         step.plan = cells = Cells(len(recurrence), recurrence.shape[-1])
         if attrs.get("hidden_size", cells.hidden) != cells.hidden or weight.shape[1] % cells.hidden:
             raise ValueError(f"{attrs['hidden_size']} hidden units of {recurrence.shape}")
-        cells.fixed = any(step.has(index) and step.constant(index) is None for index in STATES)
+        computed = [index for index in STATES if step.has(index) and step.constant(index) is None]
+        cells.zeros = frozenset(index for index in computed if _is_zero(step.inputs[index]))
+        cells.fixed = not cells.zeros.issuperset(computed)
         for output, tensor in enumerate(step.made):
             if tensor.name and (tensor.outputs or not step.graph.is_private(tensor.name)):
                 self._open(step, cells, output)
@@ -149,7 +154,7 @@ class Recurrent(Operator[Cells]):
         kind, cells = KINDS[step.node.op], step.plan
         names = list(step.node.attrs.get("activations", ACTIVATIONS[step.node.op] * cells.directions))
         squash = [names[at :: len(ACTIVATIONS[step.node.op])] for at in kind.squash]
-        starts = [step.constant(index) for index in STATES if step.has(index)]
+        starts = [step.constant(index) for index in STATES if step.has(index) and index not in cells.zeros]
         if any(name not in ZERO_AT_ZERO for each in squash for name in each):
             return False
         return all(values is not None and not any_of(values != 0) for values in starts)
@@ -172,8 +177,10 @@ class Recurrent(Operator[Cells]):
                 target.pin(step.note(MIXED))
         read = cells.of_units(step.parameter(WEIGHT, "weight"))[np.nonzero(wanted)[0], :, np.nonzero(wanted)[1]]
         source.needed |= read.any(axis=(0, 1)) & ~cells.absorbed
-        for channels in step.inputs[1:]:
-            if channels is not None:
+        for index, channels in enumerate(step.inputs):
+            if index in cells.zeros and channels is not None:
+                step.replaced[index] = np.zeros(len(channels))
+            elif index != INPUT and channels is not None:
                 channels.pin(step.note("it is read as a whole"))
 
     def retain(self, step: Step[Cells]) -> list[Retained]:
@@ -207,7 +214,9 @@ class Recurrent(Operator[Cells]):
             values = step.parameter(PEEPHOLES, "weight")
             self._write(step, PEEPHOLES, values, values, idle, units)
         for index in STATES:
-            if not units.all() and step.has(index):
+            if index in cells.zeros:
+                step.graph.leave_out(step.node, index)
+            elif not units.all() and step.has(index):
                 step.graph.set_constant(step.node, index, step.parameter(index, "state")[..., units])
         if not units.all() and "hidden_size" in step.node.attrs:
             step.graph.set_attribute(step.node, "hidden_size", int(units.sum()))
@@ -231,6 +240,10 @@ class Recurrent(Operator[Cells]):
         values = values if columns is None else values[..., columns]
         if old is None or values.shape != old.shape or not np.array_equal(values, old):
             step.graph.set_constant(step.node, index, values)
+
+
+def _is_zero(channels: Channels | None) -> bool:
+    return channels is not None and all_of(channels.constant & (channels.value == 0))
 
 
 HANDLERS: dict[str, Operator] = {name: Recurrent() for name in KINDS}
