@@ -26,16 +26,15 @@ from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError
 from polar_deploy.ort_session import open_session, session_options, translated
+from polar_deploy.surgery import detached
 from polar_deploy.surgery.folding import FOLDED_ANYWAY
 from polar_deploy.tensors import Arrays
-from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
-MOST_BYTES = 2**31 - 2**20  # of a file, less room for the graph itself
 TOLERANCE = 1e-5  # of the output's scale
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -324,7 +323,7 @@ def _first_line(error: BaseException | None) -> str:
 
 
 def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Write a network as ONNX for inference, atomically.
+    """Write a network as ONNX for inference, atomically; what one file cannot hold, with its weights in PATH.data.
 
     Args:
         inputs, outputs: names of the graph's tensors.
@@ -334,23 +333,7 @@ def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[
     """
     graph = capture(network, example, inputs=inputs, outputs=outputs).deployable()
     drop_notes(graph)
-    save(graph, path)
-
-
-def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, atomically.
-
-    Raises:
-        ContentError: it does not fit into one file.
-    """
-    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    if size > MOST_BYTES:
-        raise ContentError(
-            f"{path} would have {size / 1e9:.1f} GB, and protobuf ends at 2 GB",
-            "gate a part of the network, or deploy the module that Gates.cut gives",
-        )
-    with atomic_path(path) as temporary:
-        onnx.save(graph, temporary)
+    detached.save(graph, path)
 
 
 def check(path: Path, inputs: Arrays, expected: Arrays) -> float:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, PolarDeployError, one_line
 from polar_deploy.limits import is_out_of_memory
 
@@ -69,7 +70,7 @@ def open_session(
     """Load a model, to be used inside of `translated`.
 
     Args:
-        model: an ONNX file, or a model of less than 2 GB.
+        model: an ONNX file, or a model.
         options: None: those of `session_options`.
         providers: where it runs, the first that can; None: as the options say.
 
@@ -79,8 +80,11 @@ def open_session(
     options = options or session_options()
     import onnxruntime
 
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=None if providers is None else list(providers))
+    chosen = None if providers is None else list(providers)
+    if isinstance(model, Path):
+        return onnxruntime.InferenceSession(str(model), options, providers=chosen)
+    with onnx_files.loadable(model) as source:
+        return onnxruntime.InferenceSession(source, options, providers=chosen)
 
 
 @contextmanager

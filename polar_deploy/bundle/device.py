@@ -195,7 +195,7 @@ def _rebuild(bundle: Bundle, target: Target, folder: Path) -> None:
 
     networks = bundle.manifest.each()
     cache = next((each.plan.timing_cache for each in networks.values() if each.plan and each.plan.timing_cache), None)
-    ours = {f"{name}.{end}" for name in networks for end in ("onnx", "plan", "layers.json")}
+    ours = {f"{name}.{end}" for name in networks for end in ("onnx", "onnx.data", "plan", "layers.json")}
     ours |= {"timing.cache", "build.json"}
     if folder.exists() and (foreign := sorted(path.name for path in folder.iterdir() if path.name not in ours)):
         raise UsageError(f"{folder} has {foreign[0]!r}, which is no engine", "give a new folder with --engines")

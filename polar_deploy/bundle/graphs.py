@@ -19,17 +19,18 @@ _DOMAINS = {"", "ai.onnx"}
 _RANDOM = re.compile("Random|Multinomial|Bernoulli")  # operators that give something else each time
 
 
-def require_as_described(fp32: Path, typed: Path, manifest: Manifest, network: Network) -> None:
+def require_as_described(folder: Path, manifest: Manifest, network: Network) -> None:
     """Raise ContentError unless both graphs of a network are plain networks, and what the manifest says of them.
 
     Args:
-        fp32, typed: the ONNX files, the same one twice where no type was changed.
-        manifest: of their bundle.
-        network: their part of it.
+        folder: of the bundle.
+        manifest: the bundle's.
+        network: a part of it.
     """
     from polar_deploy.surgery import cost
 
-    model = _read(fp32)
+    fp32, typed = folder / network.fp32, folder / network.typed
+    model = _read(fp32, network.fp32_data)
     _require_edges(model, fp32, manifest, typed=fp32 == typed)
     try:
         counted = cost(model)
@@ -39,21 +40,30 @@ def require_as_described(fp32: Path, typed: Path, manifest: Manifest, network: N
         found = f"{counted.macs:,} MACs and {counted.params:,} parameters"
         raise refused(fp32, f"has {found}, the manifest says {network.macs:,} and {network.params:,}")
     if fp32 != typed:
-        model = _read(typed)
+        model = _read(typed, network.typed_data)
         _require_edges(model, typed, manifest, typed=True)
     if not _has_types(model, network.precision.asked):
         raise refused(typed, f"has no weights or Q/DQ in {network.precision.asked}")
 
 
-def _read(path: Path) -> onnx.ModelProto:
-    """Read a graph without external data (it names other files), functions, operators of others, branches, loops."""
+def _read(path: Path, data: str | None) -> onnx.ModelProto:
+    """Read a graph without functions, operators of others, branches, loops; of a large one not its weights.
+
+    Args:
+        path: of the graph.
+        data: the only other file that it may name, beside it, by its path in the bundle.
+    """
     import onnx
+
+    from polar_deploy.surgery import detached
 
     try:
         model = onnx_files.read(path, external=False, check=False)
-        problem = _problem(model)
-        if problem is None:
+        problem = _problem(model, data)
+        if problem is None and data is None:
             onnx.checker.check_model(model)
+        elif problem is None:
+            model = detached.read(path).model  # which looks at the place and the length of each weight
     except ContentError as error:
         raise refused(path, f"is not valid ONNX: {error.what}") from error
     except Exception as error:  # on random bytes, onnx fails in many ways
@@ -116,10 +126,8 @@ def _edge(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
     return value.name, kind, tuple(size.dim_value for size in tensor.shape.dim[1:])
 
 
-def _problem(model: onnx.ModelProto) -> str | None:
+def _problem(model: onnx.ModelProto, data: str | None) -> str | None:
     """What the file contains that a plain network does not need, or None."""
-    import onnx
-
     if model.functions:
         return f"defines a function, {model.functions[0].name!r}"
     if model.training_info:
@@ -139,6 +147,9 @@ def _problem(model: onnx.ModelProto) -> str | None:
             if attribute.HasField("g") or attribute.graphs:
                 return f"has {place} with a graph of its own"
             tensors += [attribute.t, *attribute.tensors]
-    if outside := next((each for each in tensors if each.data_location == onnx.TensorProto.EXTERNAL), None):
-        return f"keeps the tensor {outside.name!r} in another file"
-    return None
+    allowed = [] if data is None else [data.rpartition("/")[2]]
+    external = [each for each in tensors if onnx_files.is_external(each)]
+    for each in external:
+        if [entry.value for entry in each.external_data if entry.key == "location"] != allowed:
+            return f"keeps the tensor {each.name!r} in another file"
+    return f"has no weights in {data}" if data is not None and not external else None

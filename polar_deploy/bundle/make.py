@@ -19,6 +19,7 @@ from polar_deploy.data.names import without_place, without_places
 from polar_deploy.documents.build import Built, BuiltEngine, Plan
 from polar_deploy.documents.parity import Accuracy, BatchLatency, Judged, Parity
 from polar_deploy.errors import ContentError, one_line
+from polar_deploy.surgery import detached
 from polar_deploy.tensors import count
 from polar_deploy.workspace import atomic_folder, sha256, write_json
 
@@ -132,15 +133,31 @@ def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> dict[str,
     for file, listed in entry.files.items():
         if sha256(run / "engines" / file) != listed.sha256:
             raise ContentError(f"{run / 'engines' / file} is not what was built", "run again with --from build")
-    _copy(run, draft, fp32)
-    same = sha256(run / fp32) == sha256(run / typed)
+    same = _are_same(run / fp32, run / typed)
+    graphs_of = {"fp32": _graph(run, draft, fp32)}
+    graphs_of["typed"] = graphs_of["fp32"] if same else _graph(run, draft, typed)
     return {
-        "fp32": fp32,
-        "typed": fp32 if same else _copy(run, draft, typed),
+        **{kind: file for kind, (file, _) in graphs_of.items()},
+        **{f"{kind}_data": data for kind, (_, data) in graphs_of.items() if data is not None},
         "layers": _copy(run, draft, f"engines/{name}.layers.json"),
         "plan": _plan(run, draft, entry.plan_file) if entry.plan_file else None,
         **entry.model_dump(mode="json", exclude={"backend", "files", "plan", "seconds"}),
     }
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    """Whether two ONNX files hold the same network; each refers to weights beside it by its own name."""
+    if sha256(one) == sha256(other):
+        return True
+    models = [detached.read(path, check=False) for path in (one, other)]
+    return all(each.external for each in models) and detached.are_same(*models)
+
+
+def _graph(run: Path, draft: Path, name: str) -> tuple[str, str | None]:
+    """Copy an ONNX file; its place in the bundle, and that of its weights if they lie beside it."""
+    detached.copy(run / name, draft / name)
+    data = onnx_files.data_path(draft / name)
+    return name, data.relative_to(draft).as_posix() if data.is_file() else None
 
 
 def _plan(run: Path, draft: Path, plan: Plan) -> dict[str, Any]:

@@ -195,10 +195,15 @@ class Precision(Part):
 
 
 class Network(Part):
-    """One network: its FP32 graph, the typed graph (the same file where no type was changed), plan and facts."""
+    """One network: its FP32 graph, the typed graph (the same file where no type was changed), plan and facts.
+
+    Weights of a graph that one file cannot hold lie in `fp32_data`, `typed_data`: beside it, as NAME.onnx.data.
+    """
 
     fp32: FilePath
+    fp32_data: FilePath | None = None
     typed: FilePath
+    typed_data: FilePath | None = None
     layers: FilePath
     plan: Plan | None
     provider: Text
@@ -210,6 +215,15 @@ class Network(Part):
     params: Count
     reformats: NonNegativeInt | None
     padded_channels: NonNegativeInt | None
+
+    @model_validator(mode="after")
+    def _beside(self) -> Network:
+        for graph, data in ((self.fp32, self.fp32_data), (self.typed, self.typed_data)):
+            if data not in (None, f"{graph}.data"):
+                raise ValueError(f"the weights of {graph} are in {data}, and not in {graph}.data")
+        if self.typed == self.fp32 and self.typed_data != self.fp32_data:
+            raise ValueError(f"{self.fp32} has weights in {self.fp32_data}, and in {self.typed_data}")
+        return self
 
 
 class Networks(Part):
@@ -348,7 +362,7 @@ class Manifest(Part):
         paths = [self.labels, self.surgery, self.report, *self.golden.files()]
         for network in self.each().values():
             plan = network.plan
-            paths += [network.fp32, network.typed, network.layers]
+            paths += [network.fp32, network.fp32_data, network.typed, network.typed_data, network.layers]
             paths += [plan.file, plan.timing_cache] if plan else []
         return [path for path in paths if path is not None]
 

@@ -89,7 +89,7 @@ def read(folder: Path) -> Bundle:
     manifest = parse(content, folder / MANIFEST)
     _require_whole(folder, manifest, sizes)
     for network in manifest.each().values():
-        graphs.require_as_described(folder / network.fp32, folder / network.typed, manifest, network)
+        graphs.require_as_described(folder, manifest, network)
     for name in {manifest.surgery, *(network.layers for network in manifest.each().values())}:
         strict_json(_limited(folder / name, LARGEST_JSON), folder / name)
     golden = manifest.golden

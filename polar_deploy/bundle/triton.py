@@ -2,7 +2,7 @@
 
     REPOSITORY/NAME/config.pbtxt
     REPOSITORY/NAME/labels.txt
-    REPOSITORY/NAME/1/model.plan or model.onnx
+    REPOSITORY/NAME/1/model.plan or model.onnx, and model.onnx.data where its weights lie beside it
 
 Triton serves TensorRT's plans (trt-*; on the GPU and with the version that they were built for) and ONNX graphs: the
 typed one by the runtime that it was made for, and the FP32 one of any bundle by ONNX Runtime.
@@ -27,6 +27,7 @@ from polar_deploy.bundle.read import Bundle, opened
 from polar_deploy.bundle.refusal import require_outside
 from polar_deploy.documents.build import Plan
 from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.surgery import detached
 from polar_deploy.workspace import atomic_folder, sha256
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
 _BACKENDS = {each.triton: each for each in reversed(BACKENDS) if each.triton is not None}  # of several, the first
 _FILENAMES = {name: f"model{backend.artefact.suffix}" for name, backend in _BACKENDS.items()}
-_OURS = {"config.pbtxt", "labels.txt", "1", *(f"1/{name}" for name in _FILENAMES.values())}
+_OURS = {"config.pbtxt", "labels.txt", "1", "1/model.onnx.data", *(f"1/{name}" for name in _FILENAMES.values())}
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"  # a folder's name, and no path
 _QUEUE_DELAY = 100  # microseconds that a request waits for others: little beside what an inference takes
 _FP32 = ORT.triton  # serves the FP32 graph of any bundle
@@ -81,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         _require_ours(place)
         with atomic_folder(place) as draft:
             (draft / "1").mkdir()
-            shutil.copyfile(model.file, draft / "1" / _FILENAMES[model.backend])
+            copy = shutil.copyfile if _BACKENDS[model.backend].artefact is PLAN else detached.copy
+            copy(model.file, draft / "1" / _FILENAMES[model.backend])
             if bundle.manifest.labels is not None:
                 shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
             (draft / "config.pbtxt").write_text(_config(place.name, model, bundle), encoding="utf-8")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -18,14 +17,14 @@ from polar_deploy.documents.build import Built, BuiltEngine, File, Plan, Precisi
 from polar_deploy.engines import machine
 from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
+from polar_deploy.surgery import cost, detached
 from polar_deploy.tensors import Arrays
-from polar_deploy.workspace import atomic_path, sha256
+from polar_deploy.workspace import sha256
 
 if TYPE_CHECKING:
-    import onnx
-
     from polar_deploy.config import Build
     from polar_deploy.precision.proof import Kernels
+    from polar_deploy.surgery.count import Cost
 
 __all__ = [
     "Array",
@@ -78,9 +77,9 @@ def build(
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
     start = time.perf_counter()
     targets.check(target)
-    model = onnx_files.read(source)
+    costs = cost(onnx_files.read(source))
     types = precision.write(source, folder / f"{name}.onnx", target, options, calibration, kernels(target))
-    return _built(model, folder, name, target, options, types, start)
+    return _built(costs, folder, name, target, options, types, start)
 
 
 def rebuild(
@@ -105,14 +104,13 @@ def rebuild(
     engines: dict[str, BuiltEngine] = {}
     for name, (typed, fp32) in sources.items():
         start = time.perf_counter()
-        with atomic_path(folder / f"{name}.onnx") as temporary:
-            shutil.copyfile(typed, temporary)
-        engines[name] = _built(onnx_files.read(fp32), folder, name, target, options, types[name], start)
+        detached.copy(typed, folder / f"{name}.onnx")
+        engines[name] = _built(cost(onnx_files.read(fp32)), folder, name, target, options, types[name], start)
     return Built(schema=2, target=target.name, engines=engines)
 
 
 def _built(
-    model: onnx.ModelProto,
+    costs: Cost,
     folder: Path,
     name: str,
     target: targets.Target,
@@ -120,13 +118,10 @@ def _built(
     types: Types,
     start: float,
 ) -> BuiltEngine:
-    """Build `folder/NAME.onnx`, which was made from the FP32 network `model`; return its entry in build.json."""
-    from polar_deploy.surgery import cost
-
-    costs = cost(model)
+    """Build `folder/NAME.onnx`, made from an FP32 network with these costs; return its entry in build.json."""
     made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
     versions = {"polar_deploy": __version__, "onnx": version("onnx"), **made.engine.versions}
-    files = [folder / file for file in made.files]
+    files = [path for file in made.files for path in onnx_files.with_data(folder / file)]
     return BuiltEngine(
         **made.engine.entries() | {"versions": versions},
         backend=target.backend.name,

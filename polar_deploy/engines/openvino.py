@@ -216,9 +216,10 @@ def _layer(node: Any) -> dict[str, Any]:
 def _outputs(model: onnx.ModelProto, inputs: Arrays, path: Path) -> Mapping[str, npt.NDArray[np.float64]]:
     """What a network gives for inputs, by output, on as many threads as OpenVINO likes."""
     with _translated(path, model):
-        read = _core().read_model(model.SerializeToString())
+        with onnx_files.loadable(model) as source:
+            compiled = _compiled(_with_fp32_io(_core().read_model(source)))
         names = [value.name for value in model.graph.output]
-        found = _compiled(_with_fp32_io(read)).infer_new_request(dict(inputs))
+        found = compiled.infer_new_request(dict(inputs))
         return {name: np.asarray(found[name], np.float64) for name in names}
 
 

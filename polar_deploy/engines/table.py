@@ -279,14 +279,12 @@ class Bench:
         return max(0.0, sum(saves[name] for name in opened) - self.saved(opened) - inner)
 
     def _engine(self, name: str, opened: Mapping[str, int]) -> Engine:
-        import onnx
-
-        from polar_deploy.surgery import compress
+        from polar_deploy.surgery import compress, detached
 
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         set_gates(self.constants, self.gates, opened)
-        onnx.save(compress(self.model, verify=False).model, folder / "source.onnx")
+        detached.save(compress(self.model, verify=False).model, folder / "source.onnx")
         entry = build(folder / "source.onnx", folder, name, self.target, self.options, self.calibration)
         self.built += 1
         self.versions = entry.versions

@@ -17,6 +17,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import aliases
+from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import NEVER, Choices
 from polar_deploy.surgery.facts import Bools
 
@@ -30,7 +31,7 @@ def export(
     with masking.exporting():
         graph = exporter.capture(model, analysis.example, inputs=inputs, outputs=outputs).deployable()
     _note_gates(graph, model, analysis)
-    exporter.save(graph, path)
+    detached.save(graph, path)
 
 
 def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) -> None:

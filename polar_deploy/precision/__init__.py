@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import onnx_files
 from polar_deploy.documents.build import Types, WiderLayer
-from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
     from polar_deploy.config import Build
@@ -33,7 +32,7 @@ def write(
 
     Args:
         source: a valid FP32 network.
-        destination: the .onnx file to write, atomically.
+        destination: the .onnx file to write, atomically; what it cannot hold, with its weights in DESTINATION.data.
         target: precision, and for INT8 in which dialect.
         options: `io_dtype`, `max_layer_error` and `calibration` are read.
         calibration: inputs of training samples, un-augmented, by name; for INT8, and where an input is not of floats.
@@ -48,17 +47,16 @@ def write(
             know, no calibration samples or wrong ones, no layer that INT8 suits; the message names file, tensor or
             node, and operator.
     """
-    import onnx
-
     from polar_deploy.precision import bf16, fp16, graph, int8
     from polar_deploy.precision.proof import Reference, normal_samples, spread
+    from polar_deploy.surgery import detached
 
     kept: list[WiderLayer] = []
     described: dict[str, Any] | None = None
     keep_io_types = options.io_dtype == "fp32"
     if target.precision == "fp32":
-        model = onnx_files.read(source, check=False)  # as it is
-        graph.require_fp32(graph.inferred(onnx_files.read(source, external=False, check=False)).graph, source)
+        model = graph.inferred(onnx_files.read(source, external=False, check=False))
+        graph.require_fp32(model.graph, source)
     elif target.precision == "int8":
         scheme = int8.SCHEMES[target.backend.int8]
         model, kept, described = int8.to_int8(graph.load(source), source, scheme, options, calibration, kernels)
@@ -69,8 +67,10 @@ def write(
         convert = fp16.to_fp16 if target.precision == "fp16" else bf16.to_bf16
         model, kept = convert(wide, source, reference, keep_io_types=keep_io_types, kernels=kernels)
     types = graph.checked(model, source, target.precision, {each.layer for each in kept})
-    with atomic_path(destination) as path:
-        onnx.save(model, path)
+    if target.precision == "fp32":
+        detached.copy(source, destination)  # as it is
+    else:
+        detached.save(model, destination)
     narrow = any(
         value.type.tensor_type.elem_type in graph.NARROW for value in (*model.graph.input, *model.graph.output)
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def load(path: Path) -> onnx.ModelProto:
     """
     model = onnx_files.read(path, check=False)
     if model.functions:
-        model = inliner.inline_local_functions(model)
+        model = _by_onnx(model, inliner.inline_local_functions)
     _store_constants(model.graph)
     model = inferred(named(model))
     require_fp32(model.graph, path)
@@ -55,13 +57,40 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     instead = [stand_ins(node) for node in originals]
     del model.graph.node[:]
     model.graph.node.extend(each for node, others in zip(originals, instead, strict=True) for each in others or [node])
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    model = _by_onnx(model, partial(onnx.shape_inference.infer_shapes, data_prop=True))
     looked_at = iter([onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node])
     del model.graph.node[:]
     for node, others in zip(originals, instead, strict=True):
         seen = [next(looked_at) for _ in others or [node]]
         model.graph.node.append(node if others else seen[0])  # a node's own graphs have their types in it
     return model
+
+
+def _by_onnx(model: onnx.ModelProto, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """What one of onnx's own functions makes of a model; a large one does not get its large constants to see."""
+    light = _light(model)
+    changed = change(light)
+    if light is not model:
+        inputs = {value.name for value in model.graph.input}
+        taken_out = {value.name for value in light.graph.input} - inputs
+        _keep(changed.graph.input, lambda value: value.name not in taken_out)
+        given = {tensor.name for tensor in changed.graph.initializer}
+        changed.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in given)
+    return changed
+
+
+def _light(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model; where protobuf cannot write it in one piece, a copy in which large constants are inputs."""
+    if not onnx_files.is_large(model):
+        return model
+    light, listed = onnx_files.without_weights(model), {value.name for value in model.graph.input}
+    del light.graph.initializer[:]
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= onnx_files.SMALL:
+            light.graph.initializer.add().CopyFrom(tensor)
+        elif tensor.name not in listed:
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return light
 
 
 class Names:
@@ -144,6 +173,9 @@ def folded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         destination = Path(folder) / "folded.onnx"
         options.optimized_model_filepath = str(destination)
+        if onnx_files.is_large(model):
+            beside = onnx_files.data_path(destination).name
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", beside)
         Session(model, path, options)
         folded = onnx_files.read(destination, check=False)
     used = {node.domain for node in folded.graph.node}
@@ -157,7 +189,7 @@ def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model in `opset`, or as it is where it has that or a later one. Names stay."""
     if opset_of(model) >= opset:
         return model
-    return inferred(onnx.version_converter.convert_version(model, opset))
+    return inferred(_by_onnx(model, partial(onnx.version_converter.convert_version, target_version=opset)))
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -180,7 +212,7 @@ def checked(model: onnx.ModelProto, path: Path, precision: str, wide: Collection
     if precision == "fp32":  # nothing was written
         return {"fp32": sum(node.op_type in LAYERS for node in model.graph.node)}
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(_light(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ContentError(
             f"{path}: the graph with its new types is not valid: {one_line(error)}",

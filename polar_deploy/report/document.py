@@ -84,7 +84,7 @@ def build(folder: Path, settings: Settings) -> dict[str, Any]:
         "graphs": compared["graphs"],
         "precision": {name: _precision(entries[name], compared["precision"], name) for name in entries},
         **costs,
-        "bytes": _pair({name: each.files[f"{name}.onnx"].bytes for name, each in entries.items()}),
+        "bytes": _pair({name: _bytes(each, f"{name}.onnx") for name, each in entries.items()}),
         "layers": {name: _layers(entry) for name, entry in entries.items()},
         "latency": [_latency(measured) for measured in parity.latency],
         "predicted": _predicted(folder / "latency-table.json", gates) if measured else None,
@@ -136,6 +136,11 @@ def _predicted(path: Path, gates: GateStates) -> dict[str, Any]:
     opened = {site.name: len(site.open) for site in gates.sites}
     predicted = {"full_ms": table.full_ms, "compressed_ms": table.predicted_ms(opened)}
     return {"batch": table.batch, **predicted, "saved": saved_ms(table, opened)}
+
+
+def _bytes(entry: BuiltEngine, graph: str) -> int:
+    """Of an ONNX file, with its weights where these lie beside it."""
+    return sum(file.bytes for name, file in entry.files.items() if name in (graph, f"{graph}.data"))
 
 
 def _precision(entry: BuiltEngine, loss: dict[str, Any] | None, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def network(surgery: SurgeryReport, gated: Path) -> dict[str, Any]:
         surgery: surgery.json.
         gated: the graph before surgery, which knows the layers by their names in the model.
     """
-    nodes = onnx_files.read(gated).graph.node
+    nodes = onnx_files.read(gated, external=False, check=False).graph.node
     names = _module_names(nodes)
     words = names | _other_names(nodes, names)
     block_of: dict[str, int] = {}

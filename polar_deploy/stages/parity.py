@@ -58,10 +58,12 @@ def _compared(run: RunContext) -> tuple[Compared, dict[str, Engine]]:
 
 def _judged_files(run: RunContext) -> dict[str, str]:
     """Hashes of the graphs and engines that the verdict is about, so that whoever hands them on can tell them again."""
+    from polar_deploy import onnx_files
     from polar_deploy.workspace import sha256
 
     judged = [each for each in (*_GRAPHS, *ENGINES) if each.expected(run) and not each.name.endswith(".json")]
-    return {each.name: sha256(run.path(each)) for each in judged}
+    files = [path for each in judged for path in onnx_files.with_data(run.path(each))]
+    return {path.relative_to(run.folder).as_posix(): sha256(path) for path in files}
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Stage:
     cacheable: Callable[[RunContext], bool] = lambda run: True
 
     def inputs(self, run: RunContext) -> list[Path]:
-        """The files it reads, the user's own among them.
+        """The files it reads, the user's own among them, and the weights of large graphs beside these.
 
         Raises:
             UsageError: one is missing.
@@ -59,10 +60,14 @@ class Stage:
             if not path.is_file():
                 raise UsageError(f"stage {self.name} needs {path}, which is not there", "run the stage that writes it")
         there = [path for path in map(run.path, self.looks_at) if path.is_file()]
-        return own + there + self.given(run)
+        return _with_data(own) + there + self.given(run)
 
     def outputs(self, run: RunContext) -> list[Path]:
-        """The files it writes; of a folder those that are there."""
+        """The files it writes, with the weights of large graphs beside these; of a folder those that are there."""
         files = [run.path(each) for each in self.writes if each.expected(run) and not each.is_folder]
         folders = [run.path(each) for each in self.writes if each.is_folder]
-        return files + sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+        return _with_data(files) + sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def _with_data(paths: list[Path]) -> list[Path]:
+    return [each for path in paths for each in onnx_files.with_data(path)]

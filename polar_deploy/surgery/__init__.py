@@ -85,6 +85,7 @@ def compress_file(
     """
     from contextlib import ExitStack
 
+    from polar_deploy.onnx_files import data_path
     from polar_deploy.surgery import detached
     from polar_deploy.surgery.operation import Operation
     from polar_deploy.workspace import atomic_path, json_text
@@ -97,7 +98,7 @@ def compress_file(
 
         def write(after: DetachedModel) -> Path:
             if after.needs_data_file and not places:
-                places.append(files.enter_context(atomic_path(_data_of(target))))
+                places.append(files.enter_context(atomic_path(data_path(target))))
             detached.write(after, tmp, places[0] if after.needs_data_file else None)
             return tmp
 
@@ -105,14 +106,10 @@ def compress_file(
         if after is None or after is before:
             write(before)
         if before.needs_data_file if after is None else after.needs_data_file:
-            detached.refer_to(tmp, _data_of(target).name)
+            detached.refer_to(tmp, data_path(target).name)
         if report is not None:
             files.enter_context(atomic_path(report)).write_text(json_text(told), encoding="utf-8")
     return told
-
-
-def _data_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.data")
 
 
 def _check_places(source: Path, target: Path, report: Path | None) -> None:

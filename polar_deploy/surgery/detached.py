@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -23,17 +25,15 @@ from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.validation import SMALL, check_text, first_line
+from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     import onnx
-    from google.protobuf.message import Message
 
 Array = npt.NDArray[Any]
 ANNOTATIONS = "quantization_annotation"
-MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
-DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, so that readers can map them
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DetachedModel:
     @property
     def needs_data_file(self) -> bool:
         """Whether the weights go into a file beside the model: they came from one, or a message cannot hold them."""
-        return self.external or sum(array.nbytes for array in self.arrays.values()) > MAX_MESSAGE
+        return self.external or sum(array.nbytes for array in self.arrays.values()) > onnx_files.MAX_MESSAGE
 
 
 def detach_weights(model: onnx.ModelProto, *, check: bool = True) -> DetachedModel:
@@ -135,18 +135,39 @@ def write(detached: DetachedModel, path: Path, data: Path | None = None, name: s
         return
     import onnx
 
-    model = onnx.ModelProto()
-    model.CopyFrom(detached.model)
-    at = 0
-    with open(data, "wb") as file:
-        for tensor in model.graph.initializer:
-            if tensor.name in detached.arrays:
-                at = -(-at // DATA_ALIGNMENT) * DATA_ALIGNMENT
-                file.seek(at)
-                np.ascontiguousarray(detached.arrays[tensor.name]).tofile(file)
-                _refer(tensor, name or data.name, at, file.tell() - at)
-                at = file.tell()
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    graph = onnx.ModelProto()
+    graph.CopyFrom(detached.model)
+    onnx_files.write_beside(graph, detached.arrays.get, path, data, name or data.name)
+
+
+def save(model: DetachedModel | onnx.ModelProto, path: Path) -> None:
+    """Writes a model to `path`, atomically; what one file cannot hold, with its weights in PATH.data beside it."""
+    data = onnx_files.data_path(path)
+    beside = model.needs_data_file if isinstance(model, DetachedModel) else onnx_files.is_large(model)
+    with ExitStack() as files:  # they are moved into place at the end, the last one entered first
+        graph = files.enter_context(atomic_path(path))
+        weights = files.enter_context(atomic_path(data)) if beside else None
+        if isinstance(model, DetachedModel):
+            write(model, graph, weights, data.name)
+        else:
+            onnx_files.write(model, graph, weights, data.name)
+    if not beside:
+        data.unlink(missing_ok=True)  # of a larger model that was there before
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a model, atomically. Where its weights lie in files beside it, those of `target` are in TARGET.data.
+
+    Raises:
+        As `read`.
+    """
+    model = read(source, check=False)
+    if model.external:
+        save(model, target)
+        return
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+    onnx_files.data_path(target).unlink(missing_ok=True)
 
 
 def refer_to(path: Path, name: str) -> None:
@@ -159,14 +180,6 @@ def refer_to(path: Path, name: str) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    import onnx
-
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
-
-
 def _detach(
     model: onnx.ModelProto, name: str, folder: Path | None, check: bool, weights: dict[int, Array] | None
 ) -> DetachedModel:
@@ -177,7 +190,7 @@ def _detach(
     import onnx
 
     check_text(model, name)
-    shell = _copy_without_weights(model) if weights is None else model
+    shell = onnx_files.without_weights(model) if weights is None else model
     weights = weights or {}
     sort_nodes(shell.graph)
     detached = DetachedModel(shell)
@@ -212,19 +225,6 @@ def _detach(
     return detached
 
 
-def _copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnx
-
-    shell = onnx.ModelProto()
-    copy_fields(model, shell, ("graph",))
-    copy_fields(model.graph, shell.graph, ("initializer",))
-    for tensor in model.graph.initializer:
-        header = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        for part in ("doc_string", "metadata_props"):
-            copy_field(tensor, header, part)
-    return shell
-
-
 def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Tensors in attributes and in the bodies of If, Loop and Scan."""
     for node in graph.node:
@@ -235,27 +235,6 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
                 yield from body.initializer
                 yield from _other_tensors(body)
-
-
-def copy_fields(source: Message, target: Message, without: Collection[str]) -> None:
-    """Copies all fields of a message but for some."""
-    for descriptor, _ in source.ListFields():
-        if descriptor.name not in without:
-            copy_field(source, target, descriptor.name)
-
-
-def copy_field(source: Message, target: Message, name: str) -> None:
-    """Copies one field of a message, where there is such a one."""
-    if name not in source.DESCRIPTOR.fields_by_name:
-        return  # newer onnx versions know more fields
-    value = getattr(source, name)
-    if isinstance(value, (str, bytes, int, float)):
-        if source.HasField(name):
-            setattr(target, name, value)
-    elif hasattr(value, "extend"):
-        getattr(target, name).extend(value)
-    else:
-        getattr(target, name).CopyFrom(value)
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:

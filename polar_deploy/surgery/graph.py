@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.onnx_files import Array, copy_field, copy_fields
 from polar_deploy.surgery.detached import (
     ANNOTATIONS,
-    Array,
     DetachedModel,
     annotated,
     copy_annotations,
-    copy_field,
-    copy_fields,
     names_in_bodies,
 )
 from polar_deploy.surgery.folding import fold

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery.standins import STANDARD, stand_ins
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 Array = npt.NDArray[Any]
-SMALL = 1024  # elements; larger constants are no shape arithmetic and stay out of shape inference
+SMALL = onnx_files.SMALL  # elements; larger constants are no shape arithmetic and stay out of shape inference
 NUMBERS = (1, 2, 6, 7)  # attribute types: FLOAT, INT, FLOATS, INTS
 UNNAMED_OPSET = 11
 EXPORT_AGAIN = "export the model again and check it with onnx.checker"

@@ -29,7 +29,8 @@ ARTEFACTS: tuple[str, ...] = (
     "compressed/surgery.json",
     "parity.json",
 )
-ARTEFACTS += ("full/training.jsonl", "gated/training.jsonl", "compressed/model.onnx", "bundle")
+ARTEFACTS += ("full/training.jsonl", "gated/training.jsonl", "compressed/model.onnx", "compressed/model.onnx.data")
+ARTEFACTS += ("bundle",)
 
 
 class Tracker(Protocol):

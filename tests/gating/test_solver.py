@@ -194,6 +194,13 @@ def test_a_budget_below_the_least_is_refused_and_the_advice_holds(step: int) -> 
     solve(replace(problem, asked={"macs": float(advice[1])}))
 
 
+def test_where_no_cut_saves_anything_another_budget_is_advised() -> None:
+    same = Cost(8.0, (Term(1.0, (Factor(8.0, {}),), frozenset()),))
+    with pytest.raises(UsageError, match="cannot be reached") as caught:
+        solve(replace(_line(8, 8), costs={"latency": same}, asked={"latency": 0.6}))
+    assert caught.value.todo.startswith("no cut saves latency here: ask for another budget")
+
+
 def test_every_budget_that_is_out_of_reach_is_named() -> None:
     problem = _line(8, 8)
     costs = {"macs": problem.costs["macs"], "params": problem.costs["macs"]}

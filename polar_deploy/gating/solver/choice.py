@@ -65,11 +65,14 @@ def unreachable(problem: Problem, state: State) -> UsageError:
     least = problem.shares(state)
     over = {name: least[name] - asked for name, asked in problem.asked.items() if least[name] > asked}
     name = max(over, key=lambda each: over[each])
-    enough = " and ".join(f"{each}={ceil(least[each] * 1000 + 1) / 1000:.3f}" for each in over)
+    enough = {each: ceil(least[each] * 1000 + 1) / 1000 for each in over}
+    asked = " and ".join(f"{each}={share:.3f}" for each, share in enough.items())
+    hopeless = [each for each, share in enough.items() if share >= 1]
+    todo = f"no cut saves {hopeless[0]} here: ask for another budget" if hopeless else f"ask for at least {asked}"
     return UsageError(
         f"budget {name}={problem.asked[name]} cannot be reached: with every gate closed that may close, "
         f"{least[name]:.3f} of the full network's {name} is left",
-        f"ask for at least {enough}, or lower gates.min_width or --align",
+        f"{todo}, or lower gates.min_width or --align",
     )
 
 
