@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from polar_deploy.errors import INTERNAL, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.workspace import DISK_FULL
 
+_STREAMS = 3  # the first number of a file that is none of the standard streams
 INTERRUPTED = "interrupted"  # what is said after Ctrl-C
 
 
@@ -25,6 +26,7 @@ def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupt
         argv: the command line; None: this process's own. With `--debug` in it, errors come with their traceback.
         interrupted: what to say after Ctrl-C.
     """
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any name, on a terminal that knows ASCII only
@@ -45,6 +47,17 @@ def guarded(command: Callable[[], int], argv: Sequence[str] | None, *, interrupt
         code, text = _told(error)
         print(f"error: {text}", file=sys.stderr)
         return code
+
+
+def _open_streams() -> None:
+    """Lead standard streams nowhere that whoever started this process has closed: the next file that is opened would
+    get the number of one of them, and what libraries print would end in it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process is
 
 
 def exit_code(error: BaseException) -> int:

@@ -97,6 +97,16 @@ def failing(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence
     return lambda argv: cli.run(_TREE, "package", ["do", *argv])
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("arguments", "code"), [("settings", 0), ("run --model nope", 2)])
+def test_streams_that_are_closed_from_the_start_are_no_defect(arguments: str, code: int, closed: str) -> None:
+    command = f"exec {sys.executable} -m polar_deploy {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "unexpected" not in done.stdout + done.stderr
+    assert not (code and done.stdout)  # an error is none of the results
+
+
 @pytest.mark.parametrize("command", ["pipeline", "surgery", "do"])
 def test_what_nobody_foresaw_is_one_sentence_and_a_code_of_its_own(
     command: str, monkeypatch: pytest.MonkeyPatch
