@@ -50,7 +50,7 @@ def main() -> int:
         packages = _checked(bare, "-m", "pip", "list", "--format=freeze").split()
         _gated(bare, folder)
         ran = [_run(bare.parent / "polar-deploy", folder, *each) for each in COMMANDS]
-        typed = _types(folder, wheel)
+        typed = _types(folder, bare)
     figures = {
         "files": {path.name: "tar.gz" if path.name.endswith(".gz") else "wheel" for path in built},
         "twine": checked.stdout.splitlines(),
@@ -77,8 +77,13 @@ def _environment(folder: Path, *packages: str) -> Path:
     """The interpreter of a fresh environment."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
-    _checked(python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages)
+    _install(python, *packages)
     return python
+
+
+def _install(python: Path, *packages: str) -> None:
+    """Without compiling what is used once, which would take most of the time."""
+    _checked(python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile", *packages)
 
 
 def _checked(*command: object) -> str:
@@ -121,9 +126,9 @@ def _run(program: Path, folder: Path, arguments: tuple[str, ...], code: int, wor
     }
 
 
-def _types(folder: Path, wheel: Path) -> str:
-    """What mypy says that `targets.parse("ort-fp32").align` is, of the installed package alone."""
-    python = _environment(folder / "typed", str(wheel), "mypy")
+def _types(folder: Path, python: Path) -> str:
+    """What mypy, added to the environment, says that `targets.parse("ort-fp32").align` is."""
+    _install(python, "mypy")
     (folder / "use.py").write_text("from polar_deploy.targets import parse\nreveal_type(parse('ort-fp32').align)\n")
     done = subprocess.run(
         [str(python), "-m", "mypy", "use.py"], cwd=folder, capture_output=True, text=True, check=False

@@ -57,14 +57,14 @@ def test_a_large_network_is_two_files_and_a_smaller_one_in_its_place_is_one(
     with monkeypatch.context() as patch:
         patch.setattr(onnx_files, "MAX_MESSAGE", LIMIT)
         detached.save(residual(), path)
+        detached.copy(path, other)
     assert onnx_files.with_data(path) == [path, tmp_path / "a.onnx.data"]
     assert path.stat().st_size < 2 * LIMIT < (tmp_path / "a.onnx.data").stat().st_size
-    assert external(path) == {"a.onnx.data"}
-    assert as_one(onnx_files.read(path)) == as_one(residual())
-
-    detached.copy(path, other)
-    assert external(other) == {"b.onnx.data"}
-    assert as_one(onnx_files.read(other)) == as_one(residual())
+    detached.copy(path, tmp_path / "fits.onnx")
+    assert onnx_files.with_data(tmp_path / "fits.onnx") == [tmp_path / "fits.onnx"]
+    for each in (path, other):
+        assert external(each) == {f"{each.name}.data"}
+        assert as_one(onnx_files.read(each)) == as_one(residual())
 
     for write in (detached.save, lambda model, path: detached.save(detached.detach_weights(model), path)):
         write(residual(), path)
@@ -160,6 +160,7 @@ def test_weights_that_changed_make_the_stages_behind_run_again(run: Path, tmp_pa
     assert "export" in polar(*MINIATURE, "--out", folder, "--target", "ort-int8", "--until", "surgery").ran
 
 
+@pytest.mark.usefixtures("limited")
 def test_its_bundle(run: Path, tmp_path: Path) -> None:
     folder, archive = run / "bundle", tmp_path / "b.zip"
     assert bundle("verify", folder).code == 0

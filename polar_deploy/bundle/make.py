@@ -150,7 +150,7 @@ def _are_same(one: Path, other: Path) -> bool:
     if sha256(one) == sha256(other):
         return True
     models = [detached.read(path, check=False) for path in (one, other)]
-    return all(each.external for each in models) and detached.are_same(*models)
+    return any(each.external for each in models) and detached.are_same(*models)
 
 
 def _graph(run: Path, draft: Path, name: str) -> tuple[str, str | None]:

@@ -22,9 +22,10 @@ from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import sha256
 
 if TYPE_CHECKING:
+    import onnx
+
     from polar_deploy.config import Build
     from polar_deploy.precision.proof import Kernels
-    from polar_deploy.surgery.count import Cost
 
 __all__ = [
     "Array",
@@ -77,9 +78,9 @@ def build(
     """Build one engine from an FP32 network as `folder/NAME.*`; return its entry in build.json. See `build_all`."""
     start = time.perf_counter()
     targets.check(target)
-    costs = cost(onnx_files.read(source))
+    model = onnx_files.read(source)
     types = precision.write(source, folder / f"{name}.onnx", target, options, calibration, kernels(target))
-    return _built(costs, folder, name, target, options, types, start)
+    return _built(model, folder, name, target, options, types, start)
 
 
 def rebuild(
@@ -105,12 +106,12 @@ def rebuild(
     for name, (typed, fp32) in sources.items():
         start = time.perf_counter()
         detached.copy(typed, folder / f"{name}.onnx")
-        engines[name] = _built(cost(onnx_files.read(fp32)), folder, name, target, options, types[name], start)
+        engines[name] = _built(onnx_files.read(fp32), folder, name, target, options, types[name], start)
     return Built(schema=2, target=target.name, engines=engines)
 
 
 def _built(
-    costs: Cost,
+    model: onnx.ModelProto,
     folder: Path,
     name: str,
     target: targets.Target,
@@ -118,7 +119,8 @@ def _built(
     types: Types,
     start: float,
 ) -> BuiltEngine:
-    """Build `folder/NAME.onnx`, made from an FP32 network with these costs; return its entry in build.json."""
+    """Build `folder/NAME.onnx`, which was made from the FP32 network `model`; return its entry in build.json."""
+    costs = cost(model)
     made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
     versions = {"polar_deploy": __version__, "onnx": version("onnx"), **made.engine.versions}
     files = [path for file in made.files for path in onnx_files.with_data(folder / file)]

@@ -11,7 +11,7 @@ import math
 import mmap
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -156,14 +156,14 @@ def save(model: DetachedModel | onnx.ModelProto, path: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a model, atomically. Where its weights lie in files beside it, those of `target` are in TARGET.data.
+    """Copies a model, atomically. Weights beside `source` are beside `target` only if one file cannot hold them.
 
     Raises:
         As `read`.
     """
     model = read(source, check=False)
     if model.external:
-        save(model, target)
+        save(replace(model, external=False), target)
         return
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
