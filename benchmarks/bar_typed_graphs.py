@@ -2,16 +2,19 @@
 
 300 networks of convolutions (plain, strided, grouped, transposed), sums, joins, pooling, padding, slices, norms, gates
 and Gemm with factors, some with a second output, in INT8 in all dialects, FP16 and BF16; computed by the kernels of
-their runtime, where that runs on this CPU. Of every tenth one TensorRT for RTX builds plans, where it is installed.
+their runtime, where that runs on this CPU. Of every tenth one TensorRT for RTX builds plans, where it is installed. The
+integers that ONNX Runtime's kernels give are held against the graph as it is written, and tract's, where that is
+installed (`pip install tract`).
 Ten minutes on one core.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ from polar_deploy import engines, precision, targets
 from polar_deploy.backends.tensorrt import RTX
 from polar_deploy.config import Build
 from polar_deploy.errors import PolarDeployError
+from polar_deploy.precision import calibration
 from polar_deploy.precision.rounding import computed_wide
 from polar_deploy.tensors import Arrays
 
 NETWORKS, SIDE = 300, 12
 BUILT = 10  # of so many networks one is built, too
+STEPS = 1e-4  # share of the rounded activations that may be another step in integer kernels than as the graph says
 # Target -> how far an output may be off: INT8 has three times the bound of a layer, see `precision.proof`.
 BOUNDS = {
     "ort-int8": 0.3,
@@ -197,10 +202,45 @@ def _tried(network: onnx.ModelProto, target: targets.Target, folder: Path, *, bu
     found = outputs(computed_wide(typed), batch) if kernels is None else kernels.outputs(typed, batch, paths[1])
     off = max(float(np.linalg.norm(found[name] - exact) / np.linalg.norm(exact)) for name, exact in expected.items())
     said = {"off": off, "kept": [each.layer for each in written.high_precision_layers]}
+    if target.name == "ort-int8":
+        said |= integers(typed, batch, folder)
     if build and target.backend is RTX and not targets.lacks_to_build(target):
         made = engines.build(paths[0], folder, "built", target, Build(), samples)
         said["built"] = made.precision.found
     return said
+
+
+def integers(typed: onnx.ModelProto, batch: Arrays, folder: Path) -> dict[str, Any]:
+    """What share of all rounded activations is another step in ONNX Runtime's integer kernels, and in tract, than where
+    the graph is computed as it is written. "tract" is missing where it is not installed, or cannot run the graph."""
+    opened = with_integers(typed)
+    exact = outputs(opened, batch)
+    found = {"steps": calibration.outputs(opened, batch, folder / "c.onnx", fused=True)}
+    if importlib.util.find_spec("tract") is not None:
+        import tract
+
+        onnx.save(opened, folder / "c.onnx")
+        try:
+            given = tract.onnx().load(str(folder / "c.onnx")).into_model().into_runnable().run([batch["input"]])
+        except Exception as error:  # noqa: BLE001  (of any kind: it is not what is on trial here)
+            return {name: _unlike(each, exact) for name, each in found.items()} | {"no_tract": str(error)[:200]}
+        found["tract"] = dict(zip(exact, (each.to_numpy() for each in given), strict=True))
+    return {name: _unlike(each, exact) for name, each in found.items()}
+
+
+def with_integers(typed: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph, whose rounded activations are outputs, too."""
+    opened = onnx.ModelProto()
+    opened.CopyFrom(typed)
+    for node in typed.graph.node:
+        if node.op_type == "QuantizeLinear":
+            opened.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.UINT8, None))
+    return opened
+
+
+def _unlike(found: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> float:
+    rounded = [name for name in exact if name.endswith("_quantized")]
+    return sum(int((found[name] != exact[name]).sum()) for name in rounded) / sum(exact[name].size for name in rounded)
 
 
 def residual_chain(layers: int) -> onnx.ModelProto:
@@ -251,16 +291,21 @@ def main(networks: int = NETWORKS) -> int:
         trials = [trial(seed, target, folder) for seed in range(networks) for target in bounds]
         seconds = growth(folder)
     off = {target: [each["off"] for each in trials if each["target"] == target and "off" in each] for target in bounds}
-    raised, steps = [each for each in trials if "raised" in each], LAYERS[-1] / LAYERS[0]
+    raised, more = [each for each in trials if "raised" in each], LAYERS[-1] / LAYERS[0]
+    shares = {name: [each[name] for each in trials if name in each] for name in ("steps", "tract")}
+    steps = {name: float(np.mean(each)) for name, each in shares.items() if each}
     bars = {
         **{f"{target} within {bound} of FP32": max(off[target]) <= bound for target, bound in bounds.items()},
+        f"integer kernels give other steps for at most {STEPS} of the rounded activations": steps["steps"] <= STEPS,
         "no exception but a refusal in one sentence": not raised,
-        **{f"{name}: time grows as layers do, times 1.2": s[-1] / s[0] <= 1.2 * steps for name, s in seconds.items()},
+        **{f"{name}: time grows as layers do, times 1.2": s[-1] / s[0] <= 1.2 * more for name, s in seconds.items()},
     }
     result = {
         "networks": networks,
         "left_out": left_out,
         "off": {target: {"median": float(np.median(each)), "most": max(each)} for target, each in off.items()},
+        "other_steps": {name: {"networks": len(shares[name]), "mean": each} for name, each in steps.items()},
+        "no_tract": dict(Counter(each["no_tract"] for each in trials if "no_tract" in each)),
         "kept_wide": dict(Counter(each["target"] for each in trials if each.get("kept"))),
         "built": dict(Counter(each["target"] for each in trials if "built" in each)),
         "refused": dict(Counter(each["refused"] for each in trials if "refused" in each)),

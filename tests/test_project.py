@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from polar_deploy import __version__
 
@@ -27,6 +28,34 @@ def test_imports_point_one_way() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     versions = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == __version__
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [
+        ("torch", "2.6.0a0+git.nv25.01"),
+        ("torchvision", "0.20.0a0"),
+        ("polygraphy", "0.49.12"),
+        ("tensorrt", "10.7.0.23"),
+    ],
+)
+def test_what_the_oldest_container_of_nvidia_brings_is_left_alone(package: str, version: str) -> None:
+    """That of 25.01; later ones have later versions, and there are no upper bounds. None has TensorRT for RTX."""
+    pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {"": project["dependencies"], **project["optional-dependencies"]}
+    bounds = [
+        (extra, requirement.specifier)
+        for extra, lines in asked.items()
+        for requirement in map(Requirement, lines)
+        if requirement.name == package and extra != "rtx"
+    ]
+    assert bounds
+    for extra, specifier in bounds:
+        assert specifier.contains(version, prereleases=True), extra
+        assert {each.operator for each in specifier} == {">="}, extra
 
 
 def test_no_file_of_the_package_is_long() -> None:
