@@ -2,7 +2,8 @@
 
 The server is the one in nvidia-pytriton (PyPI), which needs no GPU; it has no ONNX Runtime backend, so that one of that
 name in Python stands in (`triton_onnxruntime`). An environment with it is made once, in --environment. Full and
-compressed network lie side by side, in FP32 and INT8. Five minutes on two cores, and a download of 100 MB.
+compressed network lie side by side, in FP32 and INT8, and once as two versions of one model. Five minutes on two cores,
+and a download of 100 MB.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def main() -> int:
             for network in ("full", "compressed"):
                 models[f"{run}-{network}"] = (bundle, network)
                 serve(bundle, repository, network, f"{run}-{network}")
+        for version, network in enumerate(("full", "compressed"), 1):
+            models[f"ab/versions/{version}"] = (bundles["fp32"], network)
+            serve(bundles["fp32"], repository, network, "ab", version)
         with serving(server, repository, folder / "server.log") as address:
             answers = {model: answered(address, model, *of) for model, of in models.items()}
         refused = {what: refuses(server, repository, folder, what) for what in ("dims", "file", "key")}
@@ -77,10 +81,11 @@ def bundled(folder: Path, options: tuple[str, ...]) -> Path:
     return folder / "bundle"
 
 
-def serve(bundle: Path, repository: Path, network: str, name: str) -> None:
+def serve(bundle: Path, repository: Path, network: str, name: str, version: int = 1) -> None:
     """Write one model of the repository with the command that an edge team uses."""
     command = [sys.executable, "-m", "polar_deploy.bundle", "triton", str(bundle), str(repository)]
-    subprocess.run([*command, "--network", network, "--name", name], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    options = ("--network", network, "--name", name, "--version", str(version))
+    subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def tritonserver(environment: Path, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     REPOSITORY/NAME/config.pbtxt
     REPOSITORY/NAME/labels.txt
     REPOSITORY/NAME/1/model.plan or model.onnx, and model.onnx.data where its weights lie beside it
+    REPOSITORY/NAME/2/…            further versions, all of which are served
 
 Triton serves TensorRT's plans (trt-*; on the GPU and with the version that they were built for) and ONNX graphs: the
 typed one by the runtime that it was made for, and the FP32 one of any bundle by ONNX Runtime.
@@ -14,7 +15,7 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 _SIGNATURE = "# Written by polar_deploy"  # how a later call knows that it may replace the folder
 _BACKENDS = {each.triton: each for each in reversed(BACKENDS) if each.triton is not None}  # of several, the first
 _FILENAMES = {name: f"model{backend.artefact.suffix}" for name, backend in _BACKENDS.items()}
-_OURS = {"config.pbtxt", "labels.txt", "1", "1/model.onnx.data", *(f"1/{name}" for name in _FILENAMES.values())}
+_VERSION = re.compile(r"^#   ([1-9][0-9]{0,8}): ([0-9a-f]{64})$", re.MULTILINE)  # and the bundle's sha256
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"  # a folder's name, and no path
+_VERSIONS = 10**9  # above the last one
 _QUEUE_DELAY = 100  # microseconds that a request waits for others: little beside what an inference takes
 _FP32 = ORT.triton  # serves the FP32 graph of any bundle
 _ONNX = f"--backend {_FP32} serves the FP32 graph"
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="Triton's model repository, old or new")
     parser.add_argument("--network", choices=("compressed", "full"), default="compressed", help="default: compressed")
     parser.add_argument("--name", help="of the model in the repository (default: the bundle's)")
+    parser.add_argument("--version", type=int, default=1, metavar="N", help="of the model (default: 1); others stay")
     parser.add_argument("--backend", choices=tuple(_FILENAMES), help="default: as the bundle's target")
     parser.add_argument("--engines", metavar="DIR", type=Path, help="plans that `verify --rebuild --engines DIR` built")
     device.add_trust_arguments(parser)
@@ -77,16 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the model; say what it takes to serve it."""
     with opened(arguments.bundle) as bundle:
-        place = _place(bundle, arguments)
+        place, version = _place(bundle, arguments), str(arguments.version)
         model = _model(bundle, arguments)
         _require_ours(place)
+        versions = _versions(place) | {version: bundle.sha256}
+        config = _config(place.name, model, bundle, versions)
+        others = [each for each in versions if each != version]
+        if others:
+            _require_alike(place, config, bundle)
         with atomic_folder(place) as draft:
-            (draft / "1").mkdir()
+            for each in others:
+                shutil.copytree(place / each, draft / each)
+            (draft / version).mkdir()
             copy = shutil.copyfile if _BACKENDS[model.backend].artefact is PLAN else detached.copy
-            copy(model.file, draft / "1" / _FILENAMES[model.backend])
+            copy(model.file, draft / version / _FILENAMES[model.backend])
             if bundle.manifest.labels is not None:
                 shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
-            (draft / "config.pbtxt").write_text(_config(place.name, model, bundle), encoding="utf-8")
+            (draft / "config.pbtxt").write_text(config, encoding="utf-8")
     print("\n".join([f"{place}: the {arguments.network} network, for Triton's {model.backend} backend", *model.notes]))
     return 0
 
@@ -100,6 +110,8 @@ def _place(bundle: Bundle, arguments: argparse.Namespace) -> Path:
     name = bundle.manifest.name + suffix if arguments.name is None else arguments.name
     if not re.fullmatch(_NAME, name):
         raise UsageError(f"{name!r} is no name for a model", "use letters, digits, '_', '-' and '.', at most 200")
+    if not 1 <= arguments.version < _VERSIONS:
+        raise UsageError(f"--version {arguments.version} is none", f"give a number from 1 to {_VERSIONS - 1}")
     repository: Path = arguments.repository
     require_outside(repository, arguments.bundle)
     return repository / name
@@ -110,16 +122,36 @@ def _require_ours(place: Path) -> None:
     if not place.is_dir():
         return  # nothing, or no folder, which `atomic_folder` refuses
     found = {path.relative_to(place).as_posix(): path for path in place.rglob("*")}
-    strange = sorted(name for name, path in found.items() if name not in _OURS or path.is_symlink())
-    if not strange and found and not _signed(place / "config.pbtxt"):
-        strange = sorted(found)
+    ours = {"config.pbtxt", "labels.txt"} if (versions := _versions(place)) else set()
+    for version in versions:
+        ours |= {version, *(f"{version}/{name}{end}" for name in _FILENAMES.values() for end in ("", ".data"))}
+    strange = sorted(name for name, path in found.items() if name not in ours or path.is_symlink())
     if strange:
         what = f"{place} has {strange[0]!r}, which `bundle triton` did not write"
         raise UsageError(what, "move it away, or give another --name")
 
 
-def _signed(config: Path) -> bool:
-    return config.is_file() and config.read_bytes().startswith(_SIGNATURE.encode())
+def _versions(place: Path) -> dict[str, str]:
+    """The versions of a model that were written here, with the sha256 of their bundles' manifests; {}: none was."""
+    config = place / "config.pbtxt"
+    if not config.is_file() or not config.read_bytes().startswith(_SIGNATURE.encode()):
+        return {}
+    return dict(_VERSION.findall(config.read_text(encoding="utf-8", errors="replace")))
+
+
+def _require_alike(place: Path, config: str, bundle: Bundle) -> None:
+    """Raise UsageError unless a further version has the configuration and the labels of those that are there."""
+    path, labels = place / "config.pbtxt", place / "labels.txt"
+    same = _without_comments(config) == _without_comments(path.read_text(encoding="utf-8"))
+    if bundle.manifest.labels is not None and same:
+        same = labels.is_file() and labels.read_bytes() == bundle.path(bundle.manifest.labels).read_bytes()
+    if not same:
+        what = f"{place} is a model with another configuration, or other labels"
+        raise UsageError(what, "give this one a --name of its own: versions of a model have all of that in common")
+
+
+def _without_comments(config: str) -> list[str]:
+    return [line for line in config.splitlines() if not line.startswith("#")]
 
 
 # --------------------------------------------------------------------------- what
@@ -213,8 +245,15 @@ def _needs(plan: Plan) -> list[str]:
 # --------------------------------------------------------------------------- config.pbtxt
 
 
-def _config(name: str, model: _Model, bundle: Bundle) -> str:
-    """The model's configuration, ModelConfig of Triton's model_config.proto in protobuf's text format."""
+def _config(name: str, model: _Model, bundle: Bundle, versions: Mapping[str, str]) -> str:
+    """The model's configuration, ModelConfig of Triton's model_config.proto in protobuf's text format.
+
+    Args:
+        name: of the model.
+        model: what is served.
+        bundle: where it comes from.
+        versions: of the model, with the sha256 of their bundles' manifests.
+    """
     manifest = bundle.manifest
     _, usual, largest = manifest.build.batches
     vector = [len(each.shape) for each in manifest.outputs] == [1]  # Triton's labels are those of one vector
@@ -227,11 +266,12 @@ def _config(name: str, model: _Model, bundle: Bundle) -> str:
     )
     warm = [f'  {{ name: "batch {batch}" batch_size: {batch} {drawn} }}' for batch in sorted({1, usual})]
     lines = [
-        f"{_SIGNATURE} from the bundle whose manifest.json has the sha256",
-        f"# {bundle.sha256}",
+        f"{_SIGNATURE}: versions, and the sha256 of manifest.json in their bundles",
+        *(f"#   {version}: {sha}" for version, sha in sorted(versions.items(), key=lambda each: int(each[0]))),
         f"name: {_quoted(name)}",
         f"backend: {_quoted(model.backend)}",
         f"default_model_filename: {_quoted(_FILENAMES[model.backend])}",
+        "version_policy { all { } }",
         f"max_batch_size: {largest}",
         "input [",
         ",\n".join(inputs),

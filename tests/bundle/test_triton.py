@@ -80,6 +80,7 @@ def test_a_graph_for_the_cpu(tmp_path: Path) -> None:
         "name": "net-pictures",
         "backend": "onnxruntime",
         "default_model_filename": "model.onnx",
+        "version_policy": {"all": {}},
         "max_batch_size": 64,
         "input": [{"name": "input", **IMAGE}],
         "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["6"], "label_filename": "labels.txt"}],
@@ -102,6 +103,7 @@ def test_a_plan(tmp_path: Path) -> None:
         "name": "net-pictures",
         "backend": "tensorrt",
         "default_model_filename": "model.plan",
+        "version_policy": {"all": {}},
         "max_batch_size": 64,
         "input": [{"name": "input", **IMAGE}],
         "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["6"], "label_filename": "labels.txt"}],
@@ -363,6 +365,28 @@ def test_a_model_of_ours_is_replaced(tmp_path: Path) -> None:
     assert config(place)["backend"] == "onnxruntime"
     (tmp_path / "models/empty").mkdir()
     assert triton(tmp_path, "", "--trust-plan", "--name", "empty").code == 0
+
+
+def test_versions_of_a_model_lie_side_by_side(tmp_path: Path) -> None:
+    place = written(tmp_path, "ort-fp32", "--name", "m")
+    assert triton(tmp_path, "", "--name", "m", "--version", "12", "--network", "full").code == 0
+    assert triton(tmp_path, "", "--name", "m", "--version", "2").code == 0
+    versions = {"1/model.onnx": "compressed", "2/model.onnx": "compressed", "12/model.onnx": "full"}
+    assert set(contents(place)) == {"config.pbtxt", "labels.txt", *versions}
+    for file, network in versions.items():
+        same_bytes(place / file, tmp_path / f"bundle/{network}/model.onnx")
+    sha256 = hashlib.sha256((tmp_path / "bundle/manifest.json").read_bytes()).hexdigest()
+    told = (place / "config.pbtxt").read_text(encoding="utf-8").splitlines()[1:4]
+    assert told == [f"#   {version}: {sha256}" for version in (1, 2, 12)]
+    assert config(place)["version_policy"] == {"all": {}}
+
+    before = contents(place)
+    write_bundle(tmp_path / "other", "ort-fp32", build={"batches": [1, 4, 16]})
+    outcome = bundle("triton", tmp_path / "other", tmp_path / "models", "--name", "m", "--version", "3")
+    assert outcome.code == 2
+    assert "is a model with another configuration, or other labels" in outcome.err
+    assert contents(place) == before
+    assert triton(tmp_path, "", "--name", "m", "--version", "0").code == 2
 
 
 def a_version_more(place: Path) -> None:
