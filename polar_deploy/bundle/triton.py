@@ -92,8 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
             for each in others:
                 shutil.copytree(place / each, draft / each)
             (draft / version).mkdir()
-            copy = shutil.copyfile if _BACKENDS[model.backend].artefact is PLAN else detached.copy
-            copy(model.file, draft / version / _FILENAMES[model.backend])
+            served = draft / version / _FILENAMES[model.backend]
+            if _BACKENDS[model.backend].artefact is PLAN:
+                shutil.copyfile(model.file, served)
+            else:
+                detached.copy(model.file, served)
             if bundle.manifest.labels is not None:
                 shutil.copyfile(bundle.path(bundle.manifest.labels), draft / "labels.txt")
             (draft / "config.pbtxt").write_text(config, encoding="utf-8")

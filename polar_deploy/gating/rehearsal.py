@@ -120,7 +120,7 @@ def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
     try:
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             path = Path(folder, "masked.onnx")
-            detached.write(graph, path, path.with_suffix(".data") if graph.needs_data_file else None)
+            detached.write_files(graph, path)
             return _off(model, noise(_there(model, analysis)), path)
     finally:
         masking.write(model, analysis.places, before)

@@ -53,13 +53,13 @@ def compress(model: onnx.ModelProto, *, verify: bool = True, allow_unverified: b
         def source() -> Path:
             path = Path(folder, "before.onnx")
             if not path.exists():
-                detached.write(before, path, path.with_suffix(".data") if before.needs_data_file else None)
+                detached.write_files(before, path)
             return path
 
         def write(after: DetachedModel) -> Path:
             path = Path(folder, "after.onnx")
             if verify:
-                detached.write(after, path, path.with_suffix(".data") if after.needs_data_file else None)
+                detached.write_files(after, path)
             return path
 
         before = detached.detach_weights(model, check=False)

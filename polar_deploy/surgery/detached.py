@@ -140,6 +140,11 @@ def write(detached: DetachedModel, path: Path, data: Path | None = None, name: s
     onnx_files.write_beside(graph, detached.arrays.get, path, data, name or data.name)
 
 
+def write_files(detached: DetachedModel, path: Path) -> None:
+    """Writes a model to `path`, and its weights to PATH.data if that is where they belong."""
+    write(detached, path, onnx_files.data_path(path) if detached.needs_data_file else None)
+
+
 def save(model: DetachedModel | onnx.ModelProto, path: Path) -> None:
     """Writes a model to `path`, atomically; what one file cannot hold, with its weights in PATH.data beside it."""
     data = onnx_files.data_path(path)

@@ -37,7 +37,7 @@ def with_observed(detached: DetachedModel) -> DetachedModel:
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         watched = replace(detached, model=told)
-        files.write(watched, path, path.with_suffix(".data") if watched.needs_data_file else None)
+        files.write_files(watched, path)
         try:
             first, second = _two_runs(told, path)
         except (ContentError, MachineError):
