@@ -55,8 +55,8 @@ class Round:
     def _has_new_constants(self) -> bool:
         """Tensors that are constant throughout by now: their readers can do without them."""
         kept = self.facts.gathered("kept")
-        settled = self.facts.by_tensor(np.logical_and, self.facts.gathered("constant") | ~kept)
-        new = settled & self.facts.by_tensor(np.logical_or, kept)
+        known = self.facts.by_tensor(np.logical_and, self.facts.gathered("constant") | ~kept)
+        new = known & self.facts.by_tensor(np.logical_or, kept)
         return any(new and not c.was_constant for new, c in zip(new.tolist(), self.facts.everything(), strict=True))
 
     @property
