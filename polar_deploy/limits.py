@@ -63,6 +63,7 @@ def confined(command: Callable[[], int], name: str, limits: Limits) -> int:
     parent = os.getpid()
     ended, alive = os.pipe()  # the child's end is closed when the child is gone
     told, tell = os.pipe()  # of Ctrl-C, which the terminal sends to the child, too
+    noted, note = os.pipe()  # that the exit code is the command's, and not that of a library which gave up
     before = signal.signal(signal.SIGINT, lambda *_: os.write(tell, b"!"))
     try:
         # The child leaves this block, too, and may have no memory left to clean up with: its parent does that.
@@ -72,20 +73,24 @@ def confined(command: Callable[[], int], name: str, limits: Limits) -> int:
                 signal.signal(signal.SIGINT, before)
                 os.close(ended)
                 die_with(parent)
-                return _inside(command, name, limits, scratch)
+                return _inside(command, name, limits, scratch, note)
             os.close(alive)
             try:
-                return _wait(child, ended, told, name, limits)
+                code = _wait(child, ended, told, name, limits)
+                if not select.select([noted], [], [], 0)[0]:
+                    what = f"{name} was ended by a library, with code {code}; its limits were {limits}"
+                    raise ContentError(what, _todo("--memory-limit GB, in case that was it"))
+                return code
             finally:
                 _clear(Path(scratch, _TEMPORARY))
     finally:
         signal.signal(signal.SIGINT, before)
-        for descriptor in (ended, told, tell) if os.getpid() == parent else (told, tell):
+        for descriptor in (told, tell, noted, note, *([ended] if os.getpid() == parent else [])):
             os.close(descriptor)
 
 
-def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str) -> int:
-    """What the child does."""
+def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str, note: int) -> int:
+    """What the child does; it writes into `note` when the command has ended, however that was."""
     import tempfile
 
     global _scratch
@@ -104,6 +109,8 @@ def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str)
         what = f"{name} takes more memory than its limit of {memory / _GIGA:.3g} GB"
         said = one_line(error.what if isinstance(error, OutOfMemoryError) else error)
         raise ContentError(f"{what}: {said}" if said else what, _todo("--memory-limit GB")) from error
+    finally:
+        os.write(note, b"!")
 
 
 def _wait(child: int, ended: int, told: int, name: str, limits: Limits) -> int:

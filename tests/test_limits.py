@@ -85,8 +85,10 @@ def test_what_takes_too_long_is_ended(body: str, tmp_path: Path) -> None:
         ),
         ("os.abort()", "it died of SIGABRT; its limits were 60 s and 1 GB\n"),
         ("os.kill(os.getpid(), 9)", "it died of SIGKILL; "),
+        ("os._exit(1)", "it was ended by a library, with code 1; its limits were 60 s and 1 GB\n"),
+        ("os._exit(0)", "it was ended by a library, with code 0; "),
     ],
-    ids=["memory", "numpy", "library", "system", "abort", "kill"],
+    ids=["memory", "numpy", "library", "system", "abort", "kill", "exit", "exit well"],
 )
 def test_what_takes_too_much_or_dies_is_one_sentence(body: str, words: str, tmp_path: Path) -> None:
     code, out, err = ended(body, tmp_path, memory=1e9)
