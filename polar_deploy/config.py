@@ -157,6 +157,13 @@ class Build(_Frozen):
     max_layer_error: Annotated[
         Positive, About("INT8: a layer that alone moves the logits by more stays wider", "share of the logits' RMS")
     ] = 0.1
+    reduce_range: Annotated[
+        bool | None,
+        About(
+            "whether INT8 weights have 7 bits, for CPUs without VNNI, whose kernels overflow with 8",
+            unset="where the kernels here do",
+        ),
+    ] = None
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ def write(
         source: a valid FP32 network.
         destination: the .onnx file to write, atomically; what it cannot hold, with its weights in DESTINATION.data.
         target: precision, and for INT8 in which dialect.
-        options: `io_dtype`, `max_layer_error` and `calibration` are read.
+        options: `io_dtype`, `max_layer_error`, `reduce_range` and `calibration` are read.
         calibration: inputs of training samples, un-augmented, by name; for INT8, and where an input is not of floats.
         kernels: how the target's runtime computes a graph, to prove this one by; None: it cannot be asked here, and
             the graph is proven as it is written.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import onnx
 from polar_deploy import onnx_files
 from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
-from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, sensitivity
+from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, saturation, sensitivity
 from polar_deploy.precision.proof import Kernels, Reference
 from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
 from polar_deploy.tensors import Arrays, count
@@ -41,7 +42,7 @@ def to_int8(
         model: FP32, as `graph.load` gives it.
         path: its file, for messages.
         scheme: `ORT` or `TRT`.
-        options: `max_layer_error`, `calibration` and `io_dtype` are read.
+        options: `max_layer_error`, `calibration`, `reduce_range` and `io_dtype` are read.
         samples: inputs of training samples, by name.
         kernels: of the runtime that the graph is for, if they can be asked here.
 
@@ -50,6 +51,11 @@ def to_int8(
     """
     samples = calibration.require_samples(samples, model, path)
     model = layers.plain(graph.at_least(graph.folded(model, path), scheme.opset))
+    reduce = options.reduce_range
+    if reduce is None:
+        reduce = kernels is not None and saturation.saturates(kernels, scheme)
+    if reduce:
+        scheme = replace(scheme, largest=saturation.LARGEST)
     writer = _Writer(model, path, scheme, options, samples, kernels)
     typed = writer.run()
     kept = writer.kept
@@ -59,7 +65,7 @@ def to_int8(
             graph.inferred(typed), path, writer.reference, keep_io_types=options.io_dtype == "fp32", bound=bound
         )
         kept = [*kept, *wider]
-    return graph.inferred(typed), kept, _described(options, count(samples))
+    return graph.inferred(typed), kept, _described(options, count(samples), reduce)
 
 
 class _Writer:
@@ -216,7 +222,8 @@ def _residual_sums(model: onnx.ModelProto, layers: list[onnx.NodeProto]) -> dict
     return found
 
 
-def _described(options: Build, images: int) -> dict[str, Any]:
+def _described(options: Build, images: int, reduce: bool) -> dict[str, Any]:
     settings = options.calibration
     share = {"percentile": settings.percentile} if settings.method == "percentile" else {}
-    return {"images": images, "method": settings.method, **share, "max_layer_error": options.max_layer_error}
+    most = {"max_layer_error": options.max_layer_error, "reduce_range": reduce}
+    return {"images": images, "method": settings.method, **share, **most}

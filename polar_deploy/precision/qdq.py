@@ -8,7 +8,7 @@ TensorRT: activations signed and symmetric, at the inputs of layers only; biases
 block is fused with the convolution in front of it if its OTHER input is rounded (TensorRT's guide: "quantize the
 residual input in skip connections"), and a pair between the two would keep them apart. Scales are numbers of FP16.
 
-Weights are symmetric, with a scale a channel. Of ONNX Runtime's own quantizer (1.32) nothing is left here: its time
+Weights are symmetric, with a scale a channel, and have 7 bits where 8 would overflow, see `precision.saturation`. Of ONNX Runtime's own quantizer (1.32) nothing is left here: its time
 grows with the square of the layers, it loses Gemm's beta, and it confuses tensors with names of its own making.
 """
 
@@ -45,6 +45,7 @@ class Scheme:
         wider: type of what is not quantised.
         opset: the oldest that will do (scales a channel: 13, FP16 scales: 19).
         transposed_groups: whether it has kernels for transposed convolutions in groups, whose weights have one scale.
+        largest: what the largest weight of a channel becomes.
     """
 
     symmetric: bool
@@ -53,6 +54,7 @@ class Scheme:
     wider: str
     opset: int
     transposed_groups: bool = False
+    largest: int = 127
 
     def has_kernel(self, layer: onnx.NodeProto) -> bool:
         """Whether the runtime computes a layer in integers."""
@@ -271,9 +273,10 @@ class _Inserter:
         axis = channel_axis(layer)
         bias = self.constants[layer.input[2]] if len(layer.input) > 2 and layer.input[2] else None
         if self.scheme.symmetric:
-            steps = symmetric_scales(weight, axis)
+            steps = symmetric_scales(weight, axis, self.scheme.largest)
         else:
-            steps = _scales_with_bias(weight, axis, None if bias is None else np.abs(bias / np.float32(scale)))
+            in_steps = None if bias is None else np.abs(bias / np.float32(scale))
+            steps = _scales_with_bias(weight, axis, self.scheme.largest, in_steps)
         layer.input[1] = self._rounded_weight(layer.input[1], weight, axis, steps)
         if bias is not None and not self.scheme.symmetric:
             wide = np.float64(scale) * steps
@@ -288,7 +291,8 @@ class _Inserter:
             shape = [1] * weight.ndim
             if axis is not None:
                 shape[axis] = -1
-            values = np.clip(np.rint(weight / steps.reshape(shape)), -127, 127).astype(np.int8)
+            largest = self.scheme.largest
+            values = np.clip(np.rint(weight / steps.reshape(shape)), -largest, largest).astype(np.int8)
             self.stored[key] = self._constant(name, values, steps, axis)
         return self.stored[key]
 
@@ -324,13 +328,13 @@ def channel_axis(layer: onnx.NodeProto) -> int | None:
     return {"Conv": 0, "MatMul": 1}[layer.op_type]
 
 
-def symmetric_scales(weight: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
+def symmetric_scales(weight: npt.NDArray[np.float32], axis: int | None, largest: int) -> npt.NDArray[np.float32]:
     """Weights' scales that FP16 holds exactly: each weight is rounded with the very scale that is stored.
 
-    Symmetric, one an output channel: the channel's largest magnitude becomes 127. That is a small scale, and FP16 is
-    coarse below 6e-5.
+    Symmetric, one an output channel: the channel's largest magnitude becomes `largest`. That is a small scale, and FP16
+    is coarse below 6e-5.
     """
-    exact = _largest(weight, axis) / np.float32(127)
+    exact = _largest(weight, axis) / np.float32(largest)
     return fp16_above(np.where(exact > 0, exact, 1).astype(np.float32))
 
 
@@ -342,14 +346,14 @@ def fp16_above(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _scales_with_bias(
-    weight: npt.NDArray[np.float32], axis: int | None, bias: npt.NDArray[np.float32] | None
+    weight: npt.NDArray[np.float32], axis: int | None, largest: int, bias: npt.NDArray[np.float32] | None
 ) -> npt.NDArray[np.float32]:
     """Weights' scales, so large that the bias (in units of the input's scale) fits into INT32.
 
     A channel whose weights are a billion times smaller than others is one without weights.
     """
-    largest = _largest(weight, axis)
-    steps = np.maximum(largest, 1e-9 * largest.max(initial=0)) / 127 if largest.any() else np.ones_like(largest)
+    sizes = _largest(weight, axis)
+    steps = np.maximum(sizes, 1e-9 * sizes.max(initial=0)) / largest if sizes.any() else np.ones_like(sizes)
     if bias is not None:
         steps = np.maximum(steps, bias / _LARGEST_INT32)
     return np.asarray(np.maximum(steps, np.finfo(np.float32).tiny), np.float32)

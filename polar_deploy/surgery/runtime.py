@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError, OutOfMemoryError
-from polar_deploy.ort_session import open_session, session_options, translated
+from polar_deploy.ort_session import Level, open_session, session_options, translated
 from polar_deploy.surgery.inputs import Value, Values
 from polar_deploy.surgery.validation import first_line, opset_of
 
@@ -28,8 +28,12 @@ BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}  # of 
 NATIVE = "biufOSU"  # kinds of numpy's own types; ONNX Runtime takes others as bytes only
 
 
-def onnx_runtime(path: Path) -> Run:
+def onnx_runtime(path: Path, *, exact_integers: bool = False) -> Run:
     """Runs the model in `path` in ONNX Runtime, as it stands.
+
+    Args:
+        exact_integers: optimise the graph, which takes kernels that do not overflow on x86 CPUs without VNNI. The others
+            there add products in pairs and cut off what does not fit into 16 bits, and in a cut graph the pairs are others.
 
     Raises:
         MachineError: it is not installed.
@@ -37,7 +41,10 @@ def onnx_runtime(path: Path) -> Run:
         ContentError: it finds the graph invalid; when run, that these inputs do not fit.
         OutOfMemoryError: it got no memory for it.
     """
-    options = session_options(threads=1, level="none", todo="install polar-deploy[ort], or pass --no-verify")
+    level: Level = "all" if exact_integers else "none"
+    options = session_options(threads=1, level=level, todo="install polar-deploy[ort], or pass --no-verify")
+    if exact_integers:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     with translated("ONNX Runtime refuses the graph", NOT_RUN):
         session = open_session(path, options)
     names = [value.name for value in session.get_outputs()]

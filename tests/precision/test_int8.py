@@ -112,17 +112,19 @@ def test_sums_read_the_layer_as_it_is_and_the_shortcut_rounded(tmp_path: Path) -
     ]
 
 
-@pytest.mark.parametrize("target", ["ort-int8", "rtx-int8"])
-def test_weights_have_a_scale_a_channel(target: str, tmp_path: Path) -> None:
-    """The largest magnitude of a channel is 127 steps, each weight the nearest whole number of them."""
-    typed, _ = written(residual(), target, tmp_path, images(16))
+@pytest.mark.parametrize(("target", "steps_each"), [("ort-int8", 127), ("ort-int8", 64), ("rtx-int8", 127)])
+def test_weights_have_a_scale_a_channel(target: str, steps_each: int, tmp_path: Path) -> None:
+    """The largest magnitude of a channel is so many steps, each weight the nearest whole number of them."""
+    typed, said = written(residual(), target, tmp_path, images(16), reduce_range=steps_each == 64)
+    if said["high_precision_layers"]:
+        pytest.skip("the kernels of this CPU overflow with 8 bits, and layers stay FP32: see test_saturation.py")
     values, weights = constants(typed), constants(residual())
     for name in LAYERS:
         pair = next(node for node in typed.graph.node if node.output[0] == nodes(typed)[name].input[1])
         stored, scale, zero = (values[each] for each in pair.input)
         weight = weights[f"{name}.weight"]
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        np.testing.assert_allclose(scale, largest / 127, rtol=1e-3)  # FP16 for TensorRT
+        np.testing.assert_allclose(scale, largest / steps_each, rtol=1e-3)  # FP16 for TensorRT
         steps = scale.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
         np.testing.assert_array_less(np.abs(stored * steps - weight), 0.501 * np.broadcast_to(steps, weight.shape))
         assert not zero.any()

@@ -53,7 +53,8 @@ def test_every_output_is_that_of_fp32(target: str, bound: float, name: str, tmp_
     typed, said = written(network, target, tmp_path, calibration)
     expected = outputs(network, fused=False, batch=batch)
     found = outputs(typed, fused=target == "ort-int8", batch=batch)
-    assert max(errors(found, expected).values()) < bound
+    reduced = target == "ort-int8" and said["calibration"]["reduce_range"]  # steps of weights are twice as large then
+    assert max(errors(found, expected).values()) < bound * (1 + reduced)
     assert [each["layer"] for each in said["high_precision_layers"]] == WIDE.get((name, target), [])
     if target == "ort-int8":  # integer kernels and the graph as it is written differ by single steps of a rounding
         assert max(errors(found, outputs(typed, fused=False, batch=batch)).values()) < 3e-3
@@ -79,8 +80,9 @@ def test_batch_norm_is_folded_before_weights_are_rounded(tmp_path: Path) -> None
 def test_one_weight_for_two_axes_has_scales_for_both(tmp_path: Path) -> None:
     """Rows of it differ a thousandfold: with the scales of its columns the small ones would be gone."""
     network = KINDS["matrix_along_both_axes"]()
-    typed, _ = written(network, "ort-int8", tmp_path, images(32, 2))
+    typed, said = written(network, "ort-int8", tmp_path, images(32, 2))
+    largest = 64 if said["calibration"]["reduce_range"] else 127
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in typed.graph.initializer}
     tied = next(value for name, value in values.items() if value.dtype == np.int8 and value.shape == (8, 8))
     stored = [value for value in values.values() if value.dtype == np.int8 and value.shape == tied.shape]
-    assert {(*np.abs(each).max(axis=0),) == (127,) * 8 for each in stored} == {True, False}  # columns, and rows
+    assert {(*np.abs(each).max(axis=0),) == (largest,) * 8 for each in stored} == {True, False}  # columns, and rows
