@@ -12,7 +12,7 @@ import numpy as np
 
 from polar_deploy import onnx_files
 from polar_deploy.bundle import golden, graphs
-from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA
+from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA, BuildOptions
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
@@ -96,7 +96,8 @@ def _head(settings: ResolvedSettings) -> dict[str, Any]:
         "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{without_place(settings.data)}").lstrip(".-")[:100],
         "licence": settings.bundle.licence,
         "target": settings.target,
-        "build": settings.build.model_dump(mode="json"),
+        # What a device builds engines by; what was decided in the typed graph, such as reduce_range, is no part of it.
+        "build": settings.build.model_dump(mode="json", include=set(BuildOptions.model_fields)),
     }
 
 

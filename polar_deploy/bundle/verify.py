@@ -67,7 +67,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         UsageError: no test set in `data`.
     """
     from polar_deploy import parity
-    from polar_deploy.bundle import accuracy
+    from polar_deploy.bundle import accuracy, kernels
     from polar_deploy.engines import machine
 
     test = accuracy.test_set(bundle, data) if data is not None else None
@@ -76,11 +76,14 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
     with device.open_engines(bundle, options) as here:
         golden = golden_samples(bundle, here.engines)
         judged = {"golden": _judge_golden(here, onnx, golden)}
+        if judged["golden"].result != "fail" and (judgement := kernels.judge(bundle, here.engines)):
+            judged["kernels"] = judgement
+        is_right = all(each.result != "fail" for each in judged.values())
         latency = counted = None
-        if judged["golden"].result != "fail" and timing:
+        if is_right and timing:
             latency, judgement = _latency(bundle, here)
             judged |= {"latency": judgement} if judgement else {}
-        if judged["golden"].result != "fail" and test is not None:
+        if is_right and test is not None:
             counted, judgement = accuracy.measure(bundle, here, graphs, test)
             judged |= {"accuracy": judgement} if judgement else {}
     return {

@@ -153,7 +153,12 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("polar_deploy", f"{found['polar_deploy']}, Python {found['python']}"),
         ("CPU", f"{cpu['cpu']}, {cpu['cores']} cores, {cpu['architecture']}"),
-        ("INT8 on it", f"fast ({', '.join(quick)})" if quick else "slow: it has no dot products of bytes (VNNI)"),
+        (
+            "INT8 on it",
+            f"fast ({', '.join(quick)})"
+            if quick
+            else "gains little, with weights of 7 bits: it has no dot products of bytes (VNNI)",
+        ),
     ]
     for device in found["gpus"]:
         lacks = f", no {', '.join(map(str.upper, device['lacks']))}" if device["lacks"] else ""

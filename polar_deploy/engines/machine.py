@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def int8_instructions() -> list[str]:
-    """The CPU's instructions for dot products of bytes, without which INT8 is no faster than FP32."""
+    """The CPU's instructions for dot products of bytes, without which INT8 gains little, and weights get 7 bits."""
     return sorted(_DOT_PRODUCTS & cpu.instructions())
 
 

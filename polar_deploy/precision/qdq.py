@@ -8,8 +8,9 @@ TensorRT: activations signed and symmetric, at the inputs of layers only; biases
 block is fused with the convolution in front of it if its OTHER input is rounded (TensorRT's guide: "quantize the
 residual input in skip connections"), and a pair between the two would keep them apart. Scales are numbers of FP16.
 
-Weights are symmetric, with a scale a channel, and have 7 bits where 8 would overflow, see `precision.saturation`. Of ONNX Runtime's own quantizer (1.32) nothing is left here: its time
-grows with the square of the layers, it loses Gemm's beta, and it confuses tensors with names of its own making.
+Weights are symmetric, with a scale a channel, and have 7 bits where 8 would overflow, see `precision.saturation`. Of
+ONNX Runtime's own quantizer (1.32) nothing is left here: its time grows with the square of the layers, it loses Gemm's
+beta, and it confuses tensors with names of its own making.
 """
 
 from __future__ import annotations

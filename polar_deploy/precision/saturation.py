@@ -1,8 +1,8 @@
 """Do a runtime's INT8 kernels overflow on this CPU? x86 without VNNI adds two products of bytes in 16 bits.
 
-Its instruction, VPMADDUBSW, cuts what does not fit off at 32767; two products of 255 and 127 come to 64770. With weights
-of 64 at most, 7 bits, all sums fit. ONNX Runtime's documentation ("Quantize ONNX models", on AVX2 and AVX-512 without
-VNNI) names this `reduce_range`, as PyTorch does.
+Its instruction, VPMADDUBSW, cuts what does not fit off at 32767; two products of 255 and 127 come to 64770. With
+weights of 64 at most, 7 bits, all sums fit. ONNX Runtime's documentation ("Quantize ONNX models", on AVX2 and AVX-512
+without VNNI) names this `reduce_range`, as PyTorch does.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def _largest_bytes(scheme: Scheme) -> onnx.ModelProto:
     x, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in shapes.items())
     weights = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     body = helper.make_graph(nodes, "largest_bytes", [x], outputs, weights)
-    model = graph.inferred(
-        helper.make_model(body, opset_imports=[helper.make_opsetid("", scheme.opset)], ir_version=9)
-    )
+    model = graph.inferred(helper.make_model(body, opset_imports=[helper.make_opsetid("", scheme.opset)], ir_version=9))
     largest = float(_CHANNELS)
     ranges = {"x": (0.0, 1.0), "convolved": (-largest, largest), "mean": (0.0, 1.0), "flat": (0.0, 1.0)}
     return qdq.quantised(model, model.graph.node, ranges | {"product": (-largest, largest)}, scheme)
