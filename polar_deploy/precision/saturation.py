@@ -40,7 +40,11 @@ def _largest_bytes(scheme: Scheme) -> onnx.ModelProto:
         helper.make_node("Flatten", ["mean"], ["flat"], name="flat"),
         helper.make_node("MatMul", ["flat", "matrix"], ["product"], name="matmul"),
     ]
-    shapes = {"x": ["N", _CHANNELS, 2, 2], "convolved": ["N", _CHANNELS, 2, 2], "product": ["N", _CHANNELS]}
+    shapes: dict[str, list[str | int]] = {
+        "x": ["N", _CHANNELS, 2, 2],
+        "convolved": ["N", _CHANNELS, 2, 2],
+        "product": ["N", _CHANNELS],
+    }
     x, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in shapes.items())
     weights = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     body = helper.make_graph(nodes, "largest_bytes", [x], outputs, weights)
