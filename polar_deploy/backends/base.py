@@ -29,7 +29,7 @@ class Package:
 
     def installed(self) -> str | None:
         """The version that is installed, or None."""
-        return next((version for name in self.distributions if (version := _version(name))), None)
+        return next((version for name in self.distributions if (version := installed_version(name))), None)
 
     def missing(self) -> str | None:
         """Say what is missing, or None."""
@@ -188,7 +188,8 @@ def _found(module: str) -> bool:
         return False
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution that is installed here, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

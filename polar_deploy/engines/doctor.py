@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import __version__, gpu, targets
 from polar_deploy.backends import BACKENDS
-from polar_deploy.backends.base import PRECISION_SINCE
+from polar_deploy.backends.base import PRECISION_SINCE, installed_version
 from polar_deploy.engines import machine
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def examine() -> dict[str, Any]:
         "gpus": [_gpu(each) for each in gpus],
         "no_gpu": lack,
         "cuda": cuda,
-        "packages": {name: _version(name) for name in _distributions()},
+        "packages": {name: installed_version(name) for name in _distributions()},
         "providers": _providers(),
         "targets": {name: _target(target) for name, target in targets.TARGETS.items()},
         "auto": targets.choose().name,
@@ -81,13 +80,6 @@ def _distributions() -> list[str]:
     needed = [package for backend in BACKENDS for package in (*backend.packages, *backend.build_packages)]
     names = [name for package in needed for name in package.distributions]
     return list(dict.fromkeys(["torch", "onnx", *names, "nvidia-ml-py"]))
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _providers() -> list[str]:

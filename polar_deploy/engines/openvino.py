@@ -171,17 +171,14 @@ def require_precision(layers: list[dict[str, Any]], precision: str, path: Path, 
     computing = [layer for layer in layers if layer["op"] in _COMPUTING]
     if all(layer["type"] != precision for layer in computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
-    odd = [layer for layer in (layers if precision == "fp32" else computing) if layer["type"] in _odd(precision)]
+    others = {*_PRECISIONS.values()} - {precision}
+    odd = [layer for layer in (layers if precision == "fp32" else computing) if layer["type"] in others]
     if len(odd) > (len(computing) // 2 if precision == "int8" else wider):
         what = f"layer {odd[0]['name']!r} ({odd[0]['op']}, kernel {odd[0]['kernel']}) runs in {odd[0]['type']}"
         raise ContentError(
             f"{path}: {what}, the target is {precision}", "report this network and the version of OpenVINO"
         )
     return dict(Counter(layer["type"] for layer in layers if layer["type"] in _PRECISIONS.values()).most_common())
-
-
-def _odd(precision: str) -> set[str]:
-    return {*_PRECISIONS.values()} - {precision}
 
 
 def _running(nodes: Iterable[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_deploy.backends.base import numbers
 from polar_deploy.documents.build import EngineFacts, Plan
 from polar_deploy.engines import child
 from polar_deploy.engines.base import Made
@@ -74,7 +75,7 @@ def require_plan_fits(path: Path, plan: Plan, version: str) -> None:
     if plan.version != version and not later:
         raise MachineError(f"{path} was built with {plan.library} {plan.version}, here is {version}", _AGAIN)
     here = gpu.first()
-    capabilities = [_numbers(each) for each in plan.capabilities]
+    capabilities = [numbers(each) for each in plan.capabilities]
     same = here.capability in capabilities and plan.gpu in (None, here.name)
     if not same and not (plan.hardware_compatible and here.capability >= _COMPATIBLE_SINCE):
         raise MachineError(
@@ -86,8 +87,4 @@ def require_plan_fits(path: Path, plan: Plan, version: str) -> None:
 
 def _runs_later(built_with: str, version: str) -> bool:
     """Whether a version-compatible plan runs: with its own version and later ones of the same major version."""
-    return _numbers(built_with)[0] == _numbers(version)[0] and _numbers(built_with) <= _numbers(version)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
+    return numbers(built_with)[0] == numbers(version)[0] and numbers(built_with) <= numbers(version)
