@@ -68,6 +68,7 @@ def measure(run: Path, folder: Path, precision: str, data: Path) -> dict[str, An
     recipe = ("--recipe", str(run / "run.yaml"), "--data-dir", str(data))
     weights = ("--full-weights", str(SHARED / "models" / "resnet20.npz"))
     options = ("--target", f"ov-{precision}", "--from", "build", "--max-drop", "100", "--min-speedup", "0.01")
+    options += ("--batch", "1,1,1")  # what the bars on time are about
     found = run_pipeline(folder, *recipe, *weights, *options)
     if not (folder / "bundle/manifest.json").is_file():
         raise SystemExit(f"the run for ov-{precision} ended with exit code {found['exit_code']} and no bundle")
