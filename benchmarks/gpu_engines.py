@@ -1,15 +1,14 @@
 """Real TensorRT on a GPU: engines of full and compressed networks are proven, right, and timed against each other.
 
-    python -m benchmarks.gpu_engines [--networks resnet56] [--targets trt-fp16] [--graphs FOLDER]
+    python -m benchmarks.gpu_engines [--graphs FOLDER] [--targets trt-fp16]
 
-ResNet-56 with the public CIFAR-10 weights and torchvision's ResNet-50 (untrained, 224 pixels), each whole and cut to
-half of the inner channels, ResNet-56 also to 5 of 9 blocks a stage; for each of trt-fp32, -fp16 and -int8. Of the
-trained network answers are compared with its FP32 graph's over the test set, of the others (nobody retrained them)
-logits. Each pair is timed at batch 1, 8, 64 and 256, and each full engine against its own copy, which must not differ.
-All rounds go to `benchmarks/results/gpu-NETWORK-TARGET.json`, one file a network and target, as soon as it is done.
+ResNet-56 with the public CIFAR-10 weights, and torchvision's ResNet-18 with random ones at 224 pixels, each whole and
+with half of its blocks' inner channels cut away, in trt-fp32, -fp16 and -int8. Answers of ResNet-56 are held against
+those of its FP32 graph on 2,000 test images, logits of ResNet-18 on noise. Each pair is timed at batch 1 and 64, and
+each full engine against its own copy, which must not differ. Eight minutes at most on a large GPU.
 
-Without a GPU or without TensorRT it ends with exit code 3. `--graphs` keeps networks and images, so that PyTorch
-and ../shared are needed only where they are made. Some ten minutes a network on a large GPU.
+Without a GPU or TensorRT it ends with exit code 3. `--graphs` keeps networks and images, so that PyTorch and ../shared
+are needed only where these are made; `--targets ort-fp32 ort-int8` tries the script on a CPU, and writes no result.
 """
 
 from __future__ import annotations
@@ -18,243 +17,188 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from benchmarks.common import SHARED, write_result
 from polar_deploy import data, engines, surgery, targets
 from polar_deploy.config import Build
-from polar_deploy.documents.build import Built
 from polar_deploy.engines import Array, Engine, nvml, timing
 from polar_deploy.errors import MachineError
 from polar_deploy.parity import Comparison
 from polar_deploy.tasks.accuracy import Accuracy
-from polar_deploy.tasks.classification import classifier
+from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import read_json
 
-if TYPE_CHECKING:
-    from polar_deploy.gating.network import GatedNetwork
-
+NETWORKS = {"resnet56": 32, "resnet18": 224}  # pixels a side
+TRAINED = "resnet56"
 TARGETS = ("trt-fp32", "trt-fp16", "trt-int8")
-BATCHES = (1, 8, 64, 256)
-OPTIONS = Build(batches=(BATCHES[0], 64, BATCHES[-1]))
-AGREEMENT = {"fp16": 99.5, "int8": 97.5}  # percent; of the trained network
+BATCHES = (1, 64)
+OPTIONS = Build(batches=(BATCHES[0], BATCHES[-1], BATCHES[-1]))
+IMAGES = {"test": 2_000, "calibration": OPTIONS.calibration.images}
+NOISE = {"test": 64, "calibration": 64}
+AGREEMENT = {"fp16": 99.5, "int8": 97.5}  # percent of the answers of the trained network
 DROP = {"int8": 0.5}  # points
+SECONDS, ROUNDS = (1.0, 6.0), 3  # of a comparison of times
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the public weights
-CLOSED = 4  # of 9 blocks in a stage
-
-
-@dataclass(frozen=True)
-class Network:
-    """One of the networks: classes, pixels a side, what it is cut to, and whether there are weights for it."""
-
-    classes: int
-    size: int
-    cuts: tuple[str, ...]
-    trained: bool
-
-
-@dataclass(frozen=True)
-class Images:
-    """Normalised images [N,3,S,S] to compare with and their labels [N]; those that fix the ranges of INT8."""
-
-    test: Array
-    labels: npt.NDArray[np.int64]
-    calibration: Array
-
-
-NETWORKS = {
-    "resnet56": Network(10, 32, ("half", "blocks"), trained=True),
-    "resnet50": Network(1000, 224, ("half",), trained=False),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the bars that are asked for; 0 if all are met, 3 if they cannot run here."""
+    """Run the bars; 0 if all are met, 3 if they cannot run here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="where the networks are, or are kept")
     asked = parser.parse_args(arguments)
+    chosen = [targets.parse(name) for name in asked.targets]
     with tempfile.TemporaryDirectory() as scratch:
-        folder, codes = asked.graphs or Path(scratch) / "graphs", []
+        graphs, bars, figures = asked.graphs or Path(scratch) / "graphs", {}, {}
         try:
             if asked.graphs:  # these can be made anywhere
-                prepare(asked.networks, folder)
-            for target in map(targets.parse, asked.targets):
+                prepare(graphs)
+            for target in chosen:
                 targets.check(target)
-            prepare(asked.networks, folder)
-            for name in asked.networks:
-                for target in map(targets.parse, asked.targets):
-                    codes.append(examine(name, target, folder / name, Path(scratch) / f"{name}-{target.name}"))
+            prepare(graphs)
+            for name in NETWORKS:
+                for target in chosen:
+                    key, images = f"{name} {target.name}", dict(np.load(graphs / name / "images.npz"))
+                    figures[key] = examine(target, graphs / name, Path(scratch) / key, images)
+                    bars |= judge(key, target, figures[key], trained=name == TRAINED)
         except MachineError as error:
             print(error, file=sys.stderr)
             return error.exit_code
-    return max(codes)
+    if all(target.backend.gpu is not None for target in chosen):
+        return write_result("gpu-engines", bars, {"gpu": nvml.conditions(), "engines": figures})
+    print("\n".join(f"{'met' if met else 'NOT MET'}: {bar}" for bar, met in bars.items()))
+    return 0 if all(bars.values()) else 1
 
 
-def prepare(names: Sequence[str], folder: Path) -> None:
-    """Make the networks that are not there."""
-    for name in names:
-        if not all((folder / name / f"{graph}.onnx").is_file() for graph in ("full", *NETWORKS[name].cuts)):
-            export(name, folder / name)
+def prepare(folder: Path) -> None:
+    """Make the networks that are not there: `full.onnx`, `half.onnx`, and `images.npz`."""
+    for name, size in NETWORKS.items():
+        if (folder / name / "images.npz").is_file():
+            continue
+        from benchmarks import surgery_models
+
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        network = _trained() if name == TRAINED else surgery_models.build(name)
+        full = surgery_models.export(name, network, folder / "exported", size)
+        random = np.random.default_rng(0)
+        masks = {site: surgery_models.half(site.width, random) for site in _inner(full)}
+        onnx.save(full, folder / name / "full.onnx")
+        onnx.save(surgery.compress(surgery_models.gated(full, masks)).model, folder / name / "half.onnx")
+        images = _pictures() if name == TRAINED else _noise(size)
+        np.savez(folder / name / "images.npz", **images)
 
 
-def export(name: str, folder: Path) -> None:
-    """Write `full.onnx`, each cut as `CUT.onnx`, and for a trained network the images."""
-    import torch
-    from polar_deploy.gating.network import GatedNetwork
-
-    from benchmarks import surgery_models
-    from polar_deploy import export as exporter
+def _trained() -> Any:
     from polar_deploy import models
+    from polar_deploy.tasks.classification import classifier
 
-    network = NETWORKS[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    if network.trained:
-        model = models.build(name, classifier(network.classes, network.size))
-        models.load_weights(model, SHARED / "models" / f"{name}.npz")
-        keep_images(folder / "images.npz")
-    else:
-        model = surgery_models.build(name)
-    exporter.export(model, network.size, folder / "full.onnx")
-    gated = GatedNetwork(model, network.size)
-    for cut in network.cuts:
-        gated.freeze(torch.as_tensor(pattern(gated, cut)))
-        with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch) / "gated.onnx"
-            exporter.export(gated.static(), network.size, source, gated.sites)
-            surgery.compress_file(source, folder / f"{cut}.onnx")
+    network = models.build(TRAINED, classifier(10, NETWORKS[TRAINED]))
+    models.load_weights(network, SHARED / "models" / f"{TRAINED}.npz")
+    return network.eval().requires_grad_(False)
 
 
-def keep_images(path: Path) -> None:
-    """Write CIFAR-10's test set, and images of its training set for calibration, as they are."""
+def _inner(model: onnx.ModelProto) -> list[Any]:
+    """The sites inside of residual blocks: what one convolution writes and one alone reads."""
+    from benchmarks import surgery_models
+
+    readers = surgery_models.readers_of(model)
+    read_by = {site: [node.op_type for node in readers[site.tensor]] for site in surgery_models.sites(model)}
+    return [site for site, operators in read_by.items() if operators == ["Conv"]]
+
+
+def _pictures() -> dict[str, Array]:
+    """Of CIFAR-10's test set, evenly over the classes, and of its training set."""
     from tests.support.shared import cifar_folder
 
     with tempfile.TemporaryDirectory() as folder:
-        found = data.load("cifar10", cifar_folder(Path(folder), "cifar10"))
-        chosen = np.sort(np.random.default_rng(0).permutation(len(found.train.labels))[: OPTIONS.calibration.images])
-        np.savez_compressed(
-            path, test=found.test.images[:], labels=found.test.labels, calibration=found.train.images[chosen]
-        )
+        found = data.load("cifar10", cifar_folder(Path(folder), "cifar10", IMAGES["calibration"], IMAGES["test"]))
+        images = {name: getattr(found, part).images[:] for name, part in (("test", "test"), ("calibration", "train"))}
+        return {name: data.normalise(each, MEAN, STD) for name, each in images.items()} | {"labels": found.test.labels}
 
 
-def pattern(gated: GatedNetwork, cut: str) -> npt.NDArray[np.float32]:
-    """Which gates are open, 0 or 1: half of the channels of each layer inside of a block, or 5 of 9 blocks a stage."""
-    random, opened = np.random.default_rng(0), np.ones(gated.masks, np.float32)
-    stages: dict[str, list[int]] = {}
-    for site, start in zip(gated.sites, gated.starts, strict=True):
-        stage = site.name.partition(".")[0]
-        if site.kind == "block":
-            stages.setdefault(stage, []).append(start)
-        elif cut == "half" and stage.startswith("layer"):
-            opened[start + random.permutation(site.width)[: site.width // 2]] = 0
-    if cut == "blocks":
-        for starts in stages.values():
-            opened[random.permutation(starts)[:CLOSED]] = 0
-    return opened
+def _noise(size: int) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    images = {name: random.standard_normal((count, 3, size, size), np.float32) for name, count in NOISE.items()}
+    return images | {"labels": np.zeros(NOISE["test"], np.int64)}
 
 
-def examine(name: str, target: targets.Target, graphs: Path, folder: Path) -> int:
-    """Build, prove, compare and time one network for one target; write the figures."""
-    network, images = NETWORKS[name], load(name, graphs)
-    names = ("full", *network.cuts)
+def examine(target: targets.Target, graphs: Path, folder: Path, images: Arrays) -> dict[str, Any]:
+    """Build, prove, compare and time a network and its half for one target.
+
+    Args:
+        target: what to build for.
+        graphs: where `full.onnx` and `half.onnx` lie.
+        folder: for the engines.
+        images: "test" with "labels", and "calibration".
+    """
     folder.mkdir(parents=True)
-    source = onnx.load(graphs / f"{names[0]}.onnx", load_external_data=False).graph.input[0].name
-    calibration = {source: images.calibration} if target.precision == "int8" else None
-    built = {each: engines.build(graphs / f"{each}.onnx", folder, each, target, OPTIONS, calibration) for each in names}
-    Built(schema=2, target=target.name, engines=built).write(folder / "build.json")
-    loaded: dict[str, Engine] = {each: engines.load(folder, each, target) for each in names}
-    layers = {each: read_json(folder / f"{each}.layers.json") for each in names}
-    accuracy = {each: against_graph(loaded[each], graphs / f"{each}.onnx", images) for each in names}
-    figures = {
-        "network": {"name": name, **asdict(network)},
-        "target": target.name,
-        "gpu": nvml.conditions(),
-        "engines": {each: entry.as_json() for each, entry in built.items()},
-        "layers": {
-            each: {key: value for key, value in found.items() if key != "layers"} for each, found in layers.items()
-        },
-        "accuracy": accuracy,
-        "latency": {each: time(loaded["full"], loaded[each], images) for each in network.cuts},
-        "same": time(loaded["full"], loaded["full"].duplicate(), images, energy=False),
-    }
-    return write_result(f"gpu-{name}-{target.name}", judge(name, target, figures), figures)
+    loaded: dict[str, Engine] = {}
+    found: dict[str, Any] = {"engines": {}, "read_from": {}, "accuracy": {}}
+    for name in ("full", "half"):
+        source = graphs / f"{name}.onnx"
+        taken = onnx.load(source).graph.input[0].name
+        samples = {taken: images["calibration"]} if target.precision == "int8" else None
+        entry = engines.build(source, folder, name, target, OPTIONS, samples)
+        loaded[name] = engines.open_built(entry, folder, name, target)
+        found["engines"][name] = entry.as_json()
+        found["read_from"][name] = read_json(folder / f"{name}.layers.json")["read_from"]
+        found["accuracy"][name] = _against_graph(loaded[name], source, images)
+    test = dict.fromkeys(loaded["full"].inputs, images["test"])
+    found["latency"] = [_timed(loaded["full"], loaded["half"], test, batch) for batch in BATCHES]
+    found["same"] = [_timed(loaded["full"], loaded["full"].duplicate(), test, batch) for batch in BATCHES]
+    return found
 
 
-def load(name: str, folder: Path) -> Images:
-    """CIFAR-10 for a trained network, noise for another one."""
-    network = NETWORKS[name]
-    if network.trained:
-        kept = np.load(folder / "images.npz")
-        test, training = (data.normalise(kept[each], MEAN, STD) for each in ("test", "calibration"))
-        return Images(test, kept["labels"], training)
-    shape = (2, BATCHES[-1], 3, network.size, network.size)
-    test, training = np.random.default_rng(0).standard_normal(shape, np.float32)
-    return Images(test, np.zeros(len(test), np.int64), training)
-
-
-def against_graph(engine: Engine, graph: Path, images: Images) -> dict[str, Any]:
+def _against_graph(engine: Engine, graph: Path, images: Arrays) -> dict[str, Any]:
     """An engine's answers and logits against those of its own FP32 graph."""
-    graph_engine = engines.reference_engine(graph)
-    found = Comparison(Accuracy(next(iter(graph_engine.outputs))))
-    reference, other = (
-        engines.infer_all(each, named(each, images.test), BATCHES[-1]) for each in (graph_engine, engine)
-    )
-    found.add(reference, other, {"label": images.labels})
-    assert found.paired is not None
-    return {**found.loss().as_json(), "nonfinite": found.paired.nonfinite["compressed"]}
+    reference = engines.reference_engine(graph)
+    comparison = Comparison(Accuracy(next(iter(reference.outputs))))
+    test = dict.fromkeys(reference.inputs, images["test"])
+    both = (engines.infer_all(each, test, BATCHES[-1]) for each in (reference, engine))
+    comparison.add(*both, {"label": images["labels"]})
+    return comparison.loss().as_json()
 
 
-def named(engine: Engine, images: Array) -> dict[str, Array]:
-    """Images as the only input of an engine."""
-    return dict.fromkeys(engine.inputs, images)
-
-
-def time(a: Engine, b: Engine, images: Images, *, energy: bool = True) -> list[dict[str, Any]]:
-    """Time two engines at each batch: all rounds, which one counts, and the energy of both where the GPU counts it."""
-    rows = []
-    for batch in BATCHES:
-        inputs = named(a, images.test[:batch])
-        found = timing.compare(a, b, inputs)
-        rows.append(
-            {
-                **asdict(found),
-                "decided": found.decided,
-                "different": found.different,
-                "throttled": found.best.throttled,
-                "captured": [
-                    getattr(each.timer(named(each, images.test[:batch])), "captured", None) for each in (a, b)
-                ],
-                "energy_mj": [timing.energy(each, named(each, images.test[:batch])) for each in (a, b) if energy],
-            }
-        )
-    return rows
-
-
-def judge(name: str, target: targets.Target, figures: dict[str, Any]) -> dict[str, bool]:
-    """The bars, of which those on accuracy are for a trained network."""
-    what, precision, full = f"{name} {target.name}", target.precision, figures["accuracy"]["full"]
-    proven = [
-        figures["layers"][each]["read_from"] == "engine inspector" and entry["precision"]["found"].get(precision, 0) > 0
-        for each, entry in figures["engines"].items()
-    ]
-    bars = {
-        f"{what}: {precision} layers are proven by the inspector": all(proven),
-        f"{what}: A/A is clean": not any(row["different"] for row in figures["same"]),
-        f"{what}: all logits are finite": not any(row["nonfinite"] for row in figures["accuracy"].values()),
+def _timed(a: Engine, b: Engine, inputs: Arrays, batch: int) -> dict[str, Any]:
+    given = {name: values[:batch] for name, values in inputs.items()}
+    measured = timing.compare(a, b, given, seconds=SECONDS, max_rounds=ROUNDS)
+    captured = [getattr(each.timer(given), "captured", None) for each in (a, b)]
+    return {
+        "batch": batch,
+        **asdict(measured.best),
+        "decided": measured.decided,
+        "different": measured.different,
+        "throttled": measured.best.throttled,
+        "captured": captured,
     }
-    if NETWORKS[name].trained and precision in AGREEMENT:
+
+
+def judge(what: str, target: targets.Target, found: dict[str, Any], *, trained: bool) -> dict[str, bool]:
+    """The bars, of which those on accuracy are for a trained network."""
+    precision, full = target.precision, found["accuracy"]["full"]
+    bars = {
+        f"{what}: layers run in {precision}": all(
+            each["precision"]["found"].get(precision, 0) > 0 for each in found["engines"].values()
+        ),
+        f"{what}: a copy is no other engine": not any(each["different"] for each in found["same"]),
+        f"{what}: all logits are finite": not any(each["nonfinite"] for each in found["accuracy"].values()),
+    }
+    if target.backend.name == "trt":
+        proven = {*found["read_from"].values()} == {"engine inspector"}
+        bars[f"{what}: types are those that the engine's inspector tells"] = proven
+    if trained and precision in AGREEMENT:
         least = AGREEMENT[precision]
-        bars[f"{what}: agreement {full['agreement']:.2f} % >= {least} %"] = full["agreement"] >= least
-    if NETWORKS[name].trained and precision in DROP:
-        most = DROP[precision]
-        bars[f"{what}: drop {full['drop']:.2f} <= {most} points"] = full["drop"] <= most
+        bars[f"{what}: {full['agreement']:.2f} % of the answers are the graph's, {least} asked"] = (
+            full["agreement"] >= least
+        )
+    if trained and precision in DROP:
+        bars[f"{what}: drops by {full['drop']:.2f} points, {DROP[precision]} allowed"] = full["drop"] <= DROP[precision]
     return bars
 
 
