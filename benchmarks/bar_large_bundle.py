@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import ROOT, bundle_command, run_pipeline, verify_bundle, write_result
 from polar_deploy import export
-from polar_deploy.data import load
-from polar_deploy.data.arrays import normalise, read_npz
+from polar_deploy.data import load, normalise
+from polar_deploy.data.arrays import read_npz
 from polar_deploy.export import Example
 
 WIDTH, PIXELS = 17_000, 3 * 16 * 16
