@@ -38,7 +38,7 @@ def judge(bundle: Bundle, engines: Mapping[str, Engine]) -> Judgement | None:
     worst = 0.0
     for name, engine in engines.items():
         path = bundle.path(bundle.manifest.each()[name].typed)
-        written = proof.Reference.of(onnx_files.read(path, external=False, check=False), bundle.inputs, path).outputs
+        written = proof.Reference.of(onnx_files.read(path, check=False), bundle.inputs, path).outputs
         found = infer_all(engine, bundle.inputs)
         rounding, off = (
             max(proof.relative_error(np.asarray(each[key], np.float64), exact) for key, exact in written.items())
