@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,17 @@ def start(server: dict[str, Any], repository: Path, log: Path, port: int) -> sub
     command = [str(server["binary"]), *(f"--{name}={value}" for name, value in options.items())]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*command, "--disable-auto-complete-config"], stdout=file, stderr=file, env=server["variables"]
+            [*command, "--disable-auto-complete-config"],
+            stdout=file,
+            stderr=file,
+            env=server["variables"],
+            start_new_session=True,
         )
 
 
 @contextmanager
 def serving(server: dict[str, Any], repository: Path, log: Path) -> Iterator[str]:
-    """A server that is ready: its address. It is stopped by its own process id."""
+    """A server that is ready: its address. It is stopped by its own process id, and what it left behind with it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -145,7 +150,11 @@ def serving(server: dict[str, Any], repository: Path, log: Path) -> Iterator[str
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):  # one that refuses a repository leaves its Python stubs
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def ready(address: str) -> bool:
