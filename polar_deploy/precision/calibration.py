@@ -174,10 +174,7 @@ def outputs(
         path: the network's file, for messages.
         fused: as ONNX Runtime makes it fast, with integer kernels; else node by node, as it is written.
     """
-    import onnxruntime
-
-    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
+    options = session_options(level="all" if fused else "none")
     names = [value.name for value in model.graph.output]
     found = Session(model, path, options, fused=fused).run(names, dict(inputs))
     return {name: np.asarray(values, np.float64) for name, values in zip(names, found, strict=True)}
