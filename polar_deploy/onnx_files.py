@@ -89,7 +89,7 @@ def is_large(model: onnx.ModelProto) -> bool:
 def _bytes(tensor: onnx.TensorProto) -> int:
     import onnx
 
-    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 @contextmanager
