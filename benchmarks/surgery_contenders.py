@@ -24,7 +24,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 RUNS = 5  # of the rivals
-ENOUGH = 60  # seconds of runs, after which a rival gets no further one
+ENOUGH = 30  # seconds of runs, after which a rival gets no further one
 
 
 def ours(_: str, folder: Path) -> dict[str, Any]:
