@@ -262,9 +262,9 @@ def ask(who: str, subject: Subject, checkout: Path = ROOT) -> dict[str, Any]:
 
 
 def _weights(model: onnx.ModelProto) -> int:
-    """Elements of the weights of all convolutions and matrix products."""
+    """Elements of the weights of all convolutions and matrix products; those of two computed tensors have none."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    return sum(sizes[n.input[1]] for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul"))
+    return sum(sizes.get(n.input[1], 0) for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul"))
 
 
 def show(name: str, row: Mapping[str, Any]) -> None:
@@ -291,11 +291,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=names, help="only these; no result is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        subjects = [prepare(name, args.cache or Path(place), Path(place, name)) for name in args.names]
         # In turns, so that whatever else the machine does slows all of them alike.
         builds = {"before": args.before, "ours": ROOT} if args.before else {"ours": ROOT}
         rows = {}
-        for subject in subjects:
+        for name in args.names:
+            subject = prepare(name, args.cache or Path(place), Path(place, name))
             answers: dict[str, list[dict[str, Any]]] = {who: [] for who in builds}
             for _ in range(RUNS):
                 for who, checkout in builds.items():
