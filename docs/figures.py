@@ -97,6 +97,7 @@ def surgery_speed() -> str:
     """Surgery beside an earlier build of it and other tools, as far as they were there."""
     networks = result("surgery-speed")["networks"]
     known = {"ours": "polar_deploy", "before": "earlier build", "onnxsim": "onnxsim", "torch-pruning": "Torch-Pruning"}
+    known |= {"openvino": "OpenVINO", "qonnx": "qonnx"}
     tools = [tool for tool in known if any("seconds" in row.get(tool, {}) for row in networks.values())]
     rows = [(name, *(_cut(row.get(tool, {})) for tool in tools)) for name, row in networks.items()]
     return f"{table(('network', *(known[tool] for tool in tools)), rows)}\n\n{_from('surgery-speed')}."
@@ -120,7 +121,7 @@ def surgery_proofs() -> str:
     found = [
         f"{len(exact['networks'])} torchvision networks, half of the channels closed behind every activation: the cut "
         f"graph differs by at most {largest:.1e} of the output's scale (`surgery-exact.json`).",
-        f"{len(closed)} torchvision networks, coupled sets closed that PyTorch's gradients tell: of "
+        f"{len(closed)} networks of torchvision and timm, coupled sets closed that PyTorch's gradients tell: of "
         f"{sum(expected for expected, _ in closed):,} rows and columns of weights that touch a closed set, "
         f"{sum(gone for _, gone in closed):,} are gone; of independent masks, at least {100 * min(shares):.1f} % of "
         "the optimum (`surgery-complete.json`).",

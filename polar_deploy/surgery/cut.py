@@ -56,14 +56,15 @@ def apply(facts: Facts) -> Cut:
     found = [(step, factors) for step in facts.steps if (factors := step.handler.gate(step)) is not None]
     gates = {id(step.node): _record(step, factors) for step, factors in found}
     dropped = trim(facts)
-    steps = {id(step.node): step for step in facts.alive}
+    steps, folded = {id(step.node): step for step in facts.alive}, False
     for step in (*facts.alive, *reversed(facts.alive)):  # factors move up in the one order, down in the other
         index = _factor(step)
         if index is not None:
             into = _fold(steps, step, index)
+            folded |= into is not None
             if id(step.node) in gates:
                 gates[id(step.node)] = _concluded(gates[id(step.node)], into)
-    dropped += facts.graph.drop_unused()
+    dropped += facts.graph.drop_unused() if folded else []
     for step, _ in found:
         if facts.graph.contains(step.node) and gates[id(step.node)].reason is None:
             gates[id(step.node)] = replace(gates[id(step.node)], outcome="kept", reason=LEFT)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, holding, is_steady, is_whole
+from polar_deploy.surgery.dtype_limits import all_of, any_of, holding, is_steady, is_whole
 from polar_deploy.surgery.facts import Unsupported, every, no, yes
 from polar_deploy.surgery.operator import Operator
 
@@ -145,8 +145,12 @@ class Elementwise(Operator[Operands]):
 
     def constants(self, step: Step[Operands]) -> None:
         target, result = step.output, self.conclude(step, self.operands(step))
-        target.constant, target.value = holding(result.constant, result.value, step.graph.dtype(step.made[0]))
-        target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
+        if any_of(result.value != 0):
+            target.constant, target.value = holding(result.constant, result.value, step.graph.dtype(step.made[0]))
+            target.nonnegative = np.where(target.constant, target.value >= 0, result.nonnegative)
+        else:  # every type holds zero
+            target.constant, target.value = result.constant.copy(), np.zeros(target.size)
+            target.nonnegative = result.constant | result.nonnegative
 
     def conclude(self, step: Step, operands: list[Operand]) -> Operand:
         """The result's facts, from those of the operands."""
@@ -201,21 +205,23 @@ class Elementwise(Operator[Operands]):
     def _replace(self, step: Step[Operands]) -> None:
         """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
         target, shape = step.output, _shape(step)
+        if None in shape:
+            return
         for source in self._neutral_first(step):
             mine = [index for index, x in enumerate(step.inputs) if x is source]  # all of them or none
-            if self.whole in mine:
-                continue
-            operand, dependent = self._operand(step, mine[0]), self.reads(step, source)
-            read = target.needed if dependent is None else target.needed & dependent
-            if not all_of(operand.constant | ~read):
-                continue
             others = [
                 step.graph.shape(tensor)
                 for index, tensor in enumerate(step.original)
                 if step.inputs[index] is not None and index not in (*mine, *step.replaced)
             ]
+            if self.whole in mine or shape not in others:
+                continue
+            operand, dependent = self._operand(step, mine[0]), self.reads(step, source)
+            read = target.needed if dependent is None else target.needed & dependent
+            if not all_of(operand.constant | ~read):
+                continue
             exact = self.steady is None or bool(np.all(operand.value[read] == 0))  # two of a kind may not part
-            if exact and shape in others and None not in shape:
+            if exact:
                 step.replaced.update(dict.fromkeys(mine, np.where(read, operand.value, self.neutral or 0.0)))
 
     def _neutral_first(self, step: Step) -> list[Channels]:

@@ -66,7 +66,9 @@ class Skeleton:
         self.model = model
         self.strict = strict
         self.inputs = input_shapes(model)
-        self._constants: dict[str, Described] = {x.name: (x.data_type, tuple(x.dims)) for x in model.graph.initializer}
+        self._constants: dict[str, tuple[int, tuple[int, ...]]] = {
+            tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in model.graph.initializer
+        }
         self._found: dict[tuple[tuple[str, int], ...], Tensors] = {}
 
     def check(self, name: str) -> None:
@@ -181,15 +183,11 @@ class Skeleton:
             name, kind = sparse.values.name, sparse.values.data_type
             graph.input.append(onnx.helper.make_tensor_value_info(name, kind, sparse.dims))
         for tensor in model.graph.initializer:
-            if math.prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            kind, dims = self._constants[tensor.name]
+            if math.prod(dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
                 graph.initializer.append(tensor)
             elif tensor.name not in listed:
-                value = graph.input.add(name=tensor.name)
-                value.type.tensor_type.elem_type = tensor.data_type
-                shape = value.type.tensor_type.shape
-                shape.SetInParent()
-                for size in tensor.dims:
-                    shape.dim.add(dim_value=size)
+                graph.input.add(name=tensor.name).type.CopyFrom(_tensor_type(kind, dims))
         graph.value_info.extend(value for value in model.graph.value_info if value.name in custom)
         version = model.ir_version  # from 4 on, initializers need not be inputs
         version = max(version, 4) if version > 0 else version
@@ -263,6 +261,14 @@ def _completed(model: onnx.ModelProto, inferred: onnx.GraphProto) -> dict[str, D
     types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in inferred.initializer)
     complete(model, types)
     return {name: _described(kind.SerializeToString()) for name, kind in types.items()}
+
+
+@lru_cache(TYPES)
+def _tensor_type(kind: int, dims: tuple[int, ...]) -> onnx.TypeProto:
+    """The type of a constant, which nobody may change."""
+    import onnx
+
+    return onnx.helper.make_tensor_type_proto(kind, dims)
 
 
 @lru_cache(TYPES)
