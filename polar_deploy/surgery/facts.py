@@ -269,12 +269,6 @@ class Facts:
             self._channels[name].needed |= needed
         self._backward()
 
-    def close(self) -> None:
-        """Lets go of the graph and of all facts, which refer to each other: their memory is free without a search."""
-        self.steps.clear()
-        self.alive.clear()
-        self.graph.close()
-
     def of(self, tensor: Tensor) -> Channels | None:
         """Facts about `tensor`; None for constants and where no channel axis is known."""
         return self.named(tensor.name)

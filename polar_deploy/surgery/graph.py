@@ -352,13 +352,6 @@ class Graph:
             tensor.values = each
         node.clear_outputs()
 
-    def close(self) -> None:
-        """Takes nodes and tensors apart. The graph has served then."""
-        for node in self.original_nodes:
-            for tensor in (*node.inputs, *node.outputs):
-                tensor.inputs.clear()
-                tensor.outputs.clear()
-
     def stand_for(self, node: Node, before: Node, after: Node, name: str, value: object) -> None:
         """Makes `node`, with another attribute, do what `before`, it and `after` did one behind the other."""
         node.set_input(0, before.inputs[0])

@@ -80,10 +80,7 @@ class Operation:
         after = self.before if done[-1].model is seen else done[-1].model
         path = self.write(after)
         proof = self._prove(after, path) if self.verify else None
-        told = report.build(done, self.before, proof)
-        for each in done:
-            each.facts.close()
-        return after, told
+        return after, report.build(done, self.before, proof)
 
     def _prove(self, after: DetachedModel, path: Path) -> Proof | str:
         """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""
