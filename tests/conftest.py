@@ -134,19 +134,19 @@ _compare = timing.compare
 
 @contextlib.contextmanager
 def quick_clock() -> Iterator[None]:
-    """Engines are compared for a third of a second a round: as a user has it, a run spends half of its time on it.
+    """Engines are compared for a tenth of a second a round: as a user has it, a run spends half of its time on it.
 
     The miniature run is timed as a user's is, and `tests/engines/test_timing.py` looks at the clock itself.
     """
 
     def compare(*engines: Any, singles: int = 0, **how: Any) -> timing.Timing:
-        quick = {"pairs": 60, "seconds": (0.0, 0.3), "singles": min(singles, 60)}
-        return _compare(*engines, **quick | how)
+        quick = {"pairs": 60, "seconds": (0.0, 0.1), "singles": min(singles, 60)}
+        return _compare(*engines, **how | quick)
 
     with pytest.MonkeyPatch.context() as patch:
         if timing.compare is _compare:  # and no test has put something else there
             patch.setattr(timing, "compare", compare)
-            patch.setattr(timing, "_WARM_UP_SECONDS", 0.3)
+            patch.setattr(timing, "_WARM_UP_SECONDS", 0.1)
             patch.setattr(timing, "NOISE", 0.5)  # so short a round is noisy; and a busy machine decides all the same
         yield
 
