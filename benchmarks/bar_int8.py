@@ -20,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks.common import ROOT, SHARED, resnet20_run, write_result
-from polar_deploy import cpu, data, engines, export, models, targets
+from benchmarks.common import ROOT, SHARED, resnet20_run, write_cifar_network, write_result
+from polar_deploy import cpu, data, engines, targets
 from polar_deploy.config import Build, Calibration
 from polar_deploy.documents.build import Built
 from polar_deploy.engines import Array, Engine, timing
-from polar_deploy.tasks.classification import classifier
 from tests.support.shared import cifar_folder, cifar_split
 
 FP32, INT8 = targets.parse("ort-fp32"), targets.parse("ort-int8")
@@ -61,9 +60,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         full, images = folder / "resnet56.onnx", _images()
-        network = models.build("resnet56", classifier(10, 32))
-        models.load_weights(network, SHARED / "models" / "resnet56.npz")
-        export.export(network, 32, full)
+        write_cifar_network("resnet56", full, trained=True)
         run = arguments.run or resnet20_run(folder / "run", cifar_folder(folder, "cifar10"))
         figures = {
             "resnet56": measure(full, folder / "full", images),
@@ -159,7 +156,8 @@ def _images() -> Images:
     test, labels = cifar_split("cifar10", "test")
     most = max(each.images for each in (Calibration(), *CALIBRATIONS))
     chosen = np.random.default_rng(0).permutation(len(train))[:most]
-    return Images(*(data.normalise(each, normal["mean"], normal["std"]) for each in (train[chosen], test)), labels)
+    calibration, images = (data.normalise(each, normal["mean"], normal["std"]) for each in (train[chosen], test))
+    return Images(calibration, images, labels)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import write_result
-from polar_deploy import export, models
+from benchmarks.common import write_cifar_network, write_result
 from polar_deploy.engines import Array, Engine, Timer, timing
 from polar_deploy.engines.ort import OrtEngine
-from polar_deploy.tasks.classification import classifier
 from polar_deploy.tensors import Arrays
 
 REPETITIONS = 20
@@ -65,7 +63,7 @@ def main() -> int:
     images = {"input": np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "resnet56.onnx"
-        export.export(models.build("resnet56", classifier(10, 32)), 32, path)
+        write_cifar_network("resnet56", path)
         same = [timing.compare(OrtEngine(path), OrtEngine(path), images) for _ in range(REPETITIONS)]
         slower = [timing.compare(OrtEngine(path), Slowed(OrtEngine(path)), images) for _ in range(REPETITIONS)]
     found = [result.different and result.best.speedup.median < 1 for result in slower]

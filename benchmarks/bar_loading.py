@@ -98,7 +98,7 @@ def read(folder: Path, step: float) -> dict[str, Any]:
     training = Training(batch_size=BATCH, flip=True, **crops)
     settings = Settings(model="none", data="bar", normalize=Normalize(mean=spec.mean, std=spec.std), training=training)
     train, device = dataset.train, torch.device("cpu")
-    kind = getattr(made, "ImageBatches", None) or made.Batches  # its name in the other build
+    kind: Any = vars(made).get("ImageBatches", made.Batches)  # its name in the other build
     batches = kind(train.images, train.labels, np.arange(len(train.labels)), settings, device)
     epochs = []
     for epoch in range(EPOCHS):

@@ -22,13 +22,11 @@ import onnx
 import torch
 
 from benchmarks import surgery_models
-from benchmarks.common import write_result
-from polar_deploy import engines, export, models, targets
+from benchmarks.common import write_cifar_network, write_result
+from polar_deploy import engines, targets
 from polar_deploy.config import Build
-from polar_deploy.engines.trt import library
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.surgery import compress
-from polar_deploy.tasks.classification import classifier
 from polar_deploy.workspace import read_json
 
 CIFAR, TORCHVISION = ("resnet20", "resnet56"), ("resnet50", "mobilenet_v2")
@@ -44,7 +42,7 @@ def whole(name: str, cache: Path) -> onnx.ModelProto:
     torch.manual_seed(0)
     path = cache / f"{name}-32.onnx"
     if not path.is_file():
-        export.export(models.build(name, classifier(10, 32)), 32, path)
+        write_cifar_network(name, path)
     return onnx.load(path)
 
 
@@ -66,7 +64,7 @@ def build(name: str, target: targets.Target, folder: Path) -> dict[str, Any]:
     images = surgery_models.random_images(onnx.load(full), IMAGES)
     row: dict[str, Any] = {"network": name, "target": target.name}
     try:
-        calibration = images if target.precision == "int8" else None
+        calibration = {onnx.load(full).graph.input[0].name: images} if target.precision == "int8" else None
         made = engines.build_all(full, compressed, folder / target.name, target, Build(), calibration).as_json()
     except PolarDeployError as error:
         return row | {"error": str(error)}
@@ -124,7 +122,9 @@ def main() -> int:
                 show(rows[-1])
     bars = {f"{row['network']} {row['target']}: built, precision found": right(row) for row in rows}
     return write_result(
-        "rtx", bars, {"tensorrt_rtx": library.version("rtx"), "calibration_images": IMAGES, "engines": rows}
+        "rtx",
+        bars,
+        {"tensorrt_rtx": targets.identity(targets.parse("rtx-fp32")), "calibration_images": IMAGES, "engines": rows},
     )
 
 

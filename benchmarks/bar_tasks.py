@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import edge_environment, run_pipeline, verify_bundle, write_result
-from tests.tasks import objects, shapes
+from tests.support import objects, shapes
 
 PICTURES, BUDGET, MOST_LOST = 200, 0.6, 5.0
 COMMON = ("--budget", f"macs={BUDGET}", "--max-drop", str(MOST_LOST), "--epochs", "40", "--batch", "1,8,64")

@@ -51,20 +51,19 @@ def main() -> int:
         _gated(bare, folder)
         ran = [_run(bare.parent / "polar-deploy", folder, *each) for each in COMMANDS]
         typed = _types(folder, bare)
+    links = re.findall(r"\]\(([^)]+)\)", page)
     figures = {
         "files": {path.name: "tar.gz" if path.name.endswith(".gz") else "wheel" for path in built},
         "twine": checked.stdout.splitlines(),
         "packages": packages,
         "commands": ran,
         "mypy": typed,
-        "links": re.findall(r"\]\(([^)]+)\)", page),
+        "links": links,
     }
     bars = {
         "python -m build gives a source archive and a wheel": len(built) == 2,
         "twine check --strict passes": checked.returncode == 0,
-        "no link of the index page leads to a file beside it": all(
-            link.startswith("http") for link in figures["links"]
-        ),
+        "no link of the index page leads to a file beside it": all(link.startswith("http") for link in links),
         **{f"in the wheel: {what} ({file})": file in members for what, file in WANTED.items()},
         "no torch, no runtime in the bare environment": not re.search(r"\b(torch|onnxruntime)==", " ".join(packages)),
         "each command does there what it should": all(each["as_it_should"] for each in ran),

@@ -7,10 +7,13 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polar_deploy.engines import machine
 from polar_deploy.workspace import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # data and trained networks, where a checkout has them beside itself
@@ -55,6 +58,27 @@ def resnet20_run(folder: Path, data: Path, epochs: int = 6) -> Path:
     if made["exit_code"] != 0:
         raise SystemExit(f"the run failed with exit code {made['exit_code']}")
     return folder
+
+
+def cifar_network(name: str, *, trained: bool = False) -> nn.Module:
+    """A ResNet for CIFAR-10, with its public weights or without any."""
+    from polar_deploy import models
+    from polar_deploy.tasks.classification import classifier
+
+    network = models.build(name, classifier(10, 32)).eval()
+    if trained:
+        models.load_weights(network, SHARED / "models" / f"{name}.npz")
+    return network
+
+
+def write_cifar_network(name: str, path: Path, *, trained: bool = False) -> None:
+    """Write one as ONNX, from `input` [N, 3, 32, 32] to `logits`."""
+    import torch
+
+    from polar_deploy import export
+
+    example = export.Example.of(torch.zeros(2, 3, 32, 32))
+    export.write(cifar_network(name, trained=trained), example, path, inputs=("input",), outputs=("logits",))
 
 
 def edge_environment(folder: Path) -> tuple[Path, dict[str, str]]:

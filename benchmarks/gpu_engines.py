@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.common import SHARED, write_result
+from benchmarks.common import cifar_network, write_result
 from polar_deploy import data, engines, surgery, targets
 from polar_deploy.config import Build
 from polar_deploy.engines import Array, Engine, nvml, timing
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
         from benchmarks import surgery_models
 
         (folder / name).mkdir(parents=True, exist_ok=True)
-        network = _trained() if name == TRAINED else surgery_models.build(name)
+        network = cifar_network(name, trained=True) if name == TRAINED else surgery_models.build(name)
         full = surgery_models.export(name, network, folder / "exported", size)
         random = np.random.default_rng(0)
         masks = {site: surgery_models.half(site.width, random) for site in _inner(full)}
@@ -92,15 +92,6 @@ def prepare(folder: Path) -> None:
         onnx.save(surgery.compress(surgery_models.gated(full, masks)).model, folder / name / "half.onnx")
         images = _pictures() if name == TRAINED else _noise(size)
         np.savez(folder / name / "images.npz", **images)
-
-
-def _trained() -> Any:
-    from polar_deploy import models
-    from polar_deploy.tasks.classification import classifier
-
-    network = models.build(TRAINED, classifier(10, NETWORKS[TRAINED]))
-    models.load_weights(network, SHARED / "models" / f"{TRAINED}.npz")
-    return network.eval().requires_grad_(False)
 
 
 def _inner(model: onnx.ModelProto) -> list[Any]:

@@ -33,7 +33,8 @@ def main() -> tuple[Gates, nn.Module]:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
-    few = {"rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 64, "box_batch_size_per_image": 32}  # of one object
+    # A few proposals will do for one object.
+    few = {"rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 64, "box_batch_size_per_image": 32}
     model = FasterRCNN(backbone, num_classes=2, min_size=HEIGHT, max_size=WIDTH, **few)
     gates = Gates(model.backbone, torch.zeros(1, 3, HEIGHT, WIDTH), budget=0.6, steps=STEPS)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
