@@ -265,7 +265,7 @@ def residual_chain(layers: int) -> onnx.ModelProto:
 
 def growth(folder: Path) -> dict[str, list[float]]:
     """CPU seconds of the whole INT8 step by number of layers."""
-    found = {}
+    found: dict[str, list[float]] = {}
     for target in ("ort-int8", "rtx-int8"):
         found[target] = []
         for layers in LAYERS:

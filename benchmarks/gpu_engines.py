@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     chosen = [targets.parse(name) for name in asked.targets]
     with tempfile.TemporaryDirectory() as scratch:
-        graphs, bars, figures = asked.graphs or Path(scratch) / "graphs", {}, {}
+        graphs = asked.graphs or Path(scratch) / "graphs"
+        bars: dict[str, bool] = {}
+        figures: dict[str, Any] = {}
         try:
             if asked.graphs:  # these can be made anywhere
                 prepare(graphs)
@@ -151,8 +153,8 @@ def _against_graph(engine: Engine, graph: Path, images: Arrays) -> dict[str, Any
     reference = engines.reference_engine(graph)
     comparison = Comparison(Accuracy(next(iter(reference.outputs))))
     test = dict.fromkeys(reference.inputs, images["test"])
-    both = (engines.infer_all(each, test, BATCHES[-1]) for each in (reference, engine))
-    comparison.add(*both, {"label": images["labels"]})
+    expected, found = (engines.infer_all(each, test, BATCHES[-1]) for each in (reference, engine))
+    comparison.add(expected, found, {"label": images["labels"]})
     return comparison.loss().as_json()
 
 
