@@ -73,7 +73,7 @@ NOT_ASKED = (*TRANSFORMERS, f"chain-{CHAINS[-1]}")  # of rivals
 RUNS = 5
 RIVALS = {"onnxsim": "onnxsim", "torch-pruning": "torch_pruning", "openvino": "openvino", "qonnx": "qonnx"}  # imports
 NOISE = 1.02  # times the memory of another run that counts as the same
-PATIENCE = 60  # seconds for a rival's runs
+PATIENCE = 300  # seconds for a rival's runs
 PIXELS = 224  # a side of the networks' input
 WIDTH, SIDE = 16, 16  # channels and pixels of a chain
 

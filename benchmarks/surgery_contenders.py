@@ -97,6 +97,7 @@ def qonnx(_: str, folder: Path) -> dict[str, Any]:
     """PruneChannels of qonnx, told which channels of which weights go; its lossless mode does not keep shapes."""
     from qonnx.core.modelwrapper import ModelWrapper  # type: ignore[import-not-found]
     from qonnx.transformation.extract_conv_bias import ExtractBiasFromConv  # type: ignore[import-not-found]
+    from qonnx.transformation.fold_constants import FoldConstants  # type: ignore[import-not-found]
     from qonnx.transformation.gemm_to_matmul import GemmToMatMul  # type: ignore[import-not-found]
     from qonnx.transformation.infer_shapes import InferShapes  # type: ignore[import-not-found]
     from qonnx.transformation.pruning import PruneChannels  # type: ignore[import-not-found]
@@ -105,7 +106,7 @@ def qonnx(_: str, folder: Path) -> dict[str, Any]:
     masks = np.load(folder / "masks.npz")
     spec = {names[layer]: {0: set(np.flatnonzero(~mask).tolist())} for layer, mask in masks.items()}
     given = ModelWrapper(onnx.load(folder / "plain.onnx"))
-    for needed in (GemmToMatMul(), ExtractBiasFromConv(), InferShapes()):
+    for needed in (GemmToMatMul(), FoldConstants(), ExtractBiasFromConv(), InferShapes()):
         given = given.transform(needed)
     seconds, pruned = _repeated(
         lambda: copy.deepcopy(given), lambda model: model.transform(PruneChannels(copy.deepcopy(spec)))
