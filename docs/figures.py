@@ -121,7 +121,7 @@ def surgery_proofs() -> str:
     found = [
         f"{len(exact['networks'])} torchvision networks, half of the channels closed behind every activation: the cut "
         f"graph differs by at most {largest:.1e} of the output's scale (`surgery-exact.json`).",
-        f"{len(closed)} networks of torchvision and timm, coupled sets closed that PyTorch's gradients tell: of "
+        f"{len(closed)} networks, coupled sets closed that PyTorch's gradients tell: of "
         f"{sum(expected for expected, _ in closed):,} rows and columns of weights that touch a closed set, "
         f"{sum(gone for _, gone in closed):,} are gone; of independent masks, at least {100 * min(shares):.1f} % of "
         "the optimum (`surgery-complete.json`).",
