@@ -221,8 +221,10 @@ OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  
 _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRuntimeError")
 
 
-def pytest_sessionstart() -> None:
-    """Import what takes seconds, and longer where coverage looks on."""
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import what takes seconds, and longer where coverage looks on; whoever only hands out tests needs none of it."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return
     for name in ("torch.onnx._internal.exporter._core", "onnxscript", "torchvision"):
         untraced(import_module)(name)
 

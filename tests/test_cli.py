@@ -43,11 +43,12 @@ def trt_is_missing() -> bool:
 # --------------------------------------------------------------------------- fast answers
 
 
-def test_help_answers_at_once(tmp_path: Path) -> None:
-    calls = [timed("-m", "polar_deploy.pipeline", "--help", cwd=tmp_path) for _ in range(5)]
-    assert statistics.median(seconds for seconds, _ in calls) <= 0.3
-    done = calls[0][1]
-    assert (done.returncode, done.stderr) == (0, "")
+def test_help_answers_without_anything_heavy(tmp_path: Path) -> None:
+    _, done = timed("-X", "importtime", "-m", "polar_deploy.pipeline", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "polar_deploy.config" in imported  # so the lines are understood
+    assert imported.isdisjoint({"numpy", "PIL", *HEAVY})
     options = {"--model", "--target", "--data", "--budget", "--from", "--until", "--dry-run", "--set", "--json"}
     assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
     assert all(stage in done.stdout for stage in NAMES)

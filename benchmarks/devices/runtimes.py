@@ -1,7 +1,8 @@
 """Times of a runtime on this machine, one of `RUNTIMES`: `python -m benchmarks.devices.runtimes NAME [ROUNDS]`.
 
 Run it from the project's folder with the Python of an environment that has the runtime, onnx, numpy and pydantic.
-ONNX Runtime has a command of its own: `polar-deploy devices measure`.
+ONNX Runtime has a command of its own: `polar-deploy devices measure`. A CPU without AVX-512 computes fewer channels at
+a time: its files are named NAME-avx2.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def machine() -> str:
 def main(name: str, rounds: int = 75) -> None:
     """Measure and write the file."""
     title, package, precision, load = RUNTIMES[name]
+    if "avx512f" not in cpu.instructions():
+        name, title = f"{name}-avx2", f"{title} with AVX2 alone"
     found = {layer: sweep(lambda path: load(path, shape()), layer, each, rounds) for layer, each in LAYERS.items()}
     source = {
         "tool": package,

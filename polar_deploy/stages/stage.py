@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polar_deploy import onnx_files
 from polar_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,4 +69,6 @@ class Stage:
 
 
 def _with_data(paths: list[Path]) -> list[Path]:
+    from polar_deploy import onnx_files  # not above: with numpy, and help shall answer at once
+
     return [each for path in paths for each in onnx_files.with_data(path)]
