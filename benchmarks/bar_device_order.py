@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
-from polar_deploy import devices, models, precision, targets
+from benchmarks.devices.runtimes import openvino
+from polar_deploy import cpu, devices, models, precision, targets
 from polar_deploy.config import Build
 from polar_deploy.costs import State
 from polar_deploy.devices.measure import session
@@ -41,14 +43,17 @@ def quantised(path: Path, size: tuple[int, ...]) -> Run:
     """The network in the types of `ort-int8`."""
     images = np.random.default_rng(0).standard_normal((16, *size[1:]), np.float32)
     typed = path.with_suffix(".int8.onnx")
-    precision.write(path, typed, targets.parse("ort-int8"), Build(), images)
+    precision.write(path, typed, targets.parse("ort-int8"), Build(), {onnx.load(path).graph.input[0].name: images})
     return session(typed, size)
 
 
+KIND = "" if "avx512f" in cpu.instructions() else "-avx2"  # of the CPU, as the files are named
 RUNTIMES: dict[str, Callable[[Path, tuple[int, ...]], Run]] = {
-    "onnxruntime-x86": session,
-    "onnxruntime-x86-int8": quantised,
+    f"onnxruntime-x86{KIND}": session,
+    f"onnxruntime-x86-int8{KIND}": quantised,
 }
+if find_spec("openvino") and f"openvino-x86{KIND}" in devices.names():
+    RUNTIMES[f"openvino-x86{KIND}"] = openvino
 
 
 def main() -> int:
