@@ -59,7 +59,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        full, images = folder / "resnet56.onnx", _images()
+        full, images = folder / "resnet56.onnx", load_images()
         write_cifar_network("resnet56", full, trained=True)
         run = arguments.run or resnet20_run(folder / "run", cifar_folder(folder, "cifar10"))
         figures = {
@@ -77,7 +77,7 @@ def measure(onnx: Path, folder: Path, images: Images) -> dict[str, Any]:
     figures = {
         "precision": entry["precision"],
         "build_seconds": entry["seconds"],
-        **_accuracy(narrow, _logits(wide, images), images),
+        **accuracy(narrow, logits(wide, images), images),
         "speed": [_speed(timing.compare(wide, narrow, {"input": images.test[:batch]})) for batch in (1, BATCH)],
     }
     print(f"{onnx.parent.name}/{onnx.name}: {figures}", flush=True)
@@ -87,10 +87,10 @@ def measure(onnx: Path, folder: Path, images: Images) -> dict[str, Any]:
 def compare(onnx: Path, folder: Path, images: Images) -> list[dict[str, Any]]:
     """Accuracy of ort-int8 for every way to calibrate."""
     wide, _ = _engine(onnx, folder / FP32.name, FP32, images, Build())
-    expected, rows = _logits(wide, images), []
+    expected, rows = logits(wide, images), []
     for index, calibration in enumerate(CALIBRATIONS):
         narrow, entry = _engine(onnx, folder / str(index), INT8, images, Build(calibration=calibration))
-        rows.append({**entry["precision"]["calibration"], **_accuracy(narrow, expected, images)})
+        rows.append({**entry["precision"]["calibration"], **accuracy(narrow, expected, images)})
         print(rows[-1], flush=True)
     return rows
 
@@ -105,13 +105,13 @@ def _engine(
     return engines.load(folder, "full", target), entry.as_json()
 
 
-def _logits(engine: Engine, images: Images) -> Array:
+def logits(engine: Engine, images: Images) -> Array:
     return engines.infer_all(engine, {"input": images.test})["logits"]
 
 
-def _accuracy(engine: Engine, expected: Array, images: Images) -> dict[str, Any]:
+def accuracy(engine: Engine, expected: Array, images: Images) -> dict[str, Any]:
     """Of an INT8 engine, against the logits of FP32: points, percent, and RMS of the difference as a share."""
-    found = _logits(engine, images)
+    found = logits(engine, images)
     fp32, int8 = (float(100 * (each.argmax(axis=1) == images.labels).mean()) for each in (expected, found))
     return {
         "top1": {"fp32": fp32, "int8": int8},
@@ -149,7 +149,7 @@ def _bars(resnet56: dict[str, Any], compressed_resnet20: dict[str, Any]) -> dict
     return bars
 
 
-def _images() -> Images:
+def load_images() -> Images:
     """Calibrate on training images only, drawn over all classes."""
     normal = yaml.safe_load(RECIPE.read_text())["normalize"]
     train, _ = cifar_split("cifar10", "train")
