@@ -187,7 +187,7 @@ def answered(address: str, model: str, path: Path, network: str) -> dict[str, An
         begun = time.perf_counter()
         infer(address, model, one)
         times.append(1000 * (time.perf_counter() - begun))
-    return {**found, "p50_ms": round(statistics.median(times), 3)}
+    return {**found.as_json(), "p50_ms": round(statistics.median(times), 3)}
 
 
 def refuses(server: dict[str, Any], repository: Path, folder: Path, what: str) -> bool:

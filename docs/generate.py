@@ -29,6 +29,7 @@ from polar_deploy.documents.gates import GateStates
 from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.documents.parity import Parity
 from polar_deploy.documents.part import schema
+from polar_deploy.documents.report import Report
 from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.settings import GROUPS
 
@@ -153,6 +154,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "gates": GateStates,
     "latency-table": MeasuredTable,
     "parity": Parity,
+    "report": Report,
     "surgery": SurgeryReport,
 }
 

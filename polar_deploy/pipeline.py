@@ -23,6 +23,7 @@ from polar_deploy.tracking import LIBRARIES, require
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
+    from polar_deploy.documents.report import Report
     from polar_deploy.stages.context import RunContext
     from polar_deploy.stages.distributed import Team
 
@@ -168,11 +169,11 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespace) -> int:
     """Tell what came out; returns the exit code, which is the verdict's where there is one."""
     from polar_deploy.documents.parity import Parity
+    from polar_deploy.documents.report import Report
     from polar_deploy.stages.artefacts import BUNDLE, PAGE, PARITY, REPORT
-    from polar_deploy.workspace import read_json
 
     if "report" in names:
-        _print_report(read_json(run.path(REPORT)), as_json=arguments.json)
+        _print_report(Report.read(run.path(REPORT)), as_json=arguments.json)
         if not arguments.json:
             print(f"page: {run.path(PAGE)}")
         if "bundle" in names and not arguments.json:
@@ -182,9 +183,9 @@ def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespac
     return Parity.read(run.path(PARITY)).verdict.exit_code if {"parity", "bundle"} & names else 0
 
 
-def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
+def _print_report(report: Report, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report.as_json(), indent=1))
         return
     from polar_deploy.progress import console
     from polar_deploy.report import table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from polar_deploy.bundle.manifest import Preprocessing
     from polar_deploy.bundle.read import Bundle
     from polar_deploy.data import Split
+    from polar_deploy.documents.parity import Accuracy
+    from polar_deploy.documents.verified import CompressedAccuracy
     from polar_deploy.engines import Engine
     from polar_deploy.parity import Judgement
     from polar_deploy.tasks.classification import Pictures
@@ -49,7 +51,7 @@ def pictures_of(bundle: Bundle) -> Preprocessing:
 
 def measure(
     bundle: Bundle, here: AvailableEngines, graphs: Mapping[str, Engine], test: Pictures
-) -> tuple[dict[str, Any] | None, Judgement | None]:
+) -> tuple[Accuracy | CompressedAccuracy | None, Judgement | None]:
     """Count what the engines, and the FP32 graphs, get right on the whole test set.
 
     Args:
@@ -62,19 +64,20 @@ def measure(
         Percent right and the drop in points, as far as there is a full network; and the answer, if there is one.
     """
     from polar_deploy import parity
-    from polar_deploy.tasks.accuracy import Accuracy
+    from polar_deploy.documents.verified import CompressedAccuracy
+    from polar_deploy.tasks import accuracy
 
     if not here.engines:
         return None, parity.Judgement("undecided", "the engines are not run here")
     named = {f"{name} onnx": graph for name, graph in graphs.items()}
     manifest = bundle.manifest
-    metric = Accuracy(manifest.outputs[0].name)
+    metric = accuracy.Accuracy(manifest.outputs[0].name)
     found = {name: each.paired for name, each in parity.compare_all(here.engines, named, test, metric).items()}
     if pair := found.get("accuracy"):
         precision = {name: found[name] for name in here.engines if name in found}
-        return pair.accuracy().as_json(), parity.judge_accuracy(pair, manifest.verdict.asked.settings(), precision)
+        return pair.accuracy(), parity.judge_accuracy(pair, manifest.verdict.asked.settings(), precision)
     if pair := found.get("compressed"):
-        return {"samples": pair.samples, "compressed": pair.scores[1]}, None
+        return CompressedAccuracy(samples=pair.samples, compressed=pair.scores[1]), None
     return None, None
 
 

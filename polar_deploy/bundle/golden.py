@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from polar_deploy.data import normalise
+from polar_deploy.documents.verified import GoldenCheck
 
 if TYPE_CHECKING:
     from polar_deploy.config import Normalize
@@ -75,20 +76,12 @@ def random_inputs(samples: int, seen: Arrays) -> dict[str, Array]:
     return made
 
 
-def check(reference: Arrays, given: Arrays, precision: str, *, tf32: bool = False) -> dict[str, Any]:
-    """Whether outputs are within the tolerance of a precision: {"difference", "tolerance", "agreement", "pass"}.
-
-    `agreement` is the share of samples with the same largest value, where that can be an answer. TF32 rounds to as many
-    bits as FP16 does.
-    """
+def check(reference: Arrays, given: Arrays, precision: str, *, tf32: bool = False) -> GoldenCheck:
+    """Whether outputs are within the tolerance of a precision. TF32 rounds to as many bits as FP16 does."""
     found, tolerance = difference(reference, given), TOLERANCE["fp16" if tf32 and precision == "fp32" else precision]
     wanted = next(iter(reference.values()))
     agreed = None
     if found is not None and len(reference) == 1 and wanted.ndim == 2:
         agreed = float((wanted.argmax(axis=1) == next(iter(given.values())).argmax(axis=1)).mean())
-    return {
-        "difference": found,
-        "tolerance": tolerance,
-        "agreement": agreed,
-        "pass": found is not None and found <= tolerance,
-    }
+    within = found is not None and found <= tolerance
+    return GoldenCheck(difference=found, tolerance=tolerance, agreement=agreed, **{"pass": within})  # a word of Python

@@ -122,8 +122,8 @@ def _page(run: Path, draft: Path, settings: ResolvedSettings, omit_settings: Col
     from polar_deploy import report
 
     document = report.build(run, settings)
-    recipe = {key: value for key, value in document["recipe"].items() if key not in omit_settings}
-    page = report.page(document | {"recipe": recipe, "bundle": None}, delivered=True)
+    recipe = {key: value for key, value in document.recipe.items() if key not in omit_settings}
+    page = report.page(document.model_copy(update={"recipe": recipe, "bundle": None}), delivered=True)
     (draft / "report.html").write_text(page, encoding="utf-8")
     return "report.html"
 
@@ -276,10 +276,10 @@ def _prove(bundle: Bundle) -> None:
 
     with device.open_engines(bundle, device.Options(trusted=True)) as here:
         for name, found in verify.golden_samples(bundle, here.engines).items():
-            if not found["pass"]:
+            if not found.passed:
                 precision = bundle.manifest.networks.compressed.precision.asked
                 raise ContentError(
-                    f"the {precision} engine of the {name} network is off by {found['difference']} on the golden "
-                    f"samples, {found['tolerance']} is allowed",
+                    f"the {precision} engine of the {name} network is off by {found.difference} on the golden "
+                    f"samples, {found.tolerance} is allowed",
                     "keep more layers wide (a smaller build.max_layer_error), or choose a wider precision",
                 )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from polar_deploy.documents.parity import Interval
 from polar_deploy.report import formats
 from polar_deploy.report.figures import speedups
-from polar_deploy.report.page import environment
+from polar_deploy.report.page import render
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
-
     from polar_deploy.bundle.read import Bundle
+    from polar_deploy.documents.verified import Verified
 
 _HEADLINES = {
     "pass": "Verified: the bundle is whole, and right on this device",
@@ -20,7 +20,7 @@ _HEADLINES = {
 }
 
 
-def page(bundle: Bundle, found: dict[str, Any]) -> str:
+def page(bundle: Bundle, found: Verified) -> str:
     """One self-contained page.
 
     Args:
@@ -28,32 +28,24 @@ def page(bundle: Bundle, found: dict[str, Any]) -> str:
         found: what `verify` says of it.
     """
     manifest = bundle.manifest
-    maker = next(
-        (each.model_dump() for each in manifest.metrics.latency if each.batch == manifest.verdict.asked.batch), None
+    asked, metric = manifest.verdict.asked, manifest.task.metric
+    maker = next((each for each in manifest.metrics.latency if each.batch == asked.batch), None)
+    counted = manifest.metrics.accuracy or manifest.metrics.fp32_graphs
+    measured = []
+    if maker:
+        there = Interval(maker.speedup.median, maker.speedup.low, maker.speedup.high)
+        measured.append(("where it was made", there, maker.decided))
+    if found.latency:
+        measured.append(("on this device", found.latency.best.speedup, found.latency.decided))
+    title = f"Speed-up at batch {asked.batch}"
+    return render(
+        "verified.html.j2",
+        manifest=manifest,
+        found=found,
+        headline=_HEADLINES[found.verdict["overall"].result],
+        maker=maker,
+        here=found.latency and found.latency.best,
+        name=metric.name if metric else "accuracy",
+        score=formats.score(counted.compressed, metric.unit) if counted and metric else "–",
+        figure=speedups(title, measured, asked.min_speedup, asked.batch) if measured else None,
     )
-    counted, metric = manifest.metrics.accuracy or manifest.metrics.fp32_graphs, manifest.task.metric
-    here = found["latency"] and found["latency"]["rounds"][found["latency"]["chosen"]]
-    return (
-        environment()
-        .get_template("verified.html.j2")
-        .render(
-            manifest=manifest,
-            found=found,
-            headline=_HEADLINES[found["verdict"]["overall"]["result"]],
-            maker=maker,
-            here=here,
-            name=metric.name if metric else "accuracy",
-            score=formats.score(counted.compressed, metric.unit) if counted and metric else "–",
-            figure=_speedups(bundle, maker, found["latency"], here),
-        )
-    )
-
-
-def _speedups(
-    bundle: Bundle, maker: dict[str, Any] | None, timed: dict[str, Any] | None, here: dict[str, Any] | None
-) -> Markup | None:
-    """The speed-up on both machines."""
-    asked = bundle.manifest.verdict.asked
-    measured = [("where it was made", maker["speedup"], maker["decided"])] if maker else []
-    measured += [("on this device", here["speedup"], timed["decided"])] if here and timed else []
-    return speedups(f"Speed-up at batch {asked.batch}", measured, asked.model_dump()) if measured else None

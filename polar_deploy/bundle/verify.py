@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy.bundle import device
 
 if TYPE_CHECKING:
     from polar_deploy.bundle.read import Bundle
+    from polar_deploy.documents.parity import BatchLatency
+    from polar_deploy.documents.verified import GoldenCheck, Judged, Verified
     from polar_deploy.engines import Engine
     from polar_deploy.parity import Judgement
 
@@ -49,12 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
 
             with atomic_path(arguments.html) as temporary:
                 temporary.write_text(page(bundle, found), encoding="utf-8")
-        print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else "\n".join(_lines(bundle, found)))
-    return EXIT_CODES[found["verdict"]["overall"]["result"]]
+        print(
+            json.dumps(found.as_json(), indent=1, allow_nan=False)
+            if arguments.json
+            else "\n".join(_lines(bundle, found))
+        )
+    return EXIT_CODES[found.verdict["overall"].result]
 
 
-def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data: Path | None = None) -> dict[str, Any]:
-    """What this device finds about a bundle whose files are whole: the content of `--json`.
+def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data: Path | None = None) -> Verified:
+    """What this device finds about a bundle whose files are whole.
 
     Args:
         bundle: as `read` gives it.
@@ -68,6 +73,8 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
     """
     from polar_deploy import parity
     from polar_deploy.bundle import accuracy, kernels
+    from polar_deploy.documents.parity import Machine
+    from polar_deploy.documents.verified import BundleName, GoldenChecks, Verified
     from polar_deploy.engines import machine
 
     test = accuracy.test_set(bundle, data) if data is not None else None
@@ -75,7 +82,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
     onnx = golden_samples(bundle, graphs, "fp32")
     with device.open_engines(bundle, options) as here:
         golden = golden_samples(bundle, here.engines)
-        judged = {"golden": _judge_golden(here, onnx, golden)}
+        judged: dict[Judged, Judgement] = {"golden": _judge_golden(here, onnx, golden)}
         if judged["golden"].result != "fail" and (judgement := kernels.judge(bundle, here.engines)):
             judged["kernels"] = judgement
         is_right = all(each.result != "fail" for each in judged.values())
@@ -86,25 +93,22 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         if is_right and test is not None:
             counted, judgement = accuracy.measure(bundle, here, graphs, test)
             judged |= {"accuracy": judgement} if judgement else {}
-    return {
-        "schema": 1,
-        "bundle": {"name": bundle.manifest.name, "manifest_sha256": bundle.sha256},
-        "target": bundle.manifest.target,
-        "machine": machine.describe(),
-        "engines": here.origin,
-        "golden": {"onnx": onnx, "engines": golden},
-        "latency": latency,
-        "accuracy": counted,
-        "verdict": {
-            **{name: asdict(each) for name, each in judged.items()},
-            "overall": asdict(parity.combine(*judged.values())),
-        },
-    }
+    return Verified(
+        schema=1,
+        bundle=BundleName(name=bundle.manifest.name, manifest_sha256=bundle.sha256),
+        target=bundle.manifest.target,
+        machine=Machine(**machine.describe()),
+        engines=here.origin,
+        golden=GoldenChecks(onnx=onnx, engines=golden),
+        latency=latency,
+        accuracy=counted,
+        verdict={**judged, "overall": parity.combine(*judged.values())},
+    )
 
 
 def golden_samples(
     bundle: Bundle, engines: Mapping[str, Engine], precision: str | None = None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, GoldenCheck]:
     """Run engines on the golden inputs: name of the network -> what `golden.check` says.
 
     Args:
@@ -134,12 +138,14 @@ def _fp32_graphs(bundle: Bundle) -> dict[str, Engine]:
     return {name: engines.reference_engine(bundle.path(each.fp32)) for name, each in bundle.manifest.each().items()}
 
 
-def _judge_golden(here: device.AvailableEngines, onnx: dict[str, Any], golden: dict[str, Any]) -> Judgement:
+def _judge_golden(
+    here: device.AvailableEngines, onnx: dict[str, GoldenCheck], golden: dict[str, GoldenCheck]
+) -> Judgement:
     from polar_deploy.parity import Judgement
 
     for kind, found in (("FP32 graph", onnx), ("engine", golden)):
         for name, each in found.items():
-            if not each["pass"]:
+            if not each.passed:
                 return Judgement("fail", f"the {kind} of the {name} network is {_off(each)}")
     verified = f"ONNX verified ({_off(onnx['compressed'])})" if onnx else "ONNX not checked (no onnxruntime here)"
     if not golden:
@@ -147,13 +153,13 @@ def _judge_golden(here: device.AvailableEngines, onnx: dict[str, Any], golden: d
     return Judgement("pass", f"engines {here.origin}, {_off(golden['compressed'])}; {verified}")
 
 
-def _off(found: dict[str, Any]) -> str:
-    if found["difference"] is None:
+def _off(found: GoldenCheck) -> str:
+    if found.difference is None:
         return "not finite on the golden samples"
-    return f"off by {found['difference']:.1e} on the golden samples, {found['tolerance']:g} is allowed"
+    return f"off by {found.difference:.1e} on the golden samples, {found.tolerance:g} is allowed"
 
 
-def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, Any] | None, Judgement | None]:
+def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[BatchLatency | None, Judgement | None]:
     """Time the full network against the compressed one; what was measured, and the answer, as far as there are any."""
     import numpy as np
 
@@ -170,28 +176,28 @@ def _latency(bundle: Bundle, here: device.AvailableEngines) -> tuple[dict[str, A
     inputs = take(bundle.inputs, np.arange(asked.batch) % count(bundle.inputs))
     measured = timing.compare(full, compressed, inputs, singles=parity.singles_for(asked))
     timed = parity.batch_latency(full, compressed, inputs, measured)
-    return timed.as_json(), parity.judge_latency(measured, asked)
+    return timed, parity.judge_latency(measured, asked)
 
 
-def _lines(bundle: Bundle, found: dict[str, Any]) -> list[str]:
+def _lines(bundle: Bundle, found: Verified) -> list[str]:
     """What a person reads."""
-    manifest, verdict = bundle.manifest, found["verdict"]
+    manifest, verdict = bundle.manifest, found.verdict
     files = manifest.files.values()
     size = sum(file.bytes for file in files) / 1e6
     lines = [
         f"bundle    {manifest.name}, {manifest.target}: {len(files)} files, {size:.2f} MB, all whole",
         f"sha256    {bundle.sha256} (manifest.json)",
-        f"engines   {found['engines']}",
-        *(f"{name:<9} {each['result']}: {each['reason']}" for name, each in verdict.items() if name != "overall"),
+        f"engines   {found.engines}",
+        *(f"{name:<9} {each.result}: {each.reason}" for name, each in verdict.items() if name != "overall"),
     ]
     if "latency" not in verdict:
         lines.append(f"latency   {'not timed' if manifest.networks.full else 'the bundle has no full network'}")
-    if here := found["accuracy"]:  # of a classifier
-        lines.append(f"accuracy  {here['compressed']:.2f} % of {here['samples']:,} samples, measured here")
+    if here := found.accuracy:  # of a classifier
+        lines.append(f"accuracy  {here.compressed:.2f} % of {here.samples:,} samples, measured here")
     else:
         lines.append(_makers_accuracy(bundle))
     covered = ", ".join(name for name in verdict if name != "overall")
-    return [*lines, f"verdict: {verdict['overall']['result'].upper()} ({covered})"]
+    return [*lines, f"verdict: {verdict['overall'].result.upper()} ({covered})"]
 
 
 def _makers_accuracy(bundle: Bundle) -> str:

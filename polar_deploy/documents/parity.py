@@ -154,6 +154,14 @@ class Loss(Difference):
     nonfinite: CountOrNone
 
 
+def known_drop(counted: Accuracy | Loss | None) -> tuple[float, float, float] | None:
+    """A drop and the ends of its interval; None where nobody can tell."""
+    drop, ends = (counted.drop, counted.interval) if counted else (None, None)
+    if drop is None or ends is None or ends[0] is None or ends[1] is None:
+        return None
+    return drop, ends[0], ends[1]
+
+
 class Export(Part):
     """ONNX against PyTorch's outputs: relative differences."""
 
@@ -232,6 +240,10 @@ class Judged(Part):
     def asked(self) -> dict[str, float | str | None]:
         """The settings `accept`."""
         return self.model_dump(mode="json", exclude={"accuracy", "latency", "overall"})
+
+    def parts_that(self, result: Result) -> list[str]:
+        """Which of "accuracy" and "latency" came out so."""
+        return [part for part in ("accuracy", "latency") if getattr(self, part).result == result]
 
     @property
     def exit_code(self) -> int:

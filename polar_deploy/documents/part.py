@@ -76,10 +76,10 @@ class Document(Part):
 def schema(model: type[BaseModel]) -> dict[str, Any]:
     """The JSON Schema of a file, from its type."""
     made = model.model_json_schema()
-    pairs = {name: value for name, value in made.get("$defs", {}).items() if name.startswith("Pair_")}
-    for name in pairs:
+    generic = {name: value for name, value in made.get("$defs", {}).items() if "[" in value.get("title", "")}
+    for name in generic:
         del made["$defs"][name]  # their names are long, and tell nothing
-    plain = _plain(made, {f"#/$defs/{name}": value for name, value in pairs.items()})
+    plain = _plain(made, {f"#/$defs/{name}": value for name, value in generic.items()})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **plain}
 
 

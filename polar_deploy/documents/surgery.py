@@ -33,8 +33,8 @@ class Alignment(Part):
     outputs: Divisor = Field(alias="out")
 
 
-class CutLayer(Part):
-    """A layer with weights: channels, MACs and parameters before and after. `padding` is None where the layer went."""
+class LayerChange(Part):
+    """A layer with weights: channels, MACs and parameters before and after."""
 
     name: Name
     operator: Name
@@ -42,6 +42,11 @@ class CutLayer(Part):
     outputs: Change = Field(alias="out")
     macs: Change
     params: Change
+
+
+class CutLayer(LayerChange):
+    """`padding` is None where the layer went."""
+
     alignment: Alignment
     padding: Padding | None
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from polar_deploy import targets
+from polar_deploy.documents.parity import Accuracy, Interval, Loss, known_drop
+from polar_deploy.documents.report import Report
 from polar_deploy.report import formats
 
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
@@ -45,7 +46,7 @@ class Advice:
     steps: tuple[Step, ...]
 
 
-def advise(report: dict[str, Any], *, delivered: bool = False) -> Advice:
+def advise(report: Report, *, delivered: bool = False) -> Advice:
     """What the verdict of report.json asks of its reader: of who made the run, or of who was handed the bundle."""
     kind = kind_of(report)
     if delivered:
@@ -61,26 +62,19 @@ def advise(report: dict[str, Any], *, delivered: bool = False) -> Advice:
     return Advice(kind, _headline(kind, report), _figures(report), steps(report))
 
 
-def kind_of(report: dict[str, Any]) -> Kind:
+def kind_of(report: Report) -> Kind:
     """Which of six ways a run ended in."""
-    verdict = report["verdict"]
-    failed = [part for part in ("accuracy", "latency") if verdict[part]["result"] == "fail"]
+    failed = report.verdict.parts_that("fail")
     if len(failed) == 2:
         return "both"
     if failed:
         return "accuracy" if failed == ["accuracy"] else "speed"
-    if report["not_run"]:
+    if report.not_run:
         return "not_run"
-    return "pass" if verdict["overall"]["result"] == "pass" else "undecided"
+    return "pass" if report.verdict.overall.result == "pass" else "undecided"
 
 
-def measured(report: dict[str, Any]) -> dict[str, Any] | None:
-    """The latency at the batch size that the verdict is about."""
-    at_batch = [each for each in report["latency"] if each["batch"] == report["verdict"]["batch"]]
-    return at_batch[0] if at_batch else None
-
-
-def _headline(kind: Kind, report: dict[str, Any]) -> str:
+def _headline(kind: Kind, report: Report) -> str:
     return {
         "pass": "Pass: accurate and fast enough",
         "accuracy": f"Fail: too much {_metric_name(report)} is lost",
@@ -92,55 +86,58 @@ def _headline(kind: Kind, report: dict[str, Any]) -> str:
     }[kind]
 
 
-def _metric_name(report: dict[str, Any]) -> str:
-    return str(report["metric"]["name"]) if report["metric"] else "accuracy"
+def _metric_name(report: Report) -> str:
+    return report.metric.name if report.metric else "accuracy"
 
 
-def _amount(report: dict[str, Any], value: float, form: str) -> str:
+def _amount(report: Report, value: float, form: str) -> str:
     """A drop in its unit; f"{value:{form}}" of points."""
-    return f"{value:{form}} {formats.difference_unit(report['metric']['unit'])}".rstrip()
+    unit = report.metric.unit if report.metric else ""
+    return f"{value:{form}} {formats.difference_unit(unit)}".rstrip()
 
 
-def _figures(report: dict[str, Any]) -> str:
+def _figures(report: Report) -> str:
     """What a reader asks first, in one line."""
-    counted, timed = report["accuracy"] or report["graphs"], measured(report)
-    speed = f"{timed['speedup']['median']:.2f} times as fast" if timed else "speed unknown"
-    if not counted:
+    counted, timed, metric = report.counted, report.timed, report.metric
+    speed = f"{timed.speedup.median:.2f} times as fast" if timed else "speed unknown"
+    if counted is None or metric is None:
         return f"{speed}; outputs were compared, and no metric says what they are worth"
-    where, metric = "" if report["accuracy"] else " as ONNX graphs", report["metric"]
-    full, compressed = (formats.score(counted[name], metric["unit"]) for name in ("full", "compressed"))
-    return f"{speed}, {metric['name']} {full.removesuffix(' %')} → {compressed}{where}"
+    where = "" if report.accuracy else " as ONNX graphs"
+    full, compressed = (formats.score(each, metric.unit) for each in (counted.full, counted.compressed))
+    return f"{speed}, {metric.name} {full.removesuffix(' %')} → {compressed}{where}"
 
 
-def _undecided_parts(report: dict[str, Any]) -> list[str]:
-    return [part for part in ("accuracy", "latency") if report["verdict"][part]["result"] == "undecided"]
-
-
-def _open_question(report: dict[str, Any]) -> str:
+def _open_question(report: Report) -> str:
     """What an undecided verdict leaves open."""
-    parts = _undecided_parts(report)
+    parts = report.verdict.parts_that("undecided")
     if len(parts) == 2:
         return f"neither {_metric_name(report)} nor speed is sure"
     if parts == ["accuracy"]:
-        return "the test set is too small to tell" if report["metric"] else "no metric says what outputs are worth"
+        return "the test set is too small to tell" if report.metric else "no metric says what outputs are worth"
     return "the speed is too close to what is asked" if _is_quiet(report) else "this machine is too noisy to time it"
 
 
-def _is_quiet(report: dict[str, Any]) -> bool:
+def _largest_drop(counted: Accuracy | Loss | None) -> float | None:
+    """The upper end of a drop's interval; None where nobody can tell."""
+    known = known_drop(counted)
+    return known and known[2]
+
+
+def _is_quiet(report: Report) -> bool:
     """Whether the machine lets a speed-up be told to a tenth."""
-    timed = measured(report)
-    return timed is not None and timed["decided"] and _width(timed["speedup_with_noise"]) <= _QUIET
+    timed = report.timed
+    return timed is not None and timed.decided and _width(timed.speedup_with_noise) <= _QUIET
 
 
-def _width(interval: Mapping[str, float]) -> float:
-    return interval["high"] / interval["low"]
+def _width(interval: Interval) -> float:
+    return interval.high / interval.low
 
 
-def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
+def _pass(report: Report) -> tuple[Step, ...]:
     steps = []
-    if report["bundle"]:
+    if report.bundle:
         steps.append(Step("Hand over the folder RUN/bundle; it holds all that the device needs."))
-        digest = report["bundle"]["manifest_sha256"]
+        digest = report.bundle.manifest_sha256
         steps.append(
             Step(
                 "Have it verified on the device. Send this command by another way than the bundle: its hash tells "
@@ -150,11 +147,11 @@ def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
         )
     else:
         steps.append(Step("Make the bundle for the edge team.", f"{_AGAIN} RUN --from bundle"))
-    most, allowed = report["accuracy"]["interval"][1], report["verdict"]["max_drop"]
-    if most > allowed:
+    most, allowed = _largest_drop(report.accuracy), report.verdict.max_drop
+    if report.accuracy and most is not None and most > allowed:
         steps.append(
             Step(
-                f"Mind the size of the test set: with {report['accuracy']['samples']:,} samples, a drop of up to "
+                f"Mind the size of the test set: with {report.accuracy.samples:,} samples, a drop of up to "
                 f"{_amount(report, most, '.2f')} is within the 95 % interval, more than the {allowed:g} allowed. "
                 "The verdict holds for these samples; more of them would make it firmer."
             )
@@ -162,17 +159,19 @@ def _pass(report: dict[str, Any]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
-    allowed = report["verdict"]["max_drop"]
-    graphs = report["graphs"]
-    broken = report["accuracy"] and any(report["accuracy"]["nonfinite"].values())
-    if broken or (graphs and graphs["drop"] <= allowed and report["precision"]["full"]["asked"] != "fp32"):
+def _accuracy(report: Report) -> tuple[Step, ...]:
+    allowed = report.verdict.max_drop
+    graphs = report.graphs
+    broken = report.accuracy and any(report.accuracy.nonfinite.named().values())
+    if broken or (
+        graphs and graphs.drop is not None and graphs.drop <= allowed and report.precision.full.asked != "fp32"
+    ):
         return _precision(report)
-    epochs = report["recipe"]["training"]["epochs"]
+    epochs = report.recipe["training"]["epochs"]
     more = max(3 * epochs, _FEWEST_EPOCHS)
-    longer = f"--epochs {more}" + (f" --full-epochs {more}" if report["full"] == "trained" else "")
+    longer = f"--epochs {more}" + (f" --full-epochs {more}" if report.full == "trained" else "")
     ran = f"{epochs} epochs were" if epochs > 1 else "one epoch was"
-    asked = {name: min(0.95, round(share + 0.15, 2)) for name, share in report["budget"]["asked"].items()}
+    asked = {name: min(0.95, round(share + 0.15, 2)) for name, share in report.budget.asked.items()}
     looser = ",".join(f"{name}={share:g}" for name, share in asked.items())
     return (
         Step(
@@ -184,10 +183,10 @@ def _accuracy(report: dict[str, Any]) -> tuple[Step, ...]:
     )
 
 
-def _precision(report: dict[str, Any]) -> tuple[Step, ...]:
-    asked, wider = report["precision"]["full"]["asked"], targets.parse(report["target"]).wider.name
+def _precision(report: Report) -> tuple[Step, ...]:
+    asked, wider = report.precision.full.asked, targets.parse(report.target).wider.name
     if asked == "int8":
-        images = 4 * report["recipe"]["build"]["calibration"]["images"]
+        images = 4 * report.recipe["build"]["calibration"]["images"]
         return (
             Step(
                 "INT8 cost it, not what was removed. Calibrate on more images, or leave more layers wide.",
@@ -203,11 +202,11 @@ def _precision(report: dict[str, Any]) -> tuple[Step, ...]:
     )
 
 
-def _speed(report: dict[str, Any]) -> tuple[Step, ...]:
-    asked = report["budget"]["asked"]
+def _speed(report: Report) -> tuple[Step, ...]:
+    asked = report.budget.asked
     steps = []
     if "latency" not in asked:
-        share = max(0.1, min(0.6, 0.95 / report["verdict"]["min_speedup"]))
+        share = max(0.1, min(0.6, 0.95 / report.verdict.min_speedup))
         steps.append(
             Step(
                 "Ask for latency, which is measured before training: fewer MACs alone do not make an engine faster.",
@@ -216,8 +215,8 @@ def _speed(report: dict[str, Any]) -> tuple[Step, ...]:
         )
     else:
         steps.append(Step("Let it keep less of the network.", f"{_AGAIN} RUN-faster --budget {_tighter(report)}"))
-    least = report["verdict"]["min_speedup"]
-    if enough := [each["batch"] for each in report["latency"] if each["speedup_with_noise"]["low"] >= least]:
+    least = report.verdict.min_speedup
+    if enough := [each.batch for each in report.latency if each.speedup_with_noise.low >= least]:
         steps.append(
             Step(
                 f"Or judge at batch {enough[-1]}, if you serve such: there it is fast enough.",
@@ -228,33 +227,31 @@ def _speed(report: dict[str, Any]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _tighter(report: dict[str, Any]) -> str:
+def _tighter(report: Report) -> str:
     """A budget by which the engine should be as fast as was asked: the old one times what is missing, and a bit."""
-    timed, asked = measured(report), report["verdict"]
+    timed, asked = report.timed, report.verdict
     missing = 1.0
     if timed:
-        missing = min(missing, timed["speedup"]["median"] / asked["min_speedup"])
-        if asked["max_latency_ms"] is not None:
-            missing = min(missing, asked["max_latency_ms"] / timed["compressed"]["median_ms"])
-    shares = {
-        name: max(0.1, min(share - 0.05, 0.95 * share * missing)) for name, share in report["budget"]["asked"].items()
-    }
+        missing = min(missing, timed.speedup.median / asked.min_speedup)
+        if asked.max_latency_ms is not None:
+            missing = min(missing, asked.max_latency_ms / timed.compressed.median_ms)
+    shares = {name: max(0.1, min(share - 0.05, 0.95 * share * missing)) for name, share in report.budget.asked.items()}
     return ",".join(f"{name}={share:.2g}" for name, share in shares.items())
 
 
-def _undecided(report: dict[str, Any]) -> tuple[Step, ...]:
-    parts = _undecided_parts(report)
+def _undecided(report: Report) -> tuple[Step, ...]:
+    parts = report.verdict.parts_that("undecided")
     steps = _too_few(report) if "accuracy" in parts else ()
     return steps + _untimed(report) if "latency" in parts else steps
 
 
-def _too_few(report: dict[str, Any]) -> tuple[Step, ...]:
+def _too_few(report: Report) -> tuple[Step, ...]:
     """A drop that may be too large or not, or a network that is hardly better than chance."""
-    bound = report["verdict"]["max_drop"]
-    if report["metric"] is None:
+    bound = report.verdict.max_drop
+    if report.metric is None:
         return (Step("Give the task a metric: without one, nobody can say which outputs are good enough."),)
-    losses = [report["accuracy"], *(report["precision"][name]["loss"] for name in ("full", "compressed"))]
-    most = max(each["interval"][1] for each in losses if each)
+    losses = [report.accuracy, *(each.loss for each in report.precision.named().values())]
+    most = max((ends for each in losses if (ends := _largest_drop(each)) is not None), default=0.0)
     if most <= bound:
         return (Step("Test on more samples, of all classes. The verdict above says what these could not tell."),)
     larger = math.ceil(most * 10) / 10
@@ -272,7 +269,7 @@ def _too_few(report: dict[str, Any]) -> tuple[Step, ...]:
     )
 
 
-def _untimed(report: dict[str, Any]) -> tuple[Step, ...]:
+def _untimed(report: Report) -> tuple[Step, ...]:
     if not _is_quiet(report):
         return (
             Step(
@@ -290,14 +287,14 @@ def _untimed(report: dict[str, Any]) -> tuple[Step, ...]:
     )
 
 
-def _lost_as_graphs(report: dict[str, Any]) -> bool:
+def _lost_as_graphs(report: Report) -> bool:
     """Whether more is lost than is allowed before an engine has run."""
-    graphs = report["graphs"]
-    return bool(graphs) and graphs["interval"][0] > report["verdict"]["max_drop"]
+    known = known_drop(report.graphs)
+    return known is not None and known[1] > report.verdict.max_drop
 
 
-def _not_run(report: dict[str, Any]) -> tuple[Step, ...]:
-    digest = report["bundle"] and report["bundle"]["manifest_sha256"]
+def _not_run(report: Report) -> tuple[Step, ...]:
+    digest = report.bundle.manifest_sha256 if report.bundle else None
     device = Step("Go on with this folder on a machine that can run them.", f"{_AGAIN} RUN --from build")
     if digest:
         verify = f"polar-deploy bundle verify bundle --rebuild --manifest-sha256 {digest}"

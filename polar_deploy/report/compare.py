@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from polar_deploy.documents.comparison import Comparison, Run, Score, What
+from polar_deploy.documents.parity import Interval, Latency, known_drop
+from polar_deploy.documents.part import Pair
+from polar_deploy.documents.report import Report
 from polar_deploy.errors import UsageError
 from polar_deploy.report import formats
-from polar_deploy.report.document import JsonFile
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # What accuracy is held against: key of a run -> what it is called
-COSTS = {"latency_ms": "latency", "macs": "MACs", "energy_mj": "energy"}
+COSTS: dict[What, str] = {"latency_ms": "latency", "macs": "MACs", "energy_mj": "energy"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,36 +43,36 @@ def run(arguments: argparse.Namespace) -> int:
         with atomic_path(arguments.html) as temporary:
             temporary.write_text(page(compared), encoding="utf-8")
     if arguments.json:
-        print(json.dumps(compared, indent=1, allow_nan=False))
+        print(json.dumps(compared.as_json(), indent=1, allow_nan=False))
         return 0
     from polar_deploy.progress import console
 
     terminal = console()
     terminal.print(table(compared))
-    for note in compared["notes"]:
+    for note in compared.notes:
         terminal.print(note, markup=False, highlight=False)
     if arguments.html:
         print(f"page: {arguments.html}")
     return 0
 
 
-def compare(paths: Sequence[Path]) -> dict[str, Any]:
+def compare(paths: Sequence[Path]) -> Comparison:
     """The figures of some runs, in the order of their latency; those that did not run come last.
 
     Raises:
-        UsageError: there is no run at one of the paths.
-        ContentError: a report.json lacks a figure.
+        UsageError: there is no run at one of the paths, or one whose accuracy nobody knows.
+        ContentError: a report.json is damaged, or of another version.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _folders(path)))
     names = _names(folders)
-    runs = [_figures(JsonFile(folder / "report.json"), name) for folder, name in zip(folders, names, strict=True)]
-    runs.sort(key=lambda each: each["latency_ms"]["compressed"]["median"] if each["latency_ms"] else float("inf"))
-    for number, each in enumerate(runs, 1):
-        each["number"] = number
-    for cost in COSTS:
-        for each in runs:
-            each["best"][cost] = _is_best(each, runs, cost)
-    return {"schema": 1, "runs": runs, "notes": _notes(runs)}
+    runs = [_run(folder / "report.json", name) for folder, name in zip(folders, names, strict=True)]
+    runs.sort(key=lambda each: each.latency_ms.compressed.median if each.latency_ms else float("inf"))
+    best = [{cost: _is_best(each, runs, cost) for cost in COSTS} for each in runs]
+    ordered = [
+        each.model_copy(update={"best": found, "number": number})
+        for number, (each, found) in enumerate(zip(runs, best, strict=True), 1)
+    ]
+    return Comparison(schema=1, runs=ordered, notes=_notes(ordered))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -91,97 +94,101 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _figures(report: JsonFile, name: str) -> dict[str, Any]:
+def _run(path: Path, name: str) -> Run:
     """What is compared of one run."""
-    counted = report.get("accuracy") or report.get("graphs")
-    if counted is None:
-        raise UsageError(f"{report.path} has no accuracy", "compare runs whose parity stage has run")
-    batch = report.get("verdict", "batch")
-    timed = next((each for each in report.get("latency") if each["batch"] == batch), None)
-    energy = timed["energy_mj"] if timed and all(timed["energy_mj"].values()) else None
-    return {
-        "name": name,
-        **{key: report.get(key) for key in ("model", "data", "target", "seed", "macs", "params", "bytes", "blocks")},
-        "metric": report.get("metric"),
-        "machine": report.get("machine", "cpu"),
-        "batch": batch,
-        "result": report.get("verdict", "overall", "result"),
-        "reason": report.get("verdict", "overall", "reason"),
-        "budget": report.get("budget", "asked"),
-        "accuracy": {key: counted[key] for key in ("full", "compressed", "drop", "interval")},
-        "measured": report.get("accuracy") is not None,
-        "latency_ms": timed and {which: _interval(timed[which]) for which in ("full", "compressed")},
-        "speedup": timed and timed["speedup"] if timed and timed["decided"] else None,
-        "energy_mj": energy and {which: spent / batch for which, spent in energy.items()},
-        "best": {},
-    }
+    report = Report.read(path)
+    counted, known, metric, timed = report.counted, known_drop(report.counted), report.metric, report.timed
+    if metric is None or counted is None or counted.full is None or counted.compressed is None or known is None:
+        raise UsageError(f"{path} has no accuracy", "compare runs whose parity stage has run, on a test set that tells")
+    drop, low, high = known
+    spent = timed.energy_mj if timed else None
+    each = {name: getattr(report, name) for name in ("model", "data", "target", "seed", "macs", "params", "bytes")}
+    return Run(
+        name=name,
+        **each,
+        blocks=report.blocks,
+        metric=metric,
+        machine=report.machine.cpu,
+        batch=report.verdict.batch,
+        result=report.verdict.overall.result,
+        reason=report.verdict.overall.reason,
+        budget=report.budget.asked,
+        accuracy=Score(full=counted.full, compressed=counted.compressed, drop=drop, interval=(low, high)),
+        measured=report.accuracy is not None,
+        latency_ms=Pair(full=_interval(timed.full), compressed=_interval(timed.compressed)) if timed else None,
+        speedup=timed.speedup if timed and timed.decided else None,
+        energy_mj=Pair(full=spent.full / timed.batch, compressed=spent.compressed / timed.batch)
+        if timed and spent and spent.full and spent.compressed
+        else None,
+        best={},
+        number=0,
+    )
 
 
-def _interval(latency: Mapping[str, float]) -> dict[str, float]:
-    return {key: latency[f"{key}_ms"] for key in ("median", "low", "high")}
+def _interval(latency: Latency) -> Interval:
+    return Interval(latency.median_ms, latency.low_ms, latency.high_ms)
 
 
-def cost_of(run: Mapping[str, Any], cost: str, which: str = "compressed") -> float | None:
-    """One run's figure of one of `COSTS`; None where it was not measured."""
-    found: Any = run[cost] and run[cost][which]
-    cost_found: float | None = found["median"] if isinstance(found, dict) else found
-    return cost_found
+def interval_of(run: Run, cost: What, which: Literal["full", "compressed"] = "compressed") -> Interval | None:
+    """One run's figure of one of `COSTS`, as an interval without width where it has none; None: not measured."""
+    found = getattr(run, cost) and getattr(getattr(run, cost), which)
+    return found if found is None or isinstance(found, Interval) else Interval(found, found, found)
 
 
-def _is_best(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cost: str) -> bool:
+def _is_best(run: Run, runs: Sequence[Run], cost: What) -> bool:
     """Whether no comparable run is at least as accurate and as cheap, and better in one of the two."""
-    own = cost_of(run, cost)
+    own = interval_of(run, cost)
     if own is None:
         return False
-    mine = (own, -run["accuracy"]["compressed"])
+    mine = (own.median, -run.accuracy.compressed)
     for other in runs:
-        theirs = cost_of(other, cost)
+        theirs = interval_of(other, cost)
         if theirs is None or circumstances(other, cost) != circumstances(run, cost):
             continue
-        rival = (theirs, -other["accuracy"]["compressed"])
+        rival = (theirs.median, -other.accuracy.compressed)
         if rival != mine and rival[0] <= mine[0] and rival[1] <= mine[1]:
             return False
     return True
 
 
-def circumstances(run: Mapping[str, Any], cost: str) -> tuple[Any, ...]:
+def circumstances(run: Run, cost: What) -> tuple[object, ...]:
     """What has to be the same for figures to be comparable: data, metric; and for what is measured, all it is on."""
-    common = run["data"], run["metric"]["name"]
-    return common if cost == "macs" else (*common, *(run[key] for key in ("target", "machine", "batch")))
+    common = run.data, run.metric.name
+    return common if cost == "macs" else (*common, run.target, run.machine, run.batch)
 
 
-def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before he compares."""
     notes = []
-    if len({run["data"] for run in runs}) > 1:
+    if len({run.data for run in runs}) > 1:
         notes.append("These runs are of different data sets: their scores cannot be compared.")
-    if len({run["metric"]["name"] for run in runs}) > 1:
+    if len({run.metric.name for run in runs}) > 1:
         notes.append("These runs are judged by different metrics: their scores cannot be compared.")
-    if len({circumstances(run, "latency_ms")[2:] for run in runs if run["latency_ms"]}) > 1:
+    if len({circumstances(run, "latency_ms")[2:] for run in runs if run.latency_ms}) > 1:
         notes.append(
             "Not all were timed on the same target, machine and batch: compare their speed-ups, not their times."
         )
     for what, left_out in (
-        ("was not timed", [run for run in runs if not run["latency_ms"]]),
-        ("was timed on a machine too noisy to tell", [run for run in runs if run["latency_ms"] and not run["speedup"]]),
+        ("was not timed", [run for run in runs if not run.latency_ms]),
+        ("was timed on a machine too noisy to tell", [run for run in runs if run.latency_ms and not run.speedup]),
     ):
-        notes.extend(f"{run['name']} {what}." for run in left_out)
+        notes.extend(f"{run.name} {what}." for run in left_out)
     return notes
 
 
-def score_name(runs: Sequence[Mapping[str, Any]]) -> str:
+def score_name(runs: Sequence[Run]) -> str:
     """What all runs are judged by; "score", where that differs."""
-    names = {run["metric"]["name"] for run in runs}
-    return str(names.pop()) if len(names) == 1 else "score"
+    names = {run.metric.name for run in runs}
+    return names.pop() if len(names) == 1 else "score"
 
 
-def change_of(run: Mapping[str, Any]) -> str:
+def change_of(run: Run) -> str:
     """How the score of a run changes; points, where it is a percentage, without a word."""
-    drop, unit = run["accuracy"]["drop"], run["metric"]["unit"]
+    drop, unit = run.accuracy.drop, run.metric.unit
     return formats.points(drop) if unit == "%" else formats.change(drop, unit)
 
 
-def table(compared: Mapping[str, Any]) -> Table:
+def table(compared: Comparison) -> Table:
     """The runs as a table for the terminal; a star: nothing else is as accurate and as fast."""
     from rich import box
     from rich.table import Table
@@ -191,16 +198,16 @@ def table(compared: Mapping[str, Any]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=star, caption_justify="left")
     grid.add_column("#", justify="right", no_wrap=True)
     grid.add_column("run", overflow="fold", min_width=12)
-    for heading in ("verdict", score_name(compared["runs"]), "change", "latency", "speed-up", "MACs"):
+    for heading in ("verdict", score_name(compared.runs), "change", "latency", "speed-up", "MACs"):
         grid.add_column(heading, justify="right", no_wrap=True)
-    for run in compared["runs"]:
+    for run in compared.runs:
         cells = (
-            run["result"],
-            formats.score(run["accuracy"]["compressed"], run["metric"]["unit"]),
+            run.result,
+            formats.score(run.accuracy.compressed, run.metric.unit),
             change_of(run),
-            formats.milliseconds(run["latency_ms"]["compressed"]["median"]) if run["latency_ms"] else "–",
-            formats.times(run["speedup"]["median"]) if run["speedup"] else "–",
-            formats.share(run["macs"]["ratio"]),
+            formats.milliseconds(run.latency_ms.compressed.median) if run.latency_ms else "–",
+            formats.times(run.speedup.median) if run.speedup else "–",
+            formats.share(run.macs.ratio),
         )
-        grid.add_row(f"{run['number']}{'*' if run['best']['latency_ms'] else ''}", Text(run["name"]), *cells)
+        grid.add_row(f"{run.number}{'*' if run.best['latency_ms'] else ''}", Text(run.name), *cells)
     return grid

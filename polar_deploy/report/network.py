@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from polar_deploy import onnx_files
 from polar_deploy.documents.gates import GateSite
-from polar_deploy.documents.surgery import SurgeryReport
+from polar_deploy.documents.report import Layer, Network, Reduced, Saving, Site, SiteSaving
+from polar_deploy.documents.surgery import LayerChange, SurgeryReport
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.latency import LatencyTable
 
 if TYPE_CHECKING:
@@ -19,12 +21,13 @@ if TYPE_CHECKING:
 _SITE = "polar_deploy.site"  # metadata of a gate's Mul, as `polar_deploy.gating.deploy` writes it
 
 
-def network(surgery: SurgeryReport, gated: Path) -> dict[str, Any]:
-    """The entry `network` of report.json, but for what has no gates.
+def network(surgery: SurgeryReport, gated: Path, ungated: dict[str, str]) -> Network:
+    """What became of the network.
 
     Args:
         surgery: surgery.json.
         gated: the graph before surgery, which knows the layers by their names in the model.
+        ungated: layers without gates, and why.
     """
     nodes = onnx_files.read(gated, external=False, check=False).graph.node
     names = _module_names(nodes)
@@ -33,21 +36,22 @@ def network(surgery: SurgeryReport, gated: Path) -> dict[str, Any]:
     for index, block in enumerate(surgery.blocks_removed):
         for node in block.layers:
             block_of.setdefault(node, index)  # a block behind another removed one lists that one's layers, too
-    return {
-        "layers": [
-            {
-                **layer.model_dump(mode="json", by_alias=True, exclude={"alignment", "padding"}),
-                "name": names.get(layer.name, layer.name),
-                "removed_block": block_of.get(layer.name),
-            }
+    return Network(
+        layers=[
+            Layer(
+                **{name: getattr(layer, name) for name in LayerChange.model_fields if name != "name"},
+                name=names.get(layer.name, layer.name),
+                removed_block=block_of.get(layer.name),
+            )
             for layer in surgery.layers
         ],
-        "not_cut": [
-            {key: _in_words(each, words) if isinstance(each, str) else each for key, each in cut.as_json().items()}
+        not_cut=[
+            cut.model_copy(update={name: _in_words(each, words) for name, each in cut if isinstance(each, str)})
             for cut in surgery.cuts_not_made
         ],
-        "unsupported": [each.as_json() for each in surgery.unsupported],
-    }
+        unsupported=surgery.unsupported,
+        ungated=ungated,
+    )
 
 
 def _module_names(nodes: Sequence[NodeProto]) -> dict[str, str]:
@@ -79,27 +83,37 @@ def _in_words(text: str, names: Mapping[str, str]) -> str:
     return re.sub(r"[^\s,;]+", lambda word: names.get(word[0], word[0]), text)
 
 
-def sites(gates: Iterable[GateSite], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every place for gates: its width, how many gates stayed open, and when that changed, as [epoch, open]."""
-    found: list[dict[str, Any]] = [
-        {"name": site.name, "kind": site.kind, "width": site.width, "open": len(site.open), "changes": []}
-        for site in gates
+def sites(gates: Iterable[GateSite], log: Iterable[Epoch]) -> list[Site]:
+    """Every place for gates: its width, how many gates stayed open, and when that changed, as (epoch, open)."""
+    opened = [(each.epoch, each.open) for each in log if each.open is not None]
+    return [
+        Site(
+            name=site.name,
+            kind=site.kind,
+            width=site.width,
+            open=len(site.open),
+            changes=_changes(site.width, [(epoch, counts[index]) for epoch, counts in opened if index < len(counts)]),
+        )
+        for index, site in enumerate(gates)
     ]
-    for record in log:
-        for site, opened in zip(found, record.get("open", ()), strict=False):
-            if opened != (site["changes"][-1][1] if site["changes"] else site["width"]):
-                site["changes"].append([record["epoch"], opened])
-    return found
 
 
-def savings(layers: Iterable[Mapping[str, Any]], full: int, compressed: int, key: str) -> dict[str, int]:
-    """What of the full network's `key` ("macs" or "params") is left, and what went with whole or by narrower layers."""
-    removed = sum(layer[key][0] for layer in layers if not layer["out"][1])
-    removed = min(removed, full - compressed)
-    return {"left": compressed, "removed": removed, "narrowed": full - compressed - removed}
+def _changes(width: int, opened: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    found = [(0, width)]
+    for epoch, count in opened:
+        if count != found[-1][1]:
+            found.append((epoch, count))
+    return found[1:]
 
 
-def saved_ms(table: LatencyTable, opened: Mapping[str, int]) -> list[dict[str, Any]]:
+def saving(layers: Iterable[Layer], cost: Reduced, name: Literal["macs", "params"]) -> Saving:
+    """What of the full network's cost is left, and what went with whole or by narrower layers."""
+    removed = sum(getattr(layer, name)[0] for layer in layers if not layer.outputs[1])
+    saved = cost.full - cost.compressed
+    return Saving(left=cost.compressed, removed=min(removed, saved), narrowed=saved - min(removed, saved))
+
+
+def saved_ms(table: LatencyTable, opened: Mapping[str, int]) -> list[SiteSaving]:
     """Milliseconds that each site saves by the table, one after the other: they add up to what is predicted.
 
     Blocks come first, so that what lies in a removed block is not counted again.
@@ -111,4 +125,4 @@ def saved_ms(table: LatencyTable, opened: Mapping[str, int]) -> list[dict[str, A
         now = table.predicted_ms(state)
         found[site.name] = left - now
         left = now
-    return [{"name": site.name, "kind": site.kind, "ms": round(found[site.name], 6)} for site in table.sites]
+    return [SiteSaving(name=site.name, kind=site.kind, ms=round(found[site.name], 6)) for site in table.sites]

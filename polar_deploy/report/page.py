@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polar_deploy.errors import printable
+from polar_deploy.documents.report import Report
 from polar_deploy.report import figures, formats
-from polar_deploy.report.advice import advise, measured
+from polar_deploy.report.advice import advise
+from polar_deploy.report.svg import legible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,7 @@ class Shown(NamedTuple):
     panels: tuple[str, ...] = ()
 
 
-def page(report: dict[str, Any], samples: Shown | None = None, *, delivered: bool = False) -> str:
+def page(report: Report, samples: Shown | None = None, *, delivered: bool = False) -> str:
     """The page of a run.
 
     Args:
@@ -61,27 +62,29 @@ def page(report: dict[str, Any], samples: Shown | None = None, *, delivered: boo
         samples: the pictures of its worst samples; None: they are not shown.
         delivered: for the bundle, whose readers have the engines, and not the run.
     """
-    report = legible(report)
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            advice=advise(report, delivered=delivered),
-            delivered=delivered,
-            timed=measured(report),
-            figures=figures.draw(report),
-            most_classes=figures.MOST_CLASSES,
-            samples=[_picture(image, len(samples.panels) or 1) for image in samples.images] if samples else [],
-            panels=legible(list(samples.panels)) if samples else [],
-            settings=_flat(report["recipe"]),
-            value=lambda path, form="plain": value(report, path, form),
-        )
+    content = report.as_json()
+    return render(
+        "report.html.j2",
+        report=report,
+        advice=advise(report, delivered=delivered),
+        delivered=delivered,
+        timed=report.timed,
+        figures=figures.draw(report),
+        most_classes=figures.MOST_CLASSES,
+        samples=[_picture(image, len(samples.panels) or 1) for image in samples.images] if samples else [],
+        panels=samples.panels if samples else (),
+        settings=_flat(report.recipe),
+        value=lambda path, form="plain": value(content, path, form),
     )
 
 
+def render(template: str, **values: object) -> str:
+    """A page from one of the templates."""
+    return str(_environment().get_template(template).render(values))
+
+
 @cache
-def environment() -> Environment:
+def _environment() -> Environment:
     """Templates, compiled once: all that is not markup is escaped, and a name that is not there is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -89,20 +92,12 @@ def environment() -> Environment:
         loader=PackageLoader("polar_deploy.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=legible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     made.filters.update(_FORMS)
     return made
-
-
-def legible(tree: Any) -> Any:
-    """A document in which no text holds signs that a page could not show, or that turn the direction of writing."""
-    if isinstance(tree, dict):
-        return {legible(key): legible(each) for key, each in tree.items()}
-    if isinstance(tree, list):
-        return [legible(each) for each in tree]
-    return printable(tree.encode("utf-8", "replace").decode()) if isinstance(tree, str) else tree
 
 
 def value(report: Mapping[str, Any], path: str, form: str) -> Markup:

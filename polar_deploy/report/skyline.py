@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from markupsafe import Markup
 
+from polar_deploy.documents.report import Layer
 from polar_deploy.report.svg import box, cut, joined, line, picture, tag, text
 
 _LEFT, _MIDDLE, _HALF = 84.0, 96.0, 74.0  # of the columns, their axis, and the half height of the widest layer
@@ -16,15 +16,15 @@ _STRIPS = {"macs": (246.0, "MACs"), "params": (312.0, "parameters")}  # where ea
 _STRIP = 46.0
 
 
-def skyline(layers: Sequence[Mapping[str, Any]], blocks: int) -> Markup:
+def skyline(layers: Sequence[Layer], blocks: int) -> Markup:
     """Layers of report.json's `network`; heights go with the root of the channels, strips with the cost itself.
 
     blocks: how many residual blocks were removed.
     """
     step = min(40.0, max(6.0, 850.0 / max(len(layers), 1)))
     width = _LEFT + step * len(layers) + 12
-    removed = sum(not layer["out"][1] for layer in layers)
-    narrower = sum(0 < layer["out"][1] < layer["out"][0] for layer in layers)
+    removed = sum(not layer.outputs[1] for layer in layers)
+    narrower = sum(0 < layer.outputs[1] < layer.outputs[0] for layer in layers)
     about = (
         f"{len(layers)} layers from input to output: {removed} removed with {blocks} residual blocks, {narrower} "
         f"narrower than before, {len(layers) - removed - narrower} as they were. The table below has the figures."
@@ -40,34 +40,34 @@ def skyline(layers: Sequence[Mapping[str, Any]], blocks: int) -> Markup:
     return picture("The network, layer by layer", about, width, 348, parts, wide=True)
 
 
-def told(layer: Mapping[str, Any]) -> str:
+def told(layer: Layer) -> str:
     """One layer in words."""
-    before, after = layer["out"]
+    before, after = layer.outputs
     if not after:
-        return f"{layer['name']} ({layer['operator']}): removed, it had {before} channels"
+        return f"{layer.name} ({layer.operator}): removed, it had {before} channels"
     kept = f"{before} channels, all kept" if before == after else f"{before} → {after} channels"
-    return f"{layer['name']} ({layer['operator']}): {kept}, {layer['macs'][0]:,} → {layer['macs'][1]:,} MACs"
+    return f"{layer.name} ({layer.operator}): {kept}, {layer.macs[0]:,} → {layer.macs[1]:,} MACs"
 
 
-def _layer(layer: Mapping[str, Any], x: float, step: float, layers: Sequence[Mapping[str, Any]]) -> Markup:
-    widest = max(each["out"][0] for each in layers) or 1
-    before, after = (_HALF * math.sqrt(width / widest) for width in layer["out"])
+def _layer(layer: Layer, x: float, step: float, layers: Sequence[Layer]) -> Markup:
+    widest = max(each.outputs[0] for each in layers) or 1
+    before, after = (_HALF * math.sqrt(width / widest) for width in layer.outputs)
     gap = min(3.0, step * 0.15)
     whole = box(
-        x + gap, _MIDDLE - before, step - 2 * gap, 2 * before, "was" if layer["out"][1] else "was removed", rx=2
+        x + gap, _MIDDLE - before, step - 2 * gap, 2 * before, "was" if layer.outputs[1] else "was removed", rx=2
     )
     left = box(x + gap, _MIDDLE - after, step - 2 * gap, 2 * after, "small", rx=2)
     label: tuple[Markup, ...] = ()
     if step >= 24:
-        shown = str(layer["out"][1]) if layer["out"][1] else "–"
+        shown = str(layer.outputs[1]) if layer.outputs[1] else "–"
         label = (text(x + step / 2, _MIDDLE + _HALF + 16, shown, "middle", "number"),)
     return tag("g", tag("title", told(layer)), whole, left, *label)
 
 
-def _bypasses(layers: Sequence[Mapping[str, Any]], step: float) -> list[Markup]:
+def _bypasses(layers: Sequence[Layer], step: float) -> list[Markup]:
     """An arc over what each removed block had: its input goes straight on."""
     parts = []
-    runs = groupby(enumerate(layers), key=lambda pair: pair[1]["removed_block"])
+    runs = groupby(enumerate(layers), key=lambda pair: pair[1].removed_block)
     for block, run in runs:
         if block is None:
             continue
@@ -78,24 +78,24 @@ def _bypasses(layers: Sequence[Mapping[str, Any]], step: float) -> list[Markup]:
     return parts
 
 
-def _strip(layers: Sequence[Mapping[str, Any]], key: str, step: float) -> Markup:
+def _strip(layers: Sequence[Layer], key: str, step: float) -> Markup:
     """Bars of one cost, before and after."""
     floor, label = _STRIPS[key]
-    most = max(layer[key][0] for layer in layers) or 1
+    most = max(getattr(layer, key)[0] for layer in layers) or 1
     parts = [line(_LEFT, floor, _LEFT + step * len(layers), floor, "axis")]
     for index, layer in enumerate(layers):
-        before, after = (_STRIP * min(value / most, 1.0) for value in layer[key])
+        before, after = (_STRIP * min(value / most, 1.0) for value in getattr(layer, key))
         x, gap = _LEFT + step * index, min(3.0, step * 0.15)
-        about = f"{layer['name']}: {layer[key][0]:,} → {layer[key][1]:,} {label}"
+        about = f"{layer.name}: {getattr(layer, key)[0]:,} → {getattr(layer, key)[1]:,} {label}"
         parts.append(box(x + gap, floor - before, step - 2 * gap, before, "was", about))
         parts.append(box(x + gap, floor - after, step - 2 * gap, after, "small", about))
     return joined([text(_LEFT - 8, floor - 8, label, "end", "tick"), *parts])
 
 
-def _groups(layers: Sequence[Mapping[str, Any]], step: float) -> list[Markup]:
+def _groups(layers: Sequence[Layer], step: float) -> list[Markup]:
     """The parts of the network by the first word of their names, below all."""
     parts, start = [], 0
-    for name, run in groupby(layers, key=lambda layer: layer["name"].split(".")[0]):
+    for name, run in groupby(layers, key=lambda layer: layer.name.split(".")[0]):
         count = len(list(run))
         x, width = _LEFT + step * start, step * count
         if width >= 7.0 * min(len(name), 6):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from polar_deploy.errors import printable
+
 WIDTH = 460  # of most pictures, in units of the page's pixels: about what a phone has
 
 
@@ -28,7 +30,14 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 def joined(children: Iterable[object]) -> Markup:
     """One after the other, text escaped."""
-    return Markup("").join(escape(child) for child in children)
+    return Markup("").join(escape(legible(child)) for child in children)
+
+
+def legible(shown: object) -> object:
+    """A text without signs that pages cannot show, or that turn the direction of writing; all else as it is."""
+    if isinstance(shown, str) and not isinstance(shown, Markup):
+        return printable(shown.encode("utf-8", "replace").decode())
+    return shown
 
 
 def _short(value: object) -> object:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 def _run(run: RunContext) -> None:
     from polar_deploy import report
-    from polar_deploy.workspace import atomic_path, write_json
+    from polar_deploy.workspace import atomic_path
 
     document = report.build(run.folder, run.settings)
-    write_json(run.path(REPORT), document)
+    document.write(run.path(REPORT))
     page = report.page(document, report.read_samples(run.path(WORST_SAMPLES)))
     with atomic_path(run.path(PAGE)) as temporary:
         temporary.write_text(page, encoding="utf-8")

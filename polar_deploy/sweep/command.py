@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from polar_deploy.sweep.plan import planned
     from polar_deploy.sweep.results import document, table
     from polar_deploy.sweep.runs import Room, run_all
-    from polar_deploy.workspace import Workspace, write_json
+    from polar_deploy.workspace import Workspace
 
     if arguments.gpus_per_run is not None and not arguments.gpus_per_run >= 0:
         raise UsageError(f"--gpus-per-run {arguments.gpus_per_run}: less than none", "give 0, a part of one, or more")
@@ -74,13 +74,13 @@ def run(arguments: argparse.Namespace) -> int:
     with Workspace(folder).locked():
         ended = run_all(runs, room, Progress(quiet=arguments.quiet))
         found = document(folder.name, runs, ended)
-        write_json(folder / "results.json", found)
+        found.write(folder / "results.json")
     if arguments.json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+        print(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
         terminal = console()
         terminal.print(table(found))
-        for note in found["notes"]:
+        for note in found.notes:
             terminal.print(note, markup=False, highlight=False)
         print(f"results: {folder / 'results.json'}\neach run: polar-deploy report compare {folder}")
     return next((each.code for each in ended.values() if each.error), 0)

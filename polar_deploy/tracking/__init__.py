@@ -80,10 +80,10 @@ class Trackers:
         from polar_deploy.report.compare import compare
 
         if self._held:
-            found = compare([self._folder])["runs"][0]
-            kept = ("accuracy", "latency_ms", "speedup", "macs", "params", "bytes", "energy_mj")
-            self._figures = {f"result/{key}": value for key, value in scalars({key: found[key] for key in kept})}
-            self._verdict = found["result"]
+            (found,) = compare([self._folder]).runs
+            kept = {"accuracy", "latency_ms", "speedup", "macs", "params", "bytes", "energy_mj"}
+            self._figures = {f"result/{key}": value for key, value in scalars(found.model_dump(include=kept))}
+            self._verdict = found.result
 
     def end(self, *, failed: bool) -> None:
         """Tell how the run ended, as far as it came."""

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from polar_deploy.bundle import golden
 from polar_deploy.config import Normalize
+from polar_deploy.documents.verified import GoldenCheck
 
 LOGITS = np.array([[3.0, 4.0], [0.0, 5.0]], np.float32)  # RMS: sqrt((9 + 16 + 25) / 4)
 
@@ -15,7 +14,7 @@ def difference(reference: np.ndarray, given: np.ndarray) -> float | None:
     return golden.difference({"logits": reference}, {"logits": given})
 
 
-def check(reference: np.ndarray, given: np.ndarray, precision: str, **how: bool) -> dict[str, Any]:
+def check(reference: np.ndarray, given: np.ndarray, precision: str, **how: bool) -> GoldenCheck:
     return golden.check({"logits": reference}, {"logits": given}, precision, **how)
 
 
@@ -31,20 +30,20 @@ def test_what_is_not_finite_never_passes(bad: float) -> None:
     given = LOGITS.copy()
     given[0, 0] = bad
     assert difference(LOGITS, given) is None
-    assert check(LOGITS, given, "int8")["pass"] is False
-    assert check(LOGITS, LOGITS[:1], "int8")["pass"] is False  # one answer for two samples
+    assert check(LOGITS, given, "int8").passed is False
+    assert check(LOGITS, LOGITS[:1], "int8").passed is False  # one answer for two samples
 
 
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.001), ("fp16", 0.01), ("bf16", 0.05), ("int8", 0.25)])
 def test_tolerances_are_those_of_the_format(precision: str, share: float) -> None:
-    assert check(LOGITS, LOGITS * (1 + 0.9 * share), precision)["pass"] is True
-    assert check(LOGITS, LOGITS * (1 + 1.1 * share), precision)["pass"] is False
+    assert check(LOGITS, LOGITS * (1 + 0.9 * share), precision).passed is True
+    assert check(LOGITS, LOGITS * (1 + 1.1 * share), precision).passed is False
 
 
 def test_tf32_has_the_tolerance_of_fp16() -> None:
     given = LOGITS * 1.009
-    assert not check(LOGITS, given, "fp32")["pass"]
-    assert check(LOGITS, given, "fp32", tf32=True)["pass"]
+    assert not check(LOGITS, given, "fp32").passed
+    assert check(LOGITS, given, "fp32", tf32=True).passed
 
 
 def test_random_pictures_are_the_same_each_time_and_like_pictures() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -12,16 +13,20 @@ from polar_deploy.documents.build import Built
 from polar_deploy.documents.gates import GateStates
 from polar_deploy.documents.parity import Parity
 from polar_deploy.documents.part import Document
+from polar_deploy.documents.report import Report
 from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import read_json, write_json
-from tests.report.runs import BUILD, GATES, PARITY, SURGERY
+from tests.report.runs import BUILD, GATES, PARITY, SURGERY, built, write_run
 from tests.support.schemas import valid
 
+with TemporaryDirectory() as folder:
+    REPORT = built(write_run(Path(folder)))
 FILES: dict[str, tuple[type[Document], dict[str, Any]]] = {
     "build": (Built, BUILD),
     "gates": (GateStates, GATES),
     "parity": (Parity, PARITY),
+    "report": (Report, REPORT),
     "surgery": (SurgeryReport, SURGERY),
 }
 

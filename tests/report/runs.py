@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from polar_deploy import report
 from polar_deploy.config import Settings, Training
+from polar_deploy.documents.report import Report
 from polar_deploy.workspace import write_json
 
 SETTINGS = Settings(model="resnet20", data="digits", seed=3, training=Training(epochs=10))
@@ -195,6 +197,16 @@ LOG = [
     | {"freeze": {"epoch": 2, "undecided": 0.0, "share": [0.0], "val_before": 89.0, "val_after": 70.0}},
 ]
 NAMES = ("stem.conv", "body.1.conv", "body.2.conv")
+
+
+def built(folder: Path, settings: Settings = SETTINGS) -> dict[str, Any]:
+    """report.json of a run."""
+    return report.build(folder, settings).as_json()
+
+
+def typed(document: dict[str, Any]) -> Report:
+    """report.json as its readers have it."""
+    return Report.model_validate_json(json.dumps(document))
 
 
 def write_run(folder: Path) -> Path:

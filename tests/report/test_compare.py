@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from polar_deploy import cli, report
+from polar_deploy import cli
 from polar_deploy.report.__main__ import main
 from polar_deploy.workspace import write_json
 from tests.conftest import called
-from tests.report.runs import GATES, SETTINGS, write_run
+from tests.report.runs import GATES, built, write_run
 from tests.report.test_page import Outline
 
 
 @pytest.fixture
 def document(tmp_path: Path) -> dict[str, Any]:
-    return report.build(write_run(tmp_path / "source"), SETTINGS)
+    return built(write_run(tmp_path / "source"))
 
 
 def place(folder: Path, document: dict[str, Any], name: str, top1: float, ms: float, macs: int, **changed: Any) -> Path:
@@ -135,7 +135,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert outcome.err.startswith(f"error: {tmp_path} has no report.json, and none of its folders has\n")
     write_json(tmp_path / "report.json", {"schema": 1})
     outcome = called(main, "compare", tmp_path)
-    assert (outcome.code, outcome.err.splitlines()[0]) == (4, f"error: {tmp_path}/report.json has no 'accuracy'")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (
+        4,
+        f"error: {tmp_path}/report.json: schema: Input should be 2",
+    )
 
 
 def test_view_prints_the_path_and_opens_a_browser_where_there_is_a_screen(

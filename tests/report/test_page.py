@@ -18,7 +18,7 @@ from polar_deploy import report
 from polar_deploy.report.advice import advise
 from polar_deploy.workspace import write_json
 from tests.conftest import Miniature
-from tests.report.runs import LOG, SETTINGS, write_log, write_run
+from tests.report.runs import LOG, built, typed, write_log, write_run
 
 VOID = {"meta", "img", "br"}
 
@@ -61,7 +61,7 @@ def document(tmp_path: Path) -> dict[str, Any]:
     folder = write_run(tmp_path)
     write_log(folder, "gated", LOG)
     write_log(folder, "full", [{**LOG[0], "work": 3.0}])
-    return report.build(folder, SETTINGS)
+    return built(folder)
 
 
 def verdict(document: dict[str, Any], accuracy: str, latency: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ KINDS = ("pass", "accuracy", "speed", "both", "undecided", "not_run")
 def test_every_verdict_has_its_page(kind: str, document: dict[str, Any]) -> None:
     """Well-formed, verdict first, with a step to take; headings in order; no address but its own parts'."""
     told = verdicts(document)[kind]
-    page = report.page(told)
+    page = report.page(typed(told))
     outline = Outline(page)
     (h1,) = outline.all("h1")
     first = {"pass": "Pass: ", "undecided": "Undecided: ", "not_run": "Built, not run here: "}.get(kind, "Fail: ")
@@ -106,7 +106,7 @@ def test_every_verdict_has_its_page(kind: str, document: dict[str, Any]) -> None
     levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(later - before <= 1 for before, later in pairwise(levels))
-    assert advise(told).kind == kind
+    assert advise(typed(told)).kind == kind
     assert outline.all("ol")
     addresses = [attributes[key] for _, attributes in outline.tags for key in ("src", "href") if key in attributes]
     assert all(address and address.startswith(("#", "data:image/png;base64,")) for address in addresses)
@@ -120,7 +120,7 @@ def test_every_verdict_has_its_page(kind: str, document: dict[str, Any]) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_picture_can_be_read_aloud(kind: str, document: dict[str, Any]) -> None:
     samples = report.Shown(np.zeros((1, 4, 4, 3), np.uint8)) if kind == "pass" else None
-    outline = Outline(report.page(verdicts(document)[kind], samples))
+    outline = Outline(report.page(typed(verdicts(document)[kind]), samples))
     pictures = outline.all("svg")
     assert len(pictures) >= 2
     for picture in pictures:
@@ -137,7 +137,7 @@ def test_every_picture_can_be_read_aloud(kind: str, document: dict[str, Any]) ->
 
 def test_figures_are_those_of_the_report(document: dict[str, Any]) -> None:
     """Each says where it comes from; its exact value is there, and what is shown is that value, rounded."""
-    outline = Outline(report.page(document))
+    outline = Outline(report.page(typed(document)))
     seen = set()
     for index in outline.all("data"):
         attributes = outline.tags[index][1]
@@ -162,9 +162,7 @@ def test_figures_are_those_of_the_report(document: dict[str, Any]) -> None:
 
 def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     """Tags, attributes and templates in the names of models, classes, layers, settings and machines."""
-    evil = (
-        """"'><script>alert(1)</script></title></svg><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e\x00\ud800]]>"""
-    )
+    evil = """"'><script>alert(1)</script></title></svg><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e\x00]]>"""
     told = copy.deepcopy(document)
     told["model"] = told["data"] = told["target"] = told["machine"]["cpu"] = evil
     told["recipe"]["model"] = told["versions"][evil] = evil
@@ -177,12 +175,12 @@ def test_names_from_strangers_are_text(document: dict[str, Any]) -> None:
     told["verdict"]["accuracy"]["reason"] = evil
     told["predicted"] = {"batch": 1, "full_ms": 2.0, "compressed_ms": 1.0}
     told["predicted"]["saved"] = [{"name": evil, "kind": "block", "ms": 1.0}]
-    samples = report.Shown(np.zeros((1, 4, 4, 3), np.uint8))
-    page = report.page(told, samples)
+    samples = np.zeros((1, 4, 4, 3), np.uint8)
+    page = report.page(typed(told), report.Shown(samples, (f"{evil}\ud800",)))
     assert not set("\u202e\x00\ud800") & set(page)
     names = [tag for tag, _ in Outline(page).tags]
     calm = json.loads(json.dumps(told).replace(json.dumps(evil)[1:-1], "x"))
-    assert names == [tag for tag, _ in Outline(report.page(calm, samples)).tags]
+    assert names == [tag for tag, _ in Outline(report.page(typed(calm), report.Shown(samples, ("x",)))).tags]
     assert "script" not in names
     assert "{{ 7 * 7 }}" in page
 
@@ -213,7 +211,7 @@ def test_a_page_speaks_of_the_tasks_own_metric(
     name: str, unit: str, heading: str, change: str, document: dict[str, Any]
 ) -> None:
     for kind, told in verdicts(of_another_task(document, name, unit)).items():
-        page = report.page(told)
+        page = report.page(typed(told))
         words = re.sub(r"<[^>]*>", " ", re.sub(r"<(style|pre)\b.*?</\1>", "", page, flags=re.DOTALL)).lower()
         assert "accuracy" not in words.replace("--accuracy", "").replace("accuracy_rule", ""), kind
         assert f"{heading}, " in page
@@ -230,14 +228,14 @@ def test_a_page_speaks_of_the_tasks_own_metric(
 def test_the_worst_samples_of_another_task_are_drawn_side_by_side(document: dict[str, Any]) -> None:
     told = of_another_task(document, "mean IoU", "%")
     panels = ("picture", "mask", "full network", "compressed network")
-    page = report.page(told, report.Shown(np.zeros((1, 64, 256, 3), np.uint8), panels))
+    page = report.page(typed(told), report.Shown(np.zeros((1, 64, 256, 3), np.uint8), panels))
     outline = Outline(page)
     (image,) = outline.all("img")
     attributes = outline.tags[image][1]
     assert (attributes["width"], attributes["height"]) == ("256", "64")
     assert attributes["alt"] == "test sample 7: picture, mask, full network, compressed network"
     assert "From left to right: picture, mask, full network, compressed network" in page
-    assert "data:image/png" not in report.page(told, delivered=True)  # the bundle's, for the edge team
+    assert "data:image/png" not in report.page(typed(told), delivered=True)  # the bundle's, for the edge team
 
 
 def test_large_networks_and_data_sets_fit(document: dict[str, Any]) -> None:
@@ -253,7 +251,7 @@ def test_large_networks_and_data_sets_fit(document: dict[str, Any]) -> None:
         for n in range(400)
     ]
     told["history"]["gated"] = [{**told["history"]["gated"][0], "epoch": n + 1} for n in range(300)]
-    assert len(report.page(told).encode()) < 3_000_000
+    assert len(report.page(typed(told)).encode()) < 3_000_000
 
 
 def test_colours_have_the_contrast_that_reading_takes() -> None:
@@ -282,7 +280,7 @@ def luminance(colour: str) -> float:
 
 def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
     """Pruning or precision, noise or a close call, MACs or latency: each has advice of its own."""
-    commands = lambda told: " ".join(step.command or "" for step in advise(told).steps)  # noqa: E731
+    commands = lambda told: " ".join(step.command or "" for step in advise(typed(told)).steps)  # noqa: E731
     lost = verdict(document, "fail", "pass")
     assert "--epochs 30 --full-epochs 30" in commands(lost)
     assert "--budget macs=0.65" in commands(lost)
@@ -300,37 +298,37 @@ def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
     assert "--budget macs=0.45" in commands(close)
     again = "polar-deploy run --recipe RUN/run.yaml --out RUN --from parity"
     close["latency"][0]["speedup_with_noise"] = {"median": 2.0, "low": 1.0, "high": 18.0}
-    assert advise(close).headline == "Undecided: this machine is too noisy to time it"
+    assert advise(typed(close)).headline == "Undecided: this machine is too noisy to time it"
     assert commands(close).strip() == again
     close["latency"][0]["decided"] = False
     assert commands(close).strip() == again
-    built = not_run(document)
-    assert "--from build" in commands(built)
-    built["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
-    assert f"--rebuild --manifest-sha256 {'ab' * 32}" in commands(built)
+    kept = not_run(document)
+    assert "--from build" in commands(kept)
+    kept["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
+    assert f"--rebuild --manifest-sha256 {'ab' * 32}" in commands(kept)
 
 
 def test_what_a_small_test_set_leaves_open_is_not_blamed_on_the_clock(document: dict[str, Any]) -> None:
     """The drop's interval ends at 1.41 points: 1.5 would have been enough, and so would more images."""
     few = verdict(document, "undecided", "pass")
-    told = advise(few)
+    told = advise(typed(few))
     assert told.headline == "Undecided: the test set is too small to tell"
     assert "more samples" in told.steps[0].text
     assert [(step.command or "").partition("--from ")[2] for step in told.steps] == ["parity", "parity --max-drop 1.5"]
-    both = advise(verdict(document, "undecided", "undecided"))
+    both = advise(typed(verdict(document, "undecided", "undecided")))
     assert both.headline == "Undecided: neither accuracy nor speed is sure"
     assert both.steps[:2] == told.steps
     few["accuracy"]["interval"] = [-0.3, 0.9]  # within what is allowed: then it is chance that it may not be above
-    assert [step.command for step in advise(few).steps] == [None]
+    assert [step.command for step in advise(typed(few)).steps] == [None]
 
 
 def test_a_graph_that_loses_too_much_is_not_sent_to_the_device_first(document: dict[str, Any]) -> None:
-    built = not_run(document)
-    built["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
-    assert "bundle verify" in (advise(built).steps[0].command or "")
-    built["graphs"] = {**built["graphs"], "drop": 4.0, "interval": [2.0, 6.0]}
-    assert "--epochs 30" in (advise(built).steps[0].command or "")
-    assert "loses too much" in advise(built).headline
+    kept = not_run(document)
+    kept["bundle"] = {"manifest_sha256": "ab" * 32, "bytes": 1}
+    assert "bundle verify" in (advise(typed(kept)).steps[0].command or "")
+    kept["graphs"] = {**kept["graphs"], "drop": 4.0, "interval": [2.0, 6.0]}
+    assert "--epochs 30" in (advise(typed(kept)).steps[0].command or "")
+    assert "loses too much" in advise(typed(kept)).headline
 
 
 def test_places_are_named_as_in_the_model(tmp_path: Path) -> None:
@@ -346,7 +344,7 @@ def test_places_are_named_as_in_the_model(tmp_path: Path) -> None:
     model.graph.node.append(gate)
     model.graph.initializer.append(onnx.helper.make_tensor("mask", onnx.TensorProto.FLOAT, [1], [1.0]))
     onnx.save(model, folder / "gated/model.onnx")
-    (told,) = report.build(folder, SETTINGS)["network"]["not_cut"]
+    (told,) = built(folder)["network"]["not_cut"]
     assert told == {
         "layer": "gate of stem, body.1",
         "channels": 2,

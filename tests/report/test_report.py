@@ -14,7 +14,19 @@ from polar_deploy import report
 from polar_deploy.config import Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.workspace import write_json
-from tests.report.runs import BUILD, GATES, LOG, PARITY, SETTINGS, SURGERY, write_graph, write_log, write_run
+from tests.report.runs import (
+    BUILD,
+    GATES,
+    LOG,
+    PARITY,
+    SETTINGS,
+    SURGERY,
+    built,
+    typed,
+    write_graph,
+    write_log,
+    write_run,
+)
 from tests.support.schemas import valid
 
 
@@ -25,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def printed(document: dict[str, Any], width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    report.table(document, console)
+    report.table(typed(document), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -36,7 +48,7 @@ def row(text: str, label: str) -> list[str]:
 
 
 def test_report_takes_each_figure_from_its_stage(folder: Path) -> None:
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     valid("report", document)
     names = ("model", "data", "target", "seed", "full")
     assert [document[name] for name in names] == ["resnet20", "digits", "ort-fp32", 3, "trained"]
@@ -50,7 +62,7 @@ def test_report_takes_each_figure_from_its_stage(folder: Path) -> None:
 
 
 def test_table_shows_the_figures(folder: Path) -> None:
-    text = printed(report.build(folder, SETTINGS))
+    text = printed(built(folder))
     assert "resnet20 on digits, ort-fp32, full network trained" in text
     assert row(text, "accuracy") == ["accuracy", "99.44 %", "98.89 %", "-0.56 points (-1.41 to +0.31)"]
     assert row(text, "MACs") == ["MACs", "40.8 M", "20.2 M", "49.6 % of full"]
@@ -71,7 +83,7 @@ def test_table_shows_the_figures(folder: Path) -> None:
 
 @pytest.mark.parametrize("answer", ["fail", "undecided"])
 def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     document["verdict"] = copy.deepcopy(PARITY["verdict"])
     document["verdict"]["overall"]["result"] = document["verdict"]["latency"]["result"] = answer
     document["latency"][0]["full"]["median_ms"] = 2345.6
@@ -86,14 +98,14 @@ def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
 
 def test_what_training_took_is_told(folder: Path) -> None:
     """Two epochs of 100 images; the second one trained half of the network, with a teacher all along."""
-    assert report.build(folder, SETTINGS)["training"] == {"full": None, "gated": None}
+    assert built(folder)["training"] == {"full": None, "gated": None}
     logs = {
         "full": [{"epoch": 1, "samples": 100, "work": 3.0, "seconds": 4.0, "joules": 50.0}] * 2,
         "gated": LOG,
     }
     for name, records in logs.items():
         write_log(folder, name, records)
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     valid("report", document)
     assert document["training"] == {
         "full": {"epochs": 2, "seconds": 8.0, "macs": 600 * 40_800_000, "joules": 100.0},
@@ -101,12 +113,12 @@ def test_what_training_took_is_told(folder: Path) -> None:
     }
     assert row(printed(document, 100), "training") == ["training", "8 s", "7 s", "0.88× time, 1.08× MACs, 0.80× energy"]
     (folder / "full/training.jsonl").write_text('{"epoch": 0, "given": true, "val_score": 90.0}\n')
-    assert row(printed(report.build(folder, SETTINGS)), "training") == ["training", "given", "7 s", ""]
+    assert row(printed(built(folder)), "training") == ["training", "given", "7 s", ""]
 
 
 def test_settings_digest_depends_on_what_decides_the_result_alone(folder: Path) -> None:
     def digest(settings: Settings) -> str:
-        value = report.build(folder, settings)["settings"]
+        value = built(folder, settings)["settings"]
         assert isinstance(value, str)
         return value
 
@@ -119,26 +131,26 @@ def test_settings_digest_depends_on_what_decides_the_result_alone(folder: Path) 
 
 def test_given_weights_are_named(folder: Path) -> None:
     given = SETTINGS.model_copy(update={"full_weights": Path("weights.npz")})
-    assert report.build(folder, given)["full"] == "given"
+    assert built(folder, given)["full"] == "given"
 
 
 def test_missing_file_and_missing_key_are_named(folder: Path) -> None:
     write_json(folder / "engines/build.json", {"schema": 2, "target": "ort-fp32", "engines": {"full": {}}})
     with pytest.raises(ContentError, match=r"build\.json: engines\.full\.provider: Field required"):
-        report.build(folder, SETTINGS)
+        built(folder)
     write_json(folder / "engines/build.json", {**BUILD, "engines": {"full": BUILD["engines"]["full"]}})
     with pytest.raises(ContentError, match=r"build\.json does not list the engine 'compressed'"):
-        report.build(folder, SETTINGS)
+        built(folder)
     (folder / "parity.json").write_text("half a {")
     with pytest.raises(ContentError, match=r"parity\.json is not JSON"):
-        report.build(folder, SETTINGS)
+        built(folder)
     (folder / "gated/gates.json").unlink()
     with pytest.raises(UsageError, match=r"gates\.json"):
-        report.build(folder, SETTINGS)
+        built(folder)
 
 
 def test_throughput_and_energy_are_those_of_the_largest_batch(folder: Path) -> None:
-    text = printed(report.build(folder, SETTINGS))
+    text = printed(built(folder))
     assert row(text, "images a second") == ["images a second", "1,226", "1,963", "at batch 64"]
     assert row(text, "energy an image") == ["energy an image", "10 mJ", "5 mJ", "50.0 % of full"]
     assert row(text, "layers") == ["layers", "21", "21", ""]
@@ -150,25 +162,26 @@ def test_layers_that_compute_nothing_are_shown(folder: Path) -> None:
     for entry, reformats, padded in zip(build["engines"].values(), (4, 2), (7, 0), strict=True):
         entry |= {"reformats": reformats, "padded_channels": padded}
     write_json(folder / "engines/build.json", build)
-    text = printed(report.build(folder, SETTINGS))
+    text = printed(built(folder))
     assert row(text, "reformats") == ["reformats", "4", "2", "change a format only"]
     assert row(text, "padded channels") == ["padded channels", "7", "0", "fill up formats"]
 
 
 def test_what_the_precision_cost_is_a_line_of_its_own(folder: Path) -> None:
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     loss = {
         "samples": 360,
         "interval": [0.0, 1.0],
         "agreement": 98.5,
         "relative_difference": 0.03,
         "scale": 9.0,
+        "outputs": {"logits": 0.03},
         "nonfinite": 0,
     }
     for name, drop in (("full", 0.28), ("compressed", -0.56)):
         document["precision"][name] |= {"asked": "int8", "loss": {**loss, "drop": drop}}
     document["precision"]["compressed"]["high_precision_layers"] = [
-        {"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32"}
+        {"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32", "why": "it is off"}
     ]
     text = printed(document)
     assert row(text, "int8 for fp32") == ["int8 for fp32", "-0.28", "+0.56", "points; 98.50 % agree"]
@@ -180,7 +193,7 @@ def test_engines_that_did_not_run_have_the_accuracy_of_their_graphs(folder: Path
     lost = dict.fromkeys(("accuracy", "classes", "worst_classes", "worst_samples"))
     not_run = "built, not run here: no NVIDIA driver"
     write_json(folder / "parity.json", {**PARITY, **lost, "not_run": not_run, "graphs": graphs, "latency": []})
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     assert (document["accuracy"], document["not_run"], document["latency"]) == (None, not_run, [])
     text = printed(document)
     assert row(text, "accuracy, graphs")[1] == "97.50 %"
@@ -196,7 +209,7 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
     table = {"schema": 1, "target": "ort-fp32", "batch": 1, "full_ms": 10.0, "sites": [*blocks, inner], "overlaps": []}
     write_json(folder / "latency-table.json", table)
     write_json(folder / "gated/gates.json", {**GATES, "budget": {"latency": 0.6}})
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     predicted = document["predicted"]
     assert [predicted[key] for key in ("batch", "full_ms", "compressed_ms")] == [1, 10.0, 6.0]
     assert [(each["name"], each["ms"]) for each in predicted["saved"]] == [("a", 3), ("b", 0), ("c", 0), ("d", 1)]
@@ -212,7 +225,7 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
 def test_the_network_is_told_layer_by_layer_in_the_names_of_its_modules(folder: Path) -> None:
     """node_2 lay in a removed block, node_3 was narrowed; 20.4 of 40.8 M MACs went, 15 of them with node_2."""
     write_log(folder, "gated", LOG)
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     valid("report", document)
     layers = document["network"]["layers"]
     assert [(each["name"], each["out"], each["removed_block"]) for each in layers] == [
@@ -242,17 +255,17 @@ def test_each_of_two_removed_blocks_in_a_row_has_its_own_layers(folder: Path) ->
     """Surgery lists, for the second one, all that went before its Add: the layers of the first one are among them."""
     blocks = [{"add": "add_1", "layers": ["node_2"]}, {"add": "add_2", "layers": ["node_2", "node_3"]}]
     write_json(folder / "compressed/surgery.json", {**SURGERY, "blocks_removed": blocks})
-    layers = report.build(folder, SETTINGS)["network"]["layers"]
+    layers = built(folder)["network"]["layers"]
     assert [layer["removed_block"] for layer in layers] == [None, 0, 1]
 
 
 def test_layers_that_share_a_weight_keep_the_names_of_their_nodes(folder: Path) -> None:
     write_graph(folder / "gated/model.onnx", ("stem.conv", "stem.conv", "body.2.conv"))
-    names = [layer["name"] for layer in report.build(folder, SETTINGS)["network"]["layers"]]
+    names = [layer["name"] for layer in built(folder)["network"]["layers"]]
     assert names == ["node_1", "node_2", "body.2.conv"]
 
 
 def test_classes_and_samples_have_names(folder: Path) -> None:
-    document = report.build(folder, SETTINGS)
+    document = built(folder)
     assert [(each["name"], each["drop"]) for each in document["classes"]] == [("cat", -0.5), ("dog", 1.6)]
     assert [(each["label_name"], each["answer_name"]) for each in document["worst_samples"]] == [("dog", "cat")]

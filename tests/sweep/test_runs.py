@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from polar_deploy.documents.comparison import Run, Score
+from polar_deploy.documents.parity import Interval, Metric
+from polar_deploy.documents.part import Pair
+from polar_deploy.documents.report import Blocks, Reduced
+from polar_deploy.documents.sweep import Spread
 from polar_deploy.progress import Progress
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.runner import is_current
@@ -57,22 +62,33 @@ def test_runs_that_are_trained_need_no_ray_and_are_timed_in_turn(miniature: Mini
     assert ended == {"one": Ended(miniature.outcome.code)}
     found = results.document("mine", [run], ended)
     report = json.loads((folder / "report.json").read_text())
-    (group,) = found["groups"]
-    assert group["accuracy"]["mean"] == report["accuracy"]["compressed"]
-    assert group["macs"] == dict.fromkeys(("mean", "low", "high"), report["macs"]["ratio"])
-    assert found["runs"][0]["report"] == "one/report.json"
+    (group,) = found.groups
+    assert group.accuracy is not None
+    assert group.accuracy.mean == report["accuracy"]["compressed"]
+    assert group.macs == Spread(**dict.fromkeys(("mean", "low", "high"), report["macs"]["ratio"]))
+    assert found.runs[0].report == "one/report.json"
 
 
 def test_means_are_over_seeds_and_a_failed_run_is_none_of_them() -> None:
-    def figures(accuracy: float, speedup: float) -> dict[str, object]:
-        return {
-            "result": "pass",
-            "accuracy": {"compressed": accuracy, "drop": 1.0},
-            "speedup": {"median": speedup},
-            "latency_ms": {"compressed": {"median": 2.0}},
-            "macs": {"ratio": 0.5},
-            "params": {"ratio": 0.25},
-        }
+    def figures(accuracy: float, speedup: float) -> Run:
+        cost = Reduced(full=4, compressed=2, ratio=0.5)
+        return Run(
+            **dict.fromkeys(("name", "model", "data", "target", "machine", "reason"), "x"),
+            **dict.fromkeys(("macs", "params", "bytes"), cost),
+            seed=3,
+            blocks=Blocks(removed=0, total=0),
+            metric=Metric(name="accuracy", unit="%"),
+            batch=1,
+            result="pass",
+            budget={"macs": 0.5},
+            accuracy=Score(full=accuracy + 1, compressed=accuracy, drop=1.0, interval=(0.0, 2.0)),
+            measured=True,
+            latency_ms=Pair(full=Interval(4.0, 4.0, 4.0), compressed=Interval(2.0, 2.0, 2.0)),
+            speedup=Interval(speedup, speedup, speedup),
+            energy_mj=None,
+            best={},
+            number=1,
+        )
 
     class Settings:
         target, seed = "ort-fp32", 3
@@ -84,9 +100,9 @@ def test_means_are_over_seeds_and_a_failed_run_is_none_of_them() -> None:
 
     run = Planned(Settings, Path("a"))  # type: ignore[arg-type]
     group = results._group([(run, figures(90.0, 1.5)), (run, figures(92.0, 2.5)), (run, None)])
-    assert group["accuracy"] == {"mean": 91.0, "low": 90.0, "high": 92.0}
-    assert group["speedup"] == {"mean": 2.0, "low": 1.5, "high": 2.5}
-    assert group["results"] == ["pass", "pass", "failed"]
+    assert group.accuracy == Spread(mean=91.0, low=90.0, high=92.0)
+    assert group.speedup == Spread(mean=2.0, low=1.5, high=2.5)
+    assert group.results == ["pass", "pass", "failed"]
 
 
 SWEEP = """
