@@ -10,6 +10,7 @@ from polar_deploy import targets
 from polar_deploy.documents.parity import Accuracy, Interval, Loss, known_drop
 from polar_deploy.documents.report import Report
 from polar_deploy.report import formats
+from polar_deploy.tasks import classification
 
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
 _QUIET = 1.2  # how far apart the ends of an interval may lie on a machine that is good for measurements
@@ -23,17 +24,6 @@ class Step:
 
     text: str
     command: str | None = None
-
-
-# For whoever has the bundle alone
-_DELIVERED = (
-    Step(
-        "Verify it on your device, before anything else. Its maker sends you the hash by another way.",
-        "polar-deploy bundle verify BUNDLE --manifest-sha256 HASH",
-    ),
-    Step("Try it on pictures of your own.", "polar-deploy bundle run BUNDLE cat.jpg dog.jpg"),
-    Step("Serve it with NVIDIA Triton.", "polar-deploy bundle triton BUNDLE repository"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ def advise(report: Report, *, delivered: bool = False) -> Advice:
     """What the verdict of report.json asks of its reader: of who made the run, or of who was handed the bundle."""
     kind = kind_of(report)
     if delivered:
-        return Advice(kind, _headline(kind, report), _figures(report), _DELIVERED)
+        return Advice(kind, _headline(kind, report), _figures(report), _delivered(report))
     steps = {
         "pass": _pass,
         "accuracy": _accuracy,
@@ -72,6 +62,23 @@ def kind_of(report: Report) -> Kind:
     if report.not_run:
         return "not_run"
     return "pass" if report.verdict.overall.result == "pass" else "undecided"
+
+
+def _delivered(report: Report) -> tuple[Step, ...]:
+    """For whoever has the bundle alone."""
+    run = Step("Compute outputs of your own inputs, arrays by name.", "polar-deploy bundle run BUNDLE inputs.npz")
+    if report.task == classification.NAME:
+        run = Step("Try it on pictures of your own.", "polar-deploy bundle run BUNDLE cat.jpg dog.jpg")
+    steps = (
+        Step(
+            "Verify it on your device, before anything else. Its maker sends you the hash by another way.",
+            "polar-deploy bundle verify BUNDLE --manifest-sha256 HASH",
+        ),
+        run,
+    )
+    if targets.parse(report.target).backend.triton is None:
+        return steps
+    return (*steps, Step("Serve it with NVIDIA Triton.", "polar-deploy bundle triton BUNDLE repository"))
 
 
 def _headline(kind: Kind, report: Report) -> str:
@@ -147,6 +154,14 @@ def _pass(report: Report) -> tuple[Step, ...]:
         )
     else:
         steps.append(Step("Make the bundle for the edge team.", f"{_AGAIN} RUN --from bundle"))
+    if report.timed and report.timed.speedup_with_noise.high < 1:
+        steps.append(
+            Step(
+                f"Mind: it is slower than the full network; {report.verdict.min_speedup:g} times as fast is asked. "
+                "To have it faster, ask for latency.",
+                f"{_AGAIN} RUN-latency --budget latency=0.6",
+            )
+        )
     most, allowed = _largest_drop(report.accuracy), report.verdict.max_drop
     if report.accuracy and most is not None and most > allowed:
         steps.append(
@@ -255,6 +270,8 @@ def _too_few(report: Report) -> tuple[Step, ...]:
     if most <= bound:
         return (Step("Test on more samples, of all classes. The verdict above says what these could not tell."),)
     larger = math.ceil(most * 10) / 10
+    lost = report.accuracy.drop if report.accuracy else None
+    train = _accuracy(report)[:1] if lost is not None and lost > bound else ()
     return (
         Step(
             "Test on more samples, as many as the verdict above names: then the interval gets narrow enough. "
@@ -266,6 +283,7 @@ def _too_few(report: Report) -> tuple[Step, ...]:
             f"{_amount(report, larger, 'g')}.",
             f"{_AGAIN} RUN --from parity --max-drop {larger:g}",
         ),
+        *(Step(f"As it stands, it loses more than is allowed. {step.text}", step.command) for step in train),
     )
 
 

@@ -87,14 +87,14 @@ def curves(
     low: float | None = None,
     high: float | None = None,
 ) -> Markup:
-    """Curves over one axis; `marks` are vertical lines, `levels` horizontal ones, each with a word."""
+    """Curves over what is counted; `marks` are vertical lines, `levels` horizontal ones, each with a word."""
     left, right, top, bottom = 48.0, WIDTH - 10.0, 42.0, 222.0
     xs = [x for curve in lines for x, _ in curve.points]
     ys = [y for curve in lines for _, y in curve.points] + [level for level, _ in levels]
     across = Scale(min(xs), max(xs), left, right) if min(xs) < max(xs) else spanning(xs, left, right)
     up = spanning(ys, bottom, top)
     up = Scale(up.low if low is None else low, up.high if high is None else high, bottom, top)
-    parts = [axis_y(up, left, right, unit), axis_x(across, bottom, bottom + 4, axis)]
+    parts = [axis_y(up, left, right, unit), axis_x(across, bottom, bottom + 4, axis, whole=True)]
     for x, word in marks:
         near_end = across(x) > right - 90
         at = across(x) + (-5 if near_end else 5)
@@ -234,7 +234,7 @@ class Cell:
 def rows_over_time(
     title: str, about: str, rows: Sequence[tuple[str, Sequence[Cell]]], axis: str, *, marks: Sequence[tuple[float, str]]
 ) -> Markup:
-    """A map: one row a thing, time to the right."""
+    """A map: one row a thing, time to the right, in what is counted."""
     left, right, top, height = 150.0, WIDTH - 10.0, 22.0, 13.0
     bottom = top + height * len(rows)
     ends = [end for _, cells in rows for cell in cells for end in (cell.start, cell.end)]
@@ -249,7 +249,7 @@ def rows_over_time(
             parts.append(box(x, y + 0.5, width, height - 1, "heat", cell.about, fill_opacity=round(cell.share, 3)))
     for x, word in marks:
         parts += [line(scale(x), top - 4, scale(x), bottom, "moment"), text(scale(x) + 4, top - 8, word, class_="tick")]
-    parts.append(axis_x(scale, bottom, bottom + 4, axis))
+    parts.append(axis_x(scale, bottom, bottom + 4, axis, whole=True))
     return picture(title, about, WIDTH, bottom + 40, parts)
 
 

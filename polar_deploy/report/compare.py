@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # What accuracy is held against: key of a run -> what it is called
+_STEADY = 1.1  # by which times of one network may differ between runs before speed-ups alone are comparable
 COSTS: dict[What, str] = {"latency_ms": "latency", "macs": "MACs", "energy_mj": "energy"}
 
 
@@ -168,12 +169,29 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         notes.append(
             "Not all were timed on the same target, machine and batch: compare their speed-ups, not their times."
         )
+    notes.extend(_unsteady(runs))
     for what, left_out in (
         ("was not timed", [run for run in runs if not run.latency_ms]),
         ("was timed on a machine too noisy to tell", [run for run in runs if run.latency_ms and not run.speedup]),
     ):
         notes.extend(f"{run.name} {what}." for run in left_out)
     return notes
+
+
+def _unsteady(runs: Sequence[Run]) -> list[str]:
+    """What to make of times, where the same full network took now more and now less of it."""
+    full: dict[object, list[float]] = {}
+    for run in runs:
+        if run.latency_ms:
+            full.setdefault((run.model, circumstances(run, "latency_ms")), []).append(run.latency_ms.full.median)
+    ends = max(
+        ((min(times), max(times)) for times in full.values()), key=lambda each: each[1] / each[0], default=(1, 1)
+    )
+    if ends[1] <= _STEADY * ends[0]:
+        return []
+    fastest, slowest = (formats.milliseconds(each) for each in ends)
+    told = f"The full network itself took {fastest} in one run and {slowest} in another"
+    return [f"{told}: compare their speed-ups, not their times."]
 
 
 def score_name(runs: Sequence[Run]) -> str:

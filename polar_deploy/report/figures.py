@@ -159,7 +159,9 @@ def _savings(report: Report) -> Markup:
     for each in report.latency:
         before, after = each.full.median_ms, each.compressed.median_ms
         left = min(1.0, after / before)
-        pieces = [("small", left, f"{100 * left:.0f} % left"), ("mild", 1 - left, f"{100 * (1 - left):.0f} % saved")]
+        pieces = [("small", left, f"{100 * after / before:.0f} % left")]
+        if left < 1:
+            pieces.append(("mild", 1 - left, f"{100 * (1 - left):.0f} % saved"))
         shown = f"{formats.milliseconds(before)} → {formats.milliseconds(after)}"
         rows.append((f"latency at batch {each.batch}: {shown}", pieces))
     told = "; ".join(f"{label}: {', '.join(piece[2] for piece in pieces)}" for label, pieces in rows)

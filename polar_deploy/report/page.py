@@ -131,7 +131,8 @@ def _picture(image: npt.NDArray[np.uint8], panels: int) -> dict[str, Any]:
     picture.thumbnail((THUMBNAIL * panels, THUMBNAIL))
     picture.save(file, "PNG", optimize=True)
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    width, height = picture.size if panels > 1 else (THUMBNAIL, THUMBNAIL)
+    larger = max(1, THUMBNAIL // picture.height)  # small pictures are shown larger, pixel by pixel
+    width, height = (larger * side for side in picture.size) if panels > 1 else (THUMBNAIL, THUMBNAIL)
     return {"url": url, "width": width, "height": height}
 
 

@@ -57,7 +57,7 @@ def picture(
         viewBox=f"0 0 {width:g} {height:g}",
         role="img",
         aria_labelledby=f"{name}t {name}d",
-        style=f"min-width:{width:g}px" if wide else f"max-width:{width * 1.15:g}px",
+        style=f"{f'min-width:{width:g}px;' if wide else ''}max-width:{width * 1.15:g}px",
     )
 
 
@@ -95,12 +95,12 @@ class Scale:
         span = self.high - self.low
         return self.start + (self.end - self.start) * ((value - self.low) / span if span else 0.5)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        """About so many round values (1, 2 or 5 times a power of ten) within."""
+    def ticks(self, count: int = 5, *, whole: bool = False) -> list[float]:
+        """About so many round values (1, 2 or 5 times a power of ten) within; `whole`: of things that are counted."""
         span = self.high - self.low
         if span <= 0 or not math.isfinite(span):
             return [self.low]
-        raw = span / count
+        raw = max(span / count, 1.0 if whole else 0.0)
         power = 10.0 ** math.floor(math.log10(raw))
         step = power * next(each for each in (1, 2, 5, 10) if each * power >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
@@ -119,10 +119,10 @@ def _number(value: float, unit: str) -> str:
     return f"{value:g}{unit}".replace("-", "−")
 
 
-def axis_x(scale: Scale, top: float, bottom: float, label: str, unit: str = "") -> Markup:
+def axis_x(scale: Scale, top: float, bottom: float, label: str, unit: str = "", *, whole: bool = False) -> Markup:
     """Grid lines and numbers below; the label stands under them."""
     parts = []
-    for value in scale.ticks():
+    for value in scale.ticks(whole=whole):
         x = scale(value)
         parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 15, _number(value, unit), "middle", "tick")]
     return joined([*parts, text((scale.start + scale.end) / 2, bottom + 31, label, "middle", "tick")])

@@ -129,6 +129,17 @@ def test_runs_without_a_latency_are_compared_by_their_macs(document: dict[str, A
     assert "Accuracy against latency" not in (tmp_path / "page.html").read_text()
 
 
+def test_times_of_an_unsteady_machine_are_no_comparison(document: dict[str, Any], tmp_path: Path) -> None:
+    place(tmp_path, document, "a", 61.0, 1.0, 30_000_000)
+    slower = copy.deepcopy(document)
+    slower["latency"][0]["full"] |= {"median_ms": 2.468, "low_ms": 2.4, "high_ms": 2.5}
+    place(tmp_path, slower, "b", 60.0, 0.5, 20_000_000)
+    assert json.loads(called(main, "compare", tmp_path / "a", tmp_path / "b", "--json").out)["notes"] == [
+        "The full network itself took 1.23 ms in one run and 2.47 ms in another: "
+        "compare their speed-ups, not their times."
+    ]
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     outcome = called(main, "compare", tmp_path)
     assert outcome.code == 2

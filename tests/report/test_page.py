@@ -16,6 +16,7 @@ import pytest
 
 from polar_deploy import report
 from polar_deploy.report.advice import advise
+from polar_deploy.report.svg import Scale
 from polar_deploy.workspace import write_json
 from tests.conftest import Miniature
 from tests.report.runs import LOG, built, typed, write_log, write_run
@@ -308,6 +309,30 @@ def test_steps_fit_what_went_wrong(document: dict[str, Any]) -> None:
     assert f"--rebuild --manifest-sha256 {'ab' * 32}" in commands(kept)
 
 
+def test_a_pass_that_is_slower_is_told(document: dict[str, Any]) -> None:
+    assert not any("slower" in step.text for step in advise(typed(document)).steps)
+    document["latency"][0]["speedup_with_noise"] = {"median": 0.9, "low": 0.88, "high": 0.95}
+    (told,) = [step for step in advise(typed(document)).steps if "slower" in step.text]
+    assert (told.command or "").endswith("--budget latency=0.6")
+
+
+def test_the_bundles_page_has_the_steps_of_its_task_and_target(document: dict[str, Any]) -> None:
+    def commands(**changed: str) -> list[str]:
+        steps = advise(typed(document | changed), delivered=True).steps
+        return [(step.command or "").split(" BUNDLE ")[0].removeprefix("polar-deploy bundle ") for step in steps]
+
+    assert commands() == ["verify", "run", "triton"]
+    assert commands(target="rtx-fp16") == ["verify", "run"]  # Triton has no backend for it
+    assert "cat.jpg" in report.page(typed(document), delivered=True)
+    assert "cat.jpg" not in report.page(typed(document | {"task": "detection"}), delivered=True)
+
+
+def test_epochs_are_counted_in_whole_numbers() -> None:
+    assert Scale(1, 3, 0, 100).ticks(whole=True) == [1, 2, 3]
+    assert Scale(1, 3, 0, 100).ticks() == [1, 1.5, 2, 2.5, 3]
+    assert Scale(0, 30, 0, 100).ticks(whole=True) == Scale(0, 30, 0, 100).ticks()
+
+
 def test_what_a_small_test_set_leaves_open_is_not_blamed_on_the_clock(document: dict[str, Any]) -> None:
     """The drop's interval ends at 1.41 points: 1.5 would have been enough, and so would more images."""
     few = verdict(document, "undecided", "pass")
@@ -315,6 +340,8 @@ def test_what_a_small_test_set_leaves_open_is_not_blamed_on_the_clock(document: 
     assert told.headline == "Undecided: the test set is too small to tell"
     assert "more samples" in told.steps[0].text
     assert [(step.command or "").partition("--from ")[2] for step in told.steps] == ["parity", "parity --max-drop 1.5"]
+    few["accuracy"] |= {"full": 99.9, "drop": 1.2}  # more than is allowed: more samples may tell that alone
+    assert "--epochs 30" in (advise(typed(few)).steps[2].command or "")
     both = advise(typed(verdict(document, "undecided", "undecided")))
     assert both.headline == "Undecided: neither accuracy nor speed is sure"
     assert both.steps[:2] == told.steps

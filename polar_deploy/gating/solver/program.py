@@ -291,12 +291,13 @@ def joined(parts: Sequence[Linear]) -> Linear:
 
 @contextmanager
 def _stdout_aside() -> Iterator[None]:
-    """Inside, what a library writes to stdout goes to stderr: HiGHS leaves a line of its own there now and then."""
+    """Inside, what a library writes to stdout goes nowhere: HiGHS leaves a line for its makers there now and then."""
     sys.stdout.flush()
-    before = os.dup(1)
+    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         os.dup2(before, 1)
         os.close(before)
+        os.close(nowhere)
