@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from polar_deploy.config import Count, CountOrNone, NonNegative, Share
 from polar_deploy.documents.part import Open, Part
 from polar_deploy.errors import ContentError, first_problem
+from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,31 +50,51 @@ class Freeze(Part):
 
 
 class LoggedFreeze(Freeze, Open):
-    """As it is logged."""
+    """As it is logged.
+
+    Attributes:
+        share: of each gate: share of samples that opened it before it was fixed.
+        cut: whether a smaller network was trained from then on.
+    """
+
+    share: list[Share] = Field(default_factory=list)
+    cut: bool = False
 
 
 class Epoch(Curves, Open):
     """A line.
 
     Attributes:
+        given: the network was not trained.
         samples: that were trained on.
         work: multiply-accumulates of each, forward and backward, teacher and search included, in forward passes of the
             full network. None where nothing was trained.
-        joules: what the machine counted; None: it counts nothing.
         open: gates that are open at each site.
         freeze: where gates were fixed in this epoch.
+        cost, budget: of the tightest budget: share of the full network's that the gates leave, and what was asked.
+        data_seconds: waiting for data; joules: what the machine counted; None: it counts nothing.
     """
 
+    given: bool | None = None
     samples: Count | None = None
     work: NonNegative | None = None
-    joules: NonNegative | None = None
     open: list[CountOrNone] | None = None
     freeze: LoggedFreeze | None = None
+    cost: NonNegative | None = None
+    budget: Share | None = None
+    data_seconds: NonNegative | None = None
+    joules: NonNegative | None = None
 
     @property
     def curves(self) -> Curves:
         """Without what is no curve."""
         return Curves(**{name: value for name, value in self.entries().items() if name in Curves.model_fields})
+
+    @staticmethod
+    def write_all(path: Path, epochs: Sequence[Epoch]) -> None:
+        """The whole file anew: a resumed run leaves no line twice."""
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(each.as_json())}\n" for each in epochs), encoding="utf-8")
 
     @classmethod
     def read_all(cls, path: Path) -> list[Self]:

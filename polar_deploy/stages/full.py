@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import FULL_CHECKPOINT, FULL_LOG, FULL_WEIGHTS
@@ -12,6 +12,7 @@ from polar_deploy.stages.stage import TORCH, Stage
 if TYPE_CHECKING:
     from torch import nn
 
+    from polar_deploy.documents.training_log import Epoch
     from polar_deploy.stages.context import RunContext
     from polar_deploy.workspace import Fingerprint
 
@@ -20,17 +21,17 @@ _GATED_ALONE = {"epochs", "gated_lr", "init_from", "distill", "distill_share", "
 
 def _run(run: RunContext) -> None:
     from polar_deploy import models
-    from polar_deploy.training.loop import write_log
 
     network, given = train(run)
     if given is not None:
-        write_log(run.path(FULL_LOG), [given])
+        given.write_all(run.path(FULL_LOG), [given])
     models.save_weights(network, run.path(FULL_WEIGHTS))
 
 
-def train(run: RunContext) -> tuple[nn.Module, dict[str, Any] | None]:
+def train(run: RunContext) -> tuple[nn.Module, Epoch | None]:
     """The full network, and what is to be logged of one that was given; every process of a run does this."""
     from polar_deploy import models
+    from polar_deploy.documents.training_log import Epoch
     from polar_deploy.stages.training import training_job
     from polar_deploy.training.full import train_full
     from polar_deploy.training.loop import evaluate
@@ -43,7 +44,7 @@ def train(run: RunContext) -> tuple[nn.Module, dict[str, Any] | None]:
         train_full(fit, run.progress)
         return network, None
     score = evaluate(run.task, fit.network, fit.validation)
-    return network, {"epoch": 0, "given": True, "val_score": score}
+    return network, Epoch(epoch=0, given=True, val_score=score)
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

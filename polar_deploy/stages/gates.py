@@ -57,7 +57,8 @@ def train(run: RunContext) -> tuple[nn.Module, Gates, list[float]]:
     teaches = settings.training.distill and run.task.distill is not None
     teacher = share_network(prepare(run.full_network(), settings, fit.device)) if teaches else None
     state = train_gated(fit, gates, teacher, run.progress)
-    return network, gates, state.notes["freeze"]["share"]
+    assert state.freeze is not None  # training ends with gates that are fixed
+    return network, gates, state.freeze.share
 
 
 def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import MachineError, one_line
 from polar_deploy.progress import Progress
 
@@ -70,10 +71,10 @@ class Trackers:
             except Exception as error:  # of any library
                 raise MachineError(f"--track {name}: {one_line(error)}", _ADVICE[name]) from error
 
-    def epoch(self, stage: str, record: Mapping[str, Any]) -> None:
-        """Tell what an epoch of a stage was like, a record of training.jsonl."""
-        values = {f"{stage}/{key}": value for key, value in scalars(record) if key != "epoch"}
-        self._each(lambda tracker: tracker.metrics(values, int(record["epoch"])))
+    def epoch(self, stage: str, record: Epoch) -> None:
+        """Tell what an epoch of a stage was like."""
+        values = {f"{stage}/{key}": value for key, value in scalars(record.as_json()) if key != "epoch"}
+        self._each(lambda tracker: tracker.metrics(values, record.epoch))
 
     def result(self) -> None:
         """Keep the figures of report.json, which the run has just written, for its end."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from polar_deploy.documents.training_log import Epoch, LoggedFreeze
 from polar_deploy.workspace import atomic_path
 
 FORMAT = 1  # raised when what ways of training keep has another form: a checkpoint of before is none then
@@ -27,9 +28,13 @@ class State:
     """
 
     epoch: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
+    records: list[Epoch] = field(default_factory=list)
     method: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def freeze(self) -> LoggedFreeze | None:
+        """What fixing the gates changed, once they are."""
+        return next((each.freeze for each in self.records if each.freeze), None)
 
 
 def save(path: Path, key: str, state: State, network: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -38,7 +43,7 @@ def save(path: Path, key: str, state: State, network: nn.Module, optimizers: lis
     for number, optimizer in enumerate(optimizers):
         tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
     method = _detach(state.method, tensors, "method")
-    held = json.dumps({"epoch": state.epoch, "records": state.records, "notes": state.notes, "method": method})
+    held = json.dumps({"epoch": state.epoch, "records": [each.as_json() for each in state.records], "method": method})
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"key": _stored_key(key), "state": held})
 
@@ -57,7 +62,8 @@ def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
     except (FileNotFoundError, SafetensorError):
         return State(), {}
     held = json.loads(metadata["state"])
-    return State(**(held | {"method": _attach(held["method"], tensors)})), tensors
+    records = [Epoch.model_validate_json(json.dumps(each)) for each in held["records"]]
+    return State(held["epoch"], records, _attach(held["method"], tensors)), tensors
 
 
 def fits(path: Path, key: str) -> bool:

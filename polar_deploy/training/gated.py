@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
+from polar_deploy.documents.training_log import Epoch, LoggedFreeze
 from polar_deploy.errors import ContentError
 from polar_deploy.gating import processes
 from polar_deploy.gating.gates import Gates
@@ -58,7 +59,7 @@ class OnePass:
         self._work = 0.0  # of the epoch's steps, see `loop.Method`
         self._share: Tensor | None = None  # of the last epoch's samples that open each gate, summed over steps
         self._steps = 0
-        self._freeze: dict[str, Any] | None = None  # what fixing the gates changed
+        self._freeze: LoggedFreeze | None = None  # what fixing the gates changed
 
     @property
     def network(self) -> nn.Module:
@@ -101,43 +102,41 @@ class OnePass:
             self._estimate_norms()
             estimated = self._validated(self.network)
             share = processes.mean(share)
-            self._freeze = {
-                "undecided": undecided(share),
-                "share": [round(value, 4) for value in share.tolist()],
-                "val_before": before,
-                "val_after": after,
-                "val_estimated": estimated,
-                "cut": self.small is not None,
-            }
+            self._freeze = LoggedFreeze(
+                epoch=0,  # for `after_epoch` to tell
+                undecided=undecided(share),
+                share=[round(value, 4) for value in share.tolist()],
+                val_before=before,
+                val_after=after,
+                val_estimated=estimated,
+                cut=self.small is not None,
+            )
 
     def discard(self) -> None:
         """The gates forget what they saw of the step."""
         self.gates.discard()
 
-    def after_epoch(self, state: State) -> dict[str, Any]:
-        """The cost of the network as its gates stand, how many are open at each site ("open"), how undecided they are
-        ("shares": gates by the share of samples that open them), once what the freeze changed, and what training took.
+    def after_epoch(self, record: Epoch) -> Epoch:
+        """What the gates leave of the network, how undecided they are, once what the freeze changed, and what training
+        took.
         """
-        record: dict[str, Any] = {}
+        added: dict[str, object] = {}
         if self._freeze is not None:
-            record["freeze"] = state.notes["freeze"] = {"epoch": state.epoch, **self._freeze}
+            added["freeze"] = self._freeze.model_copy(update={"epoch": record.epoch})
             self._freeze = None
         elif self.gates.phase == "learning" and self._share is not None:
             share = processes.mean(self._share / self._steps)
-            record["undecided"] = undecided(share)
-            record["shares"] = torch.histc(share, SHARE_BINS, 0, 1).int().tolist()
+            added["undecided"] = undecided(share)
+            added["shares"] = torch.histc(share, SHARE_BINS, 0, 1).int().tolist()
         gates = self.gates.state()
-        record["open"] = [*gates.widths, *map(int, gates.blocks)]
-        record["work"] = round(self._work / self._steps, 4)
+        added["open"] = [*gates.widths, *map(int, gates.blocks)]
+        added["work"] = round(self._work / self._steps, 4)
         self._share, self._steps, self._work = None, 0, 0.0
         cost = self.gates.cost()
         tightest = max(cost, key=lambda name: cost[name] / self.gates.budget.get(name, 2.0))
         asked = self.gates.budget
-        return record | {
-            "cost": cost[tightest],
-            "budget": asked[tightest],
-            "costs": {name: cost[name] for name in asked},
-        }
+        left = {"cost": cost[tightest], "budget": asked[tightest], "costs": {name: cost[name] for name in asked}}
+        return record.model_copy(update=added | left)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the gates, and of the whole network where a cut one is trained."""

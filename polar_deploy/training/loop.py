@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polar_deploy.config import ResolvedSettings
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.gating import processes
 from polar_deploy.progress import Progress
@@ -27,7 +27,6 @@ from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
 from polar_deploy.training.passes import Passes
-from polar_deploy.workspace import atomic_path
 
 
 class Method(Protocol):
@@ -35,8 +34,8 @@ class Method(Protocol):
 
     `loss` is called for each pass of a step; `discard` after one that failed, before the step is made again.
 
-    What `after_epoch` records has "work": multiply-accumulates for each image, forward and backward, in forward passes
-    of the full network. A backward pass counts as two forward ones.
+    `after_epoch` adds what is particular to the record of an epoch: its `work` at least, in which a backward pass
+    counts as two forward ones.
 
     `network` and `optimizers` may be others after a step, or after `load_state_dict`, than before.
     """
@@ -58,7 +57,7 @@ class Method(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def after_epoch(self, state: State) -> dict[str, Any]: ...
+    def after_epoch(self, record: Epoch) -> Epoch: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TrainingJob:
     folder: Path
     key: str
     device: torch.device
-    on_epoch: Callable[[dict[str, Any]], None] | None = None
+    on_epoch: Callable[[Epoch], None] | None = None
 
 
 def fit(job: TrainingJob, method: Method, progress: Progress) -> State:
@@ -105,35 +104,41 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
         method.load_state_dict(state.method)
         checkpoint.restore(tensors, method.network, method.optimizers())
         if writes:
-            write_log(job.folder / "training.jsonl", state.records)  # the kill can have come between checkpoint and log
+            Epoch.write_all(
+                job.folder / "training.jsonl", state.records
+            )  # the kill can have come between checkpoint and log
     progress.stage(job.stage, total_epochs=job.epochs, done=state.epoch)
     meter = Meter(job.device, processors=processes.is_first_here())
     while state.epoch < job.epochs:
         started, waited = time.monotonic(), job.train.waited
         losses, score = _epoch(job, method, state.epoch, passes, progress)
         state.epoch += 1
-        record: dict[str, Any] = {"epoch": state.epoch, "loss": round(losses, 5)}
-        record["train_score"] = None if score is None else round(score, 3)
-        record["samples"] = job.train.samples_an_epoch
-        record |= method.after_epoch(state)
-        record["val_score"] = evaluate(job.task, method.network, job.validation)
-        joules = _of_all(meter.read())
-        record |= {"data_seconds": round(job.train.waited - waited, 2)} if job.train.reads else {}
-        record |= {"joules": round(joules, 1)} if joules is not None else {}
-        state.records.append(record | {"seconds": round(time.monotonic() - started, 2)})
+        trained = Epoch(
+            epoch=state.epoch,
+            loss=round(losses, 5),
+            train_score=None if score is None else round(score, 3),
+            samples=job.train.samples_an_epoch,
+        )
+        trained = method.after_epoch(trained)
+        validated, joules = evaluate(job.task, method.network, job.validation), _of_all(meter.read())
+        spent = {"joules": round(joules, 1)} if joules is not None else {}
+        spent |= {"data_seconds": round(job.train.waited - waited, 2)} if job.train.reads else {}
+        spent["seconds"] = round(time.monotonic() - started, 2)
+        record = trained.model_copy(update={"val_score": validated, **spent})
+        state.records.append(record)
         state.method = method.state_dict()
         if writes:
             checkpoint.save(path, job.key, state, method.network, method.optimizers())
-            write_log(job.folder / "training.jsonl", state.records)
+            Epoch.write_all(job.folder / "training.jsonl", state.records)
         if job.on_epoch is not None:
-            job.on_epoch(state.records[-1])
+            job.on_epoch(record)
         progress.epoch(
             epoch=state.epoch,
             loss=losses,
-            score=_told(job.task, score, record["val_score"]),
-            cost=record.get("cost"),
-            budget=record.get("budget"),
-            undecided=record.get("undecided"),
+            score=_told(job.task, score, validated),
+            cost=record.cost,
+            budget=record.budget,
+            undecided=record.undecided,
         )
     return state
 
@@ -275,12 +280,6 @@ def repeatable(settings: ResolvedSettings) -> Iterator[None]:
         raise UsageError(what, "leave --deterministic out, or do without that operation") from error
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def write_log(path: Path, records: list[dict[str, Any]]) -> None:
-    """One JSON object a line, the whole file anew: a resumed run leaves no line twice."""
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def choose_device() -> torch.device:

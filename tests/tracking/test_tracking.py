@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from polar_deploy import tracking
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import MachineError
 from polar_deploy.progress import Progress
 from polar_deploy.tracking import Trackers, flat, scalars, tracked
 from tests.conftest import MINIATURE, Miniature, polar
 
 RECORD = {"epoch": 3, "loss": 0.5, "val_score": None, "cut": True, "open": [1, 2], "freeze": {"val_before": 90}}
+EPOCH = Epoch(epoch=3, loss=0.5, val_score=None, open=[1, 2])
 SETTINGS = {"model": "resnet20", "training": {"lr": 0.1, "flip": None}, "seed": 0}
 
 
@@ -54,8 +56,8 @@ def test_one_that_fails_later_does_not_end_the_run(tmp_path: Path, monkeypatch: 
             raise ConnectionError("the service\nis away")
 
         monkeypatch.setattr(trackers._held["tensorboard"], "metrics", fails)
-        trackers.epoch("full", RECORD)
-        trackers.epoch("full", RECORD)
+        trackers.epoch("full", EPOCH)
+        trackers.epoch("full", EPOCH)
     assert told.notes == ["--track tensorboard: the service is away; goes on without"]
 
 
@@ -92,13 +94,13 @@ def test_mlflow_has_one_run_for_a_run_that_goes_on(mlflow: Any, miniature: Minia
     folder, told = tmp_path / "run", Told()
     folder.mkdir()
     trackers = Trackers(["mlflow"], folder, SETTINGS, told)
-    trackers.epoch("full", RECORD | {"epoch": 1})
+    trackers.epoch("full", EPOCH.model_copy(update={"epoch": 1}))
     trackers.end(failed=True)
     known = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert mlflow.get_run(known).info.status == "FAILED"
     shutil.copytree(miniature.folder, folder, dirs_exist_ok=True)
     with tracked(["mlflow"], folder, SETTINGS, told) as trackers:
-        trackers.epoch("full", RECORD | {"epoch": 2, "loss": 0.25})
+        trackers.epoch("full", EPOCH.model_copy(update={"epoch": 2, "loss": 0.25}))
         trackers.result()
     assert told.notes == []
     run = mlflow.get_run(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from polar_deploy import config
 from polar_deploy.config import Budget, Normalize, ResolvedSettings
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.gates import Gates
@@ -148,7 +150,7 @@ def train(
     return train_full(run, progress) if on is None else train_gated(run, on, teacher, progress)
 
 
-def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_seconds(records: Sequence[Epoch]) -> list[dict[str, Any]]:
     """What must be the same in a resumed run."""
     timed = {"seconds", "data_seconds"}
-    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+    return [record.model_dump(exclude=timed, exclude_unset=True) for record in records]

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
+from polar_deploy.documents.training_log import Epoch, LoggedFreeze
 from polar_deploy.training.checkpoint import State, load, restore, save
 from tests.support.tiny import net
 
-STATE = State(epoch=3, records=[{"epoch": 3, "loss": 0.25, "val_score": None}], notes={"freeze": {"share": [0.5]}})
+FREEZE = LoggedFreeze(epoch=3, undecided=0.0, share=[0.5])
+STATE = State(epoch=3, records=[Epoch(epoch=3, loss=0.25, val_score=None, freeze=FREEZE)])
 # What a way of training may keep: all that JSON holds, and tensors of any type and shape, anywhere in it.
 METHOD: dict[str, Any] = {
     "step": 17,
@@ -154,6 +156,6 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     save(path, "key", STATE, network, optimizers)
     before = path.read_bytes()
     with pytest.raises(TypeError, match="JSON"):
-        save(path, "key", State(notes={"set": {1}}), network, optimizers)
+        save(path, "key", State(method={"set": {1}}), network, optimizers)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from polar_deploy.costs import WINDOW
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
 from polar_deploy.gating.gates import Gates
@@ -79,7 +80,7 @@ def test_a_run_broken_before_or_after_the_freeze_ends_the_same(
     again = gates(resumed)
     state = train(resumed, again, teacher=_teacher())
     assert without_seconds(state.records) == without_seconds(expected.records)
-    assert state.notes == expected.notes
+    assert state.freeze == expected.freeze
     theirs = resumed.network.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in run.network.state_dict().items())
     assert again.opened.tolist() == on.opened.tolist()
@@ -108,33 +109,34 @@ def test_the_frozen_network_lies_in_the_window_of_its_budget(whole: tuple[Traini
     _, on, state = whole
     share = _shares(on)["macs"]
     assert 0.5 - WINDOW <= share <= 0.5
-    assert all(record["cost"] == pytest.approx(share) for record in state.records[FREEZE - 1 :])
-    assert all(record["budget"] == 0.5 for record in state.records)
-    assert all(record["costs"] == {"macs": record["cost"]} for record in state.records)
+    assert all(record.cost == pytest.approx(share) for record in state.records[FREEZE - 1 :])
+    assert all(record.budget == 0.5 for record in state.records)
+    assert all(record.costs == {"macs": record.cost} for record in state.records)
 
 
 def test_the_freeze_is_recorded_with_what_it_changed(whole: tuple[TrainingJob, Gates, State]) -> None:
     _, on, state = whole
-    assert [("freeze" in record, "undecided" in record) for record in state.records] == (
+    assert [(record.freeze is not None, record.undecided is not None) for record in state.records] == (
         [(False, True)] * (FREEZE - 1) + [(True, False)] + [(False, False)] * (EPOCHS - FREEZE)
     )
-    freeze = state.notes["freeze"]
-    assert freeze == state.records[FREEZE - 1]["freeze"]
-    assert freeze["epoch"] == FREEZE
-    share = torch.tensor(freeze["share"])
+    freeze = state.freeze
+    assert freeze == state.records[FREEZE - 1].freeze
+    assert freeze is not None
+    assert freeze.epoch == FREEZE
+    share = torch.tensor(freeze.share)
     assert len(share) == len(on.opened)
     assert ((share == 0) | (share == 1)).all()  # one decision for all samples
-    assert freeze["undecided"] == 0
-    assert freeze["val_estimated"] == state.records[FREEZE - 1]["val_score"]  # the freeze ends this epoch
-    assert 0 <= freeze["val_before"] <= 100
-    assert 0 <= freeze["val_after"] <= 100
-    assert freeze["cut"]
+    assert freeze.undecided == 0
+    assert freeze.val_estimated == state.records[FREEZE - 1].val_score  # the freeze ends this epoch
+    assert 0 <= freeze.val_before <= 100
+    assert 0 <= freeze.val_after <= 100
+    assert freeze.cut
 
 
 def test_the_network_learns_with_half_of_its_macs(whole: tuple[TrainingJob, Gates, State]) -> None:
     run, on, state = whole
-    assert state.records[-1]["val_score"] > 60  # of 4 classes
-    assert state.records[-1]["val_score"] == loop.evaluate(run.task, run.network, run.validation)
+    assert state.records[-1].val_score > 60  # of 4 classes
+    assert state.records[-1].val_score == loop.evaluate(run.task, run.network, run.validation)
     assert on.phase == "frozen"
 
 
@@ -192,11 +194,17 @@ def test_gates_are_open_then_close_little_by_little_then_rest(tmp_path: Path) ->
     assert all(((masks == 0) | (masks == 1)).all() for masks in told.masks[12:])
     assert all(torch.equal(masks, told.masks[12]) for masks in told.masks[12:])
     assert all(opened == told.opened[12] for opened in told.opened[12:])
-    assert state.records[0]["cost"] == 1
-    assert "undecided" not in state.records[0]
-    assert "undecided" in state.records[1]
-    assert ["freeze" in record for record in state.records] == [False, False, False, True, False]  # in the 13th step
-    assert state.notes["freeze"]["epoch"] == 4
+    assert state.records[0].cost == 1
+    assert state.records[0].undecided is None
+    assert state.records[1].undecided is not None
+    assert [record.freeze is not None for record in state.records] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]  # in the 13th step
+    assert state.freeze.epoch == 4
 
 
 def test_the_worthless_close_first_and_a_tenth_of_all_at_a_time() -> None:
@@ -231,17 +239,17 @@ def test_one_epoch_is_enough_to_freeze(tmp_path: Path) -> None:
     run = fit(settings(), tmp_path, gated=True, epochs=1)
     on = gates(run)
     state = train(run, on)
-    assert state.records[0]["freeze"]["epoch"] == 1
+    assert state.records[0].freeze.epoch == 1
     assert 0.5 - WINDOW <= _shares(on)["macs"] <= 0.5
-    assert state.records[0]["cost"] == pytest.approx(_shares(on)["macs"])
+    assert state.records[0].cost == pytest.approx(_shares(on)["macs"])
 
 
 def test_a_final_run_uses_all_images_and_validates_nothing(tmp_path: Path) -> None:
     run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=True, epochs=2)
     state = train(run, gates(run))
     assert len(run.train) == len(data()[1])
-    assert [record["val_score"] for record in state.records] == [None, None]
-    assert (state.notes["freeze"]["val_before"], state.notes["freeze"]["val_after"]) == (None, None)
+    assert [record.val_score for record in state.records] == [None, None]
+    assert (state.freeze.val_before, state.freeze.val_after) == (None, None)
 
 
 def test_gates_decide_for_each_sample_where_asked(tmp_path: Path) -> None:
@@ -250,19 +258,19 @@ def test_gates_decide_for_each_sample_where_asked(tmp_path: Path) -> None:
     state = train(run, on)
     assert on.mode == "sample"
     assert 0.5 - WINDOW <= _shares(on)["macs"] <= 0.5
-    share = torch.tensor(state.notes["freeze"]["share"])
+    share = torch.tensor(state.freeze.share)
     assert ((share >= 0) & (share <= 1)).all()
     assert torch.allclose(share * 32, (share * 32).round(), atol=0.002)  # of a batch of 32, to four digits
-    assert state.notes["freeze"]["undecided"] == pytest.approx(((share > 0.05) & (share < 0.95)).float().mean().item())
+    assert state.freeze.undecided == pytest.approx(((share > 0.05) & (share < 0.95)).float().mean().item())
 
 
 def test_the_tightest_of_several_budgets_is_shown(tmp_path: Path) -> None:
     run = fit(settings(budget={"macs": 0.9, "params": 0.5}), tmp_path, gated=True, epochs=2)
     on = gates(run)
     last = train(run, on).records[-1]
-    assert last["budget"] == 0.5
-    assert last["cost"] == last["costs"]["params"] <= 0.5
-    assert last["costs"] == pytest.approx(_shares(on))
+    assert last.budget == 0.5
+    assert last.cost == last.costs["params"] <= 0.5
+    assert last.costs == pytest.approx(_shares(on))
 
 
 def test_weights_have_the_rate_of_the_gated_run(tmp_path: Path) -> None:
@@ -315,9 +323,9 @@ def test_gates_add_their_loss_only_while_samples_decide(tmp_path: Path, mode: st
             loss.backward()
             optimizer.step()
             method.after_step()
-        record = method.after_epoch(State(epoch=epoch + 1))
+        record = method.after_epoch(Epoch(epoch=epoch + 1))
         if epoch == 0:
-            assert record["undecided"] == undecided(torch.stack(shares).mean(0))  # of all of the epoch's samples
+            assert record.undecided == undecided(torch.stack(shares).mean(0))  # of all of the epoch's samples
     assert phases == ["open"] * 2 + ["learning"] * 4 + ["frozen"] * 2  # of 8 steps: from 0.25 to 0.75
     learning = [value > 1e-3 for value in added]
     assert learning == [mode == "sample" and phase == "learning" for phase in phases]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import ContentError
 from polar_deploy.progress import Progress
 from polar_deploy.tasks import Batch
@@ -144,12 +146,12 @@ def test_a_run_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     run = fit(settings(), tmp_path, gated=False, epochs=4)
     state = train(run)
     assert state.epoch == 4
-    assert state.records[-1]["val_score"] > 60  # of 4 classes
-    assert state.records[-1]["loss"] < state.records[0]["loss"]
-    assert state.records[-1]["val_score"] == loop.evaluate(run.task, run.network, run.validation)
+    assert state.records[-1].val_score > 60  # of 4 classes
+    assert state.records[-1].loss < state.records[0].loss
+    assert state.records[-1].val_score == loop.evaluate(run.task, run.network, run.validation)
     lines = (tmp_path / "training.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == state.records
-    assert [record["epoch"] for record in state.records] == [1, 2, 3, 4]
+    assert [json.loads(line) for line in lines] == [record.as_json() for record in state.records]
+    assert [record.epoch for record in state.records] == [1, 2, 3, 4]
 
 
 def test_a_first_step_is_that_of_plain_sgd(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     expected = train(fit(settings(), tmp_path, gated=False, epochs=2))
     again = fit(settings(), tmp_path, gated=False, epochs=2)
     assert train(again, progress=BreakIn(1)) == expected
-    assert loop.evaluate(again.task, again.network, again.validation) == expected.records[-1]["val_score"]
+    assert loop.evaluate(again.task, again.network, again.validation) == expected.records[-1].val_score
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
 def test_without_validation_there_is_no_validation_accuracy(tmp_path: Path) -> None:
     run = fit(settings(training={"train_on_validation": True}), tmp_path, gated=False, epochs=1)
     assert len(run.train) == TRAIN + VALIDATION
-    assert train(run).records[0]["val_score"] is None
+    assert train(run).records[0].val_score is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
@@ -229,9 +231,9 @@ def test_progress_hears_of_stage_steps_and_epochs(tmp_path: Path) -> None:
     state = train(run, progress=told)
     steps = TRAIN // 32
     parts = [(step + 1) / steps for step in range(steps)]
-    assert told.said == [("full", 1, 0), *parts, f"val {state.records[0]['val_score']:.1f}%"]
+    assert told.said == [("full", 1, 0), *parts, f"val {state.records[0].val_score:.1f}%"]
     final = fit(settings(training={"train_on_validation": True}), tmp_path / "final", gated=False, epochs=1)
-    score = train(final, progress=told).records[0]["train_score"]  # there is no validation
+    score = train(final, progress=told).records[0].train_score  # there is no validation
     assert told.said[-1] == f"train {score:.1f}%"
 
 
@@ -252,14 +254,14 @@ def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> No
 def test_the_log_is_whole_after_a_kill_between_checkpoint_and_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
-    whole = loop.write_log
+    whole = Epoch.write_all
 
-    def killed(path: Path, records: list[dict[str, object]]) -> None:
+    def killed(path: Path, records: Sequence[Epoch]) -> None:
         if len(records) == epochs:
             raise KeyboardInterrupt
         whole(path, records)
 
-    monkeypatch.setattr(loop, "write_log", killed)
+    monkeypatch.setattr(Epoch, "write_all", staticmethod(killed))
     with pytest.raises(KeyboardInterrupt):
         train(fit(settings(), tmp_path, gated=False, epochs=epochs))
     monkeypatch.undo()

@@ -67,7 +67,7 @@ def test_passes_change_nothing_where_no_statistics_are_taken(tmp_path: Path) -> 
             if isinstance(module, nn.BatchNorm2d):
                 module.forward = nn.Identity().forward  # type: ignore[method-assign]
         record = train(run).records[-1]
-        weights.append(({name: value for name, value in record.items() if name != "seconds"}, run.network.state_dict()))
+        weights.append((record.model_dump(exclude={"seconds"}, exclude_unset=True), run.network.state_dict()))
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-4)
     for name, tensor in weights[0][1].items():
         torch.testing.assert_close(weights[1][1][name], tensor, rtol=0, atol=1e-7, msg=name)

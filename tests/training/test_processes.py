@@ -96,7 +96,7 @@ def _work(rank: int, port: int, folder: Path, known: Any) -> None:
         torch.save(_norms(), folder / f"norms{rank}.pt")
         for name, case in CASES.items():
             weights, state = trained(case, folder / name)
-            torch.save((weights, state.records, state.notes), folder / f"{name}{rank}.pt")
+            torch.save((weights, [each.as_json() for each in state.records]), folder / f"{name}{rank}.pt")
         with pytest.raises(Broken):
             trained(CASES["batch"], folder / "two_then_one", breaks_in=3)
         torch.save(trained(CASES["batch"], folder / "one_then_two"), folder / f"one_then_two{rank}.pt")
@@ -126,19 +126,21 @@ def _same(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_what_one_trains(name: str, two: Path, tmp_path: Path) -> None:
     expected, state = trained(CASES[name], tmp_path)
-    (first, records, notes), (second, _, _) = (torch.load(two / f"{name}{rank}.pt") for rank in range(2))
+    (first, records), (second, _) = (torch.load(two / f"{name}{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     _same(first, expected)
-    for given, wanted in zip(records, state.records, strict=True):
+    for given, record in zip(records, state.records, strict=True):
+        wanted = record.as_json()
         for key in ("loss", "train_score", "val_score", "samples", "work"):
             assert given[key] == pytest.approx(wanted[key], abs=2e-5), key
         for key in ("open", "undecided", "shares", "cost"):
             assert given.get(key) == wanted.get(key), key
     if CASES[name].mode:
-        assert 0 < notes["freeze"]["share"].count(0.0) < len(notes["freeze"]["share"])
-        wanted = state.notes["freeze"]
-        assert notes["freeze"]["share"] == pytest.approx(wanted["share"], abs=1e-3)
-        assert notes["freeze"] | {"share": None} == wanted | {"share": None}
+        (freeze,) = (each["freeze"] for each in records if "freeze" in each)
+        assert 0 < freeze["share"].count(0.0) < len(freeze["share"])
+        wanted = state.freeze.as_json()
+        assert freeze["share"] == pytest.approx(wanted["share"], abs=1e-3)
+        assert freeze | {"share": None} == wanted | {"share": None}
 
 
 def test_statistics_and_gradients_are_those_of_the_whole_batch(two: Path) -> None:
@@ -164,4 +166,4 @@ def test_a_run_goes_on_with_another_number_of_processes(order: str, two: Path, t
         else torch.load(two / f"{order}0.pt", weights_only=False)
     )
     _same(weights, whole)
-    assert state.records[-1]["open"] == expected.records[-1]["open"]
+    assert state.records[-1].open == expected.records[-1].open
