@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import write_cifar_network, write_result
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines import Array, Engine, Timer, timing
 from polar_deploy.engines.ort import OrtEngine
 from polar_deploy.tensors import Arrays
@@ -53,7 +54,7 @@ class Slowed:
         """A slowed copy."""
         return Slowed(self.engine.duplicate())
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         """As the engine itself."""
         return self.engine.conditions()
 

@@ -23,6 +23,7 @@ from scipy.stats import binom
 from benchmarks.common import write_result
 from polar_deploy import parity
 from polar_deploy.config import AcceptanceCriteria
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines import Array, Engine, Timer, timing
 from polar_deploy.tensors import Arrays
 from tests.parity.answers import answered
@@ -94,7 +95,7 @@ class Slower:
     def duplicate(self) -> Engine:
         return Slower(self._engine.duplicate(), self._factor)
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         return None
 
 

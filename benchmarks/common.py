@@ -112,7 +112,7 @@ def write_result(name: str, bars: dict[str, bool], figures: dict[str, Any]) -> i
         RESULTS / f"{name}.json",
         {
             "bars": bars,
-            "machine": machine.describe(),
+            "machine": machine.describe().as_json(),
             "python": ".".join(map(str, sys.version_info[:3])),
             "versions": {package: found for package in packages if (found := _version(package))},
             "commit": COMMIT,

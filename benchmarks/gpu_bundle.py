@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "a falsified version is not loaded: exit code 5": codes.get("falsified") == 5,
         "with --rebuild it is built here and passes": codes.get("rebuilt") == 0,
     }
-    return write_result("gpu-bundle", bars, {"gpu": nvml.conditions(), "target": asked.target, "commands": found})
+    about = {"gpu": nvml.conditions().as_json(), "target": asked.target}
+    return write_result("gpu-bundle", bars, {**about, "commands": found})
 
 
 def _options(target: str, folder: Path) -> list[object]:

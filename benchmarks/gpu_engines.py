@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return error.exit_code
     if all(target.backend.gpu is not None for target in chosen):
-        return write_result("gpu-engines", bars, {"gpu": nvml.conditions(), "engines": figures})
+        return write_result("gpu-engines", bars, {"gpu": nvml.conditions().as_json(), "engines": figures})
     print("\n".join(f"{'met' if met else 'NOT MET'}: {bar}" for bar, met in bars.items()))
     return 0 if all(bars.values()) else 1
 

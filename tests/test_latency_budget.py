@@ -36,7 +36,7 @@ def _document(target: str = "ort-fp32") -> dict[str, Any]:
 
 def _measured(**changes: Any) -> MeasuredTable:
     """The same as this program measures it."""
-    about = {"machine": machine.describe(), "device": None, "throttled": [], "versions": {}, "engines": 9}
+    about = {"machine": machine.describe().as_json(), "device": None, "throttled": [], "versions": {}, "engines": 9}
     noise = {"median": 0.0, "worst": 0.01}
     return MeasuredTable.model_validate(_document() | about | {"noise": noise, "seconds": 1.0} | changes)
 

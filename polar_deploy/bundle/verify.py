@@ -73,7 +73,6 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
     """
     from polar_deploy import parity
     from polar_deploy.bundle import accuracy, kernels
-    from polar_deploy.documents.parity import Machine
     from polar_deploy.documents.verified import BundleName, GoldenChecks, Verified
     from polar_deploy.engines import machine
 
@@ -97,7 +96,7 @@ def verify(bundle: Bundle, options: device.Options, *, timing: bool = True, data
         schema=1,
         bundle=BundleName(name=bundle.manifest.name, manifest_sha256=bundle.sha256),
         target=bundle.manifest.target,
-        machine=Machine(**machine.describe()),
+        machine=machine.describe(),
         engines=here.origin,
         golden=GoldenChecks(onnx=onnx, engines=golden),
         latency=latency,

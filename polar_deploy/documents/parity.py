@@ -171,9 +171,20 @@ class Export(Part):
 
 
 class Conditions(Open):
-    """The GPU's name, and why it slowed down; clocks, power, temperature."""
+    """The state of a GPU; None: it does not tell.
+
+    Attributes:
+        sm_mhz, memory_mhz: clocks.
+        throttle: why it is slowed down; []: it is not, or does not tell.
+        energy_mj: millijoules since the driver was loaded.
+    """
 
     name: str | None
+    driver: str | None = None
+    sm_mhz: CountOrNone | None = None
+    memory_mhz: CountOrNone | None = None
+    power_w: NonNegative | None = None
+    temperature_c: int | None = None
     throttle: list[str]
     energy_mj: NonNegative | None
 

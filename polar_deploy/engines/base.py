@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.errors import ContentError
 from polar_deploy.tensors import Arrays, TensorSpec, count, joined, take
 
@@ -61,7 +62,7 @@ class Engine(Protocol):
         """Load the same engine a second time, sharing nothing with this one: the control of a time measurement."""
         ...
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         """What state the device is in now: name, clocks, power, temperature, throttling; None for a CPU."""
         ...
 

@@ -48,7 +48,7 @@ def examine() -> dict[str, Any]:
     return {
         "polar_deploy": __version__,
         "python": platform.python_version(),
-        "machine": machine.describe(),
+        "machine": machine.describe().as_json(),
         "int8_instructions": machine.int8_instructions(),
         "gpus": [_gpu(each) for each in gpus],
         "no_gpu": lack,

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
 
 from polar_deploy import cpu
+from polar_deploy.documents.parity import Machine
 
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}  # x86 and ARM
 
 
-def describe() -> dict[str, Any]:
-    """CPU model, cores that this process may use, architecture, operating system. No host and no user name."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores(),
-        "architecture": platform.machine(),
-        "system": platform.system(),
-    }
+def describe() -> Machine:
+    """This one: cores are those that this process may use. No host and no user name."""
+    return Machine(cpu=_cpu_model(), cores=cores(), architecture=platform.machine(), system=platform.system())
 
 
 def cores() -> int:

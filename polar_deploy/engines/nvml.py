@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from polar_deploy import gpu
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.errors import MachineError
 
 # Why clocks are lower than they could be. Left out: being idle, and clocks that somebody has set.
@@ -20,26 +21,20 @@ _REASONS = {
 }
 
 
-def conditions() -> dict[str, Any]:
-    """What state the GPU is in now.
-
-    Returns:
-        "name" and "driver"; "sm_mhz" and "memory_mhz", the clocks; "power_w"; "temperature_c"; "throttle", why it is
-        slowed down ([]: it is not, or does not tell); "energy_mj", millijoules since the driver was loaded. What is
-        not told is None: a Jetson has little of this library, and some GPUs count no energy.
-    """
+def conditions() -> Conditions:
+    """What state the GPU is in now; a Jetson has little of this library, and some GPUs count no energy."""
     read = _reader()
     power = read("nvmlDeviceGetPowerUsage")
-    return {
-        "name": _name(),
-        "driver": read("nvmlSystemGetDriverVersion"),
-        "sm_mhz": read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-        "memory_mhz": read("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-        "power_w": None if power is None else power / 1000,
-        "temperature_c": read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
-        "throttle": _throttle(read("nvmlDeviceGetCurrentClocksThrottleReasons") or 0),
-        "energy_mj": read("nvmlDeviceGetTotalEnergyConsumption"),
-    }
+    return Conditions(
+        name=_name(),
+        driver=read("nvmlSystemGetDriverVersion"),
+        sm_mhz=read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+        memory_mhz=read("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+        power_w=None if power is None else power / 1000,
+        temperature_c=read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+        throttle=_throttle(read("nvmlDeviceGetCurrentClocksThrottleReasons") or 0),
+        energy_mj=read("nvmlDeviceGetTotalEnergyConsumption"),
+    )
 
 
 def _throttle(mask: int) -> list[str]:

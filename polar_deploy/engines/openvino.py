@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from polar_deploy import onnx_files
 from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 from polar_deploy.precision.graph import count_wider
@@ -109,7 +110,7 @@ class OvEngine:
         """The same file, loaded a second time."""
         return OvEngine(self.path, self.threads)
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         """None: a CPU tells nothing of its state."""
         return None
 

@@ -23,6 +23,7 @@ import numpy as np
 from polar_deploy import onnx_files
 from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
 from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.ort_session import open_session, session_options, translated
@@ -124,7 +125,7 @@ class OrtEngine:
         """A second session, loaded from the same file."""
         return OrtEngine(self.path, self.backend, self.threads, tf32=self.tf32)
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         """The GPU's state; None on the CPU."""
         if self.backend.gpu is None:
             return None

@@ -105,12 +105,13 @@ def measure(
             curves |= bench.curves(kind)
             on_progress(f"{kind[0].kind} {kind[0].name} and {len(kind) - 1} more: {bench.built - 1} engines timed")
         overlaps = bench.overlaps(curves)
+        state = bench.full.conditions()
         document = {
             "schema": SCHEMA,
             "target": target.name,
             "batch": batch,
-            "machine": machine.describe(),
-            "device": bench.full.conditions(),
+            "machine": machine.describe().as_json(),
+            "device": state and state.as_json(),
             "throttled": sorted({reason for each in bench.rounds for reason in each.throttled}),
             "versions": bench.versions,
             "engines": bench.built,

@@ -13,11 +13,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from polar_deploy.documents.parity import Interval, Latency, Percentile, Percentiles
+from polar_deploy.documents.parity import Conditions, Interval, Latency, Percentile, Percentiles
 from polar_deploy.engines.base import Engine, Timer
 from polar_deploy.tensors import Arrays, count
 
@@ -62,15 +61,15 @@ class Round:
     b: Latency
     speedup: Interval
     control: Interval
-    before: dict[str, Any] | None = None
-    after: dict[str, Any] | None = None
+    before: Conditions | None = None
+    after: Conditions | None = None
     a_quantiles_ms: tuple[float, ...] = ()
     b_quantiles_ms: tuple[float, ...] = ()
 
     @property
     def throttled(self) -> list[str]:
         """Why the GPU slowed down, during or right after the round; [] if it did not."""
-        reasons = [reason for state in (self.before, self.after) if state for reason in state["throttle"]]
+        reasons = [reason for state in (self.before, self.after) if state for reason in state.throttle]
         return list(dict.fromkeys(reasons))
 
     @property
@@ -184,8 +183,8 @@ def energy(engine: Engine, inputs: Arrays, seconds: float = 2.0) -> float | None
 
 def _counted(engine: Engine) -> float | None:
     """Millijoules since the driver was loaded, or None."""
-    counted: float | None = (engine.conditions() or {}).get("energy_mj")
-    return counted
+    state = engine.conditions()
+    return None if state is None else state.energy_mj
 
 
 def median_interval(values: Sequence[float]) -> Interval:

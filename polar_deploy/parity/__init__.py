@@ -19,11 +19,9 @@ from polar_deploy.documents.parity import (
     EXIT_CODES,
     BatchLatency,
     Compared,
-    Conditions,
     Export,
     Judged,
     Judgement,
-    Machine,
     Round,
 )
 from polar_deploy.documents.part import Pair
@@ -229,7 +227,7 @@ def _compared(
     losses = {name: found[name].loss() for name in ("full", "compressed")} if engines and graphs else None
     return Compared(
         schema=1,
-        machine=Machine(**machine.describe()),
+        machine=machine.describe(),
         not_run=lack,
         metric=documents.Metric(name=metric.name, unit=metric.unit) if metric else None,
         accuracy=pair.accuracy() if pair else None,
@@ -269,8 +267,8 @@ def _round(measured: timing.Round) -> Round:
         singles=measured.singles,
         speedup=measured.speedup,
         control=measured.control,
-        before=None if measured.before is None else Conditions(**measured.before),
-        after=None if measured.after is None else Conditions(**measured.after),
+        before=measured.before,
+        after=measured.after,
         full=measured.a,
         compressed=measured.b,
         quantiles_ms=Pair(full=measured.a_quantiles_ms, compressed=measured.b_quantiles_ms),

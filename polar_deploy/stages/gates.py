@@ -191,7 +191,7 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
     settings["shapes"] = [
         {name: spec.shape for name, spec in ends.items()} for ends in (run.task.inputs, run.task.outputs)
     ]
-    here = {"machine": machine.describe(), "target": targets.identity(run.target)}
+    here = {"machine": machine.describe().as_json(), "target": targets.identity(run.target)}
     return fingerprint.of({**settings, "batch": run.settings.accept.batch, "here": here})
 
 

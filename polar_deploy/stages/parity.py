@@ -72,7 +72,8 @@ def _fingerprint(run: RunContext) -> Fingerprint:
 
     settings = run.settings.model_dump(mode="json", include={"target", "build", "accept", "normalize"})
     # What was measured on one machine, or could not run on it, says nothing about another.
-    here = {"machine": machine.describe(), **targets.identity(run.target), "lacks": targets.lacks_to_run(run.target)}
+    machine_here, lacks = machine.describe().as_json(), targets.lacks_to_run(run.target)
+    here = {"machine": machine_here, **targets.identity(run.target), "lacks": lacks}
     return fingerprint.of(settings | {"data": run.data.fingerprint(), "here": here})
 
 

@@ -55,7 +55,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
 
 def test_numbers_come_in_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
     Library().install(monkeypatch)
-    assert nvml.conditions() == {
+    assert nvml.conditions().as_json() == {
         "name": "NVIDIA H200",
         "driver": "580.65",
         "sm_mhz": 1980,
@@ -80,7 +80,7 @@ def test_numbers_come_in_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_reasons_become_words(monkeypatch: pytest.MonkeyPatch, mask: int, words: list[str]) -> None:
     Library(mask).install(monkeypatch)
-    assert nvml.conditions()["throttle"] == words
+    assert nvml.conditions().throttle == words
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_reasons_become_words(monkeypatch: pytest.MonkeyPatch, mask: int, words:
 )
 def test_what_a_gpu_does_not_tell_is_unknown(monkeypatch: pytest.MonkeyPatch, function: str, keys: list[str]) -> None:
     Library(silent=(function,)).install(monkeypatch)
-    found = nvml.conditions()
+    found = nvml.conditions().as_json()
     assert [key for key, value in found.items() if value is None] == [key for key in found if key in keys]
     assert found["throttle"] == []
 
@@ -118,12 +118,12 @@ def test_nothing_is_known_without_library_or_driver(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gpu, "first", none)
     lack(monkeypatch, device)
-    assert nvml.conditions() == {**UNKNOWN, "throttle": []}
+    assert nvml.conditions().as_json() == {**UNKNOWN, "throttle": []}
 
 
 def test_the_library_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = SimpleNamespace(times=0)
     Library().install(monkeypatch)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: setattr(opened, "times", opened.times + 1))
-    assert [nvml.conditions()["sm_mhz"] for _ in range(3)] == [1980] * 3
+    assert [nvml.conditions().sm_mhz for _ in range(3)] == [1980] * 3
     assert opened.times == 1

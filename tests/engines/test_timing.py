@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines import timing
 from polar_deploy.engines.timing import compare, median_interval
 from tests.support.classifiers import BusyEngine, TimedEngine, noisy, steady
@@ -231,12 +232,9 @@ def test_warm_up_waits_for_stable_times() -> None:
 class CountingEngine(TimedEngine):
     """Uses 3 mJ an inference, 5 before anything is asked of it; hot once it has run."""
 
-    def conditions(self) -> dict[str, object]:
-        return {
-            "name": "a GPU",
-            "throttle": ["thermal"] if self.samples else [],
-            "energy_mj": 5 + 3 * sum(self.samples),
-        }
+    def conditions(self) -> Conditions:
+        throttle = ["thermal"] if self.samples else []
+        return Conditions(name="a GPU", throttle=throttle, energy_mj=5 + 3 * sum(self.samples))
 
 
 def test_energy_is_that_of_an_inference() -> None:
@@ -248,7 +246,7 @@ def test_energy_is_that_of_an_inference() -> None:
 
 def test_conditions_are_those_before_and_after_a_round() -> None:
     result = compare(CountingEngine(steady(2.0), steady(2.0)), TimedEngine(steady(1.0)), IMAGES)
-    assert result.best.before == {"name": "a GPU", "throttle": [], "energy_mj": 5}
+    assert result.best.before == Conditions(name="a GPU", throttle=[], energy_mj=5)
     assert result.best.after is not None
-    assert result.best.after["energy_mj"] > 5 + 3 * 200
+    assert result.best.after.energy_mj > 5 + 3 * 200
     assert result.best.throttled == ["thermal"]

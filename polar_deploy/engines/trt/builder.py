@@ -198,7 +198,7 @@ class _Builder:
             "version_compatible": self.options.version_compatible,
             "hardware_compatible": self.options.hardware_compatible,
             "cuda": gpu.cuda_version() if here else None,
-            "driver": nvml.conditions()["driver"] if here else None,
+            "driver": nvml.conditions().driver if here else None,
             "timing_cache": None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
             "profile": dict(zip(("min", "opt", "max"), self.options.batches, strict=True)),
             "trtexec": None if jit else trtexec(self.name, inputs, self.options),

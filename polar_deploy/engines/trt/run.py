@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from polar_deploy import gpu
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines import cuda, nvml
 from polar_deploy.engines.base import Array, fitting
 from polar_deploy.engines.trt import library
@@ -109,7 +110,7 @@ class TrtEngine:
         """The plan, deserialised once more."""
         return TrtEngine(self.path, self._trt, self._logger, host_code=self._host_code)
 
-    def conditions(self) -> dict[str, Any] | None:
+    def conditions(self) -> Conditions | None:
         """The GPU's state."""
         return nvml.conditions()
 
