@@ -54,6 +54,14 @@ class Shown(NamedTuple):
     panels: tuple[str, ...] = ()
 
 
+class Thumbnail(NamedTuple):
+    """A picture in a data URL, and the pixels that it takes."""
+
+    url: str
+    width: int
+    height: int
+
+
 def page(report: Report, samples: Shown | None = None, *, delivered: bool = False) -> str:
     """The page of a run.
 
@@ -123,7 +131,7 @@ def read_samples(path: Path) -> Shown:
     return Shown(arrays["images"], tuple(map(str, arrays["panels"])))
 
 
-def _picture(image: npt.NDArray[np.uint8], panels: int) -> dict[str, Any]:
+def _picture(image: npt.NDArray[np.uint8], panels: int) -> Thumbnail:
     """A PNG in a data URL, and its size; each of the panels that lie side by side is `THUMBNAIL` wide at most."""
     from PIL import Image
 
@@ -133,7 +141,7 @@ def _picture(image: npt.NDArray[np.uint8], panels: int) -> dict[str, Any]:
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     larger = max(1, THUMBNAIL // picture.height)  # small pictures are shown larger, pixel by pixel
     width, height = (larger * side for side in picture.size) if panels > 1 else (THUMBNAIL, THUMBNAIL)
-    return {"url": url, "width": width, "height": height}
+    return Thumbnail(url, width, height)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
