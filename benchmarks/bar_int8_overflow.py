@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bar_int8 import INT8, Images, accuracy, load_images, logits
 from benchmarks.common import SHARED, write_cifar_network, write_result
-from polar_deploy import cpu, engines, onnx_files, precision
+from polar_deploy import engines, onnx_files, precision
 from polar_deploy.config import Build
 from polar_deploy.engines import Array
 from polar_deploy.engines.ort import OrtEngine

@@ -86,9 +86,28 @@ def _apart(a_channel: float, a_pixel: float) -> list[onnx.ModelProto]:
     return graphs
 
 
-def test_rounding_that_grows_with_a_picture_is_judged_on_smaller_ones(tmp_path: Path) -> None:
+def _no_float64(*_: object) -> Run:
+    raise ContentError("no such operator", "")
+
+
+def test_where_float64_cannot_tell_smaller_pictures_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "reference", _no_float64)
     proof = _prove(tmp_path, *_apart(0, 1e-9))  # 4e-4 of a batch of 224 pixels a side, 1e-5 at 32
     assert proof.difference > proof.tolerance == 1e-5
+
+
+@pytest.mark.parametrize("grows", [1e-7, 1e-6])
+def test_what_is_too_large_for_rounding_stays_undecided(
+    grows: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "reference", _no_float64)
+    with pytest.raises(verify.UndecidedError, match="there is no float64 result"):
+        _prove(tmp_path, *_apart(0, grows))
+
+
+def test_where_float64_tells_smaller_pictures_are_not_asked(tmp_path: Path) -> None:
+    with pytest.raises(ContentError, match="changed the function"):
+        _prove(tmp_path, *_apart(0, 1e-9))
 
 
 def test_what_differs_in_smaller_pictures_too_is_found(tmp_path: Path) -> None:
