@@ -8,6 +8,7 @@ import pytest
 
 from polar_deploy import parity
 from polar_deploy.config import AcceptanceCriteria
+from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines.timing import Interval, Latency, Percentile, Round, Timing
 from tests.parity.answers import answered
 
@@ -201,8 +202,9 @@ def test_precision_is_held_against_the_bound_of_its_own() -> None:
 
 
 def test_throttling_is_said() -> None:
-    hot = {"throttle": ["thermal slowdown"], "energy_mj": None}
-    timing = replace(FASTER, rounds=(replace(FASTER.best, before={"throttle": []}, after=hot),))
+    cool = Conditions(name="a GPU", throttle=[], energy_mj=None)
+    hot = Conditions(name="a GPU", throttle=["thermal slowdown"], energy_mj=None)
+    timing = replace(FASTER, rounds=(replace(FASTER.best, before=cool, after=hot),))
     judgement = parity.judge_latency(timing, VERDICT)
     assert judgement.result == "pass"
     assert judgement.reason.endswith("the GPU throttled (thermal slowdown)")

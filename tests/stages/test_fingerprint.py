@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "build.hardware_compatible": (True, BUILT),
     "build.capabilities": (["8.9"], BUILT),
     "build.max_layer_error": (0.2, BUILT),
+    "build.reduce_range": (True, BUILT),
     "build.calibration.images": (100, BUILT),
     "build.calibration.method": ("entropy", BUILT),
     "build.calibration.percentile": (99.0, BUILT),
