@@ -89,7 +89,7 @@ def row(
         method = OnePass(job, gates, teaches)
     state = fit(job, method, run.progress)
     method.finish()
-    counted = all("joules" in record for record in state.records)
+    joules = [each.joules for each in state.records]
     return {
         "variant": name,
         "settings": {key: str(value) for key, value in changes.items()},
@@ -97,12 +97,14 @@ def row(
         "correct": _correct(run, network),
         "cost": {key: round(value, 5) for key, value in gates.cost().items()},
         "speedup": _speedup(run, gates, teacher),
-        "freeze": {key: value for key, value in state.notes.get("freeze", {}).items() if key != "share"},
+        "freeze": {key: value for key, value in state.freeze.as_json().items() if key != "share"}
+        if state.freeze
+        else {},
         "sites": {
             name: int(gates.opened[own.start : own.stop].sum()) for own, name, _ in gates.analysis.choices.owners()
         },
-        "seconds": round(sum(record["seconds"] for record in state.records), 1),
-        "joules": round(sum(record["joules"] for record in state.records), 1) if counted else None,
+        "seconds": round(sum(each.seconds or 0 for each in state.records), 1),
+        "joules": None if None in joules else round(sum(each or 0 for each in joules), 1),
         "steps": job.epochs * job.train.steps,
         "threads": torch.get_num_threads(),
     }

@@ -69,7 +69,7 @@ def build(name: str) -> tuple[Any, int]:
     if name.startswith("timm:"):
         import timm
 
-        model = timm.create_model(name.removeprefix("timm:"), pretrained=False)
+        model: Any = timm.create_model(name.removeprefix("timm:"), pretrained=False)
         return model, _pixels(model, int(model.default_cfg["input_size"][-1]))
     import torchvision
 
