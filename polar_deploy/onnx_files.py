@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,9 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def with_data(path: Path) -> list[Path]:
-    """An ONNX file, and the file of its weights if there is one."""
-    return [each for each in (path, data_path(path)) if each == path or each.is_file()]
+def with_data(paths: Iterable[Path]) -> list[Path]:
+    """Files, each ONNX file with that of its weights if there is one."""
+    return [each for path in paths for each in (path, data_path(path)) if each == path or each.is_file()]
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:

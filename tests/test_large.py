@@ -58,20 +58,20 @@ def test_a_large_network_is_two_files_and_a_smaller_one_in_its_place_is_one(
         patch.setattr(onnx_files, "MAX_MESSAGE", LIMIT)
         detached.save(residual(), path)
         detached.copy(path, other)
-    assert onnx_files.with_data(path) == [path, tmp_path / "a.onnx.data"]
+    assert onnx_files.with_data([path]) == [path, tmp_path / "a.onnx.data"]
     assert path.stat().st_size < 2 * LIMIT < (tmp_path / "a.onnx.data").stat().st_size
     detached.copy(path, tmp_path / "fits.onnx")
-    assert onnx_files.with_data(tmp_path / "fits.onnx") == [tmp_path / "fits.onnx"]
+    assert onnx_files.with_data([tmp_path / "fits.onnx"]) == [tmp_path / "fits.onnx"]
     for each in (path, other):
         assert external(each) == {f"{each.name}.data"}
         assert as_one(onnx_files.read(each)) == as_one(residual())
 
     for write in (detached.save, lambda model, path: detached.save(detached.detach_weights(model), path)):
         write(residual(), path)
-        assert onnx_files.with_data(path) == [path]
+        assert onnx_files.with_data([path]) == [path]
         assert as_one(onnx_files.read(path)) == as_one(residual())
     detached.copy(path, other)
-    assert onnx_files.with_data(other) == [other]
+    assert onnx_files.with_data([other]) == [other]
     assert other.read_bytes() == path.read_bytes()
 
 

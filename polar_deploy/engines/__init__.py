@@ -123,7 +123,7 @@ def _built(
     costs = cost(model)
     made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
     versions = {"polar_deploy": __version__, "onnx": version("onnx"), **made.engine.versions}
-    files = [path for file in made.files for path in onnx_files.with_data(folder / file)]
+    files = onnx_files.with_data(folder / file for file in made.files)
     return BuiltEngine(
         **made.engine.entries() | {"versions": versions},
         backend=target.backend.name,

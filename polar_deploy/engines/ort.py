@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import AbstractContextManager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,8 @@ from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
     import onnxruntime
 
     from polar_deploy.config import Build
@@ -160,7 +161,11 @@ def kernels(target: Target) -> Kernels | None:
     """Those that Q/DQ pairs are fused into, on the CPU. As `Runtime.kernels` says."""
     if target.backend.gpu is not None:
         return None
-    return Kernels(target.backend.library, partial(calibration.outputs, fused=True))
+    return Kernels(target.backend.library, _fused)
+
+
+def _fused(model: onnx.ModelProto, inputs: Arrays, path: Path) -> dict[str, npt.NDArray[np.float64]]:
+    return calibration.outputs(model, inputs, path, fused=True)
 
 
 def load(artefact: Path, target: Target, plan: Plan | None, *, tf32: bool) -> OrtEngine:

@@ -81,7 +81,11 @@ class Reference:
             found = calibration.outputs(computed_wide(model), self.samples, self.path)
         else:
             found = dict(kernels.outputs(model, self.samples, self.path))
-        return max(relative_error(found[name], exact) for name, exact in self.outputs.items())
+        return self.apart(found)
+
+    def apart(self, found: Arrays) -> float:
+        """How far the worst of some outputs [N, …] is off, see `relative_error`."""
+        return max(relative_error(np.asarray(found[name], np.float64), exact) for name, exact in self.outputs.items())
 
 
 def spread(inputs: Arrays) -> dict[str, Array]:

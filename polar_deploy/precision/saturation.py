@@ -7,6 +7,7 @@ without VNNI) names this `reduce_range`, as PyTorch does.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ _CHANNELS = 64
 _OFF = 0.01  # kernels that overflow are off by half; others by less than one step of 255
 
 
+@cache  # a latency table builds many networks for one target
 def saturates(kernels: Kernels, scheme: Scheme) -> bool:
     """Whether a convolution or a matrix product of the largest bytes comes out too small, here."""
     typed = _largest_bytes(scheme)

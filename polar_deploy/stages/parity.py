@@ -62,7 +62,7 @@ def _judged_files(run: RunContext) -> dict[str, str]:
     from polar_deploy.workspace import sha256
 
     judged = [each for each in (*_GRAPHS, *ENGINES) if each.expected(run) and not each.name.endswith(".json")]
-    files = [path for each in judged for path in onnx_files.with_data(run.path(each))]
+    files = onnx_files.with_data(map(run.path, judged))
     return {path.relative_to(run.folder).as_posix(): sha256(path) for path in files}
 
 

@@ -71,4 +71,4 @@ class Stage:
 def _with_data(paths: list[Path]) -> list[Path]:
     from polar_deploy import onnx_files  # not above: with numpy, and help shall answer at once
 
-    return [each for path in paths for each in onnx_files.with_data(path)]
+    return onnx_files.with_data(paths)
