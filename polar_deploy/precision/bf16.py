@@ -63,8 +63,6 @@ def to_bf16(
         graph.sort(copy.graph)
         return graph.inferred(copy)
 
-    if reference is None:
-        return convert(()), []
     return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32", kernels)
 
 

@@ -47,8 +47,6 @@ def to_fp16(
     def convert(wide: Sequence[str]) -> onnx.ModelProto:
         return _converted(model, wide, keep_io_types=keep_io_types)
 
-    if reference is None:
-        return convert(()), []
     return kept_wide(model, convert, reference, bound, "fp32", kernels)
 
 

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.ort_session import session_options
-from polar_deploy.surgery.standins import stand_ins
+from polar_deploy.surgery.standins import STANDARD, stand_ins
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
 NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -166,8 +166,13 @@ def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
 
 
 def folded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The network with BatchNorm and constants folded in FP32, so that each layer's final weights are rounded."""
+    """The network with BatchNorm and constants folded in FP32, so that each layer's final weights are rounded.
+
+    GroupNormalization stays one node, whose inside is FP32 whatever it reads: ONNX Runtime would write it out.
+    """
     from polar_deploy.precision.calibration import Session
+
+    model, group_norms = _hidden_group_norms(model)
 
     options = session_options(level="basic")
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +187,28 @@ def folded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     imports = [each for each in folded.opset_import if each.domain in used]  # it imports all domains that it knows
     del folded.opset_import[:]
     folded.opset_import.extend(imports)
+    for node in folded.graph.node:
+        if node.name in group_norms:
+            node.op_type = "GroupNormalization"
+            del node.attribute[:]
+            node.attribute.extend(group_norms[node.name].attribute)
     return named(inferred(folded))
+
+
+def _hidden_group_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.NodeProto]]:
+    """A copy in which GroupNormalization, unless it can be folded, is an operator of the same inputs and shapes for
+    which ONNX Runtime has a kernel; and the true nodes by name."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    variable, hidden = {value.name for value in model.graph.input}, {}
+    for node, true in zip(copy.graph.node, model.graph.node, strict=True):
+        if not variable.intersection(reads(node)):
+            continue
+        variable.update(node.output)
+        if node.op_type == "GroupNormalization" and node.domain in STANDARD:
+            node.op_type, hidden[node.name] = "InstanceNormalization", true
+            del node.attribute[:]
+    return copy, hidden
 
 
 def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
-from polar_deploy.precision import calibration
+from polar_deploy.precision import calibration, norms
 from polar_deploy.precision.calibration import Array
 from polar_deploy.precision.rounding import computed_wide
 from polar_deploy.tensors import Arrays, count, take
@@ -154,17 +154,19 @@ def culprits(candidates: Sequence[str], holds: Callable[[Sequence[str]], bool]) 
 def kept_wide(
     model: onnx.ModelProto,
     convert: Callable[[Sequence[str]], onnx.ModelProto],
-    reference: Reference,
+    reference: Reference | None,
     bound: float,
     wider: str,
     kernels: Kernels | None = None,
 ) -> tuple[onnx.ModelProto, list[WiderLayer]]:
     """Convert a network, and leave as few nodes as possible in the wider type so that its error is within a bound.
 
+    Norms that are written out are wide in any case.
+
     Args:
         model: the network before.
         convert: writes the types, but for the nodes of these names.
-        reference: what is right.
+        reference: what is right; None: the result is not compared.
         bound: on the error of each output.
         wider: the type of what is left.
         kernels: of the runtime that it is for, if they can be asked here: the bound holds for them, too.
@@ -176,17 +178,21 @@ def kept_wide(
         ContentError: it is off whatever stays wide.
     """
     typed: dict[tuple[str, ...], onnx.ModelProto] = {}
+    always, of_norms = norms.written_out(model)
+    if reference is None:
+        return convert(always), of_norms
 
     def error(wide: Sequence[str]) -> float:
         typed.clear()
-        model = typed[tuple(wide)] = convert(wide)
+        model = typed[tuple(wide)] = convert([*always, *wide])
         as_written = reference.error(model)
         return as_written if kernels is None else max(as_written, reference.error(model, kernels))
 
     before = error(())
     if before <= bound:
-        return typed[()], []
-    floats = [node.name for node in model.graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+        return typed[()], of_norms
+    left = [node for node in model.graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    floats = [node.name for node in left if node.name not in always]
     try:
         wide = culprits(floats, lambda names: error(names) <= bound)
     except LookupError:
@@ -197,7 +203,7 @@ def kept_wide(
         ) from None
     error(wide)
     nodes = {node.name: node for node in model.graph.node}
-    return typed[tuple(wide)], [entry(nodes[name], wider, _lost(before)) for name in wide]
+    return typed[tuple(wide)], [*of_norms, *(entry(nodes[name], wider, _lost(before)) for name in wide)]
 
 
 def entry(node: onnx.NodeProto, wider: str, why: str, error: float | None = None) -> WiderLayer:
