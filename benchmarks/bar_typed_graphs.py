@@ -1,10 +1,11 @@
-"""Typed graphs of random networks, as they run, beside FP32; and how the time of the INT8 step grows with the layers.
+"""Typed graphs of random networks, as they run, beside FP64; and how the time of the INT8 step grows with the layers.
 
 300 networks of convolutions (plain, strided, grouped, transposed), sums, joins, pooling, padding, slices, norms, gates
 and Gemm with factors, some with a second output, in INT8 in all dialects, FP16 and BF16; computed by the kernels of
 their runtime, where that runs on this CPU. Of every tenth one TensorRT for RTX builds plans, where it is installed. The
-integers that ONNX Runtime's kernels give are held against the graph as it is written, and tract's, where that is
-installed (`pip install tract`).
+integers that ONNX Runtime's kernels give are held against the graph as it is written, in FP64, and tract's, where that
+is installed (`pip install tract`). FP32 itself is off where a norm divides by next to nothing: such a network may be
+off twice as far as ONNX Runtime is in FP32.
 Ten minutes on one core.
 """
 
@@ -30,6 +31,7 @@ from polar_deploy.config import Build
 from polar_deploy.errors import PolarDeployError
 from polar_deploy.precision import calibration
 from polar_deploy.precision.rounding import computed_wide
+from polar_deploy.surgery.runtime import in_float64, reference
 from polar_deploy.tensors import Arrays
 
 NETWORKS, SIDE = 300, 12
@@ -182,6 +184,12 @@ def outputs(model: onnx.ModelProto, batch: Arrays) -> dict[str, np.ndarray]:
     }
 
 
+def exact_outputs(model: onnx.ModelProto, batch: Arrays) -> dict[str, np.ndarray]:
+    """As the graph is written, in FP64."""
+    inputs = {name: value.astype(np.float64) for name, value in batch.items()}
+    return {name: np.asarray(value) for name, value in reference(in_float64(model), "FP64")(inputs).items()}
+
+
 def trial(seed: int, target: str, folder: Path) -> dict[str, Any]:
     """One network for one target: how far its worst output is off on images that it was not proven with."""
     said: dict[str, Any] = {"seed": seed, "target": target}
@@ -198,10 +206,11 @@ def _tried(network: onnx.ModelProto, target: targets.Target, folder: Path, *, bu
     paths, samples = (folder / "a.onnx", folder / "b.onnx"), {"input": images(64, 2)}
     onnx.save(network, paths[0])
     written = precision.write(*paths, target, Build(), samples, kernels)
-    typed, expected = onnx.load(paths[1]), outputs(network, batch)
+    typed, expected = onnx.load(paths[1]), exact_outputs(network, batch)
     found = outputs(computed_wide(typed), batch) if kernels is None else kernels.outputs(typed, batch, paths[1])
-    off = max(float(np.linalg.norm(found[name] - exact) / np.linalg.norm(exact)) for name, exact in expected.items())
-    said = {"off": off, "kept": [each.layer for each in written.high_precision_layers]}
+    bound = max(BOUNDS[target.name], 2 * _apart(outputs(network, batch), expected))
+    off = _apart(found, expected)
+    said = {"off": off, "within": off <= bound, "kept": [each.layer for each in written.high_precision_layers]}
     if target.name == "ort-int8":
         said |= integers(typed, batch, folder)
     if build and target.backend is RTX and not targets.lacks_to_build(target):
@@ -210,11 +219,16 @@ def _tried(network: onnx.ModelProto, target: targets.Target, folder: Path, *, bu
     return said
 
 
+def _apart(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """How far the worst output is off: RMS, as a share of its size."""
+    return max(float(np.linalg.norm(found[name] - exact) / np.linalg.norm(exact)) for name, exact in expected.items())
+
+
 def integers(typed: onnx.ModelProto, batch: Arrays, folder: Path) -> dict[str, Any]:
     """What share of all rounded activations is another step in ONNX Runtime's integer kernels, and in tract, than where
-    the graph is computed as it is written. "tract" is missing where it is not installed, or cannot run the graph."""
+    the graph is computed as it is written, in FP64. "tract" is missing where it is not installed, or cannot run it."""
     opened = with_integers(typed)
-    exact = outputs(opened, batch)
+    exact = exact_outputs(opened, batch)
     found = {"steps": calibration.outputs(opened, batch, folder / "c.onnx", fused=True)}
     if importlib.util.find_spec("tract") is not None:
         import tract
@@ -239,8 +253,15 @@ def with_integers(typed: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _unlike(found: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> float:
-    rounded = [name for name in exact if name.endswith("_quantized")]
-    return sum(int((found[name] != exact[name]).sum()) for name in rounded) / sum(exact[name].size for name in rounded)
+    """The share of the rounded activations that differ, up to the first tensor in which one does: what is behind it
+    reads other numbers."""
+    differ = seen = 0
+    for name in (name for name in exact if name.endswith("_quantized")):
+        differ += int((found[name] != exact[name]).sum())
+        seen += exact[name].size
+        if differ:
+            break
+    return differ / seen
 
 
 def residual_chain(layers: int) -> onnx.ModelProto:
@@ -290,12 +311,15 @@ def main(networks: int = NETWORKS) -> int:
         folder = Path(name)
         trials = [trial(seed, target, folder) for seed in range(networks) for target in bounds]
         seconds = growth(folder)
-    off = {target: [each["off"] for each in trials if each["target"] == target and "off" in each] for target in bounds}
+    done = {target: [each for each in trials if each["target"] == target and "off" in each] for target in bounds}
+    off = {target: [each["off"] for each in found] for target, found in done.items()}
     raised, more = [each for each in trials if "raised" in each], LAYERS[-1] / LAYERS[0]
     shares = {name: [each[name] for each in trials if name in each] for name in ("steps", "tract")}
     steps = {name: float(np.mean(each)) for name, each in shares.items() if each}
     bars = {
-        **{f"{target} within {bound} of FP32": max(off[target]) <= bound for target, bound in bounds.items()},
+        **{
+            f"{target} within {bounds[target]}": all(each["within"] for each in found) for target, found in done.items()
+        },
         f"integer kernels give other steps for at most {STEPS} of the rounded activations": steps["steps"] <= STEPS,
         "no exception but a refusal in one sentence": not raised,
         **{f"{name}: time grows as layers do, times 1.2": s[-1] / s[0] <= 1.2 * more for name, s in seconds.items()},

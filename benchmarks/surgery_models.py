@@ -25,6 +25,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from polar_deploy.surgery.runtime import in_float64
 from polar_deploy.workspace import atomic_path
 
 Array = npt.NDArray[Any]
@@ -279,7 +280,7 @@ def compare(before: onnx.ModelProto, after: onnx.ModelProto) -> Difference:
         expected, found = run(before, images), run(after, images)
         difference = Difference(_apart(expected, found))
         if not difference.exact:
-            evaluator = ReferenceEvaluator(_in_double(before))
+            evaluator = ReferenceEvaluator(in_float64(before))
             (truth,) = map(np.asarray, evaluator.run([OUTPUT], {INPUT: images.astype(np.float64)}))
             difference = Difference(difference.largest, _apart(truth, expected), _apart(truth, found))
         worst = max(worst, difference, key=lambda d: (not d.exact, d.largest))
@@ -305,21 +306,6 @@ def _apart(expected: Array, found: Array) -> float:
     if expected.shape != found.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.abs(expected - found).max() / np.abs(expected).max())
-
-
-def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes in float64."""
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    del wide.graph.value_info[:]
-    tensors = [*wide.graph.initializer]
-    tensors += [a.t for node in wide.graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
-    for tensor in tensors:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
-    for value in (*wide.graph.input, *wide.graph.output):
-        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
-    return wide
 
 
 def faults(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:

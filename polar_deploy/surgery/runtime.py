@@ -91,6 +91,29 @@ def reference(model: onnx.ModelProto, reason: str) -> Run:
     return run
 
 
+def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that computes in float64; for `reference`, ONNX Runtime has no such layers."""
+    import onnx
+
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    del wide.graph.value_info[:]
+    narrow = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16")}
+    constants = [*wide.graph.initializer, *(a.t for node in wide.graph.node for a in node.attribute if a.HasField("t"))]
+    for tensor in constants:
+        if tensor.data_type in narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*wide.graph.input, *wide.graph.output):
+        if value.type.tensor_type.elem_type in narrow:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                attribute.i = onnx.TensorProto.DOUBLE
+    return wide
+
+
 def _lacking(opset: int) -> list[type[OpRun]]:
     """Operators of an opset that onnx's reference has in later ones only."""
     from onnx.reference.op_run import OpRun

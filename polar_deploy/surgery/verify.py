@@ -13,7 +13,7 @@ from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, OutOfMemoryError, PolarDeployError
 from polar_deploy.ort_session import BeyondRuntimeError
 from polar_deploy.surgery import inputs
-from polar_deploy.surgery.runtime import NOT_RUN, onnx_runtime, reference
+from polar_deploy.surgery.runtime import NOT_RUN, in_float64, onnx_runtime, reference
 from polar_deploy.surgery.sizes import input_shapes, symbols
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _judge(case: _Case, worst: float) -> None:
     """Raises ContentError where a difference is more than rounding, UndecidedError where that does not come out."""
     apart = f"outputs differ by {worst:.2g} of their scale (allowed {case.tolerance:g})"
     try:
-        exact = reference(_in_double(onnx_files.read(case.before, check=False)), "float64")
+        exact = reference(in_float64(onnx_files.read(case.before, check=False)), "float64")
         was, now = 0.0, 0.0
         for values in case.inputs():
             truth = exact(_widened(values))
@@ -289,7 +289,7 @@ def _judge(case: _Case, worst: float) -> None:
 def _in_float64(case: _Case, exact: Run) -> tuple[bool, bool]:
     """Whether both graphs say the same when they compute in float64; and whether integers or truth values are among
     that, which jump."""
-    cut = reference(_in_double(onnx_files.read(case.after, check=False)), "float64")
+    cut = reference(in_float64(onnx_files.read(case.after, check=False)), "float64")
     jumps = False
     for values in case.inputs():
         expected, found = exact(_widened(values)), cut(_widened(values))
@@ -308,26 +308,3 @@ def _widened(values: Values) -> Values:
 def _is_real(values: Any) -> bool:
     """Whether they are floating-point numbers; BF16 is of no kind that numpy knows."""
     return isinstance(values, np.ndarray) and values.dtype.kind in "fV"
-
-
-def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes in float64."""
-    import onnx
-
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    del wide.graph.value_info[:]
-    narrow = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16")}
-    constants = [*wide.graph.initializer, *(a.t for node in wide.graph.node for a in node.attribute if a.HasField("t"))]
-    for tensor in constants:
-        if tensor.data_type in narrow:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    for value in (*wide.graph.input, *wide.graph.output):
-        if value.type.tensor_type.elem_type in narrow:
-            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
-    for node in wide.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
-                attribute.i = onnx.TensorProto.DOUBLE
-    return wide
