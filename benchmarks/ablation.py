@@ -129,7 +129,7 @@ def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, 
     folder = run.path("engines")
     folder.mkdir(parents=True, exist_ok=True)
     gates.export(folder / "gated.onnx")
-    export.write(full.eval(), run.example(), folder / "whole.onnx", inputs=("input",), outputs=("logits",))
+    export.save(export.structure(full, run.example()), folder / "whole.onnx", inputs=("input",), outputs=("logits",))
     compress_file(folder / "gated.onnx", folder / "small.onnx")
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
     built.write(folder / "build.json")

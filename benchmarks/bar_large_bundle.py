@@ -82,7 +82,8 @@ def replace(run: Path) -> None:
     for name in ("full", "gated"):
         network.mask[::2] = float(name == "full")
         network.fit(images, torch.from_numpy(train.labels))
-        export.write(network, Example.of(inputs), run / name / "model.onnx", inputs=("input",), outputs=("logits",))
+        structure = export.structure(network, Example.of(inputs))
+        export.save(structure, run / name / "model.onnx", inputs=("input",), outputs=("logits",))
         stored[f"{name}/logits"] = network(inputs).numpy()
         export.check(run / name / "model.onnx", {"input": inputs.numpy()}, {"logits": stored[f"{name}/logits"]})
     np.savez(run / "gated/reference.npz", **stored)

@@ -78,7 +78,8 @@ def write_cifar_network(name: str, path: Path, *, trained: bool = False) -> None
     from polar_deploy import export
 
     example = export.Example.of(torch.zeros(2, 3, 32, 32))
-    export.write(cifar_network(name, trained=trained), example, path, inputs=("input",), outputs=("logits",))
+    structure = export.structure(cifar_network(name, trained=trained), example)
+    export.save(structure, path, inputs=("input",), outputs=("logits",))
 
 
 def edge_environment(folder: Path) -> tuple[Path, dict[str, str]]:

@@ -1,7 +1,7 @@
-"""PyTorch to ONNX. One capture gives two graphs: the structure, layer by layer as in the model, and the one to deploy.
+"""PyTorch to ONNX. A network is captured once: its structure, layer by layer as in the model, takes any weights later.
 
-In the first, parameters keep their names and every node tells its module; surgery's facts are read off it. In the
-second, BatchNormalizations are folded. Neither merges constants that happen to be equal.
+In it, parameters keep their names and every node tells its module; surgery's facts are read off it. In the graph that
+is made of it for inference, BatchNormalizations are folded. Neither merges constants that happen to be equal.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from polar_deploy.errors import ContentError
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
+from polar_deploy.surgery.choices import with_values
+from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.folding import FOLDED_ANYWAY
 from polar_deploy.tensors import Arrays
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
 TOLERANCE = 1e-5  # of the output's scale
+OWN = "polar_deploy."  # what keys of this package's notes in a graph begin with
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -110,80 +113,111 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A network as the exporter saw it."""
-
-    program: torch.onnx.ONNXProgram
-
-    def structure(self) -> onnx.ModelProto:
-        """The graph with its modules' own layers and parameters; only arithmetic on shapes is done ahead.
-
-        To be asked before `deployable`, which goes on from here.
-        """
-        from onnxscript import optimizer, rewriter
-        from onnxscript.rewriter.rules import common as rules
-
-        model = self._model
-        optimizer.inline(model)
-        parameters = set(model.graph.initializers)
-        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_reading(parameters))
-        rewriter.rewrite(
-            model,
-            [
-                rules.no_op_cast_rule,
-                rules.no_op_expand_rule,
-                rules.no_op_transpose_rule,
-                rules.reshape_reshape_rule,
-                rules.materialize_reshape_shape_rule,
-            ],
-        )
-        structure = self._finished()
-        _drop_made_biases(structure, parameters)
-        return structure
-
-    def deployable(self) -> onnx.ModelProto:
-        """The graph for inference: constants folded, BatchNormalizations in the layers before them."""
-        from onnxscript import optimizer, rewriter
-
-        optimizer.inline(self._model)
-        for _ in range(2):  # what one pass folds the other can rewrite
-            optimizer.fold_constants_ir(self._model, onnx_shape_inference=True, should_fold=_unless_growing)
-            rewriter.rewrite(self._model)
-        return self._finished()
-
-    @property
-    def _model(self) -> onnx_ir.Model:
-        return self.program.model
-
-    def _finished(self) -> onnx.ModelProto:
-        from onnx_ir.passes import common as passes
-
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self._model)
-        passes.NameFixPass()(self._model)
-        model: onnx.ModelProto = self.program.model_proto
-        return model
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a network by all of their names, buffers that no state_dict has among them."""
+    parameters = network.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
 
 
-def capture(
-    network: nn.Module, example: Example, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
-) -> Captured:
-    """Run `network`, in evaluation mode, through PyTorch's exporter; its modes and parameters stay as they are.
+def structure(network: nn.Module, example: Example) -> DetachedModel:
+    """The graph of a network in evaluation mode by PyTorch's exporter, with its modules' own layers and weights.
 
-    The batch axis is left open where the network allows that.
+    The network stays as it is. Only arithmetic on shapes is done ahead. The batch axis is open where it allows that.
 
     Args:
         example: arguments of its forward.
-        inputs, outputs: names of the graph's tensors; (): the exporter's.
 
     Raises:
         ContentError: PyTorch cannot export this network.
     """
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    program = _captured(network, example)
+    model = program.model
+    optimizer.inline(model)
+    parameters = set(model.graph.initializers)
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_reading(parameters))
+    rewriter.rewrite(
+        model,
+        [
+            rules.no_op_cast_rule,
+            rules.no_op_expand_rule,
+            rules.no_op_transpose_rule,
+            rules.reshape_reshape_rule,
+            rules.materialize_reshape_shape_rule,
+        ],
+    )
+    _name_constants(model)
+    made = program.model_proto
+    _drop_made_biases(made, parameters)
+    return detached.detach_weights(made)
+
+
+def with_weights(structure: DetachedModel, network: nn.Module) -> DetachedModel:
+    """The structure of a network with the weights that it, or another one of its kind, has now.
+
+    Raises:
+        ContentError: a weight has another shape than in the structure.
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in structure.model.graph.initializer}
+    values = {}
+    for name, tensor in own_tensors(network).items():
+        if name not in shapes:
+            continue
+        if tuple(tensor.shape) != shapes[name]:
+            raise ContentError(
+                f"{name} is {list(tensor.shape)} in {type(network).__name__}, {list(shapes[name])} in the structure",
+                "change the network first, then put gates on it",
+            )
+        values[name] = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+    return with_values(structure, values)
+
+
+def save(structure: DetachedModel, path: Path, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> None:
+    """Write a structure as ONNX for inference, atomically; what one file cannot hold, with its weights in PATH.data.
+
+    Constants are folded, and BatchNormalizations in the layers before them.
+
+    Args:
+        inputs, outputs: names of the graph's tensors; (): the exporter's.
+
+    Raises:
+        ContentError: one of its nodes with a note of this package did not stay.
+    """
+    import onnx_ir
+    from onnxscript import optimizer, rewriter
+
+    model = onnx_ir.from_proto(structure.model)
+    for name, array in structure.arrays.items():
+        model.graph.initializers[name].const_value = onnx_ir.tensor(array, name=name)
+    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=False):
+            value.name = name
+    for _ in range(2):  # what one pass folds the other can rewrite
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_growing)
+        rewriter.rewrite(model)
+    _name_constants(model)
+    graph = onnx_ir.to_proto(model)
+    _drop_notes(graph)
+    _require_noted(structure.model, graph)
+    detached.save(graph, path)
+
+
+def _name_constants(model: onnx_ir.Model) -> None:
+    """Make each constant an initializer, and each name the only one."""
+    from onnx_ir.passes import common as passes
+
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.NameFixPass()(model)
+
+
+def _captured(network: nn.Module, example: Example) -> torch.onnx.ONNXProgram:
     example = example.to(device_of(network))
     failed: Exception | None = None
     for dynamic in (True, False):
         try:
-            return Captured(_program(network, example, dynamic, list(inputs), list(outputs)))
+            return _program(network, example, dynamic)
         except Exception as error:  # noqa: BLE001  (the exporter raises many types of its own)
             failed = failed or error
     raise ContentError(
@@ -192,9 +226,7 @@ def capture(
     ) from failed
 
 
-def _program(
-    network: nn.Module, example: Example, dynamic: bool, inputs: list[str], outputs: list[str]
-) -> torch.onnx.ONNXProgram:
+def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.ONNXProgram:
     """One try of the exporter, which prints its progress to stdout; that belongs to results."""
     shapes = _shapes(network, example.dynamic() if dynamic else None)
     with contextlib.ExitStack() as stack:
@@ -207,8 +239,6 @@ def _program(
             example.args,
             kwargs=dict(example.kwargs),
             dynamic_shapes=shapes,
-            input_names=inputs or None,
-            output_names=outputs or None,
             opset_version=OPSET,
             dynamo=True,
             optimize=False,
@@ -276,12 +306,27 @@ def _drop_made_biases(model: onnx.ModelProto, parameters: set[str]) -> None:
             del node.input[2]
 
 
-def drop_notes(model: onnx.ModelProto) -> None:
-    """Take the exporter's notes off: they hold paths of this machine."""
+def _drop_notes(model: onnx.ModelProto) -> None:
+    """Take the exporter's notes off, which hold paths of this machine."""
     graph = model.graph
-    for noted in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+    for noted in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        own = [(entry.key, entry.value) for entry in noted.metadata_props if entry.key.startswith(OWN)]
         del noted.metadata_props[:]
-    del model.metadata_props[:], model.graph.metadata_props[:]
+        for key, value in own:
+            noted.metadata_props.add(key=key, value=value)
+
+
+def _require_noted(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Raise ContentError where a node with notes of this package went when constants were folded."""
+
+    def noted(model: onnx.ModelProto) -> list[str]:
+        return [node.name for node in model.graph.node if any(note.key.startswith(OWN) for note in node.metadata_props)]
+
+    if len(lost := noted(before)) > len(noted(after)):
+        raise ContentError(
+            f"the export lost {lost[0]} or another one of {len(lost)} masks",
+            "report this network: each mask must come through the exporter as one Mul",
+        )
 
 
 def _shapes(network: nn.Module, shapes: tuple[Any, Any] | None) -> Any:
@@ -320,20 +365,6 @@ def _first_line(error: BaseException | None) -> str:
         error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
-
-
-def write(network: nn.Module, example: Example, path: Path, *, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Write a network as ONNX for inference, atomically; what one file cannot hold, with its weights in PATH.data.
-
-    Args:
-        inputs, outputs: names of the graph's tensors.
-
-    Raises:
-        ContentError: PyTorch cannot export it.
-    """
-    graph = capture(network, example, inputs=inputs, outputs=outputs).deployable()
-    drop_notes(graph)
-    detached.save(graph, path)
 
 
 def check(path: Path, inputs: Arrays, expected: Arrays) -> float:

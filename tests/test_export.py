@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -27,15 +29,17 @@ from polar_deploy.export import (
     OPSET,
     TOLERANCE,
     Example,
-    capture,
     check,
     evaluating,
     module_of,
-    write,
+    save,
+    structure,
+    with_weights,
 )
 from polar_deploy.gating import deploy
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.deploy import GATES, KIND, SITE
+from polar_deploy.surgery.detached import to_model
 from polar_deploy.surgery.facts import Bools
 from polar_deploy.tasks.classification import classifier
 from tests.support.tiny import BLOCKS, SITES, Tiny
@@ -241,10 +245,21 @@ def test_masks_that_are_all_open_are_written_too(exported: _Exported, tmp_path: 
     assert np.abs(_run(tmp_path / "open.onnx", {name: _inputs(3)}) - plain).max() <= TOLERANCE * np.abs(plain).max()
 
 
-def test_masks_that_did_not_come_through_are_named(exported: _Exported, tmp_path: Path) -> None:
-    """Of a model without masks."""
-    with pytest.raises(ContentError, match=r"the export lost .*_mask and 12 more masks"):
-        deploy.export(exported.network, exported.analysis, tmp_path / "model.onnx")
+def test_masks_that_did_not_come_through_are_named(
+    exported: _Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an optimiser that takes a Mul by ones for nothing."""
+    from onnxscript import rewriter
+
+    def rewrite(model: onnx_ir.Model) -> onnx_ir.Model:
+        for node in [node for node in model.graph if node.op_type == "Mul"]:
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
+        return model
+
+    monkeypatch.setattr(rewriter, "rewrite", rewrite)
+    with pytest.raises(ContentError, match=r"the export lost .* or another one of 13 masks"):
+        deploy.write_open(exported.network, exported.analysis, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -290,7 +305,7 @@ def test_nothing_of_this_machine_is_in_the_file(exported: _Exported) -> None:
 
 def test_no_notes_of_the_exporter_are_left(exported: _Exported, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    write(plain, Example.of(torch.zeros(2, 3, SIZE, SIZE)), tmp_path / "model.onnx", **NAMES)
+    save(structure(plain, Example.of(torch.zeros(2, 3, SIZE, SIZE))), tmp_path / "model.onnx", **NAMES)
     for path in (exported.path, tmp_path / "model.onnx"):
         assert not list(onnx.load(path).graph.metadata_props)
         assert b"pkg.torch" not in path.read_bytes()
@@ -300,7 +315,7 @@ def test_no_notes_of_the_exporter_are_left(exported: _Exported, tmp_path: Path) 
 
 
 def test_the_structure_keeps_layers_parameters_and_modules(exported: _Exported) -> None:
-    model = capture(exported.network, Example.of(torch.zeros(2, 3, SIZE, SIZE))).structure()
+    model = to_model(structure(exported.network, Example.of(torch.zeros(2, 3, SIZE, SIZE))))
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for name, parameter in exported.network.named_parameters():
         assert np.array_equal(held[name], parameter.detach().numpy()), name
@@ -310,14 +325,31 @@ def test_the_structure_keeps_layers_parameters_and_modules(exported: _Exported) 
         assert kind is None or (kind, path) in layers
 
 
-def test_structure_and_deployable_compute_the_same() -> None:
+def test_a_structure_takes_the_weights_of_another_network(tmp_path: Path) -> None:
+    """One capture serves all networks of a kind; with names, and folded."""
     torch.manual_seed(0)
-    network = Tiny(10)
-    expected = _logits(network, 3)
-    captured = capture(network, Example.of(torch.zeros(1, 3, SIZE, SIZE)), **NAMES)
-    for model in (captured.structure(), captured.deployable()):
-        given = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": _inputs(3)})[0]
-        assert np.abs(given - expected).max() <= TOLERANCE * np.abs(expected).max()
+    first, other = Tiny(10), Tiny(10)
+    with torch.no_grad():
+        other.train()(torch.randn(32, 3, SIZE, SIZE))  # running statistics that are not those of a new network
+    made = structure(first, Example.of(torch.zeros(1, 3, SIZE, SIZE)))
+    onnx.save(to_model(made), tmp_path / "structure.onnx")
+    (name,) = (value.name for value in made.model.graph.input)
+    _require_close(_run(tmp_path / "structure.onnx", {name: _inputs(3)}), _logits(first, 3))
+    for network in (other, first):
+        save(with_weights(made, network), tmp_path / "model.onnx", **NAMES)
+        _require_close(_run(tmp_path / "model.onnx", {"input": _inputs(3)}), _logits(network, 3))
+    assert not any(node.op_type == "BatchNormalization" for node in onnx.load(tmp_path / "model.onnx").graph.node)
+
+
+def _require_close(given: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
+    assert np.abs(given - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_a_network_that_was_changed_since_is_refused(exported: _Exported) -> None:
+    changed = copy.deepcopy(exported.network)
+    changed.head = nn.Linear(20, 7)
+    with pytest.raises(ContentError, match=r"head.weight is \[7, 20\] in _Headed, \[10, 20\]"):
+        deploy.write_open(changed, exported.analysis, Path("never.onnx"))
 
 
 class _Equal(nn.Module):
@@ -333,7 +365,7 @@ class _Equal(nn.Module):
 
 
 def test_equal_constants_stay_apart(tmp_path: Path) -> None:
-    write(_Equal(), Example.of(torch.zeros(2, 6)), tmp_path / "model.onnx", **NAMES)
+    save(structure(_Equal(), Example.of(torch.zeros(2, 6))), tmp_path / "model.onnx", **NAMES)
     dims = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
     assert dims.count((6, 6)) == 2
 
@@ -385,9 +417,8 @@ class _Named(nn.Module):
 
 def test_named_arguments_are_exported(tmp_path: Path) -> None:
     network = _Named()
-    write(
-        network,
-        Example.of({"x": torch.zeros(2, 4), "shift": torch.zeros(2, 2)}),
+    save(
+        structure(network, Example.of({"x": torch.zeros(2, 4), "shift": torch.zeros(2, 2)})),
         tmp_path / "m.onnx",
         inputs=(),
         outputs=(),
@@ -414,7 +445,7 @@ class _Fixed(nn.Module):
 
 def test_a_network_of_one_batch_size_is_exported_at_that(tmp_path: Path) -> None:
     network, x = _Fixed(), _inputs(1)[0, 0, :2, :4]
-    write(network, Example.of(torch.zeros(2, 4)), tmp_path / "model.onnx", **NAMES)
+    save(structure(network, Example.of(torch.zeros(2, 4))), tmp_path / "model.onnx", **NAMES)
     with torch.no_grad():
         expected = network(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(_run(tmp_path / "model.onnx", {"input": x}), expected, atol=1e-6)
@@ -433,7 +464,7 @@ class _Stubborn(nn.Module):
 
 def test_a_network_that_cannot_be_exported_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ContentError, match="PyTorch cannot export _Stubborn: ") as caught:
-        write(_Stubborn(), Example.of(torch.zeros(2, 3, SIZE, SIZE)), tmp_path / "model.onnx", **NAMES)
+        save(structure(_Stubborn(), Example.of(torch.zeros(2, 3, SIZE, SIZE))), tmp_path / "model.onnx", **NAMES)
     assert "\n" not in caught.value.what
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().out == ""
@@ -489,6 +520,6 @@ def test_attention_with_any_number_of_axes_is_exported(axes: tuple[int, ...], ma
 
     torch.manual_seed(0)
     network, tokens = Attention().eval(), torch.randn(2, *axes, 5, 8)
-    write(network, Example.of(tokens), tmp_path / "a.onnx", inputs=["x"], outputs=["y"])
+    save(structure(network, Example.of(tokens)), tmp_path / "a.onnx", inputs=["x"], outputs=["y"])
     (result,) = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": tokens.numpy()})
     np.testing.assert_allclose(result, network(tokens).detach(), atol=1e-5)

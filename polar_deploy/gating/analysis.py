@@ -15,8 +15,9 @@ from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
-from polar_deploy.surgery import choices, detached
+from polar_deploy.surgery import choices
 from polar_deploy.surgery.choices import Choices
+from polar_deploy.surgery.detached import DetachedModel
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Analysis:
 
     Attributes:
         example: arguments of the network's forward.
+        structure: its graph, without masks; the values of its weights are made up.
         choices: gates, sites, blocks, costs.
         places: for each mask of `choices`, its module.
         unmasked: layers that cannot be masked, and why: they are counted, and keep what they read.
     """
 
     example: Example
+    structure: DetachedModel
     choices: Choices
     places: tuple[Place, ...]
     unmasked: dict[str, str]
@@ -49,12 +52,6 @@ class Analysis:
         return [known[gates] for gates in self.gate_of(values.device)]
 
 
-def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a network by all of their names, buffers that no state_dict has among them."""
-    parameters = network.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
-
-
 def analyse(
     network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True, streams: bool = True
 ) -> Analysis:
@@ -69,8 +66,7 @@ def analyse(
         UsageError: there is no gate in it.
     """
     example = example.to(export.device_of(network))
-    structure = detached.detach_weights(export.capture(network, example).structure())
-    blank = choices.without_values(structure, set(own_tensors(network)))
+    blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
     made = choices.find(blank, found.masks, found.name_of, streams=streams)
     if not made.gates:
@@ -80,4 +76,4 @@ def analyse(
             "use a network in which a layer reads channels that another layer writes, or ignore less of it",
         )
     made, used = made.with_gates_alone()
-    return Analysis(example, made, tuple(found.places[index] for index in used), found.unmasked)
+    return Analysis(example, blank, made, tuple(found.places[index] for index in used), found.unmasked)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.padding import _ConstantPadNd
 
 from polar_deploy.errors import ContentError, UsageError
-from polar_deploy.export import device_of, evaluating, module_of
+from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis, own_tensors
+from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block

@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
 from polar_deploy import export as exporter
-from polar_deploy.errors import ContentError
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
-from polar_deploy.gating.places import aliases
-from polar_deploy.surgery import detached
-from polar_deploy.surgery.choices import NEVER, Choices
+from polar_deploy.surgery.choices import MASK, NEVER, Choices, constant_name, insert, with_values
+from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Bools
 
 SITE, KIND, GATES = "polar_deploy.site", "polar_deploy.kind", "polar_deploy.gates"  # metadata of a mask's Mul
@@ -28,36 +25,27 @@ def export(
     model: nn.Module, analysis: Analysis, path: Path, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
 ) -> None:
     """Write the masked model as ONNX, see `Gates.export`."""
-    with masking.exporting():
-        graph = exporter.capture(model, analysis.example, inputs=inputs, outputs=outputs).deployable()
-    _note_gates(graph, model, analysis)
-    detached.save(graph, path)
+    values = zip(analysis.choices.masks, masking.read(model, analysis.places), strict=True)
+    closed = {constant_name(mask): value.cpu().numpy() for mask, value in values}
+    graph = with_values(_with_masks(exporter.with_weights(analysis.structure, model), analysis.choices), closed)
+    exporter.save(graph, path, inputs=inputs, outputs=outputs)
 
 
-def _note_gates(graph: onnx.ModelProto, model: nn.Module, analysis: Analysis) -> None:
-    """Mark each mask's Mul, in place of the exporter's own notes."""
-    wanted: dict[str, dict[str, int]] = {
-        place.module: {} for place in analysis.places
-    }  # module: the index of a mask by its buffer
-    for index, place in reversed(list(enumerate(analysis.places))):
-        wanted[place.module][masking.buffer(place)] = index
-    first = aliases(model)  # the exporter may know a module by another of its names
-    found = set()
-    exporter.drop_notes(graph)
-    for node in graph.graph.node:
-        for name in node.input if node.op_type == "Mul" else ():
-            path, _, buffer = name.rpartition(".")
-            path = first.get(path, path)
-            if buffer in wanted.get(path, ()):
-                found.add((path, buffer))
-                for key, value in _notes(analysis.choices, wanted[path][buffer]).items():
-                    node.metadata_props.add(key=key, value=value)
-    lost = [f"{path}.{buffer}" for path in wanted for buffer in wanted[path] if (path, buffer) not in found]
-    if lost:
-        raise ContentError(
-            f"the export lost {lost[0]}" + (f" and {len(lost) - 1} more masks" if lost[1:] else ""),
-            "report this network: each mask must come through the exporter as one Mul",
-        )
+def write_open(model: nn.Module, analysis: Analysis, path: Path) -> None:
+    """Write a model without gates as if it had them, all open: for measuring what each one costs."""
+    exporter.save(_with_masks(exporter.with_weights(analysis.structure, model), analysis.choices), path)
+
+
+def _with_masks(structure: DetachedModel, choices: Choices) -> DetachedModel:
+    """The structure with a Mul for each mask, all open, that tells its gates."""
+    masked = insert(structure, choices.masks)
+    index = {mask.name: number for number, mask in enumerate(choices.masks)}
+    for node in masked.model.graph.node:
+        for name in [entry.value for entry in node.metadata_props if entry.key == MASK]:
+            del node.metadata_props[:]
+            for key, value in _notes(choices, index[name]).items():
+                node.metadata_props.add(key=key, value=value)
+    return masked
 
 
 def _notes(choices: Choices, mask: int) -> dict[str, str]:
@@ -101,9 +89,3 @@ def masked(model: nn.Module, analysis: Analysis, opened: Bools | None = None) ->
         yield
     finally:
         masking.detach(model, analysis.places, handles)
-
-
-def write_open(model: nn.Module, analysis: Analysis, path: Path) -> None:
-    """Write a model without gates as if it had them, all open: for measuring what each one costs."""
-    with masked(model, analysis):
-        export(model, analysis, path)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +37,6 @@ class Listener(Protocol):
 
 
 _listeners: list[weakref.ref[Listener]] = []  # weak: whoever drops his gates in the middle of a step listens no more
-_exporting = False
 _compiled = False  # whether a module with a mask ever went through torch.compile
 
 
@@ -59,17 +57,6 @@ def _note_compiled() -> bool:
     global _compiled
     _compiled = True
     return True
-
-
-@contextmanager
-def exporting() -> Iterator[None]:
-    """Inside, every mask is a product with the activations, open ones too: each is to become one Mul of a graph."""
-    global _exporting
-    before, _exporting = _exporting, True
-    try:
-        yield
-    finally:
-        _exporting = before
 
 
 class _Masking:
@@ -115,7 +102,7 @@ class MaskInput(_Masking):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x, mask = args[self._argument], getattr(module, INPUT)
-        if torch.compiler.is_compiling() or _exporting:
+        if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling():
                 _note_compiled()
             return self._with(args, self._product(x, mask))
@@ -148,7 +135,7 @@ class MaskOutput(_Masking):
 
     def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         mask = getattr(module, OUTPUT)
-        if torch.compiler.is_compiling() or _exporting:
+        if torch.compiler.is_compiling():
             return self._product(output, mask)
         replaced = self._heard(module, output, mask) if _listeners else None
         if replaced is not None:

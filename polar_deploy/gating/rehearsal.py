@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError
-from polar_deploy.export import Example, device_of, evaluating
+from polar_deploy.export import Example, device_of, evaluating, with_weights
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis, own_tensors
+from polar_deploy.gating.analysis import Analysis
 from polar_deploy.ort_session import open_session, translated
 from polar_deploy.surgery import detached
-from polar_deploy.surgery.choices import Choices, with_values
+from polar_deploy.surgery.choices import Choices
 from polar_deploy.surgery.facts import Bools
 
 TOLERANCE = 1e-3  # of the outputs' scale: a mask in the wrong place changes far more, rounding in deep networks less
@@ -113,8 +113,7 @@ def _there(model: nn.Module, analysis: Analysis) -> Example:
 
 def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
     """Largest difference between model and masked graph in a state, as a share of each output's scale."""
-    values = {name: tensor.detach().cpu().numpy() for name, tensor in own_tensors(model).items()}
-    graph = analysis.choices.with_masks(with_values(analysis.choices.detached, values), opened)
+    graph = analysis.choices.with_masks(with_weights(analysis.choices.detached, model), opened)
     before = masking.read(model, analysis.places)
     masking.write(model, analysis.places, analysis.gate_masks(torch.from_numpy(opened).float()))
     try:
@@ -128,7 +127,7 @@ def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
 
 def _off(model: nn.Module, example: Example, path: Path) -> float:
     """Largest difference between a model and a graph, as a share of each output's scale."""
-    with torch.no_grad(), evaluating(model), masking.exporting():
+    with torch.no_grad(), evaluating(model):
         expected = _arrays(model(*example.args, **example.kwargs))
     with translated("ONNX Runtime cannot run the graph with its masks"):
         session = open_session(path)

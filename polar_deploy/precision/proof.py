@@ -180,7 +180,7 @@ def kept_wide(
     typed: dict[tuple[str, ...], onnx.ModelProto] = {}
     always, of_norms = norms.written_out(model)
     if reference is None:
-        return convert(always), of_norms
+        return convert([*always]), of_norms
 
     def error(wide: Sequence[str]) -> float:
         typed.clear()

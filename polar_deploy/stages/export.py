@@ -36,7 +36,7 @@ def _run(run: RunContext) -> None:
     inputs = draw_inputs(run.data.train, unseen, REFERENCE_SAMPLES, run.settings.seed)
     outputs = {"full": reference.outputs(task, full, inputs)}
     names = {"inputs": tuple(task.inputs), "outputs": tuple(outputs["full"])}
-    export.write(full, run.example(), run.path(FULL_GRAPH), **names)
+    export.save(export.with_weights(run.analysis.structure, full), run.path(FULL_GRAPH), **names)
     with deploy.masked(network, run.analysis, opened):
         deploy.export(network, run.analysis, run.path(GATED_GRAPH), **names)
         outputs["gated"] = reference.outputs(task, network, inputs)
