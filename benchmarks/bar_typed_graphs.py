@@ -16,6 +16,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,26 +196,45 @@ def trial(seed: int, target: str, folder: Path) -> dict[str, Any]:
     """One network for one target: how far its worst output is off on images that it was not proven with."""
     said: dict[str, Any] = {"seed": seed, "target": target}
     try:
-        return said | _tried(RandomNetwork(seed).draw(), targets.parse(target), folder, build=seed % BUILT == 0)
+        return said | _tried(seed, targets.parse(target), folder)
     except PolarDeployError as error:
         return said | {"refused": error.what.split(": ", 1)[-1]}
     except Exception as error:  # noqa: BLE001  (what the bar is about: nothing but a refusal)
         return said | {"raised": f"{type(error).__name__}: {error}"}
 
 
-def _tried(network: onnx.ModelProto, target: targets.Target, folder: Path, *, build: bool) -> dict[str, Any]:
-    batch, kernels = {"input": images(8, 1)}, engines.kernels(target)
+@dataclass(frozen=True)
+class Subject:
+    """A network, and what it gives for images that no calibration sees. rounding: how far FP32 itself is off."""
+
+    network: onnx.ModelProto
+    batch: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+    rounding: float
+
+    @classmethod
+    @lru_cache(1)  # for all targets
+    def of(cls, seed: int) -> Subject:
+        """The network of a seed."""
+        network, batch = RandomNetwork(seed).draw(), {"input": images(8, 1)}
+        expected = exact_outputs(network, batch)
+        return cls(network, batch, expected, _apart(outputs(network, batch), expected))
+
+
+def _tried(seed: int, target: targets.Target, folder: Path) -> dict[str, Any]:
+    subject, kernels = Subject.of(seed), engines.kernels(target)
+    network, batch = subject.network, subject.batch
     paths, samples = (folder / "a.onnx", folder / "b.onnx"), {"input": images(64, 2)}
     onnx.save(network, paths[0])
     written = precision.write(*paths, target, Build(), samples, kernels)
-    typed, expected = onnx.load(paths[1]), exact_outputs(network, batch)
+    typed = onnx.load(paths[1])
     found = outputs(computed_wide(typed), batch) if kernels is None else kernels.outputs(typed, batch, paths[1])
-    bound = max(BOUNDS[target.name], 2 * _apart(outputs(network, batch), expected))
-    off = _apart(found, expected)
-    said = {"off": off, "within": off <= bound, "kept": [each.layer for each in written.high_precision_layers]}
+    off = _apart(found, subject.expected)
+    within = off <= max(BOUNDS[target.name], 2 * subject.rounding)
+    said = {"off": off, "within": within, "kept": [each.layer for each in written.high_precision_layers]}
     if target.name == "ort-int8":
         said |= integers(typed, batch, folder)
-    if build and target.backend is RTX and not targets.lacks_to_build(target):
+    if seed % BUILT == 0 and target.backend is RTX and not targets.lacks_to_build(target):
         made = engines.build(paths[0], folder, "built", target, Build(), samples)
         said["built"] = made.precision.found
     return said
