@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import polar_deploy
-from polar_deploy import reference
+from polar_deploy import Gates, reference
 from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.export import (
     OPSET,
@@ -350,6 +350,16 @@ def test_a_network_that_was_changed_since_is_refused(exported: _Exported) -> Non
     changed.head = nn.Linear(20, 7)
     with pytest.raises(ContentError, match=r"head.weight is \[7, 20\] in _Headed, \[10, 20\]"):
         deploy.write_open(changed, exported.analysis, Path("never.onnx"))
+
+
+def test_a_network_that_computes_something_else_since_is_found_out(tmp_path: Path) -> None:
+    """Its weights have the shapes that they had: only running both tells."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    gates = Gates(network, torch.zeros(2, 3, SIZE, SIZE), budget="macs=0.9", align=1)
+    network[1] = nn.Sigmoid()
+    with pytest.raises(ContentError, match="differs from Sequential by"):
+        gates.export(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 class _Equal(nn.Module):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from polar_deploy import export as exporter
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
+from polar_deploy.gating.rehearsal import require_same
+from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import MASK, NEVER, Choices, constant_name, insert, with_values
 from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Bools
@@ -29,6 +32,15 @@ def export(
     closed = {constant_name(mask): value.cpu().numpy() for mask, value in values}
     graph = with_values(_with_masks(exporter.with_weights(analysis.structure, model), analysis.choices), closed)
     exporter.save(graph, path, inputs=inputs, outputs=outputs)
+
+
+def export_checked(model: nn.Module, analysis: Analysis, path: Path, **names: Sequence[str]) -> None:
+    """The same, and nothing is written where ONNX Runtime finds that the graph does not do what the model does."""
+    with TemporaryDirectory(prefix="polar_deploy-") as folder:
+        made = Path(folder, "gated.onnx")
+        export(model, analysis, made, **names)
+        require_same(model, analysis, made)
+        detached.copy(made, path)
 
 
 def write_open(model: nn.Module, analysis: Analysis, path: Path) -> None:

@@ -246,21 +246,20 @@ class Gates:
         masking.write(copy, self.analysis.places, self.analysis.gate_masks(self._values))
 
     def export(self, path: Path | str, **names: Sequence[str]) -> None:
-        """Write the gated model as ONNX, all layers at full size, each mask as one Mul; checked in ONNX Runtime.
+        """Write the gated model as ONNX, all layers at full size, each mask as one Mul.
 
         `polar-deploy surgery` makes the small one of it.
 
         Args:
-            path: the .onnx file, written atomically.
+            path: the .onnx file, written atomically, and only when ONNX Runtime, if installed, has found it right.
             names: `inputs` and `outputs`, names of the graph's tensors; else the exporter's.
 
         Raises:
             ContentError: PyTorch cannot export the model, or the graph does not do what the model does.
         """
-        from polar_deploy.gating.deploy import export
+        from polar_deploy.gating.deploy import export_checked
 
-        export(self.model, self.analysis, Path(path), **names)
-        rehearsal.require_same(self.model, self.analysis, Path(path))
+        export_checked(self.model, self.analysis, Path(path), **names)
 
     def cut(self) -> nn.Module:
         """A copy of the model without what is closed: a smaller network that computes the same; the model stays.

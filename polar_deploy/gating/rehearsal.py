@@ -101,8 +101,9 @@ def require_same(model: nn.Module, analysis: Analysis, path: Path) -> None:
     """Raise ContentError where an exported graph does not do what the model does, as its masks stand."""
     if find_spec("onnxruntime") is not None and (off := _off(model, noise(_there(model, analysis)), path)) > TOLERANCE:
         raise ContentError(
-            f"{path} differs from {type(model).__name__} by {off:.2g} of the outputs' scale (allowed: {TOLERANCE})",
-            "report this network: its export to ONNX is not faithful",
+            f"the exported graph differs from {type(model).__name__} by {off:.2g} of the outputs' scale ({TOLERANCE} is "
+            "allowed)",
+            "put gates on the network as it is to be exported; if it has not changed since, report it",
         )
 
 
