@@ -101,8 +101,8 @@ def require_same(model: nn.Module, analysis: Analysis, path: Path) -> None:
     """Raise ContentError where an exported graph does not do what the model does, as its masks stand."""
     if find_spec("onnxruntime") is not None and (off := _off(model, noise(_there(model, analysis)), path)) > TOLERANCE:
         raise ContentError(
-            f"the exported graph differs from {type(model).__name__} by {off:.2g} of the outputs' scale ({TOLERANCE} is "
-            "allowed)",
+            f"the exported graph is {off:.2g} of the outputs' scale apart from {type(model).__name__} (allowed: "
+            f"{TOLERANCE})",
             "put gates on the network as it is to be exported; if it has not changed since, report it",
         )
 
