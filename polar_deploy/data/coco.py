@@ -18,8 +18,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.decode import decode, problem, upright_size
-from polar_deploy.data.folders import VALIDATION, drawn_for_test
+from polar_deploy.data.folders import VALIDATION
 from polar_deploy.data.moves import stretched
+from polar_deploy.data.parts import Found, PartedFolder, Sight, Words, with_test
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError, UsageError, one_line
@@ -29,7 +30,6 @@ _LAYOUT = (
     "give DIR/annotations/instances_train.json and instances_val.json with pictures in DIR/train and DIR/val, "
     "or one instances_NAME.json with pictures in DIR/NAME or DIR/images"
 )
-_LEAST = {"train": 2, "test": 1, "validation": 1}  # pictures in a part
 _SLACK = 1.0  # pixels that a box may stand out by: tools round, and COCO's own boxes do
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -79,37 +79,22 @@ class Boxed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CocoFolder:
-    """A folder of pictures with boxes of objects.
+class CocoFolder(PartedFolder[Boxed]):
+    """A folder of pictures with boxes of objects."""
 
-    Args:
-        root: the folder.
-        skip_broken: whether pictures and annotations that cannot be used are left out.
-
-    Every property may raise:
-        UsageError: there is no such folder. ContentError: it holds something else, or a part of it cannot be used.
-    """
-
-    root: Path
-    skip_broken: bool = False
-
-    @cached_property
-    def listed(self) -> dict[str, list[Boxed]]:
-        """The pictures of "train", "test" and, where it is there, "validation", as far as the annotations tell."""
-        return self._boxed[0]
+    layout = _LAYOUT
+    words = Words(
+        held="",
+        broken=("such pictures or annotations in all", "ones"),
+        left_out=("pictures or annotations", "left out:"),
+        beside="boxes",
+    )
 
     @cached_property
     def parts(self) -> dict[str, list[Boxed]]:
-        """The same, without those that cannot be used."""
-        self._require_sound()
-        parts = {
-            name: [each for each in listed if self._seen[each.picture][0] is None]
-            for name, listed in self.listed.items()
-        }
+        """Those with boxes in each part."""
+        parts = super().parts
         for name, pictures in parts.items():
-            if len(pictures) < _LEAST[name]:
-                held = f"{len(pictures)} picture{'s' * (len(pictures) != 1)}"
-                raise ContentError(f"{self.root} has {held} for {name}, {_LEAST[name]} are needed", _LAYOUT)
             if not sum(int((~each.crowd).sum()) for each in pictures):
                 raise ContentError(f"{self.root} has no box in any picture for {name}", "annotate some objects")
         return parts
@@ -124,23 +109,12 @@ class CocoFolder:
         """The largest number of boxes in a picture, 1 or more."""
         return max(1, *(len(each.labels) for part in self.parts.values() for each in part))
 
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know, a sentence each."""
-        notes = []
-        if broken := self._broken:
-            many = f"{len(broken)} pictures or annotations are left out, first" if len(broken) > 1 else "left out:"
-            notes.append(f"{many} {broken[0].what}")
-        if turned := [each.picture for part in self.parts.values() for each in part if self._seen[each.picture][1]]:
-            first = self.root / turned[0]
-            notes.append(
-                f"EXIF turns or mirrors {len(turned)} pictures, first {first}: boxes are taken as being upright"
-            )
+    def _absent(self) -> list[str]:
         learned = {int(label) for each in self.parts["train"] for label in each.labels[~each.crowd]}
         if absent := [name for label, name in enumerate(self.class_names) if label not in learned]:
             many = f"{len(absent)} of {len(self.class_names)} classes are"
-            notes.append(f"{many} in no training picture, first {absent[0]}")
-        return tuple(notes)
+            return [f"{many} in no training picture, first {absent[0]}"]
+        return []
 
     @cached_property
     def _documents(self) -> dict[str, tuple[Path, _Document, Path]]:
@@ -193,8 +167,8 @@ class CocoFolder:
         return names
 
     @cached_property
-    def _boxed(self) -> tuple[dict[str, list[Boxed]], list[ContentError]]:
-        """The pictures of each part, and what is wrong with annotations."""
+    def _found(self) -> Found[Boxed]:
+        """As far as the annotations tell."""
         order = {category: label for label, category in enumerate(sorted(self._categories))}
         parts: dict[str, list[Boxed]] = {}
         problems: list[ContentError] = []
@@ -213,40 +187,21 @@ class CocoFolder:
                     problems.append(ContentError(f"{path}: annotations[{position}] {wrong[0]}", wrong[1]))
             inside = folder.relative_to(self.root).as_posix()
             parts[part] = [_boxes(f"{inside}/{image.file_name}", image, held[key]) for key, image in images.items()]
-        if "test" not in parts:
-            drawn = drawn_for_test([each.picture for each in parts["train"]])
-            parts["test"] = [each for each in parts["train"] if each.picture in drawn]
-            parts["train"] = [each for each in parts["train"] if each.picture not in drawn]
-        return parts, problems
+        return with_test(parts), problems, []
 
-    @cached_property
-    def _seen(self) -> dict[str, tuple[ContentError | None, bool]]:
-        """Of each picture, after a look at its header and end: why it cannot be used, and whether EXIF turns it."""
-        listed = [each for part in self.listed.values() for each in part]
-        return dict(zip((each.picture for each in listed), parallel(self._look, listed), strict=True))
-
-    def _look(self, boxed: Boxed) -> tuple[ContentError | None, bool]:
+    def _look(self, boxed: Boxed) -> Sight:
+        """At the header and the end of its file."""
         path = self.root / boxed.picture
         if not path.is_file():
-            return ContentError(f"there is no picture {path}, which has annotations", "add it, or take it out"), False
+            return Sight(ContentError(f"there is no picture {path}, which has annotations", "add it, or take it out"))
         if (found := problem(path, thorough=self.skip_broken)) is not None:
-            return found, False
+            return Sight(found)
         size, turned = upright_size(path)
         if size != boxed.size:
             upright = ", turned as its EXIF says" if turned else ""
             sizes = f"{path} has {size[0]} × {size[1]} pixels{upright}, {boxed.size[0]} × {boxed.size[1]} as annotated"
-            return ContentError(sizes, "annotate the picture as it is seen"), turned
-        return None, turned
-
-    @property
-    def _broken(self) -> list[ContentError]:
-        return [*self._boxed[1], *(found for found, _ in self._seen.values() if found)]
-
-    def _require_sound(self) -> None:
-        """What cannot be used ends the run, unless it is to be left out."""
-        if (broken := self._broken) and not self.skip_broken:
-            more = f" ({len(broken)} such pictures or annotations in all)" if len(broken) > 1 else ""
-            raise ContentError(broken[0].what + more, f"{broken[0].todo}, or leave such ones out with --skip-broken")
+            return Sight(ContentError(sizes, "annotate the picture as it is seen"), turned)
+        return Sight(None, turned)
 
 
 def _read(path: Path) -> _Document:

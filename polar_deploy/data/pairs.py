@@ -17,7 +17,8 @@ from PIL import Image
 from polar_deploy.data import moves
 from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.decode import decode, decode_indices, problem, upright_size
-from polar_deploy.data.folders import VALIDATION, drawn_for_test, image_names
+from polar_deploy.data.folders import VALIDATION, image_names
+from polar_deploy.data.parts import Found, PartedFolder, Sight, Words, with_test
 from polar_deploy.data.pictures import DETAIL, resized
 from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError, UsageError
@@ -25,7 +26,6 @@ from polar_deploy.errors import ContentError, UsageError
 IGNORED = 255  # a pixel of no class: neither learned from nor judged by
 IMAGES, MASKS, CLASS_NAMES = "images", "masks", "classes.txt"
 _LAYOUT = "give DIR/images and DIR/masks, or DIR/train/images, DIR/train/masks, DIR/val/images and DIR/val/masks"
-_LEAST = {"train": 2, "test": 1, "validation": 1}  # pairs in a part
 
 
 class Pair(NamedTuple):
@@ -35,48 +35,21 @@ class Pair(NamedTuple):
     mask: str
 
 
-class _Sight(NamedTuple):
-    """What was seen of a pair: why it cannot be used, its classes as bool [256], whether EXIF turns the picture."""
-
-    problem: ContentError | None
-    present: npt.NDArray[np.bool_]
-    turned: bool
-
-
 @dataclass(frozen=True)
-class PairFolder:
+class PairFolder(PartedFolder[Pair]):
     """A folder of pictures and masks. Masks are in grey or have a palette; `IGNORED` belongs to no class.
 
     A picture's mask has its name but for the suffix, and the size of the picture as it is seen. `classes.txt` in the
     root names the classes, one a line; without it there are as many as the largest index says.
-
-    Args:
-        root: the folder.
-        skip_broken: whether pairs that cannot be used are left out.
-
-    Every property may raise:
-        UsageError: there is no such folder. ContentError: it holds something else, or a pair cannot be used.
     """
 
-    root: Path
-    skip_broken: bool = False
-
-    @cached_property
-    def listed(self) -> dict[str, list[Pair]]:
-        """The pairs of "train", "test" and, where it is there, "validation", as far as names tell."""
-        return self._paired[0]
-
-    @cached_property
-    def parts(self) -> dict[str, list[Pair]]:
-        """The same, without those that cannot be used."""
-        self._require_sound()
-        seen = self._seen
-        parts = {name: [pair for pair in pairs if seen[pair].problem is None] for name, pairs in self.listed.items()}
-        for name, pairs in parts.items():
-            if len(pairs) < _LEAST[name]:
-                held = f"{len(pairs)} picture{'s' * (len(pairs) != 1)} with a mask"
-                raise ContentError(f"{self.root} has {held} for {name}, {_LEAST[name]} are needed", _LAYOUT)
-        return parts
+    layout = _LAYOUT
+    words = Words(
+        held=" with a mask",
+        broken=("such files in all", "files"),
+        left_out=("pairs", "a pair is left out:"),
+        beside="their masks",
+    )
 
     @cached_property
     def classes(self) -> int:
@@ -106,28 +79,15 @@ class PairFolder:
             raise ContentError(f"{path}: {what}", f"name each class once, one a line, from 2 to {IGNORED} of them")
         return names
 
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know, a sentence each."""
-        notes = []
-        if broken := self._broken:
-            many = f"{len(broken)} pairs are left out, first" if len(broken) > 1 else "a pair is left out:"
-            notes.append(f"{many} {broken[0].what}")
-        if unread := self._paired[2]:
-            notes.append(f"{len(unread)} masks have no picture, first {self.root / unread[0]}")
-        if turned := [pair for pairs in self.parts.values() for pair in pairs if self._seen[pair].turned]:
-            first = self.root / turned[0].picture
-            notes.append(
-                f"EXIF turns or mirrors {len(turned)} pictures, first {first}: their masks are taken as being upright"
-            )
+    def _absent(self) -> list[str]:
         absent = np.flatnonzero(~self._present(self.parts["train"])[: self.classes])
-        if len(absent):
-            notes.append(f"{len(absent)} of {self.classes} classes are in no training mask, first class {absent[0]}")
-        return tuple(notes)
+        if not len(absent):
+            return []
+        return [f"{len(absent)} of {self.classes} classes are in no training mask, first class {absent[0]}"]
 
     @cached_property
-    def _paired(self) -> tuple[dict[str, list[Pair]], list[ContentError], list[str]]:
-        """The pairs of each part, pictures that have none, and masks that have none."""
+    def _found(self) -> Found[Pair]:
+        """As far as names tell."""
         folders = self._folders()
         parts: dict[str, list[Pair]] = {}
         problems: list[ContentError] = []
@@ -140,11 +100,8 @@ class PairFolder:
                 problems.append(ContentError(what, "add the mask, or delete the picture"))
             unread += [masks[stem] for stem in sorted({*masks} - {*pictures})]
             parts[name] = [Pair(pictures[stem], masks[stem]) for stem in sorted({*pictures} & {*masks})]
-        if "test" not in parts:
-            drawn = drawn_for_test([pair.picture for pair in parts["train"]])
-            parts["test"] = [pair for pair in parts["train"] if pair.picture in drawn]
-            parts["train"] = [pair for pair in parts["train"] if pair.picture not in drawn]
-        return parts, problems, unread
+        notes = [f"{len(unread)} masks have no picture, first {self.root / unread[0]}"] if unread else []
+        return with_test(parts), problems, notes
 
     def _folders(self) -> dict[str, Path]:
         if not self.root.is_dir():
@@ -159,52 +116,34 @@ class PairFolder:
                     raise ContentError(f"there is no folder {folder / kind}", _LAYOUT)
         return folders
 
-    @cached_property
-    def _seen(self) -> dict[Pair, _Sight]:
-        """Each pair, after a look at the picture's header and the whole mask."""
-        pairs = [pair for part in self.listed.values() for pair in part]
-        return dict(zip(pairs, parallel(self._look, pairs), strict=True))
-
-    @property
-    def _broken(self) -> list[ContentError]:
-        return [*self._paired[1], *(sight.problem for sight in self._seen.values() if sight.problem)]
-
-    def _require_sound(self) -> None:
-        """What cannot be used ends the run, unless it is to be left out."""
-        if (broken := self._broken) and not self.skip_broken:
-            more = f" ({len(broken)} such files in all)" if len(broken) > 1 else ""
-            raise ContentError(broken[0].what + more, f"{broken[0].todo}, or leave such files out with --skip-broken")
-
-    def _look(self, pair: Pair) -> _Sight:
-        nothing = np.zeros(256, bool)
+    def _look(self, pair: Pair) -> Sight:
+        """At the picture's header and the whole mask."""
         picture, path = self.root / pair.picture, self.root / pair.mask
         if (found := problem(picture, thorough=self.skip_broken)) is not None:
-            return _Sight(found, nothing, False)
+            return Sight(found)
         try:
             (width, height), turned = upright_size(picture)
             mask = decode_indices(path)
         except ContentError as error:
-            return _Sight(error, nothing, False)
-        present = np.bincount(mask.ravel(), minlength=256) > 0
+            return Sight(error)
+        present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
         if mask.shape != (height, width):
             upright = ", turned as its EXIF says" if turned else ""
             sizes = (
                 f"{picture} has {width} × {height} pixels{upright}, its mask {path} {mask.shape[1]} × {mask.shape[0]}"
             )
-            return _Sight(ContentError(sizes, "give the mask the size of the picture as it is seen"), nothing, turned)
-        largest = int(np.flatnonzero(present[:IGNORED]).max(initial=0))
+            return Sight(ContentError(sizes, "give the mask the size of the picture as it is seen"), turned)
+        largest = max((each for each in present if each < IGNORED), default=0)
         if self.class_names and largest >= len(self.class_names):
             what = f"{path} has class {largest}, but {CLASS_NAMES} names classes 0 to {len(self.class_names) - 1}"
-            return _Sight(
-                ContentError(what, f"correct the mask, or name every class in {CLASS_NAMES}"), nothing, turned
-            )
-        return _Sight(None, present, turned)
+            return Sight(ContentError(what, f"correct the mask, or name every class in {CLASS_NAMES}"), turned)
+        return Sight(None, turned, present)
 
     def _present(self, pairs: Sequence[Pair]) -> npt.NDArray[np.bool_]:
         """Which indices occur in the masks of some pairs, [255]."""
         present = np.zeros(256, bool)
         for pair in pairs:
-            present |= self._seen[pair].present
+            present[list(self._seen[pair.picture].classes)] = True
         return present[:IGNORED]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from polar_deploy.data.checks import check_every_class
 from polar_deploy.data.dataset import Dataset, Split
+from polar_deploy.data.parts import left_out, require_sound
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.errors import ContentError
 
@@ -28,8 +29,7 @@ def sound(dataset: Dataset, *, skip_broken: bool = False) -> Dataset:
     if not broken:
         return dataset
     if not skip_broken:
-        more = f" ({len(broken)} files in all are no sound pictures)" if len(broken) > 1 else ""
-        raise ContentError(broken[0].what + more, f"{broken[0].todo}, or leave such files out with --skip-broken")
+        require_sound(broken, "files in all are no sound pictures", "files")
     kept = [np.flatnonzero([each is None for each in part]) for part in problems]
     train, test = (_only(split, rows) for split, rows in zip((dataset.train, dataset.test), kept, strict=True))
     for split, least, name in ((train, 2, "training"), (test, 1, "test")):
@@ -37,8 +37,7 @@ def sound(dataset: Dataset, *, skip_broken: bool = False) -> Dataset:
     validation = dataset.validation
     if validation is not None:
         validation = np.flatnonzero(np.isin(kept[0], validation))
-    many = f"{len(broken)} broken pictures are left out, first" if len(broken) > 1 else "a broken picture is left out:"
-    note = f"{many} {broken[0].what}"
+    note = left_out(broken, "broken pictures", "a broken picture is left out:")
     return replace(dataset, train=train, test=test, validation=validation, notes=(*dataset.notes, note))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from polar_deploy.tasks.boxes import CENTRENESS, DISTANCES, LOGITS, Detections, 
 from polar_deploy.tasks.data import Data, Indices
 from polar_deploy.tasks.defaults import Defaults
 from polar_deploy.tasks.mean_ap import NO_OBJECT, MeanAveragePrecision
-from polar_deploy.tasks.pictures import folder, learned, of_folder, preprocessing, refuse_cutout, validating
+from polar_deploy.tasks.pictures import folder, of_folder, read, stretched_to
 from polar_deploy.tasks.task import Batch, Task, Tensors
 from polar_deploy.tensors import Arrays, TensorSpec
 
@@ -37,21 +37,16 @@ PACKAGES = (("pycocotools", "detection"),)  # what the metric needs, and the ext
 
 def defaults(settings: Settings) -> Defaults:
     """What suits a folder of pictures and boxes."""
-    coco = _folder(settings)
-    with readable():
-        return of_folder(settings, len(coco.listed["train"]))
+    return of_folder(settings, _folder(settings))
 
 
 def make(settings: ResolvedSettings) -> Task:
     """The task on the settings' folder, pictures of their size."""
-    assert settings.input_size is not None
-    refuse_cutout(settings)
+    size, normal = stretched_to(settings)
     coco = _folder(settings)
     with readable():
-        classes = len(coco.class_names)
-    normal = settings.normalize
-    assert normal is not None
-    return detector(classes, settings.input_size, lambda: _read(coco, settings), normal)
+        classes = coco.classes
+    return detector(classes, size, lambda: _read(coco, settings), normal)
 
 
 def detector(classes: int, size: int, data: Callable[[], Data], normal: Normalize) -> Task:
@@ -171,13 +166,9 @@ def _folder(settings: Settings) -> CocoFolder:
 
 
 def _read(coco: CocoFolder, settings: ResolvedSettings) -> Data:
-    normal, size = settings.normalize, settings.input_size
-    assert normal is not None
-    assert size is not None
-    with readable():
-        parts, notes, most = coco.parts, coco.notes, coco.most
-    train, test = (
-        BoxedPictures(LazyBoxed(coco.root, part, size), most, normal, settings.training)
-        for part in (learned(parts), parts["test"])
-    )
-    return Data(train, test, validating(parts), notes, coco.class_names, preprocessing(size, normal))
+    size, normal = stretched_to(settings)
+
+    def samples(part: Sequence[Boxed]) -> BoxedPictures:
+        return BoxedPictures(LazyBoxed(coco.root, part, size), coco.most, normal, settings.training)
+
+    return read(coco, settings, samples)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.config import Normalize
+from polar_deploy.data import readable
 from polar_deploy.data.folders import IMAGENET_MEAN, IMAGENET_STD
 from polar_deploy.data.names import folder_of
+from polar_deploy.data.parts import One, PartedFolder
 from polar_deploy.errors import UsageError
-from polar_deploy.tasks.data import Indices
+from polar_deploy.tasks.data import Data, Samples
 from polar_deploy.tasks.defaults import Defaults
 
 if TYPE_CHECKING:
     from polar_deploy.config import ResolvedSettings, Settings
-
-T = TypeVar("T")
 
 _STEPS, _BATCH = 4, 16  # of an epoch at least, however small the folder; and samples in a step at most
 
@@ -45,8 +45,10 @@ def folder(settings: Settings, task: str, kind: str, holds: str) -> Path:
     return (settings.data_dir or Path()) / found
 
 
-def of_folder(settings: Settings, pictures: int) -> Defaults:
-    """What suits so many training pictures, of which a tenth validates."""
+def of_folder(settings: Settings, source: PartedFolder[One]) -> Defaults:
+    """What suits the training pictures of a folder, of which a tenth validates."""
+    with readable():
+        pictures = len(source.listed["train"])
     batch = 1 << int(math.log2(max(1, pictures * 0.9 / _STEPS)))
     return Defaults(
         data=settings.data or "",
@@ -59,21 +61,26 @@ def of_folder(settings: Settings, pictures: int) -> Defaults:
     )
 
 
-def refuse_cutout(settings: ResolvedSettings) -> None:
-    """UsageError where a square of each picture is to be hidden, which only classifiers bear."""
+def stretched_to(settings: ResolvedSettings) -> tuple[int, Normalize]:
+    """Pixels a side, and normalisation; UsageError where squares of pictures are to be hidden as for classifiers."""
+    assert settings.input_size is not None
+    assert settings.normalize is not None
     if settings.training.cutout:
         raise UsageError("training.cutout is for classification", "leave it out")
+    return settings.input_size, settings.normalize
 
 
-def learned(parts: Mapping[str, Sequence[T]]) -> list[T]:
-    """What networks learn from: "train", and behind it "validation", where that is there."""
-    return [*parts["train"], *parts.get("validation", ())]
+def read(source: PartedFolder[One], settings: ResolvedSettings, samples: Callable[[Sequence[One]], Samples]) -> Data:
+    """The pictures of a folder, of which `samples` makes what is trained on and tested by.
 
-
-def validating(parts: Mapping[str, Sequence[T]]) -> Indices | None:
-    """Which of the `learned` ones validate; None: the parts do not say."""
-    held = parts.get("validation")
-    return np.arange(len(parts["train"]), len(parts["train"]) + len(held)) if held else None
+    Networks learn from "train", and behind it "validation", where that is there.
+    """
+    with readable():
+        parts, notes = source.parts, source.notes
+    learned, held = parts["train"], parts.get("validation", [])
+    validating = np.arange(len(learned), len(learned) + len(held)) if held else None
+    train, test = samples([*learned, *held]), samples(parts["test"])
+    return Data(train, test, validating, notes, source.class_names, preprocessing(*stretched_to(settings)))
 
 
 def preprocessing(size: int, normal: Normalize) -> dict[str, Any]:

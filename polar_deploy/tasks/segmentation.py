@@ -19,7 +19,7 @@ from polar_deploy.tasks import drawing
 from polar_deploy.tasks.data import Data, Indices
 from polar_deploy.tasks.defaults import Defaults
 from polar_deploy.tasks.mean_iou import MeanIoU
-from polar_deploy.tasks.pictures import folder, learned, of_folder, preprocessing, refuse_cutout, validating
+from polar_deploy.tasks.pictures import folder, of_folder, read, stretched_to
 from polar_deploy.tasks.task import Batch, Task, Tensors
 from polar_deploy.tensors import Arrays, TensorSpec
 
@@ -36,21 +36,16 @@ _AUXILIARY_WEIGHT = 0.5  # as in torchvision's references/segmentation/train.py
 
 def defaults(settings: Settings) -> Defaults:
     """What suits a folder of pictures and masks."""
-    pairs = _folder(settings)
-    with readable():
-        return of_folder(settings, len(pairs.listed["train"]))
+    return of_folder(settings, _folder(settings))
 
 
 def make(settings: ResolvedSettings) -> Task:
     """The task on the settings' folder, pictures of their size."""
-    assert settings.input_size is not None
-    refuse_cutout(settings)
+    size, normal = stretched_to(settings)
     pairs = _folder(settings)
     with readable():
         classes = pairs.classes
-    normal = settings.normalize
-    assert normal is not None
-    return segmenter(classes, settings.input_size, settings.training, lambda: _read(pairs, settings), normal)
+    return segmenter(classes, size, settings.training, lambda: _read(pairs, settings), normal)
 
 
 def segmenter(classes: int, size: int, training: Training, data: Callable[[], Data], normal: Normalize) -> Task:
@@ -133,13 +128,7 @@ def _folder(settings: Settings) -> PairFolder:
 
 
 def _read(pairs: PairFolder, settings: ResolvedSettings) -> Data:
-    normal, size = settings.normalize, settings.input_size
-    assert normal is not None
-    assert size is not None
-    with readable():
-        parts, notes = pairs.parts, pairs.notes
-    train, test = (
-        MaskedPictures(LazyPairs(pairs.root, part, size), normal, settings.training)
-        for part in (learned(parts), parts["test"])
+    size, normal = stretched_to(settings)
+    return read(
+        pairs, settings, lambda part: MaskedPictures(LazyPairs(pairs.root, part, size), normal, settings.training)
     )
-    return Data(train, test, validating(parts), notes, pairs.class_names, preprocessing(size, normal))
