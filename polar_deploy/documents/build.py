@@ -80,6 +80,15 @@ class Plan(Part):
     trtexec: str | None
 
 
+class BuiltPlan(Part):
+    """What the process that builds a plan answers: see `Precision.found` and `EngineFacts`. It is in no file."""
+
+    found: dict[str, Count]
+    reformats: CountOrNone | None
+    padded_channels: CountOrNone | None
+    plan: Plan
+
+
 class EngineFacts(Part):
     """What a runtime tells of an engine.
 

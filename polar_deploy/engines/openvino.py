@@ -27,13 +27,13 @@ import numpy.typing as npt
 
 from polar_deploy import onnx_files
 from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.layers import Layer, Layers
 from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
 from polar_deploy.tensors import Arrays, count
-from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
     import onnx
@@ -114,11 +114,8 @@ class OvEngine:
         """None: a CPU tells nothing of its state."""
         return None
 
-    def layers(self, batch: int) -> list[dict[str, Any]]:
-        """The layers that run for a batch size, in order: {"name", "op", "kernel", "inputs", "type"}.
-
-        `type` is the element type that a layer computes in, `inputs` are those of what it reads.
-        """
+    def layers(self, batch: int) -> list[Layer]:
+        """The layers that run for a batch size, in order."""
         with _translated(self.path):
             nodes = self._compiled(batch).get_runtime_model().get_ordered_ops()
             return [_layer(node) for node in _running(nodes)]
@@ -138,7 +135,7 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
     layers_path = folder / f"{name}.layers.json"
     layers = OvEngine(onnx_path).layers(options.batches[1])
     found = require_precision(layers, target.precision, onnx_path, count_wider(onnx_path, target.precision))
-    write_json(layers_path, {"schema": 1, "name": name, "read_from": "runtime graph", "layers": layers})
+    Layers(schema=1, name=name, read_from="runtime graph", layers=layers).write(layers_path)
     engine = EngineFacts(
         provider=f"OpenVINO {DEVICE}",
         threads=THREADS,
@@ -163,23 +160,23 @@ def require_fit(artefact: Path, target: Target, plan: Plan | None) -> None:
     """Nothing to ask: an ONNX file is for any machine that the target runs on. As `Runtime.require_fit` says."""
 
 
-def require_precision(layers: list[dict[str, Any]], precision: str, path: Path, wider: int = 0) -> dict[str, int]:
+def require_precision(layers: list[Layer], precision: str, path: Path, wider: int = 0) -> dict[str, int]:
     """Count layers by the type they compute in; ContentError unless the layers with weights are of the target's.
 
     All of them have to be, but for those that the graph keeps `wider` on purpose. For INT8 half: which ones stay wider
     is measured, and reported. An FP32 engine computes nothing at all in less.
     """
-    computing = [layer for layer in layers if layer["op"] in _COMPUTING]
-    if all(layer["type"] != precision for layer in computing):
+    computing = [layer for layer in layers if layer.op in _COMPUTING]
+    if all(layer.type != precision for layer in computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
     others = {*_PRECISIONS.values()} - {precision}
-    odd = [layer for layer in (layers if precision == "fp32" else computing) if layer["type"] in others]
+    odd = [layer for layer in (layers if precision == "fp32" else computing) if layer.type in others]
     if len(odd) > (len(computing) // 2 if precision == "int8" else wider):
-        what = f"layer {odd[0]['name']!r} ({odd[0]['op']}, kernel {odd[0]['kernel']}) runs in {odd[0]['type']}"
+        what = f"layer {odd[0].name!r} ({odd[0].op}, kernel {odd[0].kernel}) runs in {odd[0].type}"
         raise ContentError(
             f"{path}: {what}, the target is {precision}", "report this network and the version of OpenVINO"
         )
-    return dict(Counter(layer["type"] for layer in layers if layer["type"] in _PRECISIONS.values()).most_common())
+    return dict(Counter(layer.type for layer in layers if layer.type in _PRECISIONS.values()).most_common())
 
 
 def _running(nodes: Iterable[Any]) -> Iterator[Any]:
@@ -197,18 +194,18 @@ def _told(node: Any) -> dict[str, str]:
     return {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
 
 
-def _layer(node: Any) -> dict[str, Any]:
+def _layer(node: Any) -> Layer:
     """What the runtime tells of a node. Its precision is that of what it reads, weights aside."""
     told = _told(node)
     names = [name for name in told["originalLayersNames"].split(",") if name and not _NUMBERED.fullmatch(name)]
     inputs = [each.get_element_type().to_string() for each in node.inputs()]
-    return {
-        "name": ",".join(names) or node.friendly_name,
-        "op": told["layerType"],
-        "kernel": told["primitiveType"],
-        "inputs": [_PRECISIONS.get(kind, kind) for kind in inputs],
-        "type": _PRECISIONS.get(told["runtimePrecision"], told["runtimePrecision"]),
-    }
+    return Layer(
+        name=",".join(names) or node.friendly_name,
+        op=told["layerType"],
+        kernel=told["primitiveType"],
+        inputs=[_PRECISIONS.get(kind, kind) for kind in inputs],
+        type=_PRECISIONS.get(told["runtimePrecision"], told["runtimePrecision"]),
+    )
 
 
 def _outputs(model: onnx.ModelProto, inputs: Arrays, path: Path) -> Mapping[str, npt.NDArray[np.float64]]:

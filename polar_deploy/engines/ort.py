@@ -22,6 +22,7 @@ import numpy as np
 from polar_deploy import onnx_files
 from polar_deploy.backends.onnx_runtime import ORT, ORT_CUDA, ORT_TRT, OnnxRuntime
 from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.layers import Layer, Layers
 from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines.base import Array, Made, Timer, fitting, specs
 from polar_deploy.errors import ContentError, MachineError
@@ -30,7 +31,6 @@ from polar_deploy.precision import calibration
 from polar_deploy.precision.graph import count_wider
 from polar_deploy.precision.proof import Kernels
 from polar_deploy.tensors import Arrays
-from polar_deploy.workspace import write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -146,7 +146,7 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
         found = require_precision(layers, target.precision, onnx_path, backend.provider, wider)
     else:
         found = require_fused(layers, onnx_path, backend.provider)
-    write_json(layers_path, {"schema": 1, "name": name, "read_from": "profile of one inference", "layers": layers})
+    Layers(schema=1, name=name, read_from="profile of one inference", layers=layers).write(layers_path)
     engine = EngineFacts(
         provider=backend.provider,
         threads=THREADS,
@@ -182,11 +182,8 @@ def _backend(target: Target) -> OnnxRuntime:
     return target.backend
 
 
-def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -> list[dict[str, Any]]:
-    """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order.
-
-    Each is {"name", "op", "provider", "inputs", "type"}: `inputs` the element types read, `type` the one written.
-    """
+def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -> list[Layer]:
+    """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order."""
     with tempfile.TemporaryDirectory(prefix="polar_deploy-") as folder:
         options = session_options(threads=THREADS)
         options.enable_profiling = True
@@ -204,29 +201,29 @@ def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -
 
 
 def require_precision(
-    layers: list[dict[str, Any]], precision: str, path: Path, provider: str = ORT.provider, wider: int = 0
+    layers: list[Layer], precision: str, path: Path, provider: str = ORT.provider, wider: int = 0
 ) -> dict[str, int]:
     """Count layers by the type they write; ContentError unless the layers with weights run as and where they should.
 
     In a float precision all of them have to, but for those that the graph keeps `wider` on purpose. For INT8 half:
     which ones stay wider is measured, and reported.
     """
-    computing = [layer for layer in layers if _COMPUTING.search(layer["op"])]
+    computing = [layer for layer in layers if _COMPUTING.search(layer.op)]
     odd = [layer for layer in computing if not _runs_in(precision, layer)]
     if len(odd) == len(computing):
         raise ContentError(f"{path}: no layer of the engine runs in {precision}", "check that the file is a network")
     odd = [] if len(odd) <= (len(computing) // 2 if precision == "int8" else wider) else odd
-    elsewhere = [layer for layer in computing if layer["provider"] != provider]
+    elsewhere = [layer for layer in computing if layer.provider != provider]
     for layer in (*odd, *elsewhere):
         raise ContentError(
-            f"{path}: layer {layer['name']!r} ({layer['op']}) runs in {layer['type']} on {layer['provider']}, the "
+            f"{path}: layer {layer.name!r} ({layer.op}) runs in {layer.type} on {layer.provider}, the "
             f"target is {precision} on {provider}",
             "export the network in FP32, or choose another target",
         )
-    return dict(Counter(layer["type"] for layer in layers).most_common())
+    return dict(Counter(layer.type for layer in layers).most_common())
 
 
-def require_fused(layers: list[dict[str, Any]], path: Path, provider: str) -> dict[str, int]:
+def require_fused(layers: list[Layer], path: Path, provider: str) -> dict[str, int]:
     """Count layers by the type they write, where whole parts of the network are one layer of a provider's.
 
     In which type it computes what is inside, it does not tell: what is found is what goes in and out.
@@ -234,35 +231,33 @@ def require_fused(layers: list[dict[str, Any]], path: Path, provider: str) -> di
     Raises:
         ContentError: a layer with weights runs elsewhere, or nothing at all in this provider.
     """
-    stray = next((each for each in layers if _COMPUTING.search(each["op"]) and each["provider"] != provider), None)
-    if stray or not any(layer["provider"] == provider for layer in layers):
-        where = (
-            f"layer {stray['name']!r} ({stray['op']}) runs on {stray['provider']}" if stray else "nothing runs there"
-        )
+    stray = next((each for each in layers if _COMPUTING.search(each.op) and each.provider != provider), None)
+    if stray or not any(layer.provider == provider for layer in layers):
+        where = f"layer {stray.name!r} ({stray.op}) runs on {stray.provider}" if stray else "nothing runs there"
         raise ContentError(f"{path}: the target is for {provider}, but {where}", "choose another target")
-    return dict(Counter(layer["type"] for layer in layers).most_common())
+    return dict(Counter(layer.type for layer in layers).most_common())
 
 
-def _runs_in(precision: str, layer: dict[str, Any]) -> bool:
+def _runs_in(precision: str, layer: Layer) -> bool:
     """Whether a layer computes in a precision. Kernels of INT8 read scales in FP32, and may write FP32."""
-    read = {*layer["inputs"], layer["type"]} & {*_PRECISIONS.values()}
+    read = {*layer.inputs, layer.type} & {*_PRECISIONS.values()}
     return precision in read if precision == "int8" else read == {precision}
 
 
-def _layer(event: dict[str, Any]) -> dict[str, Any]:
+def _layer(event: Any) -> Layer:
     arguments = event["args"]
     inputs, outputs = (
         [_PRECISIONS.get(kind, kind) for tensor in arguments[key] for kind in tensor]
         for key in ("input_type_shape", "output_type_shape")
     )
-    return {
+    return Layer(
         # ONNX Runtime numbers the layers that it puts in itself, differently each time
-        "name": re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time")),
-        "op": arguments["op_name"],
-        "provider": arguments["provider"],
-        "inputs": inputs,
-        "type": outputs[0] if outputs else "none",
-    }
+        name=re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time")),
+        op=arguments["op_name"],
+        provider=arguments["provider"],
+        inputs=inputs,
+        type=outputs[0] if outputs else "none",
+    )
 
 
 def _session(

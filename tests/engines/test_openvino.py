@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 from polar_deploy import engines, targets
 from polar_deploy.config import Build
+from polar_deploy.documents.layers import Layer
 from polar_deploy.engines import openvino, timing
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tensors import TensorSpec
@@ -87,7 +88,8 @@ def test_layers_are_those_that_run_in_the_precision_asked(precision: str, tmp_pa
     assert sum(entry["precision"]["found"].values()) == len(layers)
     assert "relu1" in next(layer["name"] for layer in computing if "conv1" in layer["name"])  # fused into it
     assert not {layer["op"] for layer in layers} & {"Const", "Input", "Output"}
-    assert openvino.OvEngine(tmp_path / "engines/full.onnx").layers(8) == layers  # under the same names
+    again = openvino.OvEngine(tmp_path / "engines/full.onnx").layers(8)
+    assert [each.as_json() for each in again] == layers  # under the same names
 
 
 def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> N
     chosen = core.compile_model(core.read_model(str(path)), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     types = {openvino._layer(node)["type"] for node in openvino._running(chosen.get_runtime_model().get_ordered_ops())}
     assert "bf16" in types
-    assert {layer["type"] for layer in openvino.OvEngine(path).layers(8)} == {"fp32"}
+    assert {layer.type for layer in openvino.OvEngine(path).layers(8)} == {"fp32"}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -177,8 +179,8 @@ def test_the_kernels_that_prove_a_graph_are_openvino_s(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- what is refused
 
 
-def layer(name: str, op: str, kind: str) -> dict[str, object]:
-    return {"name": name, "op": op, "kernel": "jit", "inputs": [kind], "type": kind}
+def layer(name: str, op: str, kind: str) -> Layer:
+    return Layer(name=name, op=op, kernel="jit", inputs=[kind], type=kind)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def layer(name: str, op: str, kind: str) -> dict[str, object]:
         ([layer("a", "Eltwise", "int8")], "int8", "no layer of the engine runs in int8"),
     ],
 )
-def test_layers_of_another_precision_are_an_error(layers: list, precision: str, says: str) -> None:
+def test_layers_of_another_precision_are_an_error(layers: list[Layer], precision: str, says: str) -> None:
     with pytest.raises(ContentError, match=says):
         openvino.require_precision(layers, precision, Path("a.onnx"))
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from polar_deploy import engines, targets
 from polar_deploy.backends.onnx_runtime import OnnxRuntime
 from polar_deploy.config import Build
+from polar_deploy.documents.layers import Layer
 from polar_deploy.engines import ort, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.ort_session import session_options
@@ -215,8 +217,8 @@ def test_too_little_memory_is_the_machines_fault(tmp_path: Path) -> None:
         logits(ort.OrtEngine(saved(small, tmp_path / "a.onnx")), np.zeros((1, 3, 1, 1), np.float32))
 
 
-def layer(name: str, op: str, kind: str) -> dict[str, object]:
-    return {"name": name, "op": op, "inputs": [kind, kind], "type": kind, "provider": ort.ORT.provider}
+def layer(name: str, op: str, kind: str, **told: Any) -> Layer:
+    return Layer(**{"name": name, "op": op, "inputs": [kind, kind], "type": kind, "provider": ort.ORT.provider} | told)
 
 
 def test_layers_of_another_precision_are_an_error() -> None:
@@ -230,7 +232,7 @@ def test_layers_of_another_precision_are_an_error() -> None:
 
 
 def test_narrower_layers_are_an_error_in_fp32_too() -> None:
-    quantised = {**layer("conv", "QLinearConv", "int8"), "inputs": ["int8", "fp32", "int8"]}  # it reads FP32 scales
+    quantised = layer("conv", "QLinearConv", "int8", inputs=["int8", "fp32", "int8"])  # it reads FP32 scales
     with pytest.raises(ContentError, match=r"layer 'conv' .* runs in int8"):
         ort.require_precision([quantised, layer("fc", "Gemm", "fp32")], "fp32", Path("a.onnx"))
 
@@ -247,7 +249,7 @@ def test_layers_on_another_device_are_an_error() -> None:
 
 def test_what_a_provider_fuses_has_to_be_all_that_computes() -> None:
     provider = ort.ORT_TRT.provider
-    fused = layer("TRTKernel_graph_network", "TRTKernel", "fp32") | {"provider": provider}
+    fused = layer("TRTKernel_graph_network", "TRTKernel", "fp32", provider=provider)
     beside = layer("shape", "Reshape", "fp32")
     assert ort.require_fused([fused, beside], Path("a.onnx"), provider) == {"fp32": 2}
     with pytest.raises(ContentError, match=r"the target is for Tensorrt.*, but layer 'conv' \(Conv\) runs on CPU"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from polar_deploy.documents.layers import Layer
 from polar_deploy.engines.trt import proof
 from polar_deploy.errors import ContentError
 
@@ -101,12 +102,12 @@ MYELIN = {
     ],
 )
 def test_what_a_layer_computes_in(layer: dict[str, Any], computes_in: str) -> None:
-    assert proof.of_inspector({"Layers": [layer]})[0]["type"] == computes_in
+    assert proof.of_inspector({"Layers": [layer]})[0].type == computes_in
 
 
 def test_a_layer_is_told_with_formats_and_tactic() -> None:
     (layer,) = proof.of_inspector({"Layers": [convolution(INT8_32, CHANNELS_8, "Int8", INT8_KERNEL)]})
-    assert layer == {
+    assert layer.as_json() == {
         "name": "layer1.0.conv1 + relu",
         "op": "CaskConvolution",
         "kind": "Convolution",
@@ -121,19 +122,19 @@ def test_a_layer_is_told_with_formats_and_tactic() -> None:
 def test_reformats_and_padding_are_counted() -> None:
     layers = proof.of_inspector({"Layers": [REFORMAT, POOLING, MYELIN, REFORMAT]})
     # 3 channels in vectors of 32, twice; 12 in multiples of 8
-    assert proof.counts(layers) == {"reformats": 2, "padded_channels": 2 * 29 + 4}
+    assert proof.counts(layers) == proof.Formats(reformats=2, padded_channels=2 * 29 + 4)
 
 
 CONV = {"op": "CaskConvolution", "kind": "Convolution", "tactic": ""}
 RELU = {"op": "PointWiseV2", "kind": "PointWise", "tactic": ""}
 
 
-def layers(*kinds: str) -> list[proof.Layer]:
+def layers(*kinds: str) -> list[Layer]:
     """Convolutions of these types; "relu:fp16" is a layer without weights."""
     made = []
     for index, kind in enumerate(kinds):
         what, _, type_ = kind.rpartition(":")
-        made.append({"name": f"layer {index}", **(RELU if what else CONV), "type": type_})
+        made.append(Layer(name=f"layer {index}", inputs=[], type=type_, **(RELU if what else CONV)))
     return made
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polar_deploy.backends.base import numbers
-from polar_deploy.documents.build import EngineFacts, Plan
+from polar_deploy.documents.build import BuiltPlan, EngineFacts, Plan
 from polar_deploy.engines import child
 from polar_deploy.engines.base import Made
 from polar_deploy.errors import ContentError, MachineError
@@ -29,17 +29,18 @@ def build(onnx_path: Path, folder: Path, name: str, target: Target, options: Bui
         "target": target.name,
         "options": options.model_dump(mode="json"),
     }
-    made = child.call(f"{__name__}.builder:run", request, f"building an engine of {onnx_path}")
-    plan = Plan(**made["plan"])
+    answer = child.call(f"{__name__}.builder:run", request, f"building an engine of {onnx_path}")
+    made = BuiltPlan.model_validate(answer)
+    plan = made.plan
     engine = EngineFacts(
         provider=plan.library,
         tf32=options.tf32,
         versions={plan.library: plan.version},
         plan=plan,
-        reformats=made["reformats"],
-        padded_channels=made["padded_channels"],
+        reformats=made.reformats,
+        padded_channels=made.padded_channels,
     )
-    return Made(engine, made["found"], (onnx_path.name, plan.file, f"{name}.layers.json"))
+    return Made(engine, made.found, (onnx_path.name, plan.file, f"{name}.layers.json"))
 
 
 def kernels(target: Target) -> Kernels | None:

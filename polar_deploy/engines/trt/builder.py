@@ -15,18 +15,20 @@ from typing import Any
 
 from polar_deploy import gpu, targets
 from polar_deploy.config import Build
+from polar_deploy.documents.build import BuiltPlan, Plan, Profile
+from polar_deploy.documents.layers import Layer, Layers
 from polar_deploy.engines import nvml
 from polar_deploy.engines.trt import library, proof
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError, one_line
 from polar_deploy.precision.graph import count_wider
-from polar_deploy.workspace import atomic_path, write_json
+from polar_deploy.workspace import atomic_path
 
 _TIMING_CACHE = "timing.cache"
 _TURING = (7, 5)  # TensorRT for RTX cannot build FP32 Gemm and BF16 for it (measured with 1.7)
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Build `folder/NAME.plan` and `.layers.json` from `folder/NAME.onnx`; return what build.json says of the engine.
+    """Build `folder/NAME.plan` and `.layers.json` from `folder/NAME.onnx`; return a `BuiltPlan` as JSON.
 
     Args:
         request: "folder", "name", "target" and "options" (a `Build` as a dictionary).
@@ -39,7 +41,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     target, options = targets.parse(request["target"]), Build.model_validate(request["options"])
     if library.of(target).jit:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported, which is now
-    return _Builder(folder, name, target, options).build()
+    return _Builder(folder, name, target, options).build().as_json()
 
 
 class _Builder:
@@ -55,7 +57,7 @@ class _Builder:
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is
         self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
 
-    def build(self) -> dict[str, Any]:
+    def build(self) -> BuiltPlan:
         """See `run`."""
         self._parse()
         layers, source = proof.of_network(self.network), "network before the build"
@@ -64,14 +66,14 @@ class _Builder:
         if not self.backend.jit:  # else an engine cannot be looked into without a GPU
             layers, source = proof.of_inspector(self._inspected(plan)), "engine inspector"
             found = self._proven(layers)
-        counted = proof.counts(layers)
+        counted = proof.counts(layers)._asdict()
         plan_path, layers_path = self.folder / f"{self.name}.plan", self.folder / f"{self.name}.layers.json"
         with atomic_path(plan_path) as path:
             path.write_bytes(plan)
-        write_json(layers_path, {"schema": 1, "name": self.name, "read_from": source, **counted, "layers": layers})
-        return {"found": found, **counted, "plan": self._described()}
+        Layers(schema=1, name=self.name, read_from=source, **counted, layers=layers).write(layers_path)
+        return BuiltPlan(found=found, **counted, plan=self._described())
 
-    def _proven(self, layers: list[proof.Layer]) -> dict[str, int]:
+    def _proven(self, layers: list[Layer]) -> dict[str, int]:
         wider = count_wider(self.onnx, self.target.precision)
         return proof.require(layers, self.target.precision, self.onnx, tf32=self.options.tf32, wider=wider)
 
@@ -167,7 +169,7 @@ class _Builder:
             return asked or sorted(each for each in known if each > _TURING or self.target.precision == "fp16")
         return [here.capability]
 
-    def _inspected(self, plan: bytes) -> dict[str, Any]:
+    def _inspected(self, plan: bytes) -> Mapping[str, Any]:
         """The inspector's words about a plan, at the usual batch: without shapes it tells no formats."""
         runtime = self.trt.Runtime(self.logger)
         runtime.engine_host_code_allowed = self.options.version_compatible  # such a plan brings its own runtime along
@@ -181,28 +183,28 @@ class _Builder:
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context
         text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
-        information: dict[str, Any] = json.loads(text, strict=False)  # nodes' names may be parted by control characters
+        information: Mapping[str, Any] = json.loads(text, strict=False)  # control characters may part nodes' names
         return information
 
-    def _described(self) -> dict[str, Any]:
+    def _described(self) -> Plan:
         """What the plan was built with and for; a device must match it."""
-        jit, here = self.backend.jit, _gpu_here()
+        jit, here, (least, usual, most) = self.backend.jit, _gpu_here(), self.options.batches
         capabilities = self._capabilities() if jit else [here.capability] if here else []
         inputs = {tensor.name: tuple(tensor.shape)[1:] for tensor in self._inputs}
-        return {
-            "file": f"{self.name}.plan",
-            "library": self.backend.library,
-            "version": library.version(self.backend),
-            "gpu": None if jit or here is None else here.name,
-            "capabilities": [".".join(map(str, each)) for each in capabilities],
-            "version_compatible": self.options.version_compatible,
-            "hardware_compatible": self.options.hardware_compatible,
-            "cuda": gpu.cuda_version() if here else None,
-            "driver": nvml.conditions().driver if here else None,
-            "timing_cache": None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
-            "profile": dict(zip(("min", "opt", "max"), self.options.batches, strict=True)),
-            "trtexec": None if jit else trtexec(self.name, inputs, self.options),
-        }
+        return Plan(
+            file=f"{self.name}.plan",
+            library=self.backend.library,
+            version=library.version(self.backend),
+            gpu=None if jit or here is None else here.name,
+            capabilities=[".".join(map(str, each)) for each in capabilities],
+            version_compatible=self.options.version_compatible,
+            hardware_compatible=self.options.hardware_compatible,
+            cuda=gpu.cuda_version() if here else None,
+            driver=nvml.conditions().driver if here else None,
+            timing_cache=None if jit else _TIMING_CACHE,  # TensorRT for RTX times nothing while it builds
+            profile=Profile(min=least, opt=usual, max=most),
+            trtexec=None if jit else trtexec(self.name, inputs, self.options),
+        )
 
     @property
     def _says(self) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from polar_deploy.documents.layers import Layer
 from polar_deploy.errors import ContentError
-
-Layer = dict[str, Any]
 
 # TensorRT's names of types, in the network (DataType) and in the inspector's texts
 _TYPES = {
@@ -52,7 +51,7 @@ def of_network(network: Any) -> list[Layer]:
     return [_network_layer(layer, makers) for layer in layers]
 
 
-def of_inspector(information: dict[str, Any]) -> list[Layer]:
+def of_inspector(information: Mapping[str, Any]) -> list[Layer]:
     """The layers of a built engine from its inspector's DETAILED JSON, in the order in which they run.
 
     Types of dynamic tensors are told only under an execution context whose shapes are set.
@@ -60,17 +59,21 @@ def of_inspector(information: dict[str, Any]) -> list[Layer]:
     return [_engine_layer(each) for each in information["Layers"]]
 
 
-def counts(layers: Sequence[Layer]) -> dict[str, Any]:
+class Formats(NamedTuple):
     """What costs time and computes nothing: layers that only change the format, and channels that fill one up.
 
     None where the layers are those of a network that is not built yet.
     """
-    if not any("format" in layer for layer in layers):
-        return {"reformats": None, "padded_channels": None}
-    return {
-        "reformats": sum(layer["op"].lower() == "reformat" for layer in layers),
-        "padded_channels": sum(layer["padded"] for layer in layers),
-    }
+
+    reformats: int | None
+    padded_channels: int | None
+
+
+def counts(layers: Sequence[Layer]) -> Formats:
+    """How many there are of both."""
+    if all(layer.format is None for layer in layers):
+        return Formats(None, None)
+    return Formats(sum(layer.op.lower() == "reformat" for layer in layers), sum(layer.padded or 0 for layer in layers))
 
 
 def require(
@@ -90,19 +93,19 @@ def require(
     """
     allowed = {precision, "tf32"} if precision == "fp32" and tf32 else {precision}
     computing = [layer for layer in layers if _computes(layer)]
-    odd = [layer for layer in computing if layer["type"] not in allowed]
-    odd += [layer for layer in layers if layer["type"] in _NARROWER.get(precision, ())]
-    if all(layer["type"] not in allowed for layer in computing):
+    odd = [layer for layer in computing if layer.type not in allowed]
+    odd += [layer for layer in layers if layer.type in _NARROWER.get(precision, ())]
+    if all(layer.type not in allowed for layer in computing):
         raise ContentError(
             f"{path}: no layer of the engine computes in {precision}: {_listed(computing) or 'none has weights'}",
             "the types are in the graph: see whether the file is the typed one, and report this network",
         )
     if len(odd) > (len(computing) // 2 if precision == "int8" else wider):
-        what = f"layer {odd[0]['name']!r} ({odd[0]['op']}) computes in {odd[0]['type']}"
+        what = f"layer {odd[0].name!r} ({odd[0].op}) computes in {odd[0].type}"
         raise ContentError(
             f"{path}: {what}, the target is {precision}", "report this network and the version of TensorRT"
         )
-    return dict(Counter(layer["type"] for layer in layers if layer["type"] in _PRECISIONS).most_common())
+    return dict(Counter(layer.type for layer in layers if layer.type in _PRECISIONS).most_common())
 
 
 def type_of(text: str) -> str:
@@ -113,12 +116,12 @@ def type_of(text: str) -> str:
 
 def _computes(layer: Layer) -> bool:
     """Whether a layer multiplies with weights, so that its precision matters."""
-    if _COMPUTES.search(f"{layer['op']} {layer.get('kind', '')}"):
+    if _COMPUTES.search(f"{layer.op} {layer.kind or ''}"):
         return True
-    return _MULTIPLYING_KERNEL.search(layer.get("tactic", "")) is not None
+    return _MULTIPLYING_KERNEL.search(layer.tactic or "") is not None
 
 
-def _network_layer(layer: Any, makers: dict[str, Any]) -> Layer:
+def _network_layer(layer: Any, makers: Mapping[str, Any]) -> Layer:
     inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
     types = [_TYPES.get(tensor.dtype.name, tensor.dtype.name.lower()) for tensor in inputs if tensor is not None]
     output = layer.get_output(0)
@@ -126,15 +129,11 @@ def _network_layer(layer: Any, makers: dict[str, Any]) -> Layer:
     operands = [tensor for tensor in inputs[:2] if tensor is not None]
     computes = _COMPUTES.search(layer.type.name)
     quantised = computes and len(operands) == 2 and all(_dequantised(tensor, makers) for tensor in operands)
-    return {
-        "name": layer.name,
-        "op": layer.type.name.lower(),
-        "inputs": types,
-        "type": "int8" if quantised else written,
-    }
+    kind = "int8" if quantised else written
+    return Layer(name=layer.name, op=layer.type.name.lower(), inputs=types, type=kind)
 
 
-def _dequantised(tensor: Any, makers: dict[str, Any]) -> bool:
+def _dequantised(tensor: Any, makers: Mapping[str, Any]) -> bool:
     """Whether a tensor comes from DequantizeLinear of INT8, perhaps through layers that only move values."""
     while (maker := makers.get(tensor.name)) is not None:
         if maker.type.name == "DEQUANTIZE":
@@ -145,23 +144,23 @@ def _dequantised(tensor: Any, makers: dict[str, Any]) -> bool:
     return False
 
 
-def _engine_layer(each: dict[str, Any]) -> Layer:
+def _engine_layer(each: Mapping[str, Any]) -> Layer:
     read, written = ([_format(tensor) for tensor in each.get(key, ())] for key in ("Inputs", "Outputs"))
     tactic = each.get("TacticName", each.get("TacticValue", ""))
     inputs, outputs = ([type_of(text) for text in texts] for texts in (read, written))
-    return {
-        "name": each["Name"],
-        "op": each["LayerType"],
-        "kind": each.get("ParameterType", ""),
-        "inputs": inputs,
-        "type": _computes_in(tactic, each.get("Weights"), inputs, outputs),
-        "format": written[0] if written else "",
-        "tactic": tactic,
-        "padded": sum(_padding(tensor) for tensor in each.get("Outputs", ())),
-    }
+    return Layer(
+        name=each["Name"],
+        op=each["LayerType"],
+        kind=each.get("ParameterType", ""),
+        inputs=inputs,
+        type=_computes_in(tactic, each.get("Weights"), inputs, outputs),
+        format=written[0] if written else "",
+        tactic=tactic,
+        padded=sum(_padding(tensor) for tensor in each.get("Outputs", ())),
+    )
 
 
-def _format(tensor: dict[str, Any]) -> str:
+def _format(tensor: Mapping[str, Any]) -> str:
     """A tensor's layout and type, which are one text."""
     return str(tensor.get("Format/Datatype") or f"{tensor.get('Format', '')} {tensor.get('Datatype', '')}").strip()
 
@@ -182,7 +181,7 @@ def _computes_in(tactic: str, weights: Any, inputs: Sequence[str], outputs: Sequ
     return next((kind for kind in _FLOATS if kind in known), known[0] if known else "unknown")
 
 
-def _padding(tensor: dict[str, Any]) -> int:
+def _padding(tensor: Mapping[str, Any]) -> int:
     """Channels that a tensor's format adds to fill a vector of channels."""
     text, shape = _format(tensor), tensor.get("Dimensions", ())
     modulo = re.search(r"channel % (\d+) == 0", text)
@@ -192,4 +191,4 @@ def _padding(tensor: dict[str, Any]) -> int:
 
 
 def _listed(layers: Iterable[Layer]) -> str:
-    return ", ".join(f"{number} in {kind}" for kind, number in Counter(each["type"] for each in layers).items())
+    return ", ".join(f"{number} in {kind}" for kind, number in Counter(each.type for each in layers).items())
