@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_deploy import __version__, gpu, targets
 from polar_deploy.backends import BACKENDS
 from polar_deploy.backends.base import PRECISION_SINCE, installed_version
+from polar_deploy.documents.doctor import Device, Examined, TargetHere, Timed
 from polar_deploy.engines import machine
 
 if TYPE_CHECKING:
@@ -29,50 +31,48 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.time:
         from polar_deploy.engines import quick
 
-        lacks = found["targets"]
-        runs = [each for name, each in targets.TARGETS.items() if not lacks[name]["build"] + lacks[name]["run"]]
-        found["timed"] = quick.measure(runs)
+        runs = [each for name, each in targets.TARGETS.items() if not found.targets[name].missing]
+        found = found.model_copy(update={"timed": quick.measure(runs)})
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found.as_json(), indent=1))
     else:
         _print(found)
     return 0
 
 
-def examine() -> dict[str, Any]:
+def examine() -> Examined:
     """Look at CPU, GPUs, packages and targets. Nothing is imported that may abort without a GPU."""
     try:
         gpus, cuda, lack = gpu.every(), gpu.cuda_version(), None
     except gpu.NoGpuError as error:
         gpus, cuda, lack = [], None, str(error)
-    return {
-        "polar_deploy": __version__,
-        "python": platform.python_version(),
-        "machine": machine.describe().as_json(),
-        "int8_instructions": machine.int8_instructions(),
-        "gpus": [_gpu(each) for each in gpus],
-        "no_gpu": lack,
-        "cuda": cuda,
-        "packages": {name: installed_version(name) for name in _distributions()},
-        "providers": _providers(),
-        "targets": {name: _target(target) for name, target in targets.TARGETS.items()},
-        "auto": targets.choose().name,
-    }
+    return Examined(
+        polar_deploy=__version__,
+        python=platform.python_version(),
+        machine=machine.describe(),
+        int8_instructions=machine.int8_instructions(),
+        gpus=[_gpu(each) for each in gpus],
+        no_gpu=lack,
+        cuda=cuda,
+        packages={name: installed_version(name) for name in _distributions()},
+        providers=_providers(),
+        targets={name: _target(target) for name, target in targets.TARGETS.items()},
+        auto=targets.choose().name,
+    )
 
 
-def _gpu(device: gpu.Gpu) -> dict[str, Any]:
-    """Name, compute capability, and the precisions that its matrix units lack."""
+def _gpu(device: gpu.Gpu) -> Device:
     lacks = [name for name, since in PRECISION_SINCE.items() if device.capability < since]
-    return {"name": device.name, "capability": ".".join(map(str, device.capability)), "lacks": lacks}
+    return Device(name=device.name, capability=".".join(map(str, device.capability)), lacks=lacks)
 
 
-def _target(target: targets.Target) -> dict[str, Any]:
-    return {
-        "build": targets.lacks_to_build(target),
-        "run": targets.lacks_to_run(target),
-        "proves_types": target.backend.proves_types,
-        "install": targets.install(target),
-    }
+def _target(target: targets.Target) -> TargetHere:
+    return TargetHere(
+        build=targets.lacks_to_build(target),
+        run=targets.lacks_to_run(target),
+        proves_types=target.backend.proves_types,
+        install=targets.install(target),
+    )
 
 
 def _distributions() -> list[str]:
@@ -91,7 +91,7 @@ def _providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: Examined) -> None:
     from rich.table import Table
 
     from polar_deploy.progress import console
@@ -102,22 +102,21 @@ def _print(found: dict[str, Any]) -> None:
     table = Table(title="targets")
     for heading in ("target", "build", "run", "missing"):
         table.add_column(heading, overflow="fold")
-    for name, target in found["targets"].items():
-        missing = list(dict.fromkeys([*target["build"], *target["run"]]))
-        answers = ("no" if target[what] else "yes" for what in ("build", "run"))
-        table.add_row(name, *answers, "\n".join(missing), style="" if missing else "green")
+    for name, target in found.targets.items():
+        answers = ("no" if lacking else "yes" for lacking in (target.build, target.run))
+        table.add_row(name, *answers, "\n".join(target.missing), style="" if target.missing else "green")
     page.print(table)
-    if unproven := [name for name, target in found["targets"].items() if not target["proves_types"]]:
+    if unproven := [name for name, target in found.targets.items() if not target.proves_types]:
         words = "in which types their layers run is asked for, and told by nobody"
         page.print(f"types          {', '.join(unproven)}: {words}", soft_wrap=True)
-    if "timed" in found:
-        _print_times(found["timed"], page)
-    for install in dict.fromkeys(each["install"] for each in found["targets"].values() if _installable(each)):
+    if found.timed is not None:
+        _print_times(found.timed, page)
+    for install in dict.fromkeys(each.install for each in found.targets.values() if _installable(each)):
         page.print(f"to install     {install}")
-    page.print(f"--target auto  means {found['auto']} here")
+    page.print(f"--target auto  means {found.auto} here")
 
 
-def _print_times(timed: dict[str, Any], page: Console) -> None:
+def _print_times(timed: Mapping[str, Timed], page: Console) -> None:
     """The fastest first."""
     from rich.table import Table
 
@@ -126,25 +125,25 @@ def _print_times(timed: dict[str, Any], page: Console) -> None:
     table = Table(title="a small residual network, median milliseconds an inference")
     for heading in ("target", *(f"batch {batch}" for batch in BATCHES), "build"):
         table.add_column(heading, overflow="fold")
-    ran = {name: each for name, each in timed.items() if "ms" in each}
-    for name, each in sorted(ran.items(), key=lambda item: item[1]["ms"][str(BATCHES[0])]):
-        table.add_row(name, *(f"{each['ms'][str(batch)]:.3g}" for batch in BATCHES), f"{each['build_seconds']:.1f} s")
+    ran = [(name, each, each.ms) for name, each in timed.items() if each.ms is not None]
+    for name, each, ms in sorted(ran, key=lambda item: item[2][str(BATCHES[0])]):
+        table.add_row(name, *(f"{ms[str(batch)]:.3g}" for batch in BATCHES), f"{each.build_seconds:.1f} s")
     page.print(table)
     for name, each in timed.items():
-        if "error" in each:
-            page.print(f"not timed      {name}: {each['error']}", soft_wrap=True)
+        if each.error is not None:
+            page.print(f"not timed      {name}: {each.error}", soft_wrap=True)
 
 
-def _installable(target: dict[str, Any]) -> bool:
-    return any("not installed" in lack for lack in [*target["build"], *target["run"]])
+def _installable(target: TargetHere) -> bool:
+    return any("not installed" in lack for lack in target.missing)
 
 
-def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
-    cpu, quick = found["machine"], found["int8_instructions"]
-    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+def _facts(found: Examined) -> list[tuple[str, str]]:
+    cpu, quick = found.machine, found.int8_instructions
+    packages = [f"{name} {version}" for name, version in found.packages.items() if version]
     facts = [
-        ("polar_deploy", f"{found['polar_deploy']}, Python {found['python']}"),
-        ("CPU", f"{cpu['cpu']}, {cpu['cores']} cores, {cpu['architecture']}"),
+        ("polar_deploy", f"{found.polar_deploy}, Python {found.python}"),
+        ("CPU", f"{cpu.cpu}, {cpu.cores} cores, {cpu.architecture}"),
         (
             "INT8 on it",
             f"fast ({', '.join(quick)})"
@@ -152,8 +151,8 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
             else "gains little, with weights of 7 bits: it has no dot products of bytes (VNNI)",
         ),
     ]
-    for device in found["gpus"]:
-        lacks = f", no {', '.join(map(str.upper, device['lacks']))}" if device["lacks"] else ""
-        facts.append(("GPU", f"{device['name']}, compute capability {device['capability']}{lacks}"))
-    facts.append(("driver", f"CUDA up to {found['cuda']}") if found["cuda"] else ("GPU", f"none: {found['no_gpu']}"))
-    return [*facts, ("packages", ", ".join(packages)), ("providers", ", ".join(found["providers"]) or "none")]
+    for device in found.gpus:
+        lacks = f", no {', '.join(map(str.upper, device.lacks))}" if device.lacks else ""
+        facts.append(("GPU", f"{device.name}, compute capability {device.capability}{lacks}"))
+    facts.append(("driver", f"CUDA up to {found.cuda}") if found.cuda else ("GPU", f"none: {found.no_gpu}"))
+    return [*facts, ("packages", ", ".join(packages)), ("providers", ", ".join(found.providers) or "none")]

@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polar_deploy import engines
 from polar_deploy.config import Build
+from polar_deploy.documents.doctor import Timed
 from polar_deploy.errors import PolarDeployError, one_line
 from polar_deploy.targets import Target
 
@@ -33,7 +34,7 @@ _ROUNDS = 25  # samples of each target, all of them in turn
 _WARM_UP = 3  # inferences
 
 
-def measure(targets: Iterable[Target], seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
+def measure(targets: Iterable[Target], seconds: float = SECONDS) -> dict[str, Timed]:
     """Build the network for each target and time all of them in turn.
 
     Args:
@@ -41,26 +42,27 @@ def measure(targets: Iterable[Target], seconds: float = SECONDS) -> dict[str, di
         seconds: how long the timing may take, all in all.
 
     Returns:
-        By name of the target: "build_seconds" and "ms" of an inference by batch, the median; or "error", one sentence.
+        What was found, by name of the target.
     """
     with tempfile.TemporaryDirectory(prefix="polar_deploy-") as name:
         folder = Path(name)
         source = folder / "network.onnx"
         source.write_bytes(network().SerializeToString())
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Timed] = {}
         ready: dict[str, Engine] = {}
         for target in targets:
             start = time.perf_counter()
             try:
                 ready[target.name] = _engine(source, folder / target.name, target)
             except PolarDeployError as error:
-                found[target.name] = {"error": one_line(error.what)}
+                found[target.name] = Timed(error=one_line(error.what))
                 continue
-            found[target.name] = {"build_seconds": round(time.perf_counter() - start, 1), "ms": {}}
+            found[target.name] = Timed(build_seconds=round(time.perf_counter() - start, 1), ms={})
         for batch in BATCHES:
             timers = {name: engine.timer(pictures(batch)) for name, engine in ready.items()}
             for name, milliseconds in _medians(timers, seconds / len(BATCHES)).items():
-                found[name]["ms"][str(batch)] = milliseconds
+                ms = (found[name].ms or {}) | {str(batch): milliseconds}
+                found[name] = found[name].model_copy(update={"ms": ms})
     return found
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from polar_deploy import cpu, engines, gpu, targets
+from polar_deploy.documents.doctor import Timed
 from polar_deploy.engines import doctor, machine, quick
 from polar_deploy.errors import ContentError
 from polar_deploy.gpu import Gpu
@@ -41,15 +42,15 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_machine_without_a_gpu(without_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
     found = doctor.examine()
-    assert found["gpus"] == []
-    assert found["targets"]["ort-fp32"] == {
+    assert found.gpus == []
+    assert found.as_json()["targets"]["ort-fp32"] == {
         "build": [],
         "run": [],
         "proves_types": True,
         "install": "pip install 'polar-deploy[ort]'",
     }
-    assert "no NVIDIA driver (libcuda.so.1 is not found)" in found["targets"]["rtx-fp16"]["run"]
-    assert set(found["targets"]) == set(targets.TARGETS)
+    assert "no NVIDIA driver (libcuda.so.1 is not found)" in found.targets["rtx-fp16"].run
+    assert set(found.targets) == set(targets.TARGETS)
     shown = page(capsys)
     assert "GPU           none: no NVIDIA driver (libcuda.so.1 is not found)" in shown
     assert "--target auto  means ort-fp32 here" in shown
@@ -58,8 +59,8 @@ def test_machine_without_a_gpu(without_gpu: None, capsys: pytest.CaptureFixture[
 
 def test_gpus_lack_what_their_architecture_lacks(with_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
     found = doctor.examine()
-    assert [each["lacks"] for each in found["gpus"]] == [["bf16", "fp8"], ["fp8"], []]
-    assert "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)" in found["targets"]["trt-bf16"]["build"]
+    assert [each.lacks for each in found.gpus] == [["bf16", "fp8"], ["fp8"], []]
+    assert "Tesla T4 has no BF16 (compute capability 7.5, 8.0 is needed)" in found.targets["trt-bf16"].build
     shown = page(capsys)
     assert "GPU           Tesla T4, compute capability 7.5, no BF16, FP8\n" in shown
     assert "GPU           H200, compute capability 9.0\n" in shown
@@ -68,7 +69,7 @@ def test_gpus_lack_what_their_architecture_lacks(with_gpus: None, capsys: pytest
 
 def test_json_is_what_was_found(without_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.run(argparse.Namespace(json=True, time=False)) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(doctor.examine()))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(doctor.examine().as_json()))
 
 
 @pytest.mark.parametrize(
@@ -91,13 +92,14 @@ def test_on_request_each_target_that_runs_here_is_timed(
     without_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured, asked = quick.measure([targets.parse("ort-fp32")], seconds=0.1), []
-    assert measured["ort-fp32"]["ms"].keys() == {"1", "16"}
-    assert 0 < measured["ort-fp32"]["ms"]["1"] < measured["ort-fp32"]["ms"]["16"]
+    ms = measured["ort-fp32"].ms or {}
+    assert ms.keys() == {"1", "16"}
+    assert 0 < ms["1"] < ms["16"]
     monkeypatch.setattr(quick, "measure", lambda found: asked.extend(found) or measured)
     assert doctor.run(argparse.Namespace(json=True, time=True)) == 0
-    assert json.loads(capsys.readouterr().out)["timed"] == measured
-    found = doctor.examine()["targets"]
-    assert [each.name for each in asked] == [name for name in found if not found[name]["build"] + found[name]["run"]]
+    assert json.loads(capsys.readouterr().out)["timed"] == {name: each.as_json() for name, each in measured.items()}
+    found = doctor.examine().targets
+    assert [each.name for each in asked] == [name for name in found if not found[name].build + found[name].run]
     assert "ort-fp32" in {each.name for each in asked}
     assert not any("trt" in each.name for each in asked)
     assert doctor.run(argparse.Namespace(json=False, time=True)) == 0
@@ -109,7 +111,7 @@ def test_a_target_that_fails_is_named_and_the_others_go_on(monkeypatch: pytest.M
         raise ContentError("a layer runs\nin FP32", "")
 
     monkeypatch.setattr(engines, "build", fail)
-    assert quick.measure([targets.parse("ort-fp32")]) == {"ort-fp32": {"error": "a layer runs in FP32"}}
+    assert quick.measure([targets.parse("ort-fp32")]) == {"ort-fp32": Timed(error="a layer runs in FP32")}
 
 
 def test_the_network_that_is_timed_has_the_costs_that_are_said() -> None:
