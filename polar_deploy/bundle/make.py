@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polar_deploy import onnx_files
-from polar_deploy.bundle import golden, graphs
-from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA, BuildOptions
-from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, read
+from polar_deploy.bundle import golden, graphs, manifest, measured
+from polar_deploy.bundle.manifest import (
+    CLASSIFICATION,
+    MIN_GOLDEN,
+    SCHEMA,
+    BuildOptions,
+    File,
+    Golden,
+    Input,
+    Manifest,
+    Network,
+    Preprocessing,
+    Tensor,
+)
+from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, fitting, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
 from polar_deploy.documents.build import Built, BuiltEngine, Plan
@@ -45,36 +58,39 @@ def make(
         UsageError: a file of the run is missing.
         ContentError: a file of the run is not what the stage before it wrote, or an engine fails its golden samples.
     """
-    names = ("compressed", "full") if settings.bundle.full else ("compressed",)
     parity, built = Parity.read(run / "parity.json"), Built.read(run / "engines/build.json")
     _require_judged(run, parity, settings)
-    with atomic_folder(folder) as draft:
+    names = ("compressed", "full") if settings.bundle.full else ("compressed",)
+    with atomic_folder(folder) as draft, fitting(draft / MANIFEST):
         networks = {name: _network(run, draft, name, built.entry(name, run / "engines/build.json")) for name in names}
         _copy(run, draft, "compressed/surgery.json")
         pictures = task == CLASSIFICATION
-        document = {
-            **_head(settings),
-            "task": {
-                "name": task,
-                "metric": parity.metric and parity.metric.as_json(),
-                "preprocessing": {} if pictures else dict(data.preprocessing),
-            },
-            **_tensors(draft / networks["compressed"]["typed"]),
-            "preprocessing": dict(data.preprocessing) if pictures else None,
-            "labels": _labels(draft, data.class_names),
-            "golden": {
-                "source": settings.bundle.golden,
-                "full": None,
-                **_write_golden(draft, _golden_inputs(run, settings, data, pictures=pictures), names),
-            },
-            "networks": {"full": None, **networks},
-            "surgery": "compressed/surgery.json",
-            "report": _page(run, draft, settings, omit_settings),
-            "metrics": _metrics(parity),
-            "verdict": _verdict(parity.verdict),
-            "provenance": _provenance(settings, data, built.engines["compressed"], omit_settings),
-        }
-        write_json(draft / MANIFEST, document | {"files": _files(draft)})
+        inputs, outputs = _tensors(draft / networks["compressed"].typed)
+        metric = parity.metric and manifest.Metric(name=parity.metric.name, unit=parity.metric.unit)
+        made = dict(data.preprocessing)
+        document = Manifest(
+            schema=SCHEMA,
+            kind="polar_deploy.bundle",
+            name=_name(settings),
+            licence=settings.bundle.licence,
+            target=settings.target,
+            # What a device builds by; what was decided in the typed graph, such as reduce_range, is no part of it.
+            build=BuildOptions.model_validate(settings.build.model_dump(include=set(BuildOptions.model_fields))),
+            task=manifest.Task(name=task, metric=metric, preprocessing={} if pictures else made),
+            inputs=inputs,
+            outputs=outputs,
+            preprocessing=Preprocessing.model_validate_json(json.dumps(made)) if pictures else None,
+            labels=_labels(draft, data.class_names),
+            golden=_write_golden(draft, settings, _golden_inputs(run, settings, data, pictures=pictures), names),
+            networks=manifest.Networks(full=networks.get("full"), compressed=networks["compressed"]),
+            surgery="compressed/surgery.json",
+            report=_page(run, draft, settings, omit_settings),
+            metrics=_metrics(parity),
+            verdict=_verdict(parity.verdict),
+            provenance=_provenance(settings, data, built.engines["compressed"], omit_settings),
+            files=_files(draft),  # the last, when all of them are written
+        )
+        write_json(draft / MANIFEST, document.as_json())
         _prove(read(draft))
 
 
@@ -89,22 +105,14 @@ def _require_judged(run: Path, parity: Parity, settings: ResolvedSettings) -> No
         raise ContentError(f"{run / 'parity.json'} judges by other bounds than {asked}", again)
 
 
-def _head(settings: ResolvedSettings) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "kind": "polar_deploy.bundle",
-        "name": re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{without_place(settings.data)}").lstrip(".-")[:100],
-        "licence": settings.bundle.licence,
-        "target": settings.target,
-        # What a device builds engines by; what was decided in the typed graph, such as reduce_range, is no part of it.
-        "build": settings.build.model_dump(mode="json", include=set(BuildOptions.model_fields)),
-    }
+def _name(settings: ResolvedSettings) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{without_place(settings.data)}").lstrip(".-")[:100]
 
 
-def _files(draft: Path) -> dict[str, dict[str, Any]]:
+def _files(draft: Path) -> dict[str, File]:
     """Size and hash of every file."""
     return {
-        path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(draft).as_posix(): File(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(draft.rglob("*"))
         if path.is_file()
     }
@@ -128,22 +136,24 @@ def _page(run: Path, draft: Path, settings: ResolvedSettings, omit_settings: Col
     return "report.html"
 
 
-def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> dict[str, Any]:
+def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> Network:
     """Copy one network's files; return its part of the manifest. A graph without other types is there only once."""
-    fp32, typed = f"{name}/model.onnx", f"engines/{name}.onnx"
+    files = f"{name}/model.onnx", f"engines/{name}.onnx"
     for file, listed in entry.files.items():
         if sha256(run / "engines" / file) != listed.sha256:
             raise ContentError(f"{run / 'engines' / file} is not what was built", "run again with --from build")
-    same = _are_same(run / fp32, run / typed)
-    graphs_of = {"fp32": _graph(run, draft, fp32)}
-    graphs_of["typed"] = graphs_of["fp32"] if same else _graph(run, draft, typed)
-    return {
-        **{kind: file for kind, (file, _) in graphs_of.items()},
-        **{f"{kind}_data": data for kind, (_, data) in graphs_of.items() if data is not None},
-        "layers": _copy(run, draft, f"engines/{name}.layers.json"),
-        "plan": _plan(run, draft, entry.plan_file) if entry.plan_file else None,
-        **entry.model_dump(mode="json", exclude={"backend", "files", "plan", "seconds"}),
-    }
+    same = _are_same(*(run / file for file in files))
+    fp32, fp32_data = _graph(run, draft, files[0])
+    typed, typed_data = (fp32, fp32_data) if same else _graph(run, draft, files[1])
+    beside = {"fp32_data": fp32_data, "typed_data": typed_data}
+    facts = entry.model_dump(mode="json", exclude={"backend", "files", "plan", "seconds"})
+    return Network(
+        fp32=fp32,
+        typed=typed,
+        layers=_copy(run, draft, f"engines/{name}.layers.json"),
+        plan=_plan(run, draft, entry.plan_file) if entry.plan_file else None,
+        **facts | {key: file for key, file in beside.items() if file is not None},
+    )
 
 
 def _are_same(one: Path, other: Path) -> bool:
@@ -161,25 +171,29 @@ def _graph(run: Path, draft: Path, name: str) -> tuple[str, str | None]:
     return name, data.relative_to(draft).as_posix() if data.is_file() else None
 
 
-def _plan(run: Path, draft: Path, plan: Plan) -> dict[str, Any]:
+def _plan(run: Path, draft: Path, plan: Plan) -> manifest.Plan:
     cache = f"engines/{plan.timing_cache}"
     has_cache = plan.timing_cache is not None and (run / cache).is_file()
-    return {
-        **plan.as_json(),
+    here = {
         "file": _copy(run, draft, f"engines/{plan.file}"),
         "timing_cache": _copy(run, draft, cache) if has_cache else None,
     }
+    return manifest.Plan.model_validate(plan.as_json() | here)
 
 
-def _tensors(typed: Path) -> dict[str, Any]:
+def _tensors(typed: Path) -> tuple[list[Input], list[Tensor]]:
     """Inputs and outputs of the typed graph."""
     model = onnx_files.read(typed, external=False, check=False)
     given = {value.name for value in model.graph.output}
-    found: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
+    inputs: list[Input] = []
+    outputs: list[Tensor] = []
     for name, kind, shape in graphs.io_tensors(model):
-        tensor = {"name": name, "shape": [size or None for size in shape], "dtype": graphs.element_type(kind)}
-        found["outputs" if name in given else "inputs"].append(tensor)
-    return found
+        dtype = graphs.element_type(kind)
+        if name in given:
+            outputs.append(Tensor(name=name, shape=[size or None for size in shape], dtype=dtype))
+        else:
+            inputs.append(Input(name=name, shape=list(shape), dtype=dtype))
+    return inputs, outputs
 
 
 def _labels(draft: Path, names: Sequence[str]) -> str | None:
@@ -210,64 +224,72 @@ def _golden_inputs(run: Path, settings: ResolvedSettings, data: Data, *, picture
     return dict(data.train.read(np.sort(chosen))[0])
 
 
-def _write_golden(draft: Path, inputs: dict[str, golden.Array], names: Sequence[str]) -> dict[str, Any]:
+def _write_golden(
+    draft: Path, settings: ResolvedSettings, inputs: dict[str, golden.Array], names: Sequence[str]
+) -> Golden:
     """Write inputs and outputs. On one thread: with more, sums could be in another order each time."""
     from polar_deploy.engines import infer_all
     from polar_deploy.engines.ort import OrtEngine
 
     graphs_of = {name: OrtEngine(draft / name / "model.onnx", threads=1) for name in names}
     inputs = {name: inputs[name] for name in graphs_of["compressed"].inputs}  # an exporter leaves out what is not read
-    written: dict[str, Any] = {"samples": count(inputs)}
+    files: dict[str, dict[str, str]] = {}
     for part in ("inputs", *names):
         arrays = inputs if part == "inputs" else infer_all(graphs_of[part], inputs)
-        written[part] = {name: f"golden/{part}/{name}.npy" for name in arrays}
+        files[part] = {name: f"golden/{part}/{name}.npy" for name in arrays}
         (draft / "golden" / part).mkdir(parents=True)
         for name, values in arrays.items():
             kind = "<f4" if values.dtype.kind == "f" else values.dtype.newbyteorder("<")
-            np.save(draft / written[part][name], np.ascontiguousarray(values, kind))
-    return written
+            np.save(draft / files[part][name], np.ascontiguousarray(values, kind))
+    return Golden(
+        source=settings.bundle.golden,
+        full=files.get("full"),
+        samples=count(inputs),
+        inputs=files["inputs"],
+        compressed=files["compressed"],
+    )
 
 
-def _metrics(parity: Parity) -> dict[str, Any]:
-    return {
-        "machine": parity.machine.as_json(),
-        "not_run": parity.not_run,
-        "accuracy": _accuracy(parity.accuracy),
-        "fp32_graphs": _accuracy(parity.graphs),
-        "latency": [_latency(measured) for measured in parity.latency],
-    }
+def _metrics(parity: Parity) -> measured.Metrics:
+    return measured.Metrics(
+        machine=parity.machine.as_json(),
+        not_run=parity.not_run,
+        accuracy=_accuracy(parity.accuracy),
+        fp32_graphs=_accuracy(parity.graphs),
+        latency=[_latency(each) for each in parity.latency],
+    )
 
 
-def _accuracy(counted: Accuracy | None) -> dict[str, Any] | None:
+def _accuracy(counted: Accuracy | None) -> measured.Accuracy | None:
     if counted is None:
         return None
-    return counted.model_dump(mode="json", include={"samples", "full", "compressed", "drop", "interval"})
+    return measured.Accuracy.model_validate(counted.model_dump(include=set(measured.Accuracy.model_fields)))
 
 
-def _latency(measured: BatchLatency) -> dict[str, Any]:
+def _latency(timed: BatchLatency) -> measured.Latency:
     """The round that counts, of one batch size."""
-    best = measured.best.model_dump(mode="json", exclude={"inferences", "singles", "quantiles_ms"})
-    return {"batch": measured.batch, "decided": measured.decided, **best}
+    best = timed.best.model_dump(mode="json", exclude={"inferences", "singles", "quantiles_ms"})
+    return measured.Latency(batch=timed.batch, decided=timed.decided, **best)
 
 
-def _verdict(verdict: Judged) -> dict[str, Any]:
+def _verdict(verdict: Judged) -> manifest.Judged:
     answers = verdict.model_dump(mode="json", include={"accuracy", "latency", "overall"})
-    return {"asked": verdict.asked(), **answers}
+    return manifest.Judged(asked=manifest.Criteria.model_validate(verdict.asked()), **answers)
 
 
 def _provenance(
     settings: ResolvedSettings, data: Data, entry: BuiltEngine, omit_settings: Collection[str]
-) -> dict[str, Any]:
+) -> manifest.Provenance:
     """Where it comes from, without the places where somebody's files lie."""
     told = {key: value for key, value in without_places(settings).items() if key not in omit_settings}
-    return {
-        "polar_deploy": entry.versions["polar_deploy"],
-        "versions": entry.versions,
-        "model": settings.model,
-        "full": "given" if settings.full_weights else "trained",
-        "data": {"name": told["data"], "sha256": data.fingerprint()},
-        "settings": told,
-    }
+    return manifest.Provenance(
+        polar_deploy=entry.versions["polar_deploy"],
+        versions=entry.versions,
+        model=settings.model,
+        full="given" if settings.full_weights else "trained",
+        data=manifest.Data(name=told["data"], sha256=data.fingerprint()),
+        settings=told,
+    )
 
 
 def _prove(bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: docs/bundle.md as types. What does not fit these types is refused."""
+"""The manifest of a bundle: docs/bundle.md as types, in the order of the file. What does not fit them is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from polar_deploy import config
 from polar_deploy.backends import PLAN
 from polar_deploy.bundle.measured import Metrics
 from polar_deploy.config import Capability, Count, Text
+from polar_deploy.documents.build import Profile
 from polar_deploy.documents.part import Part
 from polar_deploy.targets import TARGETS
 
@@ -148,22 +149,14 @@ class Golden(Part):
     """Inputs, and what the FP32 graphs give for them in ONNX Runtime on the CPU: .npy files by the tensors' names."""
 
     source: Literal["data", "random"]
+    full: dict[Text, FilePath] | None
     samples: Annotated[int, Field(ge=MIN_GOLDEN, le=MAX_GOLDEN)]
     inputs: dict[Text, FilePath]
     compressed: dict[Text, FilePath]
-    full: dict[Text, FilePath] | None
 
     def files(self) -> list[str]:
         """All of them."""
         return [*self.inputs.values(), *self.compressed.values(), *(self.full or {}).values()]
-
-
-class Profile(Part):
-    """Batch sizes that a plan is built for."""
-
-    min: Count
-    opt: Count
-    max: Count
 
 
 class Plan(Part):
@@ -174,10 +167,10 @@ class Plan(Part):
     version: Annotated[str, Field(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){1,3}$")]
     gpu: Text | None
     capabilities: list[Capability]
-    driver: Text | None
-    cuda: Text | None
     version_compatible: bool
     hardware_compatible: bool
+    cuda: Text | None
+    driver: Text | None
     timing_cache: FilePath | None
     profile: Profile
     trtexec: Text | None
@@ -186,12 +179,12 @@ class Plan(Part):
 class Precision(Part):
     """Types in the graph and in the engine, and which layers stay wider."""
 
-    asked: Literal["fp32", "fp16", "bf16", "int8"]
-    found: dict[Text, Count]
     io_dtype: Literal["fp32", "native"]
     types: dict[Text, NonNegativeInt]
     high_precision_layers: list[Any]
     calibration: dict[Text, Any] | None
+    asked: Literal["fp32", "fp16", "bf16", "int8"]
+    found: dict[Text, Count]
 
 
 class Network(Part):
@@ -201,8 +194,8 @@ class Network(Part):
     """
 
     fp32: FilePath
-    fp32_data: FilePath | None = None
     typed: FilePath
+    fp32_data: FilePath | None = None
     typed_data: FilePath | None = None
     layers: FilePath
     plan: Plan | None
@@ -210,11 +203,11 @@ class Network(Part):
     threads: Count | None
     tf32: bool
     versions: dict[Text, Text]
+    reformats: NonNegativeInt | None
+    padded_channels: NonNegativeInt | None
     precision: Precision
     macs: Count
     params: Count
-    reformats: NonNegativeInt | None
-    padded_channels: NonNegativeInt | None
 
     @model_validator(mode="after")
     def _beside(self) -> Network:
@@ -229,8 +222,8 @@ class Network(Part):
 class Networks(Part):
     """The compressed network, and the full one unless it was left out."""
 
-    compressed: Network
     full: Network | None
+    compressed: Network
 
 
 class Judgement(Part):

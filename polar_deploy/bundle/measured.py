@@ -69,12 +69,12 @@ class Latency(Part):
     batch: Count
     decided: bool
     pairs: Count
-    full: Quantiles
-    compressed: Quantiles
     speedup: Ratio
     control: Ratio
     before: dict[Text, Any] | None
     after: dict[Text, Any] | None
+    full: Quantiles
+    compressed: Quantiles
 
 
 class Metrics(Part):

@@ -165,8 +165,15 @@ def parse(content: bytes, place: Path | str) -> Manifest:
             f"{place} has schema version {version}, written by a later polar_deploy; this one knows {SCHEMA}",
             "update polar_deploy",
         )
-    try:
+    with fitting(place):
         return Manifest.model_validate_json(content if version == SCHEMA else json.dumps(format1.renamed(document)))
+
+
+@contextmanager
+def fitting(place: Path | str) -> Iterator[None]:
+    """Inside, what does not fit the manifest's types is a ContentError that names the manifest's place."""
+    try:
+        yield
     except ValidationError as error:
         more = f" ({count - 1} more)" if (count := error.error_count()) > 1 else ""
         raise refused(place, f"is no manifest: {first_problem(error, 'the manifest')}{more}") from error
