@@ -128,8 +128,8 @@ def _speed(result: timing.Timing) -> dict[str, Any]:
         "decided": result.decided,
         "noise": best.noise,
         "speedup": asdict(best.speedup),
-        "fp32_ms": best.a.median_ms,
-        "int8_ms": best.b.median_ms,
+        "fp32_ms": best.full.median_ms,
+        "int8_ms": best.compressed.median_ms,
     }
 
 

@@ -189,15 +189,8 @@ class Conditions(Open):
     energy_mj: NonNegative | None
 
 
-class Round(Part):
-    """One whole measurement of both engines.
-
-    Attributes:
-        pairs: samples of each; inferences: a sample is the mean of so many.
-        singles: inferences of each engine that were timed one by one.
-        before, after: None on a CPU.
-        quantiles_ms: of the samples, evenly spaced from 0 to 100 %.
-    """
+class RoundFigures(Part):
+    """The figures of a `Round`."""
 
     pairs: Count
     inferences: Count
@@ -209,6 +202,44 @@ class Round(Part):
     full: Latency
     compressed: Latency
     quantiles_ms: Pair[tuple[NonNegative, ...]]
+
+
+class Round(RoundFigures):
+    """One whole measurement of both engines.
+
+    Attributes:
+        pairs: samples of each; inferences: a sample is the mean of so many.
+        singles: inferences of each engine that were timed one by one.
+        speedup: time of the full engine / time of the compressed one. control: of the full one / of its own twin.
+        before, after: None on a CPU.
+        quantiles_ms: of the samples, evenly spaced from 0 to 100 %.
+    """
+
+    @property
+    def throttled(self) -> list[str]:
+        """Why the GPU slowed down, during or right after the round; [] if it did not."""
+        reasons = [reason for state in (self.before, self.after) if state for reason in state.throttle]
+        return list(dict.fromkeys(reasons))
+
+    @property
+    def noise(self) -> float:
+        """How far off the control is, as a share: 0.01 = 1 %."""
+        return abs(self.control.median - 1)
+
+    @property
+    def speedup_with_noise(self) -> Interval:
+        """The speed-up, its interval widened by as much as two copies of one engine may differ here.
+
+        That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may
+        have added to the ratio.
+        """
+        bias = max(self.control.high, 1 / self.control.low, 1.0)
+        return Interval(self.speedup.median, self.speedup.low / bias, self.speedup.high * bias)
+
+    @property
+    def speedup_over_both(self) -> float:
+        """Over the mean of the full engine and its twin: where in memory a copy lies weighs half as much."""
+        return self.speedup.median * (1 + 1 / self.control.median) / 2
 
 
 class BatchLatency(Part):

@@ -20,7 +20,7 @@ from polar_deploy.documents.parity import (
     LostSample,
     Machine,
     Metric,
-    Round,
+    RoundFigures,
     Sha256,
 )
 from polar_deploy.documents.part import Document, Pair, Part
@@ -75,7 +75,7 @@ class _AtBatch(Part):
     energy_mj: Pair[NonNegative | None]
 
 
-class Timed(Round, _AtBatch):
+class Timed(RoundFigures, _AtBatch):
     """One batch size, by the round that counts.
 
     `speedup_with_noise` is what the verdict is about: as much wider as two copies of one engine may differ.

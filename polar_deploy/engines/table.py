@@ -53,7 +53,6 @@ from polar_deploy.engines.overlaps import (
 from polar_deploy.engines.sites import Site, own_constants, probed, set_gates, widths
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.latency import SCHEMA, LatencyTable, ascending, parsed
-from polar_deploy.tensors import Arrays
 
 if TYPE_CHECKING:
     import onnx
@@ -74,7 +73,6 @@ def measure(
     *,
     batch: int = 1,
     options: Build | None = None,
-    calibration: Arrays | None = None,
     likely: Callable[[LatencyTable], Sequence[Mapping[str, int]]] = lambda table: (),
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> MeasuredTable:
@@ -86,7 +84,6 @@ def measure(
         target: what to build for; it has to run here.
         batch: samples in one inference.
         options: how engines are built; None: for this batch alone.
-        calibration: inputs for an INT8 target, by name; None: noise, which gives the same layers.
         likely: sub-networks that may be chosen by this table, as open gates of all its sites: they are measured, too,
             as checks.
         on_progress: is told about the progress.
@@ -98,7 +95,7 @@ def measure(
     """
     start = time.monotonic()
     with TemporaryDirectory(prefix="polar_deploy-") as folder:
-        bench = Bench(gated_onnx, Path(folder), target, batch, options, calibration)
+        bench = Bench(gated_onnx, Path(folder), target, batch, options)
         on_progress(f"{len(bench.sites)} sites of {len(bench.kinds())} kinds")
         curves: dict[str, dict[int, float]] = {}
         for kind in bench.kinds():
@@ -176,7 +173,6 @@ class Bench:
         target: targets.Target,
         batch: int = 1,
         options: Build | None = None,
-        calibration: Arrays | None = None,
     ) -> None:
         from polar_deploy.config import Build
 
@@ -197,7 +193,7 @@ class Bench:
         self.built = 0
         self.versions: dict[str, str] = {}
         self.inputs = _noise(self.model, batch)
-        self.calibration = calibration or _noise(self.model, NOISE_SAMPLES)
+        self.calibration = _noise(self.model, NOISE_SAMPLES)
         self.full = self._engine("full", {})
 
     @cached_property
@@ -220,7 +216,7 @@ class Bench:
 
     def milliseconds(self, saved: float) -> float:
         """Of one inference that takes so much less, as a share, than the whole network."""
-        return round(statistics.median(each.a.median_ms for each in self.rounds) * (1 - saved), 6)
+        return round(statistics.median(each.full.median_ms for each in self.rounds) * (1 - saved), 6)
 
     def saved(self, opened: Mapping[str, int]) -> float:
         """Share of the whole network's time that is saved when these sites have so many gates open, the others all."""

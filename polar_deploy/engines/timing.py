@@ -12,11 +12,12 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from polar_deploy.documents.parity import Conditions, Interval, Latency, Percentile, Percentiles
+from polar_deploy.documents.parity import Interval, Latency, Percentile, Percentiles, Round
+from polar_deploy.documents.part import Pair
 from polar_deploy.engines.base import Engine, Timer
 from polar_deploy.tensors import Arrays, count
 
@@ -33,59 +34,6 @@ _ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2), (1, 2, 0), (2, 0, 1))
 _MIN_SAMPLE_MS = 1.0  # one sample: as many inferences as take the fastest engine this long; calls cost microseconds
 _WARM_UP_SECONDS = 3.0  # at most
 _WARM_UP_WINDOW = 5  # samples; warm when their median stays within 5 % from one window to the next
-
-
-def with_noise(speedup: Interval, control: Interval) -> Interval:
-    """A speed-up, its interval widened by as much as two copies of one engine may differ here.
-
-    That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may have
-    added to the ratio.
-    """
-    bias = max(control.high, 1 / control.low, 1.0)
-    return Interval(speedup.median, speedup.low / bias, speedup.high * bias)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One whole measurement of a against b.
-
-    `speedup` is time of a / time of b (above 1: b is faster), `control` time of a / time of its twin, `inferences` how
-    many make a sample, `singles` how many of each were timed one by one. `before` and `after` are the device's
-    conditions. Quantiles are those of the samples, evenly spaced from the shortest to the longest.
-    """
-
-    pairs: int
-    inferences: int
-    singles: int
-    a: Latency
-    b: Latency
-    speedup: Interval
-    control: Interval
-    before: Conditions | None = None
-    after: Conditions | None = None
-    a_quantiles_ms: tuple[float, ...] = ()
-    b_quantiles_ms: tuple[float, ...] = ()
-
-    @property
-    def throttled(self) -> list[str]:
-        """Why the GPU slowed down, during or right after the round; [] if it did not."""
-        reasons = [reason for state in (self.before, self.after) if state for reason in state.throttle]
-        return list(dict.fromkeys(reasons))
-
-    @property
-    def noise(self) -> float:
-        """How far off the control is, as a share: 0.01 = 1 %."""
-        return abs(self.control.median - 1)
-
-    @property
-    def speedup_with_noise(self) -> Interval:
-        """The speed-up, its interval widened by the noise of the machine."""
-        return with_noise(self.speedup, self.control)
-
-    @property
-    def speedup_over_both(self) -> float:
-        """The speed-up over the mean of a and its twin: where in memory a copy lies weighs half as much."""
-        return self.speedup.median * (1 + 1 / self.control.median) / 2
 
 
 @dataclass(frozen=True)
@@ -129,8 +77,8 @@ def compare(
     and which round counts, depends on the control alone and never on the result.
 
     Args:
-        a: the reference.
-        b: what is compared with it.
+        a: the reference, the full engine of what is returned.
+        b: what is compared with it, the compressed one.
         inputs: the batch, by name.
         pairs: samples of each engine, rounded up to a multiple of 6.
         seconds: least and most time that a round spends in inferences, warm-up aside. Short inferences get more pairs,
@@ -235,7 +183,7 @@ def _round(
     timers = [engine.timer(inputs) for engine in (a, b, twin)]
     before = a.conditions()
     measured = _measure(timers, pairs, seconds, singles)
-    return replace(measured, before=before, after=a.conditions())
+    return measured.model_copy(update={"before": before, "after": a.conditions()})
 
 
 def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float], singles: int) -> Round:
@@ -255,8 +203,18 @@ def _measure(timers: Sequence[Timer], pairs: int, seconds: tuple[float, float], 
     a, b, twin = zip(*samples, strict=True)
     alone = (a, b) if inferences == 1 else _one_by_one(timers[:2], singles, most)
     first, second = (_latency(times, each) for times, each in zip((a, b), alone, strict=True))
-    measured = Round(len(samples), inferences, len(alone[0]), first, second, _ratio(a, b), _ratio(a, twin))
-    return replace(measured, a_quantiles_ms=_quantiles(a), b_quantiles_ms=_quantiles(b))
+    return Round(
+        pairs=len(samples),
+        inferences=inferences,
+        singles=len(alone[0]),
+        speedup=_ratio(a, b),
+        control=_ratio(a, twin),
+        before=None,
+        after=None,
+        full=first,
+        compressed=second,
+        quantiles_ms=Pair(full=_quantiles(a), compressed=_quantiles(b)),
+    )
 
 
 def _one_by_one(timers: Sequence[Timer], singles: int, most: float) -> list[list[float]]:

@@ -22,7 +22,6 @@ from polar_deploy.documents.parity import (
     Export,
     Judged,
     Judgement,
-    Round,
 )
 from polar_deploy.documents.part import Pair
 from polar_deploy.engines import Array, Engine, infer_all, machine, timing
@@ -246,32 +245,17 @@ def _compared(
 
 def batch_latency(full: Engine, compressed: Engine, inputs: Arrays, result: timing.Timing) -> BatchLatency:
     """One batch size in parity.json: every round, throughput and energy, with the engines by their names."""
-    pair = {"full": (full, result.best.a), "compressed": (compressed, result.best.b)}
+    pair = {"full": (full, result.best.full), "compressed": (compressed, result.best.compressed)}
     return BatchLatency(
         batch=result.batch,
         decided=result.decided,
         different=result.different,
         chosen=result.chosen,
-        rounds=[_round(each) for each in result.rounds],
+        rounds=list(result.rounds),
         images_per_second=Pair(
             **{name: 1000 * result.batch / latency.median_ms for name, (_, latency) in pair.items()}
         ),
         energy_mj=Pair(**{name: timing.energy(engine, inputs) for name, (engine, _) in pair.items()}),
-    )
-
-
-def _round(measured: timing.Round) -> Round:
-    return Round(
-        pairs=measured.pairs,
-        inferences=measured.inferences,
-        singles=measured.singles,
-        speedup=measured.speedup,
-        control=measured.control,
-        before=measured.before,
-        after=measured.after,
-        full=measured.a,
-        compressed=measured.b,
-        quantiles_ms=Pair(full=measured.a_quantiles_ms, compressed=measured.b_quantiles_ms),
     )
 
 

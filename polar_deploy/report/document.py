@@ -30,7 +30,6 @@ from polar_deploy.documents.report import (
 )
 from polar_deploy.documents.surgery import SurgeryReport
 from polar_deploy.documents.training_log import Epoch, Freeze
-from polar_deploy.engines import timing
 from polar_deploy.report.network import network, saved_ms, saving, sites
 from polar_deploy.workspace import digest, sha256
 
@@ -122,7 +121,7 @@ def _timed(measured: BatchLatency) -> Timed:
         images_per_second=measured.images_per_second,
         energy_mj=measured.energy_mj,
         **best.entries(),
-        speedup_with_noise=timing.with_noise(best.speedup, best.control),
+        speedup_with_noise=best.speedup_with_noise,
     )
 
 

@@ -22,6 +22,7 @@ from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.surgery import cost
 from polar_deploy.workspace import read_json, write_json
 from tests.support.classifiers import classifier, model, saved
+from tests.support.rounds import round_of
 from tests.support.schemas import valid
 
 TARGET = targets.parse("ort-fp32")
@@ -238,7 +239,7 @@ def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], flo
         even = timing.Interval(1.0, 1.0, 1.0)
         took = [timing.Latency(ms, ms, ms, 0.0) for ms in (first, second)]
         speedup = timing.Interval(first / second, first / second, first / second)
-        return [timing.Round(12, 1, 0, *took, speedup, even)]
+        return [round_of(*took, speedup, even)]
 
     monkeypatch.setattr(table, "build", build)
     monkeypatch.setattr(table, "open_built", open_built)

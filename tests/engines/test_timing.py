@@ -13,6 +13,7 @@ from polar_deploy.documents.parity import Conditions
 from polar_deploy.engines import timing
 from polar_deploy.engines.timing import compare, median_interval
 from tests.support.classifiers import BusyEngine, TimedEngine, noisy, steady
+from tests.support.rounds import round_of
 
 IMAGES = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 
@@ -74,8 +75,8 @@ def test_percentiles_are_those_of_single_inferences() -> None:
     result = compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES, singles=600).best
     assert result.inferences > 1
     assert result.singles == 600
-    assert (result.b.tail["p90"].value_ms, result.b.tail["p99"].value_ms) == (0.1, 1.0)
-    assert compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES).best.b.tail == {}
+    assert (result.compressed.tail["p90"].value_ms, result.compressed.tail["p99"].value_ms) == (0.1, 1.0)
+    assert compare(Stumbling(steady(1)), Stumbling(steady(1)), IMAGES).best.compressed.tail == {}
 
 
 def test_as_many_samples_as_single_inferences_are_asked_for() -> None:
@@ -84,13 +85,13 @@ def test_as_many_samples_as_single_inferences_are_asked_for() -> None:
     slow = TimedEngine(steady(1000.0))  # there is no time for so many
     best = compare(slow, slow, IMAGES, singles=400).best
     assert best.singles == 12
-    assert best.a.tail["p99"].high_ms is None
+    assert best.full.tail["p99"].high_ms is None
 
 
 def test_noise_of_the_control_widens_the_interval_of_the_speedup() -> None:
     latency = timing.Latency(1.0, 1.0, 1.0, 0.0)
     speedup, control = timing.Interval(1.05, 1.03, 1.07), timing.Interval(1.0, 0.98, 1.01)
-    found = timing.Round(204, 1, 204, latency, latency, speedup, control).speedup_with_noise
+    found = round_of(latency, latency, speedup, control).speedup_with_noise
     assert (found.median, found.low, found.high) == pytest.approx((1.05, 1.03 * 0.98, 1.07 / 0.98))
 
 
@@ -132,8 +133,8 @@ def test_figures_of_known_times() -> None:
     result = compare(a, TimedEngine(steady(2.0)), IMAGES, pairs=200)
     assert result.batch == 2
     assert result.best.pairs == 204  # a multiple of the six orders
-    assert result.best.a == timing.Latency(4.0, 4.0, 4.0, 0.0, everywhere(4.0))
-    assert result.best.b == timing.Latency(2.0, 2.0, 2.0, 0.0, everywhere(2.0))
+    assert result.best.full == timing.Latency(4.0, 4.0, 4.0, 0.0, everywhere(4.0))
+    assert result.best.compressed == timing.Latency(2.0, 2.0, 2.0, 0.0, everywhere(2.0))
     assert result.best.speedup == timing.Interval(2.0, 2.0, 2.0)
     assert result.best.control == timing.Interval(1.0, 1.0, 1.0)
     assert result.decided
@@ -143,8 +144,8 @@ def test_figures_of_known_times() -> None:
 def test_the_distribution_of_samples_is_kept() -> None:
     """A steady engine, and one that takes 1, 2 or 3 ms equally often: a third of the quantiles each."""
     result = compare(TimedEngine(steady(3.0), steady(3.0)), TimedEngine(itertools.cycle([1.0, 2.0, 3.0])), IMAGES)
-    assert set(result.best.a_quantiles_ms) == {3.0}
-    quantiles = result.best.b_quantiles_ms
+    assert set(result.best.quantiles_ms.full) == {3.0}
+    quantiles = result.best.quantiles_ms.compressed
     assert list(quantiles) == sorted(quantiles)
     assert [round(quantiles.count(ms) / len(quantiles), 1) for ms in (1.0, 2.0, 3.0)] == [0.3, 0.3, 0.3]
 
@@ -160,7 +161,7 @@ def test_noise_shared_by_all_engines_cancels() -> None:
     a, b = TimedEngine(drifting(3.0), drifting(3.0)), TimedEngine(drifting(1.5))
     best = compare(a, b, IMAGES).best
     assert best.speedup.low == best.speedup.high == 2.0
-    assert best.a.iqr_ms == 3.0
+    assert best.full.iqr_ms == 3.0
 
 
 def test_bad_control_is_measured_five_times_and_never_decides() -> None:
@@ -202,7 +203,7 @@ def test_each_round_has_copies_of_its_own() -> None:
     """Two copies of one engine differ: a slow one must not be in every round."""
     a, b = Copies(9.0, 2.0, 2.2, 2.4, 2.4), Copies(9.0, 1.0, 1.2)
     rounds = timing.afresh(a, b, IMAGES, rounds=2, pairs=12, seconds=(0.0, 1.0))
-    assert [(each.a.median_ms, each.b.median_ms) for each in rounds] == [(2.0, 1.0), (2.4, 1.2)]
+    assert [(each.full.median_ms, each.compressed.median_ms) for each in rounds] == [(2.0, 1.0), (2.4, 1.2)]
     assert [each.speedup_over_both for each in rounds] == pytest.approx([2.1, 2.0])
 
 
@@ -226,7 +227,7 @@ def test_warm_up_waits_for_stable_times() -> None:
     falling = itertools.chain((10.0 * 0.8**step for step in range(15)), steady(2.0))
     a = TimedEngine(falling, steady(2.0))
     result = compare(a, TimedEngine(steady(2.0)), IMAGES)
-    assert result.best.a.tail["p99"].value_ms == 2.0  # none of the first, slow samples was counted
+    assert result.best.full.tail["p99"].value_ms == 2.0  # none of the first, slow samples was counted
 
 
 class CountingEngine(TimedEngine):

@@ -9,8 +9,9 @@ import pytest
 from polar_deploy import parity
 from polar_deploy.config import AcceptanceCriteria
 from polar_deploy.documents.parity import Conditions
-from polar_deploy.engines.timing import Interval, Latency, Percentile, Round, Timing
+from polar_deploy.engines.timing import Interval, Latency, Percentile, Timing
 from tests.parity.answers import answered
+from tests.support.rounds import round_of
 
 VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 
@@ -18,7 +19,7 @@ VERDICT = AcceptanceCriteria(max_drop=1.0, min_speedup=1.02, batch=1)
 def measured(median: float, low: float, high: float, control: float = 1.0, batch: int = 1) -> Timing:
     latency = Latency(1.0, 0.95, 1.05, 0.1, {"p99": Percentile(1.5, 1.4, 1.7), "p99.9": Percentile(3.0, 2.0, None)})
     interval = Interval(control, control, control)
-    return Timing(batch, (Round(204, 1, 400, latency, latency, Interval(median, low, high), interval),), 0)
+    return Timing(batch, (round_of(latency, latency, Interval(median, low, high), interval, singles=400),), 0)
 
 
 def tally(drop: float, samples: int = 10_000) -> parity.Paired:
@@ -204,7 +205,7 @@ def test_precision_is_held_against_the_bound_of_its_own() -> None:
 def test_throttling_is_said() -> None:
     cool = Conditions(name="a GPU", throttle=[], energy_mj=None)
     hot = Conditions(name="a GPU", throttle=["thermal slowdown"], energy_mj=None)
-    timing = replace(FASTER, rounds=(replace(FASTER.best, before=cool, after=hot),))
+    timing = replace(FASTER, rounds=(FASTER.best.model_copy(update={"before": cool, "after": hot}),))
     judgement = parity.judge_latency(timing, VERDICT)
     assert judgement.result == "pass"
     assert judgement.reason.endswith("the GPU throttled (thermal slowdown)")
