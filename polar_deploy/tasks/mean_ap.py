@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,36 @@ _RECALLS = np.linspace(0, 1, 101)  # at which precision is read, as pycocotools 
 NO_OBJECT = -1  # label of what fills up the boxes of a picture
 _KIND, _SCORE, _CODE = range(3)  # of a detection in the statistics
 _AT_ONCE = 1 << 23  # weights of detections held at once
+
+
+class _Entry(TypedDict):
+    """An object or a detection as COCO has it: left, top, width, height in pixels; objects have no score."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+    score: float | None
+
+
+class _Document(TypedDict):
+    """Objects, or detections, of some pictures."""
+
+    images: list[dict[str, int]]
+    categories: list[dict[str, int]]
+    annotations: Sequence[_Entry]
+
+
+class _Evaluated(TypedDict):
+    """What pycocotools says of the detections of a class in a picture, in D of them and T thresholds."""
+
+    image_id: int
+    category_id: int
+    dtScores: list[float]  # [D]
+    dtMatches: npt.NDArray[np.float64]  # [T, D], the number of the object, or 0
+    dtIgnore: npt.NDArray[np.bool_]  # [T, D]
 
 
 class MeanAveragePrecision(Metric):
@@ -74,17 +104,17 @@ class MeanAveragePrecision(Metric):
         judged: npt.NDArray[np.int64] = labels[(labels != NO_OBJECT) & ~targets[self.crowd][row].astype(bool)]
         return judged
 
-    def _as_coco(self, found: Sequence[Detections], targets: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _as_coco(self, found: Sequence[Detections], targets: Arrays) -> tuple[_Document, _Document]:
         """Objects and detections of some pictures as COCO's documents; ids count from 1, since 0 means none there."""
-        objects: list[dict[str, Any]] = []
-        answers: list[dict[str, Any]] = []
+        objects: list[_Entry] = []
+        answers: list[_Entry] = []
         for row, detections in enumerate(found):
             boxes, labels, crowd = (targets[name][row] for name in (self.boxes, self.labels, self.crowd))
             for box, label, many in zip(boxes, labels, crowd, strict=True):
                 if label != NO_OBJECT:
-                    objects.append(_entry(row, box, label, len(objects)) | {"iscrowd": int(many)})
+                    objects.append(_entry(row, box, label, len(objects), crowd=many))
             for box, score, label in zip(*detections, strict=True):
-                answers.append(_entry(row, box, label, len(answers)) | {"score": float(score), "iscrowd": 0})
+                answers.append(_entry(row, box, label, len(answers), score=float(score)))
         return _document(objects, len(found)), _document(answers, len(found))
 
     def scores(self, statistics: Statistics, weights: Floats) -> Floats:
@@ -151,7 +181,7 @@ def _precision(weights: Floats, codes: npt.NDArray[np.int64], objects: Floats) -
     return total / (len(_RECALLS) * _IOUS)
 
 
-def _document(entries: Sequence[dict[str, Any]], pictures: int) -> dict[str, Any]:
+def _document(entries: Sequence[_Entry], pictures: int) -> _Document:
     return {
         "images": [{"id": row + 1} for row in range(pictures)],
         "categories": [{"id": kind} for kind in sorted({each["category_id"] for each in entries})],
@@ -159,14 +189,23 @@ def _document(entries: Sequence[dict[str, Any]], pictures: int) -> dict[str, Any
     }
 
 
-def _entry(row: int, box: Floats, label: int, number: int) -> dict[str, Any]:
+def _entry(
+    row: int, box: Floats, label: int, number: int, *, crowd: bool = False, score: float | None = None
+) -> _Entry:
     left, top, right, bottom = map(float, box)
     width, height = right - left, bottom - top
-    where = {"bbox": [left, top, width, height], "area": width * height}
-    return {"id": number + 1, "image_id": row + 1, "category_id": int(label) + 1, **where}
+    return {
+        "id": number + 1,
+        "image_id": row + 1,
+        "category_id": int(label) + 1,
+        "bbox": [left, top, width, height],
+        "area": width * height,
+        "iscrowd": int(crowd),
+        "score": score,
+    }
 
 
-def _evaluate(objects: dict[str, Any], answers: dict[str, Any]) -> list[dict[str, Any]]:
+def _evaluate(objects: _Document, answers: _Document) -> list[_Evaluated]:
     """What pycocotools says of each picture and class that has any; it prints, which nobody wants."""
     from pycocotools.cocoeval import COCOeval
 
@@ -179,7 +218,7 @@ def _evaluate(objects: dict[str, Any], answers: dict[str, Any]) -> list[dict[str
     return [each for each in evaluation.evalImgs if each is not None]
 
 
-def _coco(document: dict[str, Any]) -> COCO:
+def _coco(document: _Document) -> COCO:
     from pycocotools.coco import COCO
 
     made = COCO()
