@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CONTROL = "\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
 INTERNAL = 70  # exit code of any other exception, which is a defect of this package or of a library (sysexits.h)
 _CONTROL = re.compile(f"[{CONTROL}]")
+_LONGEST_LINE = 300  # characters of a library's message that are told
 
 
 class PolarDeployError(Exception):
@@ -50,6 +51,12 @@ def first_problem(error: ValidationError, whole: str) -> str:
 def one_line(text: object) -> str:
     """A library's error or its text without line breaks and control signs, to be quoted in a message of ours."""
     return printable(" ".join(str(text).split()))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, which may run over pages; the error's type where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:_LONGEST_LINE]
 
 
 def printable(text: str) -> str:

@@ -124,11 +124,15 @@ def json_text(value: object) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path | str, value: object) -> None:
-    """Write `value` as `json_text`, atomically."""
-    text = json_text(value)
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text, atomically."""
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as `json_text`, atomically."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path | str) -> Any:

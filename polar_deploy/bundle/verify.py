@@ -46,10 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         found = verify(bundle, options, timing=not arguments.no_timing, data=arguments.data)
         if arguments.html:
             from polar_deploy.bundle.page import page
-            from polar_deploy.workspace import atomic_path
+            from polar_deploy.workspace import write_text
 
-            with atomic_path(arguments.html) as temporary:
-                temporary.write_text(page(bundle, found), encoding="utf-8")
+            write_text(arguments.html, page(bundle, found))
         print(
             json.dumps(found.as_json(), indent=1, allow_nan=False)
             if arguments.json
@@ -202,13 +201,14 @@ def _lines(bundle: Bundle, found: Verified) -> list[str]:
 def _makers_accuracy(bundle: Bundle) -> str:
     """What the maker measured."""
     from polar_deploy.report import formats
+    from polar_deploy.tasks.metric import difference_unit
 
     metrics, metric = bundle.manifest.metrics, bundle.manifest.task.metric
     counted = metrics.accuracy or metrics.fp32_graphs
     if counted is None or metric is None:
         return f"{metric.name if metric else 'accuracy':<9} never measured"
     low, high = counted.interval
-    points = formats.difference_unit(metric.unit)
+    points = difference_unit(metric.unit)
     full, compressed = (formats.score(score, metric.unit) for score in (counted.full, counted.compressed))
     which = "" if metrics.accuracy else " of the FP32 graphs"
     return (

@@ -15,7 +15,7 @@ from polar_deploy.devices.device import Device
 from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.ort_session import open_session, session_options, translated
-from polar_deploy.workspace import atomic_path
+from polar_deploy.workspace import write_text
 
 MOST_OFF = 0.05  # share by which the control may be off: beyond, the file would tell of the noise
 
@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": platform.machine(),
     }
     device = Device.model_validate(document(path.stem.lower(), arguments.precision, source, found))
-    with atomic_path(path) as temporary:
-        temporary.write_text(device.text(), encoding="utf-8")
+    write_text(path, device.text())
     widths = ", ".join(map(str, device.offered(device.precisions[0])))
     print(f"{path}: {widths} channels pay; the control was off by {off:.1%}")
     return 0

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from polar_deploy.config import Count, CountOrNone, NonNegative, Share
 from polar_deploy.documents.part import Open, Part
 from polar_deploy.errors import ContentError, first_problem
-from polar_deploy.workspace import atomic_path
+from polar_deploy.workspace import write_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,8 +93,7 @@ class Epoch(Curves, Open):
     @staticmethod
     def write_all(path: Path, epochs: Sequence[Epoch]) -> None:
         """The whole file anew: a resumed run leaves no line twice."""
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{json.dumps(each.as_json())}\n" for each in epochs), encoding="utf-8")
+        write_text(path, "".join(f"{json.dumps(each.as_json())}\n" for each in epochs))
 
     @classmethod
     def read_all(cls, path: Path) -> list[Self]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.padding import _ConstantPadNd
 
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
@@ -233,7 +233,7 @@ def _require_equal(model: nn.Module, small: nn.Module, analysis: Analysis, opene
             try:
                 made = network(*example.args, **example.kwargs)
             except Exception as error:  # whatever a forward that counts on its widths raises
-                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                why = f"{type(error).__name__}: {first_line(error)}"
                 raise ContentError(f"{type(model).__name__} cannot be cut as a module: {why}", _DEPLOY) from error
         outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)])
     for one, other in zip(*outputs, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from polar_deploy.data.names import call_reference, is_reference, unknown
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.models.cifar_resnet import DEPTHS, CifarResNet
 from polar_deploy.models.weights import load_weights, save_weights
 from polar_deploy.tensors import TensorSpec
@@ -68,7 +68,7 @@ def _torchvision(name: str, task: Task, classes: int) -> nn.Module:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
         _trial(model, task)
     except Exception as error:  # each network fails on small images in its own way
-        problem = f"{name} cannot be built for images of {size} pixels: {str(error).splitlines()[0]}"
+        problem = f"{name} cannot be built for images of {size} pixels: {first_line(error)}"
         raise UsageError(problem, "choose another input_size, or resnet20 to resnet110 for small images") from error
     return model
 

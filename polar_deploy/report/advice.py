@@ -11,6 +11,7 @@ from polar_deploy.documents.parity import Accuracy, Interval, Loss, known_drop
 from polar_deploy.documents.report import Report
 from polar_deploy.report import formats
 from polar_deploy.tasks import classification
+from polar_deploy.tasks.metric import difference_unit
 
 Kind = Literal["pass", "accuracy", "speed", "both", "undecided", "not_run"]
 _QUIET = 1.2  # how far apart the ends of an interval may lie on a machine that is good for measurements
@@ -100,7 +101,7 @@ def _metric_name(report: Report) -> str:
 def _amount(report: Report, value: float, form: str) -> str:
     """A drop in its unit; f"{value:{form}}" of points."""
     unit = report.metric.unit if report.metric else ""
-    return f"{value:{form}} {formats.difference_unit(unit)}".rstrip()
+    return f"{value:{form}} {difference_unit(unit)}".rstrip()
 
 
 def _figures(report: Report) -> str:

@@ -35,14 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare runs on the terminal, and on a page where one is asked for."""
-    from polar_deploy.workspace import atomic_path
+    from polar_deploy.workspace import write_text
 
     compared = compare(arguments.runs)
     if arguments.html:
         from polar_deploy.report.plots import page
 
-        with atomic_path(arguments.html) as temporary:
-            temporary.write_text(page(compared), encoding="utf-8")
+        write_text(arguments.html, page(compared))
     if arguments.json:
         print(json.dumps(compared.as_json(), indent=1, allow_nan=False))
         return 0

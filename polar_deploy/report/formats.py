@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-from polar_deploy.tasks.metric import difference_unit
-
-__all__ = [
-    "change",
-    "difference_unit",
-    "heading",
-    "milliseconds",
-    "percent",
-    "points",
-    "relative",
-    "score",
-    "seconds",
-    "share",
-    "short",
-    "times",
-]
-
 
 def short(count: float, unit: str = "") -> str:
     """1234567 -> "1.23 M"; with the unit B -> "1.23 MB"."""

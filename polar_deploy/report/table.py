@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from polar_deploy.documents.parity import Judged, Loss, Metric, known_drop
 from polar_deploy.documents.part import Pair
 from polar_deploy.documents.report import EngineLayers, Predicted, Report, Timed, Trained, Trainings
-from polar_deploy.report.formats import difference_unit, milliseconds, relative, score, short
+from polar_deploy.report.formats import milliseconds, relative, score, short
+from polar_deploy.tasks.metric import difference_unit
 
 if TYPE_CHECKING:
     from rich.console import Console

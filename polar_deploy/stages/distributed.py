@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -196,7 +196,7 @@ def _store() -> Store:
             where, port, None, _hosts_store(), timeout=timedelta(minutes=5), wait_for_workers=False
         )
     except RuntimeError as error:
-        what = f"process {rank()} cannot reach {where}:{port}: {str(error).splitlines()[0]}"
+        what = f"process {rank()} cannot reach {where}:{port}: {first_line(error)}"
         raise MachineError(what, "check that address and port can be reached from all machines") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives its processes
     return dist.PrefixStore(f"polar_deploy {attempt}", store)  # type: ignore[attr-defined]

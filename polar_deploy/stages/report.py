@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 
 def _run(run: RunContext) -> None:
     from polar_deploy import report
-    from polar_deploy.workspace import atomic_path
+    from polar_deploy.workspace import write_text
 
     document = report.build(run.folder, run.settings)
     document.write(run.path(REPORT))
-    page = report.page(document, report.read_samples(run.path(WORST_SAMPLES)))
-    with atomic_path(run.path(PAGE)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(run.path(PAGE), report.page(document, report.read_samples(run.path(WORST_SAMPLES))))
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

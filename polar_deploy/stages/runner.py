@@ -70,7 +70,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     """
     from polar_deploy import recipes
     from polar_deploy.tracking import tracked
-    from polar_deploy.workspace import atomic_path
+    from polar_deploy.workspace import write_text
 
     _preflight(run, stages)
     training = run.settings.training
@@ -80,8 +80,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
     told = run.settings.model_dump(mode="json")
     with run.workspace.locked(), run.progress, tracked(run.track, run.folder, told, run.progress) as run.trackers:
-        with atomic_path(run.path(SETTINGS)) as temporary:
-            temporary.write_text(recipes.dump(run.settings), encoding="utf-8")
+        write_text(run.path(SETTINGS), recipes.dump(run.settings))
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_measured_reachable(run)  # before an epoch is trained
         for stage in stages:

@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy import onnx_files
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
-from polar_deploy.surgery.validation import SMALL, check_text, first_line
+from polar_deploy.surgery.ir import BODIES
+from polar_deploy.surgery.validation import SMALL, check_text
 from polar_deploy.workspace import atomic_path
 
 if TYPE_CHECKING:
@@ -237,9 +238,9 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
-                yield from body.initializer
-                yield from _other_tensors(body)
+        for body in bodies(node):
+            yield from body.initializer
+            yield from _other_tensors(body)
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
@@ -253,7 +254,11 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         order = list(TopologicalSorter(dict(enumerate(before))).static_order())
     except CycleError:
         return  # the checker says so
-    nodes = [graph.node[position] for position in order]
+    put_nodes(graph, [graph.node[position] for position in order])
+
+
+def put_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Puts nodes, some of which may be the graph's own, in place of those that it has."""
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -267,12 +272,18 @@ def _read_by(node: onnx.NodeProto) -> list[str]:
 def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
     """Names of the tensors that the bodies of If, Loop and Scan among `nodes` read."""
     for node in nodes:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
-                for inner in body.node:
-                    yield from inner.input
-                    yield from names_in_bodies([inner])
-                yield from (value.name for value in body.output)
+        for body in bodies(node):
+            for inner in body.node:
+                yield from inner.input
+                yield from names_in_bodies([inner])
+            yield from (value.name for value in body.output)
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node holds."""
+    for attribute in node.attribute:
+        if attribute.type in BODIES:
+            yield from (attribute.g, *attribute.graphs)
 
 
 def annotated(graph: onnx.GraphProto) -> set[str]:

@@ -6,6 +6,7 @@ import math
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+from polar_deploy.errors import first_line
 from polar_deploy.surgery.shape_folding import complete
 from polar_deploy.surgery.sizes import (
     BATCHES,
@@ -22,7 +23,7 @@ from polar_deploy.surgery.sizes import (
     two_probes,
 )
 from polar_deploy.surgery.standins import STANDARD, stand_ins
-from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, first_line, not_inferred
+from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.detached import Array, DetachedModel, names_in_bodies, sort_nodes
+from polar_deploy.surgery.detached import Array, DetachedModel, bodies, names_in_bodies, put_nodes, sort_nodes
 from polar_deploy.surgery.shape_folding import evaluate
 from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.validation import opset_of
@@ -91,9 +91,7 @@ def _put(graph: onnx.GraphProto, decided: dict[int, onnx.GraphProto]) -> None:
     nodes: list[onnx.NodeProto] = []
     for position, node in enumerate(graph.node):
         nodes += _branch(graph, node, decided[position], taken, called) if position in decided else [node]
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    put_nodes(graph, nodes)
 
 
 def _branch(
@@ -130,12 +128,11 @@ def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
     """Gives tensors their new names, in the bodies of nodes too."""
     for tensors in (node.input, node.output):
         tensors[:] = [names.get(name, name) for name in tensors]
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
-            for inner in body.node:
-                _rename(inner, names)
-            for value in body.output:
-                value.name = names.get(value.name, value.name)
+    for body in bodies(node):
+        for inner in body.node:
+            _rename(inner, names)
+        for value in body.output:
+            value.name = names.get(value.name, value.name)
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.errors import ContentError, OutOfMemoryError
+from polar_deploy.errors import ContentError, OutOfMemoryError, first_line
 from polar_deploy.ort_session import Level, open_session, session_options, translated
 from polar_deploy.surgery.inputs import Value, Values
-from polar_deploy.surgery.validation import first_line, opset_of
+from polar_deploy.surgery.validation import opset_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.errors import ContentError
-from polar_deploy.surgery.validation import EXPORT_AGAIN, Array, dtype_of, first_line
+from polar_deploy.errors import ContentError, first_line
+from polar_deploy.surgery.validation import EXPORT_AGAIN, Array, dtype_of
 
 if TYPE_CHECKING:
     import onnx

@@ -82,12 +82,6 @@ def _decodes(text: bytes) -> bool:
     return True
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a message that may run over pages."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
 def not_inferred(model: onnx.ModelProto) -> list[str]:
     """Names of what is made by operators that onnx infers no shapes for: those of other domains."""
     functions = {(function.domain, function.name) for function in model.functions}

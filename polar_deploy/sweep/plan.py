@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polar_deploy import recipes
 from polar_deploy.config import ResolvedSettings, Settings
-from polar_deploy.errors import UsageError
+from polar_deploy.errors import UsageError, first_line
 from polar_deploy.settings import GROUPS
 from polar_deploy.stages.resolve import choose_target, default_folder, resolve
 
@@ -61,7 +61,7 @@ def read(path: Path) -> Sweep:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "give the YAML file of a sweep") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0]}", "correct the file") from error
+        raise UsageError(f"{path}: not valid YAML: {first_line(error)}", "correct the file") from error
     try:
         return Sweep.model_validate(values)
     except ValidationError as error:

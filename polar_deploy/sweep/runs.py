@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy.errors import MachineError, PolarDeployError
+from polar_deploy.errors import MachineError, PolarDeployError, first_line
 from polar_deploy.stages import between, full, gates
 from polar_deploy.stages.artefacts import LATENCY_TABLE, Artefact
 from polar_deploy.stages.context import RunContext
@@ -148,7 +148,7 @@ def _ray(room: Room) -> Iterator[Any]:
     try:
         ray.init(**where, include_dashboard=False, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError) as error:
-        what = f"Ray does not start{f' at {room.address}' if room.address else ''}: {str(error).splitlines()[0]}"
+        what = f"Ray does not start{f' at {room.address}' if room.address else ''}: {first_line(error)}"
         raise MachineError(what, "see `ray status`, or leave --address out") from error
     try:
         yield ray

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from polar_deploy.documents.training_log import Epoch, LoggedFreeze
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, first_line
 from polar_deploy.gating import processes
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
@@ -160,7 +160,7 @@ class OnePass:
         try:
             small = self.gates.cut()
         except ContentError as error:
-            self.on_progress(f"trained with masks to the end: {str(error).splitlines()[0]}")
+            self.on_progress(f"trained with masks to the end: {first_line(error)}")
             return
         self.small = prepare(small, self.job.settings, self.job.device)
         self.weights = sgd(self.small, self.job.settings)

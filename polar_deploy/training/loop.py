@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from polar_deploy.config import ResolvedSettings
 from polar_deploy.documents.training_log import Epoch
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.gating import processes
 from polar_deploy.progress import Progress
 from polar_deploy.tasks import Batch, Statistics, Task, Tensors
@@ -276,7 +276,7 @@ def repeatable(settings: ResolvedSettings) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        what = f"--deterministic: {str(error).splitlines()[0]}"
+        what = f"--deterministic: {first_line(error)}"
         raise UsageError(what, "leave --deterministic out, or do without that operation") from error
     finally:
         torch.use_deterministic_algorithms(before)
