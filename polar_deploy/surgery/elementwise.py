@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
-    from polar_deploy.surgery.sizes import Shape
 
 
 @dataclass(eq=False, slots=True)
@@ -83,7 +82,7 @@ class Elementwise(Operator[Operands]):
             raise Unsupported("the channels of its inputs are not known")
         step.plan = {}
         leader = step.require(lead)
-        offset = len(_shape(step)) - len(step.graph.shape(step.original[lead]) or ())
+        offset = len(step.result_shape()) - len(step.graph.shape(step.original[lead]) or ())
         target = step.create(tuple(axis + offset for axis in leader.axes))
         for index, source in enumerate(step.inputs):
             if source is not None:
@@ -99,7 +98,7 @@ class Elementwise(Operator[Operands]):
         So heads go by which positions turn the dimensions. Raises Unsupported where it differs along all axes.
         """
         shape = step.graph.shape(step.original[index])
-        offset = len(_shape(step)) - len(shape or ())
+        offset = len(step.result_shape()) - len(shape or ())
         alike = [] if shape is None else [axis < offset or shape[axis - offset] == 1 for axis in target.axes]
         if not any(alike):
             raise Unsupported(reason)
@@ -109,7 +108,7 @@ class Elementwise(Operator[Operands]):
 
     def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
         numbers = every(len(target))
-        offset = len(_shape(step)) - len(step.graph.shape(step.original[index]) or ())
+        offset = len(step.result_shape()) - len(step.graph.shape(step.original[index]) or ())
         if tuple(axis + offset for axis in source.axes) != target.axes:
             if not _is_broadcast(step, index, target):
                 self._go_whole(step, index, target, "its inputs have their channels on different axes")
@@ -139,7 +138,7 @@ class Elementwise(Operator[Operands]):
         if values is None:
             return Operand(no(width), np.zeros(width), no(width))
         if index not in step.plan:
-            step.plan[index] = _spread(values, len(_shape(step)), step.output)
+            step.plan[index] = _spread(values, len(step.result_shape()), step.output)
         spread: Operand = step.plan[index]
         return spread
 
@@ -204,7 +203,7 @@ class Elementwise(Operator[Operands]):
 
     def _replace(self, step: Step[Operands]) -> None:
         """Finds the inputs that are constant wherever they are read, and whose shape the output does not depend on."""
-        target, shape = step.output, _shape(step)
+        target, shape = step.output, step.result_shape()
         if None in shape:
             return
         for source in self._neutral_first(step):
@@ -239,7 +238,7 @@ class Elementwise(Operator[Operands]):
 
     def _constant_operand(self, step: Step, index: int) -> Array | None:
         """The operand cut to what is kept; None where it stays as it is."""
-        target, rank = step.output, len(_shape(step))
+        target, rank = step.output, len(step.result_shape())
         if index in step.replaced:
             shape = [1] * (rank - min(target.axes))
             for axis, size in zip(target.axes, target.dims, strict=True):
@@ -290,7 +289,7 @@ def _axis_of(shape: tuple[int, ...]) -> int | None:
 
 def keeps_shape(step: Step, index: int) -> bool:
     """Whether the output has the shape of input `index`, so that the operator may go."""
-    shape = _shape(step)
+    shape = step.result_shape()
     return None not in shape and step.graph.shape(step.original[index]) == shape
 
 
@@ -311,17 +310,10 @@ def _check(values: Array) -> None:
 
 def _is_broadcast(step: Step, index: int, target: Channels) -> bool:
     """Whether an input has no extent along the channels."""
-    shape, rank = step.graph.shape(step.original[index]), len(_shape(step))
+    shape, rank = step.graph.shape(step.original[index]), len(step.result_shape())
     if shape is None:
         return False
     return all(axis < rank - len(shape) or shape[axis - rank] == 1 for axis in target.axes)
-
-
-def _shape(step: Step) -> Shape:
-    shape = step.graph.shape(step.made[0])
-    if shape is None:
-        raise Unsupported("its shape is not known")
-    return shape
 
 
 def _spread(values: Array, rank: int, target: Channels) -> Operand:

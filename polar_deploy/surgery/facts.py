@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
     from polar_deploy.surgery.operator import Operator
+    from polar_deploy.surgery.sizes import Shape
 
     PlanT_co = TypeVar("PlanT_co", covariant=True, default=object)
 else:
@@ -200,6 +201,20 @@ class Step(Generic[PlanT_co]):
         if channels is None:
             raise Unsupported("the channels of its input are not known")
         return channels
+
+    def rank(self, index: int = 0) -> int:
+        """The rank of an input. Raises Unsupported."""
+        shape = self.graph.shape(self.original[index])
+        if shape is None:
+            raise Unsupported("the rank of its input is not known")
+        return len(shape)
+
+    def result_shape(self) -> Shape:
+        """The shape of the first output. Raises Unsupported."""
+        shape = self.graph.shape(self.made[0])
+        if shape is None:
+            raise Unsupported("its shape is not known")
+        return shape
 
     def constant(self, index: int) -> Array | None:
         """Value of an input as it stands; None where it is absent or computed."""

@@ -81,11 +81,6 @@ class Span:
         return [(source, which)] if which.any() else []
 
 
-def rank_of(step: Step) -> int:
-    """Number of dimensions of the first input, whose channels are known."""
-    return len(step.graph.shape(step.original[0]) or ())
-
-
 class AlongAxes(Operator[PlanT]):
     """Handler of an operator whose output has the shape of its input.
 
@@ -163,7 +158,7 @@ class Spanning(AlongAxes[Span]):
 
     def couple(self, step: Step[Span]) -> None:
         step.require()
-        step.plan = Span.along(step, self.axes(step, rank_of(step)))
+        step.plan = Span.along(step, self.axes(step, step.rank()))
         step.carry()
 
     def span(self, step: Step[Span]) -> Span:
@@ -200,7 +195,7 @@ class TopK(Operator):
 
     def couple(self, step: Step) -> None:
         source = step.require()
-        if step.node.attrs.get("axis", -1) % rank_of(step) in source.axes:
+        if step.node.attrs.get("axis", -1) % step.rank() in source.axes:
             raise Unsupported("it sorts the channels")
         step.carry()
         if len(step.made) > 1 and step.made[1].name:

@@ -9,7 +9,6 @@ import numpy as np
 from polar_deploy.surgery.attention import Attention, Layer, cut_mask, mask_channels
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.slicing import rank_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
@@ -23,7 +22,7 @@ class StandardAttention(Layer[Attention]):
     """Attention, on [batch, heads, tokens, dimensions] or on [batch, tokens, channels]."""
 
     def read(self, step: Step) -> Attention:
-        rank, attrs = rank_of(step), step.node.attrs
+        rank, attrs = step.rank(), step.node.attrs
         axes = (1, 3) if rank == 4 else (2,)
         queries, keys, values = (step.require(index) for index in range(3))
         if any(channels.axes != axes for channels in (queries, keys, values)):
@@ -49,7 +48,7 @@ class Rotary(Operator[int]):
     """RotaryEmbedding turns pairs of dimensions of each head: heads go as a whole. Its plan: how many there are."""
 
     def couple(self, step: Step[int]) -> None:
-        source, rank = step.require(), rank_of(step)
+        source, rank = step.require(), step.rank()
         if source.axes != ((1, 3) if rank == 4 else (2,)):
             raise Unsupported("the channels of its input are not those of heads")
         step.plan = source.dims[0] if rank == 4 else self.heads(step)

@@ -10,7 +10,6 @@ import numpy as np
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.heads import NOT_FOLLOWED
 from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter
-from polar_deploy.surgery.ops.slicing import rank_of
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Einsum(Mixing):
             raise Unsupported("its equation is no product with a matrix")
         if sorted(given.replace(summed[0], "")) != sorted(result.replace(made[0], "")):
             raise Unsupported("its equation sums over several axes")
-        rank = rank_of(step, 1 - matrix)
+        rank = step.rank(1 - matrix)
         into, out = _axis(given, summed[0], rank), _axis(result, made[0], rank)
         return Product(1 - matrix, matrix, into, out, held[0] == summed[0])
 

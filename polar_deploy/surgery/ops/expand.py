@@ -9,7 +9,7 @@ import numpy as np
 from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
-from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
+from polar_deploy.surgery.ops.slicing import by_channel, only_axis
 from polar_deploy.surgery.shape_origin import Size, is_fixed, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ class Expand(ShapeDriven[ShapeInput]):
         return step.constant(0)
 
     def couple(self, step: Step[ShapeInput]) -> None:
-        after = step.graph.shape(step.made[0])
-        if after is None:
-            raise Unsupported("its shape is not known")
-        held = self.held(step)
+        after, held = step.result_shape(), self.held(step)
         given = held.shape if held is not None else step.graph.shape(step.original[0]) or ()
         before = (*(1,) * (len(after) - len(given)), *given)
         if held is not None:
@@ -147,7 +144,7 @@ class Tile(Operator[int | None]):
     """Tile: along the channels, copy after copy of all of them."""
 
     def couple(self, step: Step[int | None]) -> None:
-        source, rank = step.require(), rank_of(step)
+        source, rank = step.require(), step.rank()
         sizes = trace(step.facts, step.original[1])
         if sizes is None or len(sizes) != rank:
             raise Unsupported("how often it repeats is computed")

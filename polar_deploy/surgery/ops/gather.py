@@ -8,7 +8,7 @@ import numpy as np
 
 from polar_deploy.surgery.facts import Ints, Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.slicing import by_channel, only_axis, rank_of
+from polar_deploy.surgery.ops.slicing import by_channel, only_axis
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
@@ -21,7 +21,7 @@ class Gather(Operator[Ints | None]):
     """
 
     def couple(self, step: Step[Ints | None]) -> None:
-        rank, added = rank_of(step), rank_of(step, 1) - 1
+        rank, added = step.rank(), step.rank(1) - 1
         axis = step.node.attrs.get("axis", 0) % rank
         if step.constant(0) is not None:
             if rank != 2 or axis:
@@ -113,7 +113,7 @@ class GatherElements(Operator):
     def couple(self, step: Step) -> None:
         source, picking = step.require(), step.inputs[1]
         axis = only_axis(source)
-        if step.node.attrs.get("axis", 0) % rank_of(step) == axis:
+        if step.node.attrs.get("axis", 0) % step.rank() == axis:
             raise Unsupported("its indices pick a channel for each position")
         target = step.create((axis,))
         numbers = every(len(target))

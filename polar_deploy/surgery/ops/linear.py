@@ -109,7 +109,7 @@ class MatMul(Mixing):
         return self.factors[1 - self.side(step)]
 
     def input_axis(self, step: Step) -> int:
-        return _rank(step, self.data(step)) - (1 if self.side(step) == RIGHT else 2)
+        return step.rank(self.data(step)) - (1 if self.side(step) == RIGHT else 2)
 
     def output_axis(self, step: Step) -> int:
         shape = step.graph.shape(step.made[0])
@@ -130,7 +130,7 @@ class MatMul(Mixing):
 
     def read(self, step: Step) -> MixingWeights:
         matrix = self.matrix(step)
-        if matrix.values.ndim < 2 or _rank(step, self.data(step)) < 2:
+        if matrix.values.ndim < 2 or step.rank(self.data(step)) < 2:
             raise Unsupported("one of its factors is a vector")
         stack = matrix.values.reshape(-1, *matrix.values.shape[-2:])
         inside = np.full(len(stack), len(stack) == 1 and matrix.unsure is None)
@@ -215,13 +215,6 @@ def _own_axis(step: Step, axis: int, values: Array) -> int | None:
 
 MATMUL, ACROSS = MatMul(), MatMulOtherAxis()
 HANDLERS: dict[str, Operator] = {"Gemm": Gemm(), "MatMul": MATMUL}
-
-
-def _rank(step: Step, index: int) -> int:
-    shape = step.graph.shape(step.original[index])
-    if shape is None:
-        raise Unsupported("the rank of its input is not known")
-    return len(shape)
 
 
 def _stuck(facts: Facts, channels: Channels) -> Bools:

@@ -12,7 +12,6 @@ from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Retained
 from polar_deploy.surgery.ops.attention import HEAD_AXIS, Rotary
-from polar_deploy.surgery.ops.slicing import rank_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
@@ -29,7 +28,7 @@ def _three(step: Step) -> Three:
         raise Unsupported("its queries, keys and values are packed into one input")
     found = [step.require(index) for index in range(3)]
     for index, channels in enumerate(found):
-        if channels.axes != ((1, 3) if rank_of(step, index) == 4 and index else (2,)):
+        if channels.axes != ((1, 3) if step.rank(index) == 4 and index else (2,)):
             raise Unsupported("the channels of its inputs are not those of heads")
     return found[0], found[1], found[2]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Unsupported
-from polar_deploy.surgery.ops.across import AlongAxes, Span, Spanning, nothing, only_zero, rank_of
+from polar_deploy.surgery.ops.across import AlongAxes, Span, Spanning, nothing, only_zero
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,14 +75,14 @@ class Normalisation(AlongAxes[Affine]):
 
     def cells(self, step: Step) -> Span:
         """Which channels are normalised together."""
-        return Span.along(step, self.axes(step, rank_of(step)))
+        return Span.along(step, self.axes(step, step.rank()))
 
     def span(self, step: Step[Affine]) -> Span:
         return step.plan.span
 
     def aligned(self, step: Step, index: int) -> Array:
         """A parameter as it stands: a vector along axis 1."""
-        return step.parameter(index, NAMES[index]).reshape(1, -1, *(1,) * (rank_of(step) - 2))
+        return step.parameter(index, NAMES[index]).reshape(1, -1, *(1,) * (step.rank() - 2))
 
     def write(self, step: Step, index: int, values: Array) -> None:
         """Stores an aligned parameter."""
@@ -198,7 +198,7 @@ class LayerNormalization(Normalisation):
 
     def aligned(self, step: Step, index: int) -> Array:
         values = step.parameter(index, NAMES[index])
-        return values.reshape((1,) * (rank_of(step) - values.ndim) + values.shape)
+        return values.reshape((1,) * (step.rank() - values.ndim) + values.shape)
 
     def write(self, step: Step, index: int, values: Array) -> None:
         rank = step.parameter(index, NAMES[index]).ndim

@@ -16,7 +16,6 @@ import numpy as np
 from polar_deploy.surgery.dtype_limits import all_of, any_of, fits
 from polar_deploy.surgery.facts import Link, Unsupported, every
 from polar_deploy.surgery.operator import Operator, Retained
-from polar_deploy.surgery.ops.slicing import rank_of
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
@@ -76,7 +75,7 @@ class Recurrent(Operator[Cells]):
     """Handler of a recurrent layer. Its plan is a `Cells`."""
 
     def couple(self, step: Step[Cells]) -> None:
-        source, axis, attrs = step.require(INPUT), rank_of(step) - 1, step.node.attrs
+        source, axis, attrs = step.require(INPUT), step.rank() - 1, step.node.attrs
         if source.axes != (axis,):
             raise Unsupported("it mixes another axis than that of the channels")
         weight, recurrence = step.parameter(WEIGHT, "weight"), step.parameter(RECURRENCE, "weight")

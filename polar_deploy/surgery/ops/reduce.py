@@ -13,7 +13,7 @@ import numpy as np
 from polar_deploy.surgery.dtype_limits import fits, is_half
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
-from polar_deploy.surgery.ops.across import Span, rank_of
+from polar_deploy.surgery.ops.across import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class Reduce(Operator[Span]):
 
     def couple(self, step: Step[Span]) -> None:
         source = step.require()
-        axes = self.axes(step, rank_of(step))
+        axes = self.axes(step, step.rank())
         step.plan = Span.along(step, axes)
         rest = [axis for axis in source.axes if axis not in axes]
         if step.node.attrs.get("keepdims", 1):

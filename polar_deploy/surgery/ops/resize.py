@@ -11,11 +11,10 @@ from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
 from polar_deploy.surgery.ops.shape import Moving
-from polar_deploy.surgery.ops.slicing import rank_of
 from polar_deploy.surgery.shape_origin import Size, is_fixed, trace, whole_numbers, write_numbers
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.facts import Step
+    from polar_deploy.surgery.facts import Channels, Ints, Step
 
 ROI, SCALES, SIZES = 1, 2, 3  # inputs of Resize since opset 11; before, and of Upsample, input 1 are the scales
 
@@ -110,7 +109,7 @@ class Resize(ShapeDriven[ResizeInput]):
 
 def _axes(step: Step) -> list[int]:
     """The axes that sizes, scales and corners are told for."""
-    rank = rank_of(step)
+    rank = step.rank()
     return [axis % rank for axis in step.node.attrs.get("axes", range(rank))]
 
 
@@ -134,26 +133,30 @@ class DepthToSpace(Moving):
     """DepthToSpace: the blocksize² channels behind one go together."""
 
     def couple(self, step: Step) -> None:
-        source, count = step.require(), step.node.attrs["blocksize"] ** 2
-        if source.axes != (1,):
-            raise Unsupported("the channels of its input are not on axis 1")
-        target = step.create((1,))
-        numbers = every(len(source))
-        depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, numbers, numbers % len(target) if depth_first else numbers // count)
+        source, target = _opened(step)
+        step.link(source, target, every(len(source)), _owners(step, len(source), len(target)))
 
 
 class SpaceToDepth(Operator):
     """SpaceToDepth: all blocksize² copies of a channel go with it."""
 
     def couple(self, step: Step) -> None:
-        source, count = step.require(), step.node.attrs["blocksize"] ** 2
-        if source.axes != (1,):
-            raise Unsupported("the channels of its input are not on axis 1")
-        target = step.create((1,))
-        numbers = every(len(target))
-        depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
-        step.link(source, target, numbers % len(source) if depth_first else numbers // count, numbers)
+        source, target = _opened(step)
+        step.link(source, target, _owners(step, len(target), len(source)), every(len(target)))
+
+
+def _opened(step: Step) -> tuple[Channels, Channels]:
+    """Channels of input and output, both on axis 1."""
+    source = step.require()
+    if source.axes != (1,):
+        raise Unsupported("the channels of its input are not on axis 1")
+    return source, step.create((1,))
+
+
+def _owners(step: Step, many: int, few: int) -> Ints:
+    """Which of the `few` channels each of the `many` belongs to."""
+    depth_first = step.node.attrs.get("mode", "DCR") == "DCR"
+    return every(many) % few if depth_first else every(many) // step.node.attrs["blocksize"] ** 2
 
 
 class CenterCropPad(Operator[dict[int, int]]):

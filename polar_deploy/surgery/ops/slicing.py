@@ -37,14 +37,6 @@ def renumbered(channels: Channels, axis: int) -> Ints:
     return np.asarray(np.cumsum(kept) - 1)
 
 
-def rank_of(step: Step, index: int = 0) -> int:
-    """The rank of an input. Raises Unsupported."""
-    shape = step.graph.shape(step.original[index])
-    if shape is None:
-        raise Unsupported("the rank of its input is not known")
-    return len(shape)
-
-
 @dataclass
 class Cutting:
     """What a Slice along the channels does.
@@ -91,7 +83,7 @@ class Slice(Operator[Cutting | None]):
 
     def _axes(self, step: Step) -> list[int]:
         """The axes that are cut."""
-        rank = rank_of(step)
+        rank = step.rank()
         if not step.has(1):
             axes = step.node.attrs.get("axes", range(len(step.node.attrs["starts"])))
         elif step.has(3):
@@ -208,7 +200,7 @@ class Pad(Operator[Padding]):
 
     def _widths(self, step: Step) -> tuple[list[int | None], list[int | None]]:
         """Widths before and after, an entry a dimension."""
-        rank = rank_of(step)
+        rank = step.rank()
         axes = [axis % rank for axis in self._axes(step, rank)]
         if step.has(1):
             sizes = trace(step.facts, step.original[1]) or [Size()] * (2 * len(axes))
@@ -298,9 +290,6 @@ class Concat(Operator[list[Ints | None]]):
         return values
 
     def couple(self, step: Step[list[Ints | None]]) -> None:
-        shape = step.graph.shape(step.made[0])
-        if shape is None:
-            raise Unsupported("its shape is not known")
         axis = self._axis(step)
         parts = self.parts(step)
         found = {channels.axes for index in parts if (channels := step.inputs[index]) is not None}
@@ -317,7 +306,7 @@ class Concat(Operator[list[Ints | None]]):
                 raise Unsupported(f"the channels of {step.original[index].name} are not known")
 
     def _axis(self, step: Step) -> int:
-        axis: int = step.node.attrs["axis"] % len(step.graph.shape(step.made[0]) or ())
+        axis: int = step.node.attrs["axis"] % len(step.result_shape())
         return axis
 
     def _parts(self, step: Step, target: Channels, axis: int) -> list[Ints | None]:

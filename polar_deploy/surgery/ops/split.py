@@ -8,7 +8,7 @@ import numpy as np
 
 from polar_deploy.surgery.facts import Unsupported, every
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.slicing import only_axis, rank_of
+from polar_deploy.surgery.ops.slicing import only_axis
 from polar_deploy.surgery.shape_origin import whole_numbers, write_numbers
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Split(Operator[list[int] | None]):
 
     def couple(self, step: Step[list[int] | None]) -> None:
         source = step.require()
-        axis = step.node.attrs.get("axis", 0) % rank_of(step)
+        axis = step.node.attrs.get("axis", 0) % step.rank()
         numbers = every(len(source))
         if axis not in source.axes:
             for index, tensor in enumerate(step.made):
