@@ -52,14 +52,12 @@ class Analysis:
         return [known[gates] for gates in self.gate_of(values.device)]
 
 
-def analyse(
-    network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True, streams: bool = True
-) -> Analysis:
+def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True) -> Analysis:
     """Find the gates of a network; it is run and exported in evaluation mode, and left as it was.
 
     Args:
         ignore: patterns (`head*`) of the paths of modules whose input and output get no mask.
-        blocks, streams: whether residual branches, and sums of them, get gates.
+        blocks: whether residual branches get gates.
 
     Raises:
         ContentError: PyTorch cannot export the network.
@@ -68,7 +66,7 @@ def analyse(
     example = example.to(export.device_of(network))
     blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
-    made = choices.find(blank, found.masks, found.name_of, streams=streams)
+    made = choices.find(blank, found.masks, found.name_of)
     if not made.gates:
         reasons = [f"{name}: {reason}" for name, reason in (*found.unmasked.items(), *made.reasons.items())]
         raise UsageError(

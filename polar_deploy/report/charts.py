@@ -38,18 +38,15 @@ class Estimate:
     sure: bool = True
 
 
-def intervals(
-    title: str, about: str, rows: Sequence[Estimate], axis: str, *, bound: tuple[float, str], good: int, unit: str = ""
-) -> Markup:
-    """Each estimate on a line of its own, against a bound; values on the side `good` (-1 or 1) of it are allowed."""
+def intervals(title: str, about: str, rows: Sequence[Estimate], axis: str, *, bound: tuple[float, str]) -> Markup:
+    """Each estimate on a line of its own, against a bound; values above it are allowed."""
     left, right, top = 8.0, WIDTH - 8.0, 26.0
     bottom = top + ROW * len(rows)
     scale = spanning([bound[0], *(end for row in rows for end in (row.low, row.high))], left, right, 0.08)
     edge = scale(bound[0])
-    allowed = (edge, right) if good > 0 else (left, edge)
     parts = [
-        box(allowed[0], top, allowed[1] - allowed[0], bottom - top, "allowed"),
-        axis_x(scale, bottom, bottom + 4, axis, unit),
+        box(edge, top, right - edge, bottom - top, "allowed"),
+        axis_x(scale, bottom, bottom + 4, axis),
         line(edge, top - 6, edge, top, "bound"),
         text(min(max(edge, left + 60), right - 60), top - 10, bound[1], "middle", "strong"),
     ]

@@ -12,6 +12,7 @@ from polar_deploy.documents.training_log import Curves
 from polar_deploy.report import charts, formats
 from polar_deploy.report.charts import Bar, Cell, Curve, Estimate
 from polar_deploy.report.skyline import skyline
+from polar_deploy.tasks.metric import difference_unit
 
 MOST_ROWS = 60  # of a map; the rest stands in a table
 MOST_CLASSES = 20
@@ -49,7 +50,7 @@ def _accuracy(report: Report) -> Markup | None:
     metric = report.metric
     if metric is None:
         return None
-    unit = formats.difference_unit(metric.unit)
+    unit = difference_unit(metric.unit)
     rows = [
         Estimate(label, -known[0], -known[2], -known[1], formats.change(known[0], metric.unit))
         for label, known in named
@@ -65,7 +66,6 @@ def _accuracy(report: Report) -> Markup | None:
         rows,
         f"change{f' in {unit}' if unit else ''}, with 95 % interval",
         bound=(-allowed, f"−{allowed:g} allowed"),
-        good=1,
     )
 
 
@@ -126,7 +126,6 @@ def speedups(title: str, measured: Sequence[tuple[str, Interval, bool]], least: 
         rows,
         "times as fast, with 95 % interval",
         bound=(least, f"{least:g}× asked"),
-        good=1,
     )
 
 

@@ -115,16 +115,16 @@ def spanning(values: Sequence[float], start: float, end: float, room: float = 0.
     return Scale(low - margin, high + margin, start, end)
 
 
-def _number(value: float, unit: str) -> str:
+def _number(value: float, unit: str = "") -> str:
     return f"{value:g}{unit}".replace("-", "−")
 
 
-def axis_x(scale: Scale, top: float, bottom: float, label: str, unit: str = "", *, whole: bool = False) -> Markup:
+def axis_x(scale: Scale, top: float, bottom: float, label: str, *, whole: bool = False) -> Markup:
     """Grid lines and numbers below; the label stands under them."""
     parts = []
     for value in scale.ticks(whole=whole):
         x = scale(value)
-        parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 15, _number(value, unit), "middle", "tick")]
+        parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 15, _number(value), "middle", "tick")]
     return joined([*parts, text((scale.start + scale.end) / 2, bottom + 31, label, "middle", "tick")])
 
 

@@ -177,24 +177,20 @@ class Choices:
         return {"macs": cost.macs, "params": cost.params}
 
 
-def find(
-    detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None], *, streams: bool = True
-) -> Choices:
+def find(detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None]) -> Choices:
     """The gates of a graph whose channels can be closed at `masks`.
 
     Args:
         detached: the whole network; the values of its weights do not matter, but none should be zero.
         masks: where channels can be closed.
         name_of: what the layer at a node's position is called, None where that is not known.
-        streams: whether channels that several layers write may have gates.
     """
     from polar_deploy.surgery.pricing import Pricing
     from polar_deploy.surgery.survey import Survey
 
     masked = insert(detached, masks)
     survey = Survey(detached, masked, masks, name_of)
-    units = survey.units(streams=streams)
-    pricing = Pricing(survey, units)
+    pricing = Pricing(survey, survey.units())
     return Choices(
         detached=masked,
         masks=tuple(masks),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
@@ -84,7 +83,7 @@ class Survey:
         found = {index: self.channels(index) for index, mask in enumerate(self.masks) if not mask.block}
         return {index: channels for index, channels in found.items() if channels is not None}
 
-    def units(self, *, streams: bool = True) -> Ints:
+    def units(self) -> Ints:
         """[channels of the graph] the smallest channel that each one can go with; `NEVER` for those that stay."""
         labels = sets.components(self.facts, list(self._bundles()))
         possible = np.zeros(self.facts.total, bool)
@@ -92,8 +91,6 @@ class Survey:
             possible[labels[closed]] = True
         for channels in self.facts.everything():
             possible[labels[numbers(channels)[channels.pinned]]] = False
-        if not streams:
-            possible[self._written_twice(labels)] = False
         self._strike(labels, possible)
         return np.where(possible[labels], labels, NEVER)
 
@@ -123,13 +120,6 @@ class Survey:
         if tensor.values is None or not tensor.values.ndim or tensor.values.dtype.kind != "f":
             return None
         return None if MASK in self.graph.metadata(step.node) else self.graph.origin(tensor.name)
-
-    def _written_twice(self, labels: Ints) -> list[int]:
-        """The units whose channels several layers write."""
-        written = Counter[int]()
-        for step in filter(is_writer, self.facts.alive):
-            written.update(np.unique(labels[numbers(step.output)]).tolist())
-        return [label for label, times in written.items() if times > 1]
 
     def _strike(self, labels: Ints, possible: Bools) -> None:
         """Takes from `possible` [units] what surgery keeps when it is closed: random halves, until nothing stays."""

@@ -129,9 +129,9 @@ def require(names: Sequence[str]) -> None:
             )
 
 
-def scalars(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a nested record, by their path."""
-    for key, value in flat(record, above, "/"):
+    for key, value in flat(record, sign="/"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield key, float(value)
 

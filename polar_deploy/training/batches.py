@@ -283,14 +283,14 @@ class ImageBatches(Batches):
         return (images - self._mean).div_(self._std)
 
 
-def ahead(plans: Iterable[P], read: Callable[[P], R], most: int = _AHEAD) -> Iterator[tuple[P, R]]:
-    """Each plan and what `read` makes of it, in order; a thread is up to `most` of them ahead of the caller."""
+def ahead(plans: Iterable[P], read: Callable[[P], R]) -> Iterator[tuple[P, R]]:
+    """Each plan and what `read` makes of it, in order; a thread is up to `_AHEAD` of them ahead of the caller."""
     waiting: deque[tuple[P, Future[R]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
         try:
             for plan in plans:
                 waiting.append((plan, reader.submit(read, plan)))
-                if len(waiting) > most:
+                if len(waiting) > _AHEAD:
                     first, found = waiting.popleft()
                     yield first, found.result()
             while waiting:

@@ -496,12 +496,6 @@ def test_a_layer_that_is_not_masked_keeps_what_it_reads() -> None:
         assert found.measure(opened) == dict(zip(("macs", "params"), expected, strict=True))
 
 
-def test_streams_can_be_left_alone() -> None:
-    found = find(residual(), ("a2", "b2"), streams=False)
-    assert [(site.name, site.kind) for site in found.sites] == [("a1", "channel"), ("b1", "channel")]
-    assert [block.name for block in found.blocks] == ["a2:out", "b2:out"]
-
-
 def test_a_branch_that_somebody_else_reads_is_no_block() -> None:
     """Its mask closes the branch in the sum alone."""
     net = Net()

@@ -91,8 +91,8 @@ class Program:
             self.rows += count
 
     @staticmethod
-    def _one(column: int, value: float = 1.0) -> Linear:
-        return Linear(np.array([column]), np.array([value]))
+    def _one(column: int) -> Linear:
+        return Linear(np.array([column]), np.ones(1))
 
     @staticmethod
     def _sum(columns: Integers, values: Floats | None = None) -> Linear:
