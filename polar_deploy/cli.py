@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import NoReturn, TypeAlias
 
@@ -123,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(COMMANDS, "python -m polar_deploy" if module else "polar-deploy", argv)
 
 
-def alone(name: str, module: str, argv: Sequence[str] | None = None) -> int:
-    """Run one command, or group, as `python -m MODULE`."""
-    return run(COMMANDS.commands[name], f"python -m {module}", argv)
+def alone(name: str, module: str) -> partial[int]:
+    """The `main(argv)` of `python -m MODULE`, which runs one command, or group, as `polar-deploy NAME` does."""
+    return partial(run, COMMANDS.commands[name], f"python -m {module}")
 
 
 def run(node: Node, prog: str, argv: Sequence[str] | None = None) -> int:

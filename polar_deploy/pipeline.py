@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,7 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text s
     "build.batches": lambda text: {"build.batches": recipes.parse_batches(text)},
     "accept.max_latency_ms": recipes.parse_latency,
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, as `polar-deploy run` does; return its exit code (see docs/cli.md)."""
-    return cli.alone("run", "polar_deploy.pipeline", argv)
+main = cli.alone("run", "polar_deploy.pipeline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

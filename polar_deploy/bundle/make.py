@@ -13,19 +13,7 @@ import numpy as np
 
 from polar_deploy import onnx_files
 from polar_deploy.bundle import golden, graphs, manifest, measured
-from polar_deploy.bundle.manifest import (
-    CLASSIFICATION,
-    MIN_GOLDEN,
-    SCHEMA,
-    BuildOptions,
-    File,
-    Golden,
-    Input,
-    Manifest,
-    Network,
-    Preprocessing,
-    Tensor,
-)
+from polar_deploy.bundle.manifest import CLASSIFICATION, MIN_GOLDEN, SCHEMA, BuildOptions, Manifest
 from polar_deploy.bundle.read import LONGEST_LABEL, MANIFEST, Bundle, fitting, read
 from polar_deploy.data.arrays import read_npz
 from polar_deploy.data.names import without_place, without_places
@@ -79,7 +67,7 @@ def make(
             task=manifest.Task(name=task, metric=metric, preprocessing={} if pictures else made),
             inputs=inputs,
             outputs=outputs,
-            preprocessing=Preprocessing.model_validate_json(json.dumps(made)) if pictures else None,
+            preprocessing=manifest.Preprocessing.model_validate_json(json.dumps(made)) if pictures else None,
             labels=_labels(draft, data.class_names),
             golden=_write_golden(draft, settings, _golden_inputs(run, settings, data, pictures=pictures), names),
             networks=manifest.Networks(full=networks.get("full"), compressed=networks["compressed"]),
@@ -109,10 +97,10 @@ def _name(settings: ResolvedSettings) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", ".", f"{settings.model}-{without_place(settings.data)}").lstrip(".-")[:100]
 
 
-def _files(draft: Path) -> dict[str, File]:
+def _files(draft: Path) -> dict[str, manifest.File]:
     """Size and hash of every file."""
     return {
-        path.relative_to(draft).as_posix(): File(bytes=path.stat().st_size, sha256=sha256(path))
+        path.relative_to(draft).as_posix(): manifest.File(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(draft.rglob("*"))
         if path.is_file()
     }
@@ -136,7 +124,7 @@ def _page(run: Path, draft: Path, settings: ResolvedSettings, omit_settings: Col
     return "report.html"
 
 
-def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> Network:
+def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> manifest.Network:
     """Copy one network's files; return its part of the manifest. A graph without other types is there only once."""
     files = f"{name}/model.onnx", f"engines/{name}.onnx"
     for file, listed in entry.files.items():
@@ -147,7 +135,7 @@ def _network(run: Path, draft: Path, name: str, entry: BuiltEngine) -> Network:
     typed, typed_data = (fp32, fp32_data) if same else _graph(run, draft, files[1])
     beside = {"fp32_data": fp32_data, "typed_data": typed_data}
     facts = entry.model_dump(mode="json", exclude={"backend", "files", "plan", "seconds"})
-    return Network(
+    return manifest.Network(
         fp32=fp32,
         typed=typed,
         layers=_copy(run, draft, f"engines/{name}.layers.json"),
@@ -181,18 +169,18 @@ def _plan(run: Path, draft: Path, plan: Plan) -> manifest.Plan:
     return manifest.Plan.model_validate(plan.as_json() | here)
 
 
-def _tensors(typed: Path) -> tuple[list[Input], list[Tensor]]:
+def _tensors(typed: Path) -> tuple[list[manifest.Input], list[manifest.Tensor]]:
     """Inputs and outputs of the typed graph."""
     model = onnx_files.read(typed, external=False, check=False)
     given = {value.name for value in model.graph.output}
-    inputs: list[Input] = []
-    outputs: list[Tensor] = []
+    inputs: list[manifest.Input] = []
+    outputs: list[manifest.Tensor] = []
     for name, kind, shape in graphs.io_tensors(model):
         dtype = graphs.element_type(kind)
         if name in given:
-            outputs.append(Tensor(name=name, shape=[size or None for size in shape], dtype=dtype))
+            outputs.append(manifest.Tensor(name=name, shape=[size or None for size in shape], dtype=dtype))
         else:
-            inputs.append(Input(name=name, shape=list(shape), dtype=dtype))
+            inputs.append(manifest.Input(name=name, shape=list(shape), dtype=dtype))
     return inputs, outputs
 
 
@@ -226,7 +214,7 @@ def _golden_inputs(run: Path, settings: ResolvedSettings, data: Data, *, picture
 
 def _write_golden(
     draft: Path, settings: ResolvedSettings, inputs: dict[str, golden.Array], names: Sequence[str]
-) -> Golden:
+) -> manifest.Golden:
     """Write inputs and outputs. On one thread: with more, sums could be in another order each time."""
     from polar_deploy.engines import infer_all
     from polar_deploy.engines.ort import OrtEngine
@@ -241,7 +229,7 @@ def _write_golden(
         for name, values in arrays.items():
             kind = "<f4" if values.dtype.kind == "f" else values.dtype.newbyteorder("<")
             np.save(draft / files[part][name], np.ascontiguousarray(values, kind))
-    return Golden(
+    return manifest.Golden(
         source=settings.bundle.golden,
         full=files.get("full"),
         samples=count(inputs),

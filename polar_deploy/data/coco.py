@@ -20,7 +20,7 @@ from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.decode import decode, problem, upright_size
 from polar_deploy.data.folders import VALIDATION
 from polar_deploy.data.moves import stretched
-from polar_deploy.data.parts import Found, PartedFolder, Sight, Words, with_test
+from polar_deploy.data.parts import Found, PartedFolder, Sight, with_test
 from polar_deploy.data.pictures import LazyImages
 from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError, UsageError, one_line
@@ -82,13 +82,9 @@ class Boxed(NamedTuple):
 class CocoFolder(PartedFolder[Boxed]):
     """A folder of pictures with boxes of objects."""
 
-    layout = _LAYOUT
-    words = Words(
-        held="",
-        broken=("such pictures or annotations in all", "ones"),
-        left_out=("pictures or annotations", "left out:"),
-        beside="boxes",
-    )
+    layout, beside = _LAYOUT, "boxes"
+    broken = "such pictures or annotations in all", "ones"
+    dropped = "pictures or annotations", "left out:"
 
     @cached_property
     def parts(self) -> dict[str, list[Boxed]]:

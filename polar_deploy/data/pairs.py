@@ -18,7 +18,7 @@ from polar_deploy.data import moves
 from polar_deploy.data.dataset import Indices, Pixels
 from polar_deploy.data.decode import decode, decode_indices, problem, upright_size
 from polar_deploy.data.folders import VALIDATION, image_names
-from polar_deploy.data.parts import Found, PartedFolder, Sight, Words, with_test
+from polar_deploy.data.parts import Found, PartedFolder, Sight, with_test
 from polar_deploy.data.pictures import DETAIL, resized
 from polar_deploy.data.threads import parallel
 from polar_deploy.errors import ContentError, UsageError
@@ -43,13 +43,9 @@ class PairFolder(PartedFolder[Pair]):
     root names the classes, one a line; without it there are as many as the largest index says.
     """
 
-    layout = _LAYOUT
-    words = Words(
-        held=" with a mask",
-        broken=("such files in all", "files"),
-        left_out=("pairs", "a pair is left out:"),
-        beside="their masks",
-    )
+    layout, held, beside = _LAYOUT, " with a mask", "their masks"
+    broken = "such files in all", "files"
+    dropped = "pairs", "a pair is left out:"
 
     @cached_property
     def classes(self) -> int:

@@ -43,15 +43,6 @@ class Sight(NamedTuple):
     classes: Collection[int] = ()
 
 
-class Words(NamedTuple):
-    """What messages call the pictures and what lies beside them."""
-
-    held: str  # behind the number of pictures in a part
-    broken: tuple[str, str]  # for `require_sound`
-    left_out: tuple[str, str]  # for `left_out`
-    beside: str
-
-
 One = TypeVar("One", bound=Pictured)
 # Of each part its pictures; what is wrong with names and files; notes.
 Found: TypeAlias = tuple[dict[str, list[One]], list[ContentError], list[str]]
@@ -73,7 +64,10 @@ class PartedFolder(ABC, Generic[One]):
     skip_broken: bool = False
 
     layout: ClassVar[str]  # how the folder has to look, as advice
-    words: ClassVar[Words]
+    held: ClassVar[str] = ""  # what the pictures of a part have, where messages count them
+    broken: ClassVar[tuple[str, str]]  # for `require_sound`
+    dropped: ClassVar[tuple[str, str]]  # for `left_out`
+    beside: ClassVar[str]  # what lies beside a picture
 
     @cached_property
     @abstractmethod
@@ -105,14 +99,14 @@ class PartedFolder(ABC, Generic[One]):
     def parts(self) -> dict[str, list[One]]:
         """The pictures `listed`, without those that cannot be used."""
         if not self.skip_broken:
-            require_sound(self._broken, *self.words.broken)
+            require_sound(self._broken, *self.broken)
         parts = {
             name: [one for one in listed if self._seen[one.picture].problem is None]
             for name, listed in self.listed.items()
         }
         for name, pictures in parts.items():
             if len(pictures) < _LEAST[name]:
-                held = f"{len(pictures)} picture{'s' * (len(pictures) != 1)}{self.words.held}"
+                held = f"{len(pictures)} picture{'s' * (len(pictures) != 1)}{self.held}"
                 raise ContentError(f"{self.root} has {held} for {name}, {_LEAST[name]} are needed", self.layout)
         return parts
 
@@ -129,11 +123,11 @@ class PartedFolder(ABC, Generic[One]):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know, a sentence each."""
-        notes = [left_out(self._broken, *self.words.left_out)] if self._broken else []
+        notes = [left_out(self._broken, *self.dropped)] if self._broken else []
         notes += self._found[2]
         if turned := [one.picture for part in self.parts.values() for one in part if self._seen[one.picture].turned]:
             which = f"{len(turned)} pictures, first {self.root / turned[0]}"
-            notes.append(f"EXIF turns or mirrors {which}: {self.words.beside} are taken as being upright")
+            notes.append(f"EXIF turns or mirrors {which}: {self.beside} are taken as being upright")
         return (*notes, *self._absent())
 
 

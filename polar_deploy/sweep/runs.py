@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from polar_deploy.sweep.plan import Planned
 
 TRAINED = between("full", "surgery")  # what is done side by side
-TIMED = between("build", "report")  # what is done alone
 LOG = Artefact("run.log")  # what the run said while it was trained
 _PATIENCE = 60.0  # seconds that a process of a sweep that was killed may take to end
 
