@@ -54,7 +54,7 @@ def make(
         _copy(run, draft, "compressed/surgery.json")
         pictures = task == CLASSIFICATION
         inputs, outputs = _tensors(draft / networks["compressed"].typed)
-        metric = parity.metric and manifest.Metric(name=parity.metric.name, unit=parity.metric.unit)
+        metric = manifest.Metric(name=parity.metric.name, unit=parity.metric.unit) if parity.metric else None
         made = dict(data.preprocessing)
         document = Manifest(
             schema=SCHEMA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from polar_deploy.documents.build import Profile
 from polar_deploy.documents.part import Part
 from polar_deploy.targets import TARGETS
 
-SCHEMA = 2
+SCHEMA: Final = 2
 CLASSIFICATION = "classification"  # the task whose inputs are pictures, and whose outputs have labels
 MIN_GOLDEN, MAX_GOLDEN = 32, 1024  # samples
 MOST_TENSORS = 16  # inputs, or outputs

@@ -38,6 +38,7 @@ import numpy as np
 
 from polar_deploy import onnx_files, targets
 from polar_deploy.documents.latency_table import MeasuredTable
+from polar_deploy.documents.parity import Round
 from polar_deploy.engines import Array, build, machine, open_built, timing
 from polar_deploy.engines.overlaps import (
     Group,
@@ -189,7 +190,7 @@ class Bench:
         )
         self.model = onnx_files.read(gated_onnx)
         self.constants, self.gates = own_constants(self.model, gated_onnx)
-        self.rounds: list[timing.Round] = []
+        self.rounds: list[Round] = []
         self.built = 0
         self.versions: dict[str, str] = {}
         self.inputs = _noise(self.model, batch)

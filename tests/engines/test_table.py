@@ -16,6 +16,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from polar_deploy import gpu, latency, targets
+from polar_deploy.documents.parity import Round
 from polar_deploy.engines import __main__ as command
 from polar_deploy.engines import table, timing
 from polar_deploy.errors import ContentError, MachineError, UsageError
@@ -234,7 +235,7 @@ def use_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], flo
     def open_built(entry: object, folder: Path, name: str, target: targets.Target) -> Any:
         return SimpleNamespace(macs=cost(onnx.load(folder / "source.onnx")).macs, conditions=lambda: None)
 
-    def afresh(a: Any, b: Any, images: np.ndarray, **how: object) -> list[timing.Round]:
+    def afresh(a: Any, b: Any, images: np.ndarray, **how: object) -> list[Round]:
         first, second = milliseconds(a.macs), milliseconds(b.macs)
         even = timing.Interval(1.0, 1.0, 1.0)
         took = [timing.Latency(ms, ms, ms, 0.0) for ms in (first, second)]
