@@ -84,9 +84,12 @@ class Difference(NamedTuple):
 def build(name: str) -> nn.Module:
     """The network in evaluation mode with random numbers, the same ones every time."""
     torch.manual_seed(0)
-    network = _untrained(name)
+    return randomised(_untrained(name), min(pixels(name), 96))
+
+
+def randomised(network: nn.Module, side: int) -> nn.Module:
+    """The network in evaluation mode with random numbers; its statistics are of pictures with `side` pixels a side."""
     _randomise(network)
-    side = min(pixels(name), 96)
     _calibrate(network, torch.randn(16, 3, side, side))
     return network.eval().requires_grad_(False)  # else the exporter takes longer
 

@@ -1,6 +1,6 @@
 """Random graphs of all operators with random gates: whatever surgery does, the function stays.
 
-A few seeds here; `benchmarks.bar_surgery_fuzz` runs a hundred times as many graphs.
+A few seeds here; `benchmarks.bar_surgery_fuzz` runs 250 times as many graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.surgery.entries import ABSENT, ENTRIES, STEPS
 from tests.surgery.graphs import TOLERANCE, Array, cut, run
 from tests.surgery.random_graphs import random_graphs, text
 
-GRAPHS = 100
+GRAPHS = 40
 BATCH = 10  # graphs drawn with the operators in one order
 
 

@@ -16,7 +16,7 @@ from polar_deploy.surgery.__main__ import main
 from tests.conftest import child_environment
 from tests.surgery.hostile import DONE, REFUSED, cases, damaged, lay, model
 
-DAMAGED = 300
+DAMAGED = 100
 SECONDS, MEGABYTES = 5, 200  # that one file may take
 
 Answers = dict[str, dict[str, Any]]
