@@ -51,12 +51,15 @@ def is_compiled() -> bool:
     return _compiled
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_compiled() -> bool:
     """Runs while a graph is compiled, and is no part of it."""
     global _compiled
     _compiled = True
     return True
+
+
+# All that torch.compiler.assume_constant_result does once it has imported torch._dynamo, which takes as long as torch.
+_note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Masking:
