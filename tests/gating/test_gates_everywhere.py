@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import io
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from polar_deploy import Gates
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.gating import masking
 from polar_deploy.surgery import compress_file, cost
+from tests.support.processes import together
 
 STEPS = 32
 
@@ -721,10 +721,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_on_different_data_agree_bit_for_bit(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    together(_worker, str(tmp_path))
     for mode in ("batch", "sample"):
         first, second = (torch.load(tmp_path / f"{mode}{rank}.pt", weights_only=True) for rank in range(2))
         assert first["gates"]["phase"] == "frozen"

@@ -7,6 +7,7 @@ a random state by ONNX Runtime's graph after surgery.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -328,13 +329,19 @@ def shaken(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Gates, Tensor]:
-    build, pixels = KINDS[request.param]
+@cache
+def gated(name: str) -> tuple[nn.Module, Gates, Tensor]:
+    """A network, its gates and images for it; made once, since looking at a network takes seconds."""
+    build, pixels = KINDS[name]
     torch.manual_seed(0)
     network = shaken(build()).eval()
     images = torch.randn(2, 3, pixels, pixels)
-    return request.param, network, Gates(network, images, budget=0.97, min_width=0.0), images
+    return network, Gates(network, images, budget=0.97, min_width=0.0), images
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Gates, Tensor]:
+    return request.param, *gated(request.param)
 
 
 def test_all_macs_are_counted(kind: tuple[str, nn.Module, Gates, Tensor]) -> None:
@@ -399,7 +406,8 @@ def test_a_layer_that_reads_padded_zeros_can_be_cut() -> None:
     """The first block is closed, so that the second one reads zeros where the shortcut pads: it writes there itself."""
     torch.manual_seed(0)
     network, images = shaken(Padded()).eval(), torch.randn(2, 3, 16, 16)
-    gates = Gates(network, images, budget=0.97, min_width=0.0, rehearse=0)
+    known = gated("a shortcut with more channels")[1].analysis
+    gates = Gates(network, images, budget=0.97, min_width=0.0, rehearse=0, analysis=known)
     opened = np.random.default_rng(0).random(len(gates.opened)) < 0.6
     blocks = {block.name: block.gate for block in gates.blocks}
     assert blocks.keys() == {"back:out", "last:out"}
@@ -419,9 +427,7 @@ def test_gates_are_where_they_should_be() -> None:
     """Hidden units of an MLP and not picture rows; whole groups; what is read by hand has none."""
     found = {}
     for name in ("gates on tokens", "groups", "a product by hand", "tied weights"):
-        build, pixels = KINDS[name]
-        gates = Gates(build(), torch.zeros(2, 3, pixels, pixels), budget=0.97, rehearse=0)
-        found[name] = {site.name: (site.kind, site.width, site.size) for site in gates.sites}
+        found[name] = {site.name: (site.kind, site.width, site.size) for site in gated(name)[1].sites}
     assert found == {
         "gates on tokens": {"blocks.0.expand": ("channel", 96, 1), "blocks.1.expand": ("channel", 96, 1)},
         "groups": {"stem": ("stream", 24, 1), "reduce": ("channel", 4, 4)},

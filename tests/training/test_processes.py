@@ -5,7 +5,6 @@ Both start once for all tests: `_work` runs every case, and writes what came out
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from polar_deploy.config import ResolvedSettings
 from polar_deploy.training import loop
 from polar_deploy.training.batch_norm import of_whole_batch
 from polar_deploy.training.checkpoint import State
+from tests.support.processes import together
 from tests.training import runs
 from tests.training.runs import CPU, BreakIn, Broken, fit, gates, network, settings, train
 
@@ -110,10 +110,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(Broken):
         trained(CASES["batch"], folder / "one_then_two", breaks_in=3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (port, folder, runs.analysis()), nprocs=2)
+    together(_work, folder, runs.analysis())
     return folder
 
 
