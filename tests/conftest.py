@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, wraps
@@ -23,12 +24,16 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import tests.support.startup.sitecustomize  # noqa: F401
 from polar_deploy.engines import timing
 from polar_deploy.pipeline import main
 from polar_deploy.stages import NAMES, STAGES
 
 P, R = ParamSpec("P"), TypeVar("R")
 ROOT = Path(__file__).parents[1]
+_STARTUP = [str(ROOT / "tests/support/startup")] if sys.gettrace() else []
+if _STARTUP:  # for children that get no environment of their own
+    os.environ["PYTHONPATH"] = os.pathsep.join([*_STARTUP, *filter(None, [os.environ.get("PYTHONPATH")])])
 # Three epochs are few, and the networks so small that neither is faster: what is asked leaves room for a bundle.
 _LENIENT = ("--budget", "0.5", "--max-drop", "20", "--min-speedup", "0.5")
 MINIATURE = (
@@ -89,43 +94,35 @@ def polar(*arguments: object, quick: bool = True) -> Outcome:
 
 _analyses: dict[object, Any] = {}  # by network
 _open_graphs: dict[object, bytes] = {}  # by network and analysis
-_pictures: dict[int, np.ndarray] = {}  # by size
 
 
 @contextlib.contextmanager
 def _once() -> Iterator[None]:
     """What all runs of a network begin with is found out once: what can go from it takes a second or two each time."""
-    from polar_deploy.data import digits
     from polar_deploy.gating import analysis, deploy
 
-    whole, write_open, resize = analysis.analyse, deploy.write_open, digits.resize
+    whole, write_open = analysis.analyse, deploy.write_open
 
-    def known(network: Any, example: Any) -> object:
-        values = tuple(float(parameter.detach().sum()) for parameter in network.parameters())
-        return type(network), repr(network), values, example.tensors[0].shape
+    def known(network: Any, example: Any, *, values: bool) -> object:
+        parameters = (float(each.detach().sum()) if values else each.shape for each in network.parameters())
+        return type(network), repr(network), *parameters, *(each.shape for each in example.tensors)
 
     def analyse(network: Any, example: Any, **how: Any) -> Any:
-        key = known(network, example), repr(how)
+        key = known(network, example, values=False), repr(how)
         if key not in _analyses:
             _analyses[key] = whole(network, example, **how)
         return _analyses[key]
 
     def written(network: Any, found: Any, path: Path) -> None:
-        key = known(network, found.example), id(found)
+        key = known(network, found.example, values=True), id(found)
         if key not in _open_graphs:
             write_open(network, found, path)
             _open_graphs[key] = path.read_bytes()
         path.write_bytes(_open_graphs[key])
 
-    def resized(images: np.ndarray, size: int) -> np.ndarray:
-        if size not in _pictures:
-            _pictures[size] = resize(images, size)
-        return _pictures[size].copy()
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "analyse", analyse)
         patch.setattr(deploy, "write_open", written)
-        patch.setattr(digits, "resize", resized)
         yield
 
 
@@ -214,7 +211,7 @@ def child_environment(*, traced: bool = True) -> dict[str, str]:
     traced: coverage looks at it, and slows it down; of a process that is killed it would tell nothing.
     """
     kept = {name: value for name, value in os.environ.items() if traced or not name.startswith("COVERAGE_")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_STARTUP]), "OMP_NUM_THREADS": "1"}
 
 
 OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  # the last one for Python 3.10
@@ -248,6 +245,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path.parent != folder))
 
 
+_STEADY = 2  # cases of a test one after the other in which no line of the package ran for the first time
+_steady: Counter[str] = Counter()  # how many there are by now, by test
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Coverage, which makes small graphs take twice as long, looks at a test's many cases until it sees nothing new."""
+    test, _, case = item.nodeid.partition("[")
+    tracer = sys.gettrace()
+    if not case or tracer is None:
+        return (yield)
+    if _steady[test] < _STEADY:
+        before = _lines_seen()
+        result = yield
+        _steady[test] = _steady[test] + 1 if _lines_seen() == before else 0
+        return result
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
+
+
+def _lines_seen() -> int:
+    """How many lines of the package have run so far in this process, as coverage knows it; it has no public name."""
+    import coverage
+
+    current = coverage.Coverage.current()
+    return sum(map(len, current._collector.data.values())) if current and current._collector else 0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
     """Skip what the old ONNX Runtime has no kernel for: there is nothing to compare with. Newer ones have them all."""
@@ -276,8 +304,27 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _digits_are_resized_once() -> Iterator[None]:
+    """To each size; half a second, in most tests that load them all that takes time."""
+    from polar_deploy.data import digits
+
+    resize = digits.resize
+    pictures: dict[int, np.ndarray] = {}  # by size
+
+    def resized(images: np.ndarray, size: int) -> np.ndarray:
+        if size not in pictures:
+            pictures[size] = resize(images, size)
+        return pictures[size].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "resize", resized)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _exporter_reads_itself_once() -> Iterator[None]:
     """PyTorch's exporter parses the sources of its 497 operators for each network anew: half of a small one's time."""
+    import torch
     from torch.export import decomp_utils, exported_program
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -285,7 +332,21 @@ def _exporter_reads_itself_once() -> Iterator[None]:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         for module in (decomp_utils, exported_program):  # and looks through PyTorch's 3,000 operators twice
             patch.setattr(module, "_collect_all_valid_cia_ops", _composite_operators)
+        # and makes the types of an annotation, `Callable[...]` twice, for each of them and each of its kernels
+        patch.setattr(torch._ops, "Callable", _Callable)
         yield
+
+
+class _Quick(type):
+    def __getitem__(cls, types: object) -> _Quick:
+        return cls
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return callable(value)
+
+
+class _Callable(metaclass=_Quick):
+    """`collections.abc.Callable`, whose types nobody reads."""
 
 
 def _composite_operators() -> set[Any]:

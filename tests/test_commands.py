@@ -98,7 +98,7 @@ def failing(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("arguments", "code"), [("settings", 0), ("run --model nope", 2)])
+@pytest.mark.parametrize(("arguments", "code"), [("settings", 0), ("run --recipe nope", 2)])
 def test_streams_that_are_closed_from_the_start_are_no_defect(arguments: str, code: int, closed: str) -> None:
     command = f"exec {sys.executable} -m polar_deploy {arguments} {closed}"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)

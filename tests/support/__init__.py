@@ -18,6 +18,8 @@ Bundles and documents:
     bundle_commands the bundle's commands, and changes after which hashes are right again
     schemas         a document against the JSON Schema that ships with the package
 
-Commands:
+Processes and commands:
+    processes       a function in processes that train together
+    startup         what every child process of a test imports first, where there is coverage
     kills           the miniature's command, killed at a chosen moment, and what the next run makes of it
 """
