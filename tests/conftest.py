@@ -185,7 +185,7 @@ def _text(file: io.TextIOWrapper) -> str:
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of somebody else's, which calls none of ours: coverage does not look at it."""
+    """A function that calls nothing of ours that is tested by it: coverage does not look at it."""
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -247,40 +247,66 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 _STEADY = 2  # cases of a test one after the other in which no line of the package ran for the first time
 _steady: Counter[str] = Counter()  # how many there are by now, by test
+_tracers: dict[str, Any] = {}  # coverage's, while a test is under way: for what is shared, and for the test itself
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Coverage, which makes small graphs take twice as long, looks at a test's many cases until it sees nothing new."""
+    """Coverage, which makes small graphs take twice as long, looks at tests and fixtures alone, and not at pytest.
+
+    Of a test with many cases it looks at those that come first, until it sees nothing new.
+    """
     test, _, case = item.nodeid.partition("[")
-    tracer = sys.gettrace()
-    if not case or tracer is None:
+    tracer, before = sys.gettrace(), _lines_seen()
+    if tracer is None or before is None:  # or what traces is a debugger
         return (yield)
-    if _steady[test] < _STEADY:
-        before = _lines_seen()
-        result = yield
-        _steady[test] = _steady[test] + 1 if _lines_seen() == before else 0
-        return result
+    looks_on = not case or _steady[test] < _STEADY
+    _tracers.update(session=tracer, function=tracer if looks_on else None)
     sys.settrace(None)
     try:
         return (yield)
     finally:
         sys.settrace(tracer)
+        _tracers.clear()
+        if case and looks_on:
+            _steady[test] = _steady[test] + 1 if _lines_seen() == before else 0
 
 
-def _lines_seen() -> int:
-    """How many lines of the package have run so far in this process, as coverage knows it; it has no public name."""
+@contextlib.contextmanager
+def _traced(scope: str) -> Iterator[None]:
+    tracer, before = _tracers.get(scope, _tracers.get("session")), sys.gettrace()
+    if tracer is not before:
+        sys.settrace(tracer)
+    try:
+        yield
+    finally:
+        if tracer is not before:
+            sys.settrace(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[object]:
+    """What a fixture calls is looked at; what several tests share always."""
+    with _traced(fixturedef.scope):
+        return (yield)
+
+
+def _lines_seen() -> int | None:
+    """How many lines of the package have run so far in this process; None: nobody counts."""
     import coverage
 
     current = coverage.Coverage.current()
-    return sum(map(len, current._collector.data.values())) if current and current._collector else 0
+    if current is None or current._collector is None:  # what it has seen so far has no public name
+        return None
+    return sum(map(len, current._collector.data.values()))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
     """Skip what the old ONNX Runtime has no kernel for: there is nothing to compare with. Newer ones have them all."""
     try:
-        return (yield)
+        with _traced("function"):
+            return (yield)
     except Exception as error:
         if OLD_RUNTIME and (said := _CANNOT.search(str(error))):
             pytest.skip(f"ONNX Runtime {version('onnxruntime')} cannot run this graph: {said[0]}")
