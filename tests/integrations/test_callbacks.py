@@ -38,8 +38,9 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*leaves, strict=True))
 
 
-def test_the_package_imports_neither_library() -> None:
-    program = "import sys, polar_deploy; polar_deploy.Gates; print({'lightning', 'transformers'} & set(sys.modules))"
+def test_the_package_imports_none_of_what_takes_long() -> None:
+    names = {"lightning", "transformers", "torch._dynamo"}  # the last one takes as long to import as PyTorch
+    program = f"import sys, polar_deploy; polar_deploy.Gates; print({names} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
 
 
