@@ -8,9 +8,9 @@
 #   scale for all channels. Of this layer, one filter of which is 500 times the others, those others become 0, and with
 #   them the output's channels; with the optimiser named in disabled_optimizers nothing is off. No warning.
 # Versions: onnxruntime 1.32.0, onnx 1.23.2, numpy 2.4.6, Python 3.11.
-# For users of polar_deploy: layers that stay FP32 read what was not rounded wherever that is at hand, and every INT8
-#   graph is run in ONNX Runtime's own kernels beside the graph as it is written; where they differ, the pair goes, too.
-#   With quantisers of your own (nodes_to_exclude), compare a session with the optimiser and one without.
+# For users of polar_deploy: such layers read what was not rounded wherever that is at hand, else a Sum of one stands
+#   behind them, which the optimiser does not look through (precision/shield.py). With quantisers of your own
+#   (nodes_to_exclude), compare a session with the optimiser and one without.
 
 set -euo pipefail
 work=$(mktemp -d)

@@ -20,6 +20,7 @@ from polar_deploy.errors import ContentError
 from polar_deploy.precision import calibration, fp16, graph, layers, proof, qdq, saturation, sensitivity
 from polar_deploy.precision.proof import Kernels, Reference
 from polar_deploy.precision.qdq import ORT, SCHEMES, TRT, Scheme
+from polar_deploy.precision.shield import shield
 from polar_deploy.tensors import Arrays, count
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ class _Writer:
     def _quantised(self, wide: Collection[str]) -> onnx.ModelProto:
         plain = {*wide, *(name for name, layer in self.main.items() if layer in wide)}
         chosen = [node for node in self.chosen if node.name not in plain]
-        return qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between)
+        typed = qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between)
+        if self.scheme.rounds_weights:
+            shield(typed)
+        return typed
 
     def _hurt(self) -> list[str]:
         """The nodes that INT8 hurts: each one that does so alone, and the worst of the others if all do together.

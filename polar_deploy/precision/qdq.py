@@ -47,6 +47,7 @@ class Scheme:
         opset: the oldest that will do (scales a channel: 13, FP16 scales: 19).
         transposed_groups: whether it has kernels for transposed convolutions in groups, whose weights have one scale.
         largest: what the largest weight of a channel becomes.
+        rounds_weights: whether the runtime rounds weights unasked that stand between pairs (`shield`).
     """
 
     symmetric: bool
@@ -56,6 +57,7 @@ class Scheme:
     opset: int
     transposed_groups: bool = False
     largest: int = 127
+    rounds_weights: bool = False
 
     def has_kernel(self, layer: onnx.NodeProto) -> bool:
         """Whether the runtime computes a layer in integers."""
@@ -73,9 +75,10 @@ ORT = Scheme(
     between=(*_CLIPPING, *_MOVING, "Add", "AveragePool", "Concat", "GlobalAveragePool"),
     wider="fp32",
     opset=13,
+    rounds_weights=True,
 )
 TRT = Scheme(symmetric=True, layers=graph.LAYERS, between=(), wider="fp16", opset=19, transposed_groups=True)
-OPENVINO = replace(ORT, layers=graph.LAYERS)
+OPENVINO = replace(ORT, layers=graph.LAYERS, rounds_weights=False)
 SCHEMES = {"onnxruntime": ORT, "openvino": OPENVINO, "tensorrt": TRT}  # as `backends.Backend.int8` names them
 
 

@@ -67,7 +67,7 @@ def alone(wide: onnx.ModelProto, quantised: onnx.ModelProto, layer: onnx.NodePro
                         copy.input[0] = node.input[index]
                     elif len(pair) == 2:
                         copy.input[0] = written[-1].output[0]
-                    copy.output[0] = names.fresh(f"{layer.name}/{index}/{original.op_type}")
+                    copy.name = copy.output[0] = names.fresh(f"{layer.name}/{index}/{original.op_type}")
                     written.append(copy)
                     needed = [constants[name] for name in copy.input if name in constants and name not in names.taken]
                     names.taken |= {tensor.name for tensor in needed}

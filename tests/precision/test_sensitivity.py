@@ -49,6 +49,24 @@ def test_errors_of_single_layers_add_up_to_that_of_the_network(tmp_path: Path) -
     assert 0.5 < np.sqrt(sum(error**2 for error in errors.values())) / whole < 2
 
 
+def test_a_sum_of_a_tensor_with_itself_is_looked_at(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 3 * SIZE * SIZE)).astype(np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], name="flatten"),
+        helper.make_node("Gemm", ["flat", "weight"], ["row"], name="fc", transB=1),
+        helper.make_node("Add", ["row", "row"], ["twice"], name="add"),
+        helper.make_node("Gemm", ["twice", "last"], ["logits"], name="last", transB=1),
+    ]
+    network, batch = (
+        model(nodes, {"weight": weight, "last": np.eye(4, dtype=np.float32)}, 4, SIZE),
+        images(proof.SAMPLES),
+    )
+    typed, _ = written(network, "ort-int8", tmp_path, batch, **MINMAX)
+    errors = sensitivity.errors(network, typed, Reference.of(network, {"input": batch}, PATH))
+    assert errors.keys() == {"fc", "add", "last"}
+    assert 0 < errors["add"] < 0.02
+
+
 def test_alone_only_that_layer_reads_rounded_numbers(tmp_path: Path) -> None:
     network = residual()
     typed, _ = written(network, "ort-int8", tmp_path, images(4), **MINMAX)
