@@ -1,6 +1,7 @@
 # Each command makes .venv and installs what it needs, once; a later call starts at once.
 #   make demo [ARGS="--seed 1"]   train, cut, build and compare a network on a small data set, in minutes
-#   make test                     all tests, with coverage
+#   make test                     all tests, in minutes
+#   make coverage                 the same, and which lines they run: less than 90 % is an error
 #   make lint                     style, types, and which module may import which
 #   make docs                     the site, in build/docs; a warning is an error
 #   make bars                     the long checks; their results lie in benchmarks/results
@@ -13,13 +14,16 @@ INSTALLED := .venv/installed
 HAS_TORCH := import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") or u.find_spec("tensorrt")))
 KEEP := ^(torch|torchvision|triton|tensorrt|numpy|nvidia|cuda|pytorch)
 
-.PHONY: demo test lint docs bars
+.PHONY: demo test coverage lint docs bars
 demo: $(INSTALLED)
 	$(BIN)/python -m polar_deploy.pipeline --recipe digits $(ARGS)
 
 # The many children that tests start shall not compile this package anew each time, even where the shell asks for that.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=polar_deploy $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+coverage:
+	$(MAKE) test ARGS="--cov=polar_deploy $(ARGS)"
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check

@@ -9,31 +9,23 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, wraps
-from importlib import import_module
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
-import tests.support.startup.sitecustomize  # noqa: F401
 from polar_deploy.engines import timing
 from polar_deploy.pipeline import main
 from polar_deploy.stages import NAMES, STAGES
 
-P, R = ParamSpec("P"), TypeVar("R")
 ROOT = Path(__file__).parents[1]
-_STARTUP = [str(ROOT / "tests/support/startup")] if sys.gettrace() else []
-if _STARTUP:  # for children that get no environment of their own
-    os.environ["PYTHONPATH"] = os.pathsep.join([*_STARTUP, *filter(None, [os.environ.get("PYTHONPATH")])])
 # Three epochs are few, and the networks so small that neither is faster: what is asked leaves room for a bundle.
 _LENIENT = ("--budget", "0.5", "--max-drop", "20", "--min-speedup", "0.5")
 MINIATURE = (
@@ -93,36 +85,24 @@ def polar(*arguments: object, quick: bool = True) -> Outcome:
 
 
 _analyses: dict[object, Any] = {}  # by network
-_open_graphs: dict[object, bytes] = {}  # by network and analysis
 
 
 @contextlib.contextmanager
 def _once() -> Iterator[None]:
     """What all runs of a network begin with is found out once: what can go from it takes a second or two each time."""
-    from polar_deploy.gating import analysis, deploy
+    from polar_deploy.gating import analysis
 
-    whole, write_open = analysis.analyse, deploy.write_open
-
-    def known(network: Any, example: Any, *, values: bool) -> object:
-        parameters = (float(each.detach().sum()) if values else each.shape for each in network.parameters())
-        return type(network), repr(network), *parameters, *(each.shape for each in example.tensors)
+    whole = analysis.analyse
 
     def analyse(network: Any, example: Any, **how: Any) -> Any:
-        key = known(network, example, values=False), repr(how)
+        shapes = [each.shape for each in (*network.parameters(), *example.tensors)]
+        key = type(network), repr(network), repr(shapes), repr(how)
         if key not in _analyses:
             _analyses[key] = whole(network, example, **how)
         return _analyses[key]
 
-    def written(network: Any, found: Any, path: Path) -> None:
-        key = known(network, found.example, values=True), id(found)
-        if key not in _open_graphs:
-            write_open(network, found, path)
-            _open_graphs[key] = path.read_bytes()
-        path.write_bytes(_open_graphs[key])
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "analyse", analyse)
-        patch.setattr(deploy, "write_open", written)
         yield
 
 
@@ -184,21 +164,6 @@ def _text(file: io.TextIOWrapper) -> str:
     return file.read()
 
 
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that calls nothing of ours that is tested by it: coverage does not look at it."""
-
-    @wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            sys.settrace(tracer)
-
-    return called
-
-
 def contents(folder: Path) -> dict[str, str]:
     """Hash every file in a folder by its name in it, the lock aside."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
@@ -211,19 +176,11 @@ def child_environment(*, traced: bool = True) -> dict[str, str]:
     traced: coverage looks at it, and slows it down; of a process that is killed it would tell nothing.
     """
     kept = {name: value for name, value in os.environ.items() if traced or not name.startswith("COVERAGE_")}
-    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_STARTUP]), "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 OLD_RUNTIME = tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 24)  # the last one for Python 3.10
 _CANNOT = re.compile("NOT_IMPLEMENTED|ONNX Runtime cannot run the graph|ONNXRuntimeError")
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Import what takes seconds, and longer where coverage looks on; whoever only hands out tests needs none of it."""
-    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
-        return
-    for name in ("torch.onnx._internal.exporter._core", "onnxscript", "torchvision"):
-        untraced(import_module)(name)
 
 
 # Files that take longest, in this order: a worker that got one at the end would keep the other one waiting. The first
@@ -245,68 +202,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path.parent != folder))
 
 
-_STEADY = 2  # cases of a test one after the other in which no line of the package ran for the first time
-_steady: Counter[str] = Counter()  # how many there are by now, by test
-_tracers: dict[str, Any] = {}  # coverage's, while a test is under way: for what is shared, and for the test itself
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Coverage, which makes small graphs take twice as long, looks at tests and fixtures alone, and not at pytest.
-
-    Of a test with many cases it looks at those that come first, until it sees nothing new.
-    """
-    test, _, case = item.nodeid.partition("[")
-    tracer, before = sys.gettrace(), _lines_seen()
-    if tracer is None or before is None:  # or what traces is a debugger
-        return (yield)
-    looks_on = not case or _steady[test] < _STEADY
-    _tracers.update(session=tracer, function=tracer if looks_on else None)
-    sys.settrace(None)
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracer)
-        _tracers.clear()
-        if case and looks_on:
-            _steady[test] = _steady[test] + 1 if _lines_seen() == before else 0
-
-
-@contextlib.contextmanager
-def _traced(scope: str) -> Iterator[None]:
-    tracer, before = _tracers.get(scope, _tracers.get("session")), sys.gettrace()
-    if tracer is not before:
-        sys.settrace(tracer)
-    try:
-        yield
-    finally:
-        if tracer is not before:
-            sys.settrace(before)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[object]:
-    """What a fixture calls is looked at; what several tests share always."""
-    with _traced(fixturedef.scope):
-        return (yield)
-
-
-def _lines_seen() -> int | None:
-    """How many lines of the package have run so far in this process; None: nobody counts."""
-    import coverage
-
-    current = coverage.Coverage.current()
-    if current is None or current._collector is None:  # what it has seen so far has no public name
-        return None
-    return sum(map(len, current._collector.data.values()))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
     """Skip what the old ONNX Runtime has no kernel for: there is nothing to compare with. Newer ones have them all."""
     try:
-        with _traced("function"):
-            return (yield)
+        return (yield)
     except Exception as error:
         if OLD_RUNTIME and (said := _CANNOT.search(str(error))):
             pytest.skip(f"ONNX Runtime {version('onnxruntime')} cannot run this graph: {said[0]}")
@@ -387,22 +287,3 @@ def _composite_operators() -> set[Any]:
 
 
 _composite: dict[int, set[Any]] = {}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _exporter_is_not_traced() -> Iterator[None]:
-    """Coverage slows down all Python code, and so the exporter threefold: what of it never calls ours runs without."""
-    from onnxscript import optimizer, rewriter
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch._subclasses.functional_tensor import FunctionalTensorMode
-    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-    from torch.onnx._internal.exporter import _core
-
-    with pytest.MonkeyPatch.context() as patch:
-        for mode in (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode):
-            patch.setattr(mode, "__torch_dispatch__", untraced(mode.__torch_dispatch__))
-        for name in ("_prepare_exported_program_for_export", "_exported_program_to_onnx_program"):
-            patch.setattr(_core, name, untraced(getattr(_core, name)))
-        patch.setattr(optimizer, "inline", untraced(optimizer.inline))
-        patch.setattr(rewriter, "rewrite", untraced(rewriter.rewrite))
-        yield

@@ -12,7 +12,6 @@ import pytest
 from polar_deploy.errors import UsageError
 from polar_deploy.recipes import load
 from polar_deploy.settings import kinds
-from tests.conftest import untraced
 
 PACKAGE = Path(__file__).parents[1] / "polar_deploy"
 
@@ -98,7 +97,6 @@ def test_identifiers_are_found_wherever_they_stand() -> None:
     assert {name for name, _ in identifiers(code)} == {*"cdEfghijkm", "int", "self"}
 
 
-@untraced
 def test_no_identifier_is_a_retired_word() -> None:
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {name}, today {IDENTIFIERS[name]}"

@@ -13,7 +13,6 @@ import pytest
 from polar_deploy.costs import WINDOW, Cost, Factor, Floats, State, Term
 from polar_deploy.errors import UsageError
 from polar_deploy.gating.solver import Problem, Site, Solution, smallest, solve
-from tests.conftest import untraced
 
 BLOCKS = (frozenset[int](), frozenset({0}), frozenset({0, 1}), frozenset({2}))  # block 1 lies in block 0
 
@@ -46,7 +45,6 @@ def _excess(problem: Problem, state: State) -> float:
     return max(problem.costs[name].share(state) - asked for name, asked in problem.asked.items())
 
 
-@untraced
 def _best(problem: Problem) -> tuple[float, float, float]:
     """Most utility within the budgets, the same in the window, and the tightest excess; -inf if there is none."""
     within = [(_utility(problem, s), e) for s in _states(problem) if (e := _excess(problem, s)) <= 1e-12]
@@ -54,13 +52,11 @@ def _best(problem: Problem) -> tuple[float, float, float]:
     return max((u for u, _ in within), default=-np.inf), window, max((e for _, e in within), default=-np.inf)
 
 
-@untraced
 def _least(problem: Problem) -> float:
     """The excess of the cheapest state."""
     return min(_excess(problem, state) for state in _states(problem))
 
 
-@untraced
 def _random(seed: int) -> Problem:
     """Three to five sites in three blocks, one of them nested, one or two costs with whatever tables they please."""
     rng = np.random.default_rng(seed)

@@ -20,6 +20,5 @@ Bundles and documents:
 
 Processes and commands:
     processes       a function in processes that train together
-    startup         what every child process of a test imports first, where there is coverage
     kills           the miniature's command, killed at a chosen moment, and what the next run makes of it
 """
