@@ -1,4 +1,7 @@
-"""The shipped sweep over digits on Ray with two workers: killed once while it trains, and gone on with to its end."""
+"""The shipped sweep over digits on Ray with two workers: killed once while it trains, gone on with, and compared.
+
+What a noisy machine leaves undecided is measured again by the same command, as a user would.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,38 @@ from benchmarks.common import ROOT, write_result
 
 FILE = "pipelines/sweep-digits.yaml"
 RUNS, SEEDS = 6, 2
+CALLS = 3  # of the command, after the one that is killed
 
 
 def main() -> int:
     """Run the bar; 0 if it is met."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "sweep"
-        command = [sys.executable, "-m", "polar_deploy.sweep", FILE, "--out", str(folder), "--workers", "2", "--json"]
+        polar = [sys.executable, "-m", "polar_deploy"]
+        command = [*polar, "sweep", FILE, "--out", str(folder), "--workers", "2", "--json"]
         _kill_when_trained(command, folder, full=1)
-        start = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-        seconds = time.monotonic() - start
-        found = json.loads(done.stdout)
+        seconds: list[float] = []
+        undecided = True
+        while undecided and len(seconds) < CALLS:
+            start = time.monotonic()
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+            seconds.append(round(time.monotonic() - start, 1))
+            found = json.loads(done.stdout)
+            undecided = not all(run["figures"]["speedup"] for run in found["runs"])
+        page = Path(place) / "compare.html"
+        compare = [*polar, "report", "compare", str(folder), "--html", str(page)]
+        compared = subprocess.run(compare, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        shown = page.read_text(encoding="utf-8") if page.is_file() else ""
+        names = [run["figures"]["name"] for run in found["runs"]]
         logs = [path.read_text(encoding="utf-8") for path in folder.glob("*/run.log")]
     bars = {
         "every run came to its end": done.returncode == 0 and len(found["runs"]) == RUNS,
         "full networks trained once a seed": sum(log.count("\nfull 20/20:") for log in logs) == SEEDS,
-        "every latency decided": all(run["figures"]["speedup"] for run in found["runs"]),
+        f"every latency decided in at most {CALLS} calls": not undecided,
+        "one command compares all runs on one page": compared.returncode == 0 and all(name in shown for name in names),
         "smaller budgets are not slower": _is_ordered([group["speedup"] for group in found["groups"]]),
     }
-    return write_result("sweep", bars, {"file": FILE, "seconds": round(seconds, 1), "results": found})
+    return write_result("sweep", bars, {"file": FILE, "seconds": seconds, "results": found})
 
 
 def _kill_when_trained(command: list[str], folder: Path, *, full: int) -> None:
