@@ -17,7 +17,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,7 @@ def _timed(a: Engine, b: Engine, inputs: Arrays, batch: int) -> dict[str, Any]:
     captured = [getattr(each.timer(given), "captured", None) for each in (a, b)]
     return {
         "batch": batch,
-        **asdict(measured.best),
+        **measured.best.as_json(),
         "decided": measured.decided,
         "different": measured.different,
         "throttled": measured.best.throttled,

@@ -80,7 +80,7 @@ class Miniature:
 
 def polar(*arguments: object, quick: bool = True) -> Outcome:
     """Call the pipeline in this process."""
-    with _once():
+    with analysed_once():
         return called(main, *arguments, quick=quick)
 
 
@@ -88,7 +88,7 @@ _analyses: dict[object, Any] = {}  # by network
 
 
 @contextlib.contextmanager
-def _once() -> Iterator[None]:
+def analysed_once() -> Iterator[None]:
     """What all runs of a network begin with is found out once: what can go from it takes a second or two each time."""
     from polar_deploy.gating import analysis
 

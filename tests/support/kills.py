@@ -25,7 +25,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import MINIATURE, ROOT, Outcome, child_environment, contents, quick_clock
+from tests.conftest import (
+    MINIATURE,
+    ROOT,
+    Outcome,
+    analysed_once,
+    child_environment,
+    contents,
+    polar,
+    quick_clock,
+)
 
 # What the stages import, so that a fork has it: seconds in which no stage does anything.
 _IMPORTS = ("onnxruntime", "onnxscript", "rich.console", "torchvision")
@@ -204,13 +213,18 @@ def _without(dropped: set[str], value: Any) -> Any:
 
 
 def _serve() -> None:
-    """Answer each line on stdin, a folder and a moment, with how the command ended."""
+    """Answer each line on stdin, a folder and a moment, with how the command ended.
+
+    What can go from the network is found out before, so that all forks know it.
+    """
     for name in _IMPORTS:
         import_module(name)
-    for line in sys.stdin:
-        request = json.loads(line)
-        moment = request["moment"] and Moment(**request["moment"])
-        print(json.dumps(_forked(Path(request["folder"]), moment)), flush=True)
+    with analysed_once():
+        polar(*MINIATURE, "--dry-run")
+        for line in sys.stdin:
+            request = json.loads(line)
+            moment = request["moment"] and Moment(**request["moment"])
+            print(json.dumps(_forked(Path(request["folder"]), moment)), flush=True)
 
 
 def _forked(folder: Path, moment: Moment | None) -> dict[str, Any]:
