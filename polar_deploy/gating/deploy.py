@@ -30,8 +30,7 @@ def export(
     """Write the masked model as ONNX, see `Gates.export`."""
     values = zip(analysis.choices.masks, masking.read(model, analysis.places), strict=True)
     closed = {constant_name(mask): value.cpu().numpy() for mask, value in values}
-    graph = with_values(_with_masks(exporter.with_weights(analysis.structure, model), analysis.choices), closed)
-    exporter.save(graph, path, inputs=inputs, outputs=outputs)
+    exporter.save(with_values(_masked_graph(model, analysis), closed), path, inputs=inputs, outputs=outputs)
 
 
 def export_checked(model: nn.Module, analysis: Analysis, path: Path, **names: Sequence[str]) -> None:
@@ -45,12 +44,13 @@ def export_checked(model: nn.Module, analysis: Analysis, path: Path, **names: Se
 
 def write_open(model: nn.Module, analysis: Analysis, path: Path) -> None:
     """Write a model without gates as if it had them, all open: for measuring what each one costs."""
-    exporter.save(_with_masks(exporter.with_weights(analysis.structure, model), analysis.choices), path)
+    exporter.save(_masked_graph(model, analysis), path)
 
 
-def _with_masks(structure: DetachedModel, choices: Choices) -> DetachedModel:
-    """The structure with a Mul for each mask, all open, that tells its gates."""
-    masked = insert(structure, choices.masks)
+def _masked_graph(model: nn.Module, analysis: Analysis) -> DetachedModel:
+    """The graph of a model, with a Mul for each mask, all open, that tells its gates."""
+    choices = analysis.choices
+    masked = insert(exporter.with_weights(analysis.structure, model), choices.masks)
     index = {mask.name: number for number, mask in enumerate(choices.masks)}
     for node in masked.model.graph.node:
         for name in [entry.value for entry in node.metadata_props if entry.key == MASK]:

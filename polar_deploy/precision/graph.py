@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -108,13 +108,6 @@ class Names:
             name, number = f"{wanted}_{number}", number + 1
         self.taken.add(name)
         return name
-
-
-def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Give a graph these nodes, some of which may be its own."""
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -296,6 +289,15 @@ def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 def users(model: onnx.ModelProto, tensor: str) -> list[onnx.NodeProto]:
     """The nodes that read a tensor."""
     return [node for node in model.graph.node if tensor in node.input]
+
+
+def readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor, each once, in the order of the graph; [] for a tensor that nothing reads."""
+    found: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in dict.fromkeys(reads(node)):
+            found[name].append(node)
+    return found
 
 
 def sort(graph: onnx.GraphProto) -> None:

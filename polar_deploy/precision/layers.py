@@ -7,6 +7,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from polar_deploy.precision import graph
+from polar_deploy.surgery.detached import put_nodes
 
 
 def plain(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -22,7 +23,7 @@ def plain(model: onnx.ModelProto) -> onnx.ModelProto:
         nodes.append(node)
         if node.op_type == "Gemm" and not node.domain and node.input[1] in constants:
             nodes += _plain_gemm(node, model.graph, constants, names)
-    graph.replace_nodes(model.graph, nodes)
+    put_nodes(model.graph, nodes)
     graph.drop_unused(model)
     return graph.inferred(model)
 

@@ -15,7 +15,6 @@ beta, and it confuses tensors with names of its own making.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.precision import graph
+from polar_deploy.surgery.detached import put_nodes
 
 Range = tuple[float, float]  # the smallest and the largest value that is represented
 
@@ -157,10 +157,7 @@ class _Inserter:
         self.names, self.constants = graph.Names(model), graph.weights(model)
         self.outputs = {value.name for value in model.graph.output}
         self.makers = graph.makers(self.model)
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.model.graph.node:
-            for name in dict.fromkeys(graph.reads(node)):
-                self.readers[name].append(node)
+        self.readers = graph.readers(self.model)
         self.rounded: dict[str, Rounding] = {}
         self.absorbed: dict[str, str] = {}  # what a Relu or Clip gave that its pair makes needless -> what it read
         self.pairs: dict[str, str] = {}  # activation -> the same, rounded
@@ -180,7 +177,7 @@ class _Inserter:
             self._pair(value.name, value.name)
         for node in nodes:
             self._write(node)
-        graph.replace_nodes(self.model.graph, self.written)
+        put_nodes(self.model.graph, self.written)
         graph.drop_unused(self.model)
         return self.model
 

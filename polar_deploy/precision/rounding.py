@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.precision import graph
+from polar_deploy.surgery.detached import put_nodes
 
 
 def computed_wide(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -51,7 +52,7 @@ def computed_wide(model: onnx.ModelProto) -> onnx.ModelProto:
         for exact, name in zip(node.output, results, strict=True):
             if exact != name:
                 rounded(exact, known[name], name)
-    graph.replace_nodes(wide.graph, written)
+    put_nodes(wide.graph, written)
     del wide.graph.value_info[:]
     return wide
 

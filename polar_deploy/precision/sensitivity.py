@@ -15,6 +15,7 @@ import onnx
 
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import Reference
+from polar_deploy.surgery.detached import put_nodes
 
 # Nodes that compute with what they read. Others move numbers, compare them or cut them off: nothing for FP16 to save.
 _COMPUTING = (*sorted(graph.LAYERS), "Add", "AveragePool", "Concat", "GlobalAveragePool")
@@ -74,6 +75,6 @@ def alone(wide: onnx.ModelProto, quantised: onnx.ModelProto, layer: onnx.NodePro
                     model.graph.initializer.extend(needed)
                 node.input[index] = written[-1].output[0]
         written.append(node)
-    graph.replace_nodes(model.graph, written)
+    put_nodes(model.graph, written)
     graph.drop_unused(model)
     return model

@@ -11,6 +11,7 @@ import onnx
 from onnx import helper
 
 from polar_deploy.precision import graph
+from polar_deploy.surgery.detached import put_nodes
 
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 _BEFORE_PAIRS = frozenset({"Clip", "Relu"})  # what may stand between the layer and its pair all the same
@@ -18,23 +19,20 @@ _BEFORE_PAIRS = frozenset({"Clip", "Relu"})  # what may stand between the layer 
 
 def shield(model: onnx.ModelProto) -> None:
     """Put a Sum of one, which changes nothing and which no optimiser takes out, before the pairs of such layers."""
-    constants, makers, names = graph.weights(model), graph.makers(model), graph.Names(model)
-    readers: dict[str, list[onnx.NodeProto]] = {value.name: [] for value in model.graph.output}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    constants, names = graph.weights(model), graph.Names(model)
+    makers, readers = graph.makers(model), graph.readers(model)
     written: list[onnx.NodeProto] = []
     for node in model.graph.node:
         written.append(node)
         if node.op_type not in _ROUNDED or node.input[1] not in constants or not _reads_integers(node, makers):
             continue
         last = node
-        while len(after := readers.get(last.output[0], [])) == 1 and after[0].op_type in _BEFORE_PAIRS:
+        while len(after := readers[last.output[0]]) == 1 and after[0].op_type in _BEFORE_PAIRS:
             last = after[0]
         if len(after) == 1 and after[0].op_type == "QuantizeLinear":
             result, node.output[0] = node.output[0], names.fresh(f"{node.output[0]}_kept")
             written.append(helper.make_node("Sum", [node.output[0]], [result], name=names.fresh(f"{node.name}_kept")))
-    graph.replace_nodes(model.graph, written)
+    put_nodes(model.graph, written)
 
 
 def _reads_integers(layer: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:

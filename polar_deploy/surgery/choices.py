@@ -158,16 +158,8 @@ class Choices:
 
     def with_masks(self, detached: DetachedModel, opened: Bools) -> DetachedModel:
         """A graph with these masks, `self.detached` or one of other weights, at the state bool [gates] of all gates."""
-        import onnx
-
-        model = onnx.ModelProto()
-        model.CopyFrom(detached.model)
-        values = dict(zip(map(constant_name, self.masks), self.values(opened), strict=True))
-        for tensor in model.graph.initializer:
-            if tensor.name in values:
-                array = values[tensor.name].astype(np.float32).reshape(tuple(tensor.dims))
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-        return replace(detached, model=model)
+        values = zip(self.masks, self.values(opened), strict=True)
+        return with_values(detached, {constant_name(mask): value.reshape(mask.shape) for mask, value in values})
 
     def measure(self, opened: Bools) -> dict[str, int]:
         """Costs of what surgery makes of the graph with the gates closed that are not in bool [gates]."""
