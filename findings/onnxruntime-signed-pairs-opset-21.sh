@@ -8,7 +8,8 @@
 #   "output_dtype INT8 does not match y_zero_point type UINT8". Opset 19, UINT8, and a session without optimisation load.
 # Versions: onnxruntime 1.32.0, onnx 1.23.2, numpy 2.4.6, Python 3.11, x86-64.
 # For users of polar_deploy: INT8 graphs for ONNX Runtime have UINT8 activations, and those for TensorRT opset 19;
-#   surgery proves graphs without the optimiser. Export signed pairs for opset 19, or load with ORT_DISABLE_ALL.
+#   surgery proves graphs without the step of the optimiser that does it (QDQS8ToU8Transformer). Export signed pairs for
+#   opset 19, or load with ORT_DISABLE_ALL.
 
 set -euo pipefail
 work=$(mktemp -d)

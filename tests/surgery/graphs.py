@@ -146,6 +146,7 @@ def run(model: onnx.ModelProto, batch: int) -> list[Array]:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:  # optimised, they overflow on no CPU
         options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "QDQS8ToU8Transformer")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(1000 + batch)
     feeds = {}

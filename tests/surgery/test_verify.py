@@ -129,6 +129,21 @@ def test_what_only_the_runtime_computes_otherwise_is_undecided(tmp_path: Path, m
         _prove(tmp_path, _model(), _model())
 
 
+def test_signed_pairs_of_new_opsets_load_where_integers_are_exact(tmp_path: Path) -> None:
+    """ONNX Runtime's optimiser moves the pair behind the Slice, makes it unsigned, and keeps the old type's attribute."""
+    net = Net(channels=2, opset=21)
+    scale, zero = net.constant("scale", np.float32(0.5)), net.constant("zero", np.zeros((), np.int8))
+    ends = [net.constant(name, np.array([value])) for name, value in (("from", 0), ("to", 1), ("along", 1))]
+    x = net.node("DequantizeLinear", [net.node("QuantizeLinear", ["input", scale, zero], "q"), scale, zero], "dq")
+    part = net.node("Slice", [x, *ends], "part")
+    net.width["y"] = 1
+    choice = [net.constant("true", np.array(True)), part, net.constant("no", np.float32(0))]
+    onnx.save(net.model(net.node("Where", choice, "y")), tmp_path / "pairs.onnx")
+    values = {"input": np.full((1, 2, 8, 8), 1.3, np.float32)}
+    found = runtime.onnx_runtime(tmp_path / "pairs.onnx", exact_integers=True)(values)["y"]
+    np.testing.assert_array_equal(found, np.full((1, 1, 8, 8), 1.5, np.float32))
+
+
 @pytest.mark.parametrize(("opset", "axis"), [(10, None), (13, None), (13, 0), (13, 1), (19, 1)])
 def test_float64_judges_what_old_opsets_dequantize(opset: int, axis: int | None) -> None:
     """onnx's reference knows DequantizeLinear since opset 19 only."""
