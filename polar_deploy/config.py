@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]  # none at all, too
 BatchSize = Annotated[int, Field(ge=2)]
-CropScale = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Decoder = Literal["auto", "dali", "pillow"]
 Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]  # compute capability, such as "8.9"
 Text = Annotated[str, Field(max_length=2000, pattern=f"^[^{CONTROL}]*$")]  # all of which may be shown on a terminal
 Pixels = Annotated[int, Field(ge=8, le=1024)]
@@ -200,7 +200,7 @@ class Training(_Frozen):
         CountOrNone | None, About("by how much images are shifted at random", "pixels", "what suits the data set")
     ] = None
     crop_scale: Annotated[
-        CropScale | None,
+        PositiveShare | None,
         About(
             "least area of a random resized crop; 1: shifted by training.crop_padding instead",
             "share of the image",
@@ -208,6 +208,9 @@ class Training(_Frozen):
         ),
     ] = None
     cutout: Annotated[CountOrNone, About("side of a square that is blanked at random; 0: none", "pixels")] = 0
+    decoder: Annotated[
+        Decoder, About("what reads the JPEGs of random resized crops; auto: NVIDIA DALI beside a GPU, if installed")
+    ] = "auto"
     init_from: Annotated[Literal["full", "scratch"], About("weights that the gated run starts from")] = "full"
     distill: Annotated[Share, About("how much the full network teaches in the gated run", "share of the loss")] = 0.9
     distill_share: Annotated[
@@ -333,11 +336,7 @@ class Settings(_Frozen):
             "--device NAME",
         ),
     ] = None
-    seed: Annotated[
-        int,
-        Field(ge=0, lt=2**32),
-        About("of split, start values, order and gates", option="--seed N"),
-    ] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), About("of split, start values, order and gates", option="--seed N")] = 0
     build: Build = Build()
     accept: AcceptanceCriteria = AcceptanceCriteria()
     bundle: Bundle = Bundle()
@@ -380,7 +379,7 @@ class ResolvedTraining(Training):
     gated_lr: Positive
     flip: bool
     crop_padding: CountOrNone
-    crop_scale: CropScale
+    crop_scale: PositiveShare
 
 
 class ResolvedGates(Gates):

@@ -67,6 +67,18 @@ def upright_size(path: Path) -> tuple[tuple[int, int], bool]:
     return (height, width) if orientation in _ON_ITS_SIDE else (width, height), orientation in _UPRIGHT
 
 
+def plain_jpeg_size(path: Path) -> tuple[int, int] | None:
+    """Width and height as `upright_size` has them, of a JPEG in grey or RGB; None for any other file."""
+    try:
+        with _opened(path) as stored:
+            if stored.format != "JPEG" or stored.mode not in ("L", "RGB"):
+                return None
+            width, height = stored.size
+            return (height, width) if _orientation(stored) in _ON_ITS_SIDE else (width, height)
+    except Exception:  # noqa: BLE001  # whoever decodes it tells why
+        return None
+
+
 def decode_indices(path: Path) -> npt.NDArray[np.uint8]:
     """The numbers in a picture file with a palette or in grey, as they are stored, [H, W]: a mask of classes.
 

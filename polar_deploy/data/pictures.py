@@ -48,8 +48,13 @@ class LazyImages:
             batch[position] = pixels
         return batch
 
+    @property
+    def detail(self) -> int:
+        """Pixels that the shorter side of an image has at most where crops are made of it."""
+        return round(DETAIL * self.size)
+
     def whole(self, index: Indices) -> list[Pixels]:
-        """The chosen images without a crop, each uint8 [H, W, 3], the shorter side 1.5 · size pixels at most."""
+        """The chosen images without a crop, each uint8 [H, W, 3], the shorter side `detail` pixels at most."""
         return parallel(self._whole, self.files[index])
 
     def fingerprint(self) -> str:
@@ -70,19 +75,20 @@ class LazyImages:
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def _whole(self, name: str) -> Pixels:
-        shorter = round(DETAIL * self.size)
-        image = decode(self.root / name, least=shorter)
-        return np.asarray(resized(image, min(shorter, *image.size)))
+        image = decode(self.root / name, least=self.detail)
+        return np.asarray(resized(image, min(self.detail, *image.size)))
 
 
 def resized(image: Image.Image, shorter: int) -> Image.Image:
     """With so many pixels on its shorter side, bilinear; itself where it has them already."""
-    width, height = image.size
-    if min(width, height) == shorter:
-        return image
-    scale = shorter / min(width, height)
-    size = max(int(width * scale), shorter), max(int(height * scale), shorter)
-    return image.resize(size, Image.Resampling.BILINEAR)
+    size = resized_size(image.size, shorter)
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def resized_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Both sides, in pixels, where the shorter one gets so many."""
+    scale = shorter / min(size)
+    return max(int(size[0] * scale), shorter), max(int(size[1] * scale), shorter)
 
 
 class PictureCache:

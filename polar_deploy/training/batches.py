@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from polar_deploy.config import ResolvedSettings
+from polar_deploy.data import dali
 from polar_deploy.data.crops import DRAWS, resized_crop
 from polar_deploy.data.dataset import Indices, Pixels
-from polar_deploy.data.pictures import PictureCache
+from polar_deploy.data.pictures import LazyImages, PictureCache
 from polar_deploy.data.threads import parallel
 from polar_deploy.gating import processes
 from polar_deploy.limits import available_memory
@@ -185,6 +186,8 @@ class ImageBatches(Batches):
         self._images = images
         self._crop_scale = settings.training.crop_scale
         self.reads = self._crop_scale < 1 or not isinstance(images, np.ndarray)
+        is_crops_of_files = self._crop_scale < 1 and isinstance(images, LazyImages)
+        self._by_dali = is_crops_of_files and dali.is_wanted(settings.training.decoder, device)
         self._held = None if self.reads else torch.from_numpy(images[indices]).to(device)
         self._labels = torch.from_numpy(labels[indices]).to(device)
         self._mean = torch.tensor(settings.normalize.mean, device=device) * 255
@@ -237,7 +240,7 @@ class ImageBatches(Batches):
     @cached_property
     def _whole(self) -> Callable[[Indices], list[Pixels]]:
         """Gives images as crops are made of them: whole, where the source tells those from what evaluation sees."""
-        whole = getattr(self._images, "whole", None)
+        whole = dali.DaliReader(self._images, self.device) if self._by_dali else getattr(self._images, "whole", None)
         return self._centres if whole is None else PictureCache(whole, int(_KEPT * available_memory()))
 
     def _plan(self, chosen: Tensor, draw: torch.Generator) -> _Plan:

@@ -67,6 +67,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.crop_padding": (3, BOTH),
     "training.crop_scale": (0.5, BOTH),
     "training.cutout": (4, BOTH),
+    "training.decoder": ("pillow", BOTH),
     "training.init_from": ("scratch", GATED),
     "training.distill": (0.1, GATED),
     "training.distill_share": (1.0, GATED),
