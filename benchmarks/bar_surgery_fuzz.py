@@ -48,9 +48,13 @@ class Run:
         try:
             self.tally.add(model, judged(model))
         except (PolarDeployError, AssertionError) as error:
-            self.failures.append((model, f"{type(error).__name__}: {error}"))
+            self._failed(model, f"{type(error).__name__}: {error}")
         except Exception as error:  # noqa: BLE001 - a traceback in the engine is what this looks for
-            self.failures.append((model, f"crash: {error!r}"))
+            self._failed(model, f"crash: {error!r}")
+
+    def _failed(self, model: onnx.ModelProto, why: str) -> None:
+        self.failures.append((model, why))
+        print(f"\n{why}\n{text(model)}", flush=True)
 
     @property
     def rare(self) -> list[str]:

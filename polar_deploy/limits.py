@@ -13,7 +13,9 @@ import select
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +134,35 @@ def _wait(child: int, ended: int, told: int, name: str, limits: Limits) -> int:
         what = f"{name} died of {signal.Signals(os.WTERMSIG(status)).name}; its limits were {limits}"
         raise ContentError(what, _todo("--memory-limit GB, in case that was it"))
     return os.WEXITSTATUS(status)
+
+
+@contextmanager
+def processor_time(seconds: float, name: str) -> Iterator[None]:
+    """Inside, Python code ends once this process has taken so many seconds of processor time.
+
+    Only the main thread can be ended so; in others there is no limit.
+
+    Args:
+        seconds: the limit.
+        name: of what is computed, for the message.
+
+    Raises:
+        ContentError: it takes longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise ContentError(f"{name} takes longer than {seconds:g} s", "use smaller inputs, or a simpler graph")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again and again: a library may swallow the first one
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _todo(option: str) -> str:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -15,6 +17,8 @@ import pytest
 from PIL import Image
 
 from polar_deploy import limits
+from polar_deploy.errors import ContentError
+from polar_deploy.limits import processor_time
 from tests.conftest import child_environment
 from tests.support.bundle_commands import manifest, put
 from tests.support.bundles import write_bundle
@@ -130,6 +134,30 @@ def test_a_child_that_hears_ctrl_c_says_so_once(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- the commands
+
+
+def spin(deaf: int = 0) -> None:
+    """Never ends by itself, and swallows so many errors."""
+    for _ in range(deaf):
+        with suppress(ContentError):
+            spin()
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("deaf", [0, 2])
+def test_processor_time_ends_python_code_and_nothing_behind_it(deaf: int) -> None:
+    with pytest.raises(ContentError, match=r"counting takes longer than 0\.05 s"), processor_time(0.05, "counting"):
+        spin(deaf)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    with processor_time(0.05, "sleeping"):
+        time.sleep(0.1)  # no processor time
+
+
+def test_other_threads_have_no_limit_on_processor_time() -> None:
+    with ThreadPoolExecutor(1) as pool, processor_time(60, "the main thread"):
+        pool.submit(lambda: processor_time(0.001, "another").__enter__()).result()
+        assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 1
 
 
 def picture(folder: Path) -> Path:

@@ -83,6 +83,8 @@ def reference(model: onnx.ModelProto, reason: str) -> Run:
             results = evaluator.run(names, inputs)
         except MemoryError as error:
             raise OutOfMemoryError(f"onnx's reference cannot run the graph: {first_line(error)}", NOT_RUN) from error
+        except ContentError:  # a limit was reached
+            raise
         except Exception as error:
             raise ContentError(f"no runtime takes the graph: {reason}", NOT_RUN) from error
         return {

@@ -11,6 +11,7 @@ import numpy as np
 
 from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, OutOfMemoryError, PolarDeployError
+from polar_deploy.limits import processor_time
 from polar_deploy.ort_session import BeyondRuntimeError
 from polar_deploy.surgery import inputs
 from polar_deploy.surgery.runtime import NOT_RUN, in_float64, onnx_runtime, reference
@@ -28,6 +29,7 @@ BATCHES = (1, 3)
 SMALLER = (32, 64)  # of sizes that are open
 MOST_ROUNDING = 100  # tolerances that two graphs may differ by and still be found the same by smaller inputs
 JUDGED = 4  # inputs of each batch size that decide whether a difference above the tolerance is rounding
+JUDGE_SECONDS = 120.0  # of processor time; onnx's reference computes some operators pixel by pixel, in Python
 MOST_ATTEMPTS = 1000  # at inputs that a model takes
 MOST_OUT_OF_MEMORY = 5  # of them; each may take as long as filling the memory does
 TOLERANCE = {"FLOAT": 1e-5, "FLOAT16": 5e-3, "BFLOAT16": 4e-2, "DOUBLE": 1e-12}
@@ -261,17 +263,18 @@ def _judge(case: _Case, worst: float) -> None:
     """Raises ContentError where a difference is more than rounding, UndecidedError where that does not come out."""
     apart = f"outputs differ by {worst:.2g} of their scale (allowed {case.tolerance:g})"
     try:
-        exact = reference(in_float64(onnx_files.read(case.before, check=False)), "float64")
-        was, now = 0.0, 0.0
-        for values in case.inputs():
-            truth = exact(_widened(values))
-            was, now = (
-                max(worst, largest_difference(truth, run(values)))
-                for worst, run in zip((was, now), case.runs, strict=True)
-            )
-        if now <= 2 * was:
-            return
-        same, jump = _in_float64(case, exact)
+        with processor_time(JUDGE_SECONDS, "onnx's reference"):
+            exact = reference(in_float64(onnx_files.read(case.before, check=False)), "float64")
+            was, now = 0.0, 0.0
+            for values in case.inputs():
+                truth = exact(_widened(values))
+                was, now = (
+                    max(worst, largest_difference(truth, run(values)))
+                    for worst, run in zip((was, now), case.runs, strict=True)
+                )
+            if now <= 2 * was:
+                return
+            same, jump = _in_float64(case, exact)
     except ContentError as error:
         raise UndecidedError(
             f"{apart}, and there is no float64 result that tells whether this is rounding: {error.what}", NOT_RUN
