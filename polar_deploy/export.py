@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from polar_deploy.errors import ContentError
+from polar_deploy.errors import ContentError, first_line
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import with_values
@@ -214,16 +214,16 @@ def _name_constants(model: onnx_ir.Model) -> None:
 
 def _captured(network: nn.Module, example: Example) -> torch.onnx.ONNXProgram:
     example = example.to(device_of(network))
-    failed: Exception | None = None
+    failures: list[Exception] = []
     for dynamic in (True, False):
         try:
             return _program(network, example, dynamic)
         except Exception as error:  # noqa: BLE001  (the exporter raises many types of its own)
-            failed = failed or error
+            failures.append(error)
     raise ContentError(
-        f"PyTorch cannot export {type(network).__name__}: {_first_line(failed)}",
+        f"PyTorch cannot export {type(network).__name__}: {_first_cause(failures[0])}",
         "replace the operator or the control flow it names, or attach to the part of the network that has none",
-    ) from failed
+    ) from failures[0]
 
 
 def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.ONNXProgram:
@@ -359,12 +359,11 @@ def _unless_growing(node: onnx_ir.Node) -> bool | None:
     return False if elements(node.outputs) > max(elements(node.inputs), FOLDED_ANYWAY) else None
 
 
-def _first_line(error: BaseException | None) -> str:
+def _first_cause(error: BaseException) -> str:
     """What went wrong at first: the exporter wraps it in pages of advice."""
-    while error is not None and error.__cause__ is not None:
+    while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def check(path: Path, inputs: Arrays, expected: Arrays) -> float:

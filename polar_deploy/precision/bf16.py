@@ -19,6 +19,7 @@ from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
+from polar_deploy.surgery.detached import sort_nodes
 
 OPSET = 22
 _FLOAT, _BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
@@ -60,7 +61,7 @@ def to_bf16(
         _Caster(copy, wide).run(keep_io_types)
         if wide:
             graph.join_casts(copy)
-        graph.sort(copy.graph)
+        sort_nodes(copy.graph)
         return graph.inferred(copy)
 
     return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32", kernels)

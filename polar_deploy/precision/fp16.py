@@ -13,6 +13,7 @@ from polar_deploy.documents.build import WiderLayer
 from polar_deploy.errors import ContentError
 from polar_deploy.precision import graph
 from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
+from polar_deploy.surgery.detached import sort_nodes
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
@@ -60,7 +61,7 @@ def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_io_types: bo
     )
     if wide:
         graph.join_casts(copy)
-    graph.sort(copy.graph)  # the converter appends its casts
+    sort_nodes(copy.graph)  # the converter appends its casts
     return graph.inferred(copy)
 
 

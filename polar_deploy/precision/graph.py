@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, one_line
 from polar_deploy.ort_session import session_options
+from polar_deploy.surgery.detached import reads
 from polar_deploy.surgery.standins import STANDARD, stand_ins
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
@@ -298,35 +298,6 @@ def readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
         for name in dict.fromkeys(reads(node)):
             found[name].append(node)
     return found
-
-
-def sort(graph: onnx.GraphProto) -> None:
-    """Put each node behind those that make what it reads, and otherwise leave it where it is, as far as that goes."""
-    nodes = list(graph.node)
-    maker = {name: index for index, node in enumerate(nodes) for name in node.output}
-    needs = [{maker[name] for name in reads(node) if name in maker} for node in nodes]
-    readers: list[list[int]] = [[] for _ in nodes]
-    for index, makers in enumerate(needs):
-        for each in makers:
-            readers[each].append(index)
-    ready = [index for index, makers in enumerate(needs) if not makers]  # sorted, so a heap
-    del graph.node[:]
-    while ready:
-        index = heapq.heappop(ready)
-        graph.node.append(nodes[index])
-        for reader in readers[index]:
-            needs[reader].remove(index)
-            if not needs[reader]:
-                heapq.heappush(ready, reader)
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """All that a node reads, the bodies of If and Loop included (less what those make themselves)."""
-    yield from node.input
-    for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-        own = {value.name for value in (*body.initializer, *body.input)}
-        own |= {name for inner in body.node for name in inner.output}
-        yield from (name for inner in body.node for name in reads(inner) if name not in own)
 
 
 def _store_constants(graph: onnx.GraphProto) -> None:

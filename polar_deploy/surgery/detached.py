@@ -7,13 +7,13 @@ external data and read where they are touched.
 
 from __future__ import annotations
 
+import heapq
 import math
 import mmap
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,17 +244,25 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Puts nodes behind those that they read from; where that is so already, or cannot be, nothing changes."""
+    """Puts nodes behind those that they read from, and otherwise leaves their order; cycles stay, the checker tells."""
     makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
-    reads = [_read_by(node) for node in graph.node]
-    if all(makers.get(name, -1) < position for position, names in enumerate(reads) for name in names):
+    needs = [{makers[name] for name in reads(node) if name in makers} for node in graph.node]
+    if all(max(before, default=-1) < position for position, before in enumerate(needs)):
         return
-    try:
-        before = [{makers[name] for name in names if name in makers} for names in reads]
-        order = list(TopologicalSorter(dict(enumerate(before))).static_order())
-    except CycleError:
-        return  # the checker says so
-    put_nodes(graph, [graph.node[position] for position in order])
+    readers: list[list[int]] = [[] for _ in needs]
+    for position, before in enumerate(needs):
+        for maker in before:
+            readers[maker].append(position)
+    order: list[int] = []
+    ready = [position for position, before in enumerate(needs) if not before]  # sorted, so a heap
+    while ready:
+        order.append(heapq.heappop(ready))
+        for reader in readers[order[-1]]:
+            needs[reader].remove(order[-1])
+            if not needs[reader]:
+                heapq.heappush(ready, reader)
+    if len(order) == len(needs):
+        put_nodes(graph, [graph.node[position] for position in order])
 
 
 def put_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -264,8 +272,8 @@ def put_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     graph.node.extend(copies)
 
 
-def _read_by(node: onnx.NodeProto) -> list[str]:
-    """Names of the tensors that a node reads, its bodies included."""
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Names of the tensors that a node reads, and that are read in its bodies."""
     return [*node.input, *names_in_bodies([node])]
 
 
