@@ -36,7 +36,8 @@ AGAIN = 0.001  # share of the graphs that a second surgery may change
 class Run:
     """The random graphs so far, and where surgery failed on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Path | None = None) -> None:
+        self.keep = keep  # folder for graphs that surgery failed on
         self.tally = Tally()
         self.failures: list[tuple[onnx.ModelProto, str]] = []
         self.wanted = sorted(table().keys() - ABSENT.keys())
@@ -55,6 +56,8 @@ class Run:
     def _failed(self, model: onnx.ModelProto, why: str) -> None:
         self.failures.append((model, why))
         print(f"\n{why}\n{text(model)}", flush=True)
+        if self.keep is not None:
+            onnx.save(model, self.keep / f"{len(self.failures)}.onnx")
 
     @property
     def rare(self) -> list[str]:
@@ -112,8 +115,11 @@ def main() -> int:
         "--graphs", type=int, default=GRAPHS, help="other numbers than the default: no result is written"
     )
     parser.add_argument("--seed", type=int, default=1_000, help="number of the first batch")
+    parser.add_argument("--keep", type=Path, help="folder for graphs that surgery fails on")
     args = parser.parse_args()
-    start, run = time.monotonic(), Run()
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    start, run = time.monotonic(), Run(args.keep)
     run.go(args.graphs, args.seed)
     seconds = time.monotonic() - start
     figures = run.figures()

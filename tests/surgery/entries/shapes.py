@@ -253,6 +253,8 @@ def _depth_to_space(g: RandomGraph, x: str) -> str:
 
 def _space_to_depth(g: RandomGraph, x: str) -> str:
     height, across = g.space[x]
+    if min(height, across) < 2:  # nothing would be left
+        return x
     if height % 2 or across % 2 or g.width[x] > 4:
         x, height, across = g.gated(g.act(g.conv_of(x, 2))), height // 2 * 2, across // 2 * 2
         x = g.op("Slice", x, *(np.array(v) for v in ([0, 0], [height, across], [2, 3]))) if g.opset >= 10 else x
