@@ -23,9 +23,12 @@ FINE = PERIOD + 2  # every width up to here was asked of 3 x 3 convolutions
 REFERENCE = 64  # channels around the width that varies in every sweep
 LEAST_DEPTHWISE = 0.1  # of what was measured of a depthwise layer between two others, that counts as its own
 
+MOST_MOVED = 0.9  # of what a further channel costs, that may be its being moved
+
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Kind = Literal["conv3x3", "conv1x1", "depthwise3x3"]
 Side = Literal["output", "input"]
+ELEMENTS: dict[Kind, int] = {"conv3x3": 9, "conv1x1": 1, "depthwise3x3": 9}  # of a kernel
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Width = Annotated[int, Field(ge=1)]
@@ -123,8 +126,8 @@ class Device(_Frozen):
 
         Where the file knows writing and reading apart, they are in proportion to the costs that were asked, on straight
         lines between them and, above the widest one, on the line of the last period. Where it knows both together, what
-        is offered counts as it is, and what is not counts as the share more that it costs than the line between what is
-        offered, which repeats with the period: it is the reading that is slow, of two layers.
+        is written counts as it is. Of what is read, a width that is not offered counts as so many more channels as make
+        up for what it costs above the line between those that are, which repeats with the period.
 
         Args:
             widths: [...] >= 0, channels that a layer writes or reads.
@@ -138,10 +141,13 @@ class Device(_Frozen):
         costs = next(known[each] for each in ("between", side, "both", *known) if each in known)
         asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
         if "between" in known:
+            if side == "output":
+                return widths
             steps = _worth_choosing(costs)
-            more = np.maximum(0.0, cost / np.interp(asked, steps, [costs[step] for step in steps]) - 1)
+            above = np.maximum(0.0, cost - np.interp(asked, steps, [costs[step] for step in steps])) / asked
             like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
-            return widths * (1 + (2 * np.interp(like, asked, more) if side == "input" else 0.0))
+            read = REFERENCE * ELEMENTS[layer] * self.each(precision, layer) + 2 * self.moved(precision, layer)
+            return np.asarray(widths * (1 + np.interp(like, asked, above) / read))
         beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
         growth = cost[-1] - np.interp(asked[-1] - PERIOD, asked, cost)
         found = np.interp(widths - beyond * PERIOD, asked, cost) + beyond * growth
@@ -150,16 +156,31 @@ class Device(_Frozen):
     def each(self, precision: Precision, layer: Kind) -> float:
         """What a multiply-accumulate costs in a layer of `REFERENCE` channels, in the device's unit for the pixels of
         its sweeps: comparable between layers, and nothing else. A kind that was not asked costs as a 3 x 3 one."""
-        steps = self.staircase(precision, layer)
+        steps, sides = self.staircase(precision, layer), self._swept(precision, layer)
         if not steps:
             return self.each(precision, "conv3x3")
-        cost = _at_reference(steps)
         if layer != "depthwise3x3":  # two layers
-            return cost / 2 / (REFERENCE**2 * (9 if layer == "conv3x3" else 1))
-        if "both" not in self._swept(precision, layer):  # between two others
+            both = REFERENCE * ELEMENTS[layer] * 2
+            if "between" in sides:
+                return (_line(steps)[0] - 2 * self.moved(precision, layer)) / both
+            return _at_reference(steps) / (both * REFERENCE)
+        cost = _at_reference(steps)
+        if "both" not in sides:  # between two others
             around = self.staircase(precision, "conv1x1")
             cost = max(cost - (_at_reference(around) if around else 0.0), LEAST_DEPTHWISE * cost)
-        return cost / (REFERENCE * 9)
+        return cost / (REFERENCE * ELEMENTS[layer])
+
+    def moved(self, precision: Precision, layer: Kind) -> float:
+        """What a channel costs that a layer writes or reads, however much it multiplies, in the unit of `each`.
+
+        Two layers with next to nothing between them still move `REFERENCE` channels in and as many out. Where the file
+        knows writing and reading apart, this is part of their costs, and 0 here.
+        """
+        sides = self._swept(precision, layer) or self._swept(precision, "conv3x3")
+        if "between" not in sides or layer == "depthwise3x3":
+            return 0.0
+        slope, start = _line(sides["between"])
+        return min(max(start, 0.0) / (2 * REFERENCE), MOST_MOVED * slope / 2)
 
     def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
         """What was asked of a kind of layer: costs by width, by what varies."""
@@ -192,6 +213,16 @@ def _worth_choosing(costs: Mapping[int, float]) -> tuple[int, ...]:
         if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
             result.append(width)
     return tuple(reversed(result))
+
+
+def _line(costs: Mapping[int, float]) -> tuple[float, float]:
+    """Slope and start of the straight line closest to the costs of what is offered; of all where that is too little."""
+    import numpy as np
+
+    widths = _worth_choosing(costs)
+    widths = widths if len(widths) > 2 else tuple(costs)
+    slope, start = np.polyfit(widths, [costs[width] for width in widths], 1)
+    return float(slope), float(start)
 
 
 def _at_reference(costs: Mapping[int, float]) -> float:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from polar_deploy import devices
@@ -66,6 +67,20 @@ def test_writing_and_reading_a_width_both_count() -> None:
     device = Device.model_validate(document({}, sweeps=sweeps))
     assert device.staircase("int8") == {16: 8, 24: 15, 32: 16}
     assert device.offered("int8") == (16, 32)
+
+
+def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
+    """Between 64 and 64 channels: 2 * 64 * 9 multiplications a channel for 0.001 each, and what is moved for 0.05."""
+    costs = {width: 1.152 * width + 0.05 * (128 + 2 * width) for width in (8, 16, 24, 32, 40, 48, 56, 64)}
+    device = Device.model_validate(document(dict(sorted((costs | {33: costs[32] + 1.252 + 20}).items()))))
+    assert device.offered("fp32") == tuple(costs)
+    assert device.each("fp32", "conv3x3") == pytest.approx(0.001)
+    assert device.moved("fp32", "conv3x3") == pytest.approx(0.05)
+    # 33 channels cost 20 more: as much as 20 / (64 * 9 * 0.001 + 2 * 0.05) further ones that are read, and moved twice
+    widths = np.array([0.0, 32.0, 33.0])
+    found = device.packed(widths, "fp32", "conv3x3", "input")
+    np.testing.assert_allclose(found, [0, 32, 33 + 20 / 0.676], rtol=1e-6)
+    np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "output"), widths)
 
 
 def test_widths_beyond_the_widest_one_repeat_its_last_64() -> None:

@@ -72,20 +72,20 @@ def _pair(channels: int) -> Gates:
 
 
 @pytest.mark.parametrize(
-    ("device", "channels", "share"),
+    ("device", "channels", "share", "within"),
     [
         # Its compiler says what writing 48 of 64 channels costs, 13,824 of 18,432, and reading them, 18,432 of 18,432
-        ("rk3588", 48, (0.75 + 1) / 2),
-        ("rk3588", 17, (9216 / 18432 + 9216 / 18432) / 2),
-        # Measured together: 32 are on offer and count as they are; 31 cost 0.635 ms and not 0.471, between 16 and 32
-        ("onnxruntime-x86", 32, 0.5),
-        ("onnxruntime-x86", 31, 31 / 64 * 0.63497 / (0.3068 + 15 / 16 * (0.48229 - 0.3068))),
+        ("rk3588", 48, (0.75 + 1) / 2, 1e-6),
+        ("rk3588", 17, (9216 / 18432 + 9216 / 18432) / 2, 1e-6),
+        # Two such layers are what was measured: 32 are on offer and 31 are not. No clock draws straight lines
+        ("onnxruntime-x86", 32, 0.48229 / 0.84762, 0.04),
+        ("onnxruntime-x86", 31, 0.63497 / 0.84762, 0.04),
     ],
 )
-def test_a_device_tells_latency(device: str, channels: int, share: float) -> None:
+def test_a_device_tells_latency(device: str, channels: int, share: float, within: float) -> None:
     gates = _pair(channels)
     cost = device_cost(devices.choose(device), gates.analysis.choices)
-    assert cost.share(gates.state()) == pytest.approx(share)
+    assert cost.share(gates.state()) == pytest.approx(share, rel=within)
 
 
 def test_kinds_of_layers_cost_differently() -> None:
