@@ -110,18 +110,18 @@ def count(
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
-        own = [name for name in dict.fromkeys(node.input) if name in sizes]
+        own, operator = [name for name in dict.fromkeys(node.input) if name in sizes], node.op_type
         if position in folding:
             own = own[:1] if folding[position] else []
         new = sum(sizes[name] for name in own if name not in counted)
         counted.update(own)
         params += new
-        if node.op_type in WEIGHTS and node.domain in DOMAINS:
-            done, width = _multiply(node, shape_of)
+        if operator in WEIGHTS and node.domain in DOMAINS:
+            done, width = _multiply(node, operator, shape_of)
             macs += done
-            if node.input[WEIGHTS[node.op_type]] in sizes:
+            if node.input[WEIGHTS[operator]] in sizes:
                 groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-                layers.append(Layer(position, node.name or node.output[0], node.op_type, done, new, width, groups))
+                layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
     return Cost(macs, params, tuple(layers), inputs)
 
 
@@ -129,7 +129,7 @@ def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
     """Multiply-accumulates at batch 1 of every node that has any, by its position in the graph."""
     _, shape_of = Skeleton(model).at_batch_1()
     return {
-        position: _multiply(node, shape_of)[0]
+        position: _multiply(node, node.op_type, shape_of)[0]
         for position, node in enumerate(model.graph.node)
         if node.op_type in WEIGHTS and node.domain in DOMAINS
     }
@@ -168,23 +168,27 @@ def parameters(model: onnx.ModelProto) -> dict[str, int]:
     every = {name: math.prod(tensor.dims) for name, tensor in constants}
     sizes = {name: every[name] for name, tensor in constants if tensor.data_type in floats and tensor.dims}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in every:
+        operator = node.op_type
+        if operator == "DequantizeLinear" and node.input[0] in every:
             sizes[node.output[0]] = every[node.input[0]]
-        elif node.op_type.endswith("Integer") or node.op_type.startswith("QLinear"):
-            names = [node.input[i] for i in (WEIGHTS.get(node.op_type, 0), 8) if i < len(node.input)]  # 8: the bias
+        elif operator.endswith("Integer") or operator.startswith("QLinear"):
+            names = [node.input[i] for i in (WEIGHTS.get(operator, 0), 8) if i < len(node.input)]  # 8: the bias
             sizes.update((name, every[name]) for name in names if name in every)
     return sizes
 
 
-def _multiply(node: onnx.NodeProto, shape_of: Callable[[str], Shape | None]) -> tuple[int, tuple[int, int]]:
+def _multiply(
+    node: onnx.NodeProto, operator: str, shape_of: Callable[[str], Shape | None]
+) -> tuple[int, tuple[int, int]]:
     """Multiply-accumulates of one node, and its width; zeros where a shape is not known."""
-    names = (node.input[0], node.input[WEIGHTS[node.op_type]], node.output[0])
+    inputs = node.input
+    names = (inputs[0], inputs[WEIGHTS[operator]], node.output[0])
     first, second, result = (_sizes(shape_of(name)) for name in names)
     if first is None or second is None or result is None:
         return 0, (0, 0)
-    if node.op_type == "ConvTranspose":
+    if operator == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:]), (first[1], result[1])
-    if "Conv" in node.op_type:
+    if "Conv" in operator:
         return math.prod(result) * math.prod(second[1:]), (first[1], result[1])
     inner = first[0] if any(a.name == "transA" and a.i for a in node.attribute) else first[-1]
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
