@@ -32,8 +32,9 @@ def onnx_runtime(path: Path, *, exact_integers: bool = False) -> Run:
     """Runs the model in `path` in ONNX Runtime, as it stands.
 
     Args:
-        exact_integers: optimise the graph, which takes kernels that do not overflow on x86 CPUs without VNNI. Others
-            there add products in pairs and cut off what does not fit into 16 bits; a cut graph has other pairs.
+        exact_integers: optimise the graph, which takes kernels that do not overflow on x86 CPUs without VNNI, for all
+            but QLinearMatMul, which has none (ONNX Runtime 1.32). Others there add products in pairs and cut off what
+            does not fit into 16 bits; a cut graph has other pairs.
 
     Raises:
         MachineError: it is not installed.

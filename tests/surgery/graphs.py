@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from polar_deploy.surgery import Surgery, compress
 
@@ -139,7 +140,17 @@ def assert_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 BYTE_KERNELS = {"MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul"}
 
 
-def run(model: onnx.ModelProto, batch: int) -> list[Array]:
+def run(model: onnx.ModelProto, batch: int, *, by_reference: bool = False) -> list[Array]:
+    """Outputs for random inputs, the same for the same batch size. `by_reference`: onnx's, not ONNX Runtime's."""
+    random, feeds = np.random.default_rng(1000 + batch), {}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.input if value.name not in constants]:
+        shape = [dim.dim_value or batch for dim in value.type.tensor_type.shape.dim]
+        feeds[value.name] = (2 * random.standard_normal(shape)).astype(np.float32)
+    results: list[Array]
+    if by_reference:
+        results = ReferenceEvaluator(model).run(None, feeds)
+        return results
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     if BYTE_KERNELS.isdisjoint(node.op_type for node in model.graph.node):
@@ -148,12 +159,7 @@ def run(model: onnx.ModelProto, batch: int) -> list[Array]:
         options.add_session_config_entry("session.x64quantprecision", "1")
         options.add_session_config_entry("optimization.disable_specified_optimizers", "QDQS8ToU8Transformer")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    random = np.random.default_rng(1000 + batch)
-    feeds = {}
-    for value in session.get_inputs():
-        shape = [dim if isinstance(dim, int) else batch for dim in value.shape]
-        feeds[value.name] = (2 * random.standard_normal(shape)).astype(np.float32)
-    results: list[Array] = session.run(None, feeds)
+    results = session.run(None, feeds)
     return results
 
 

@@ -87,24 +87,28 @@ def judged(model: onnx.ModelProto) -> Surgery:
     """Cuts and compares.
 
     Where rounding can flip a result (Round, ArgMax), or means are taken over the large pictures that surgery tries
-    where height and width are open, a difference must show at other sizes too.
+    where height and width are open, a difference must show at other sizes too; and in onnx's reference where ONNX
+    Runtime multiplies bytes, since QLinearMatMul has kernels alone that overflow on x86 CPUs without VNNI (1.32).
     """
+    kinds = {node.op_type for node in model.graph.node}
     try:
         return cut(model)
     except (AssertionError, ContentError):
         large = any(dim.dim_param == "height" for dim in model.graph.input[0].type.tensor_type.shape.dim)
-        if not large and not STEPS & {node.op_type for node in model.graph.node}:
+        if not large and not STEPS & kinds:
             raise
-    surgery = compress(model, verify=False)
-    batches = (3, 4, 6)
-    differences = [largest_difference(_outputs(model, batch), _outputs(surgery.model, batch)) for batch in batches]
+    surgery, batches, by_reference = compress(model, verify=False), (3, 4, 6), "QLinearMatMul" in kinds
+    differences = [
+        largest_difference(*(_outputs(each, batch, by_reference) for each in (model, surgery.model)))
+        for batch in batches
+    ]
     assert sorted(differences)[1] <= TOLERANCE, f"outputs differ by {differences} at batch sizes {batches}"
     return surgery
 
 
-def _outputs(model: onnx.ModelProto, batch: int) -> dict[str, Array]:
+def _outputs(model: onnx.ModelProto, batch: int, by_reference: bool) -> dict[str, Array]:
     names = [value.name for value in model.graph.output]
-    return dict(zip(names, run(model, batch), strict=True))
+    return dict(zip(names, run(model, batch, by_reference=by_reference), strict=True))
 
 
 def fuzz(
