@@ -32,9 +32,9 @@ class Round:
 
     @property
     def labels(self) -> list[str]:
-        """What reports call the nodes that are left."""
-        graph = self.facts.graph
-        return [graph.label(node) for node in graph.nodes]
+        """What reports call the nodes of the model."""
+        graph = self.facts.graph  # has left Constant nodes behind, which a model keeps where nothing else is changed
+        return [graph.label(node) for node in (graph.nodes if graph.is_changed else graph.original_nodes)]
 
     @property
     def needs_another_round(self) -> bool:

@@ -29,6 +29,21 @@ def _model() -> onnx.ModelProto:
     return net.model(net.head(net.scale(x, net.random.random(16), "g3")))
 
 
+def test_layers_whose_weights_are_constant_nodes() -> None:
+    """Where nothing goes, the model comes back with them: nodes that no layer's place may be mistaken for."""
+    net = Net()
+    x = net.head(net.relu(net.conv(net.conv("input", 4, "one"), 6, "two"), "act"))
+    model = net.model(x)
+    constants = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
+    nodes = [*constants, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    layers = cut(model).report["layers"]
+    found = [(layer["name"], layer["out"], layer["params"]) for layer in layers]
+    expected = [("one", 4, 4 * 28), ("two", 6, 6 * 37), ("logits", 5, 5 * 7)]
+    assert found == [(name, [width] * 2, [size] * 2) for name, width, size in expected]
+
+
 def test_cost_by_hand() -> None:
     counted = cost(_model())
     macs = {layer.name: layer.macs for layer in counted.layers}
