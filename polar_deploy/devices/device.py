@@ -22,8 +22,8 @@ WORTH = 0.5  # of what a narrower layer promises by its channels, what it has to
 FINE = PERIOD + 2  # every width up to here was asked of 3 x 3 convolutions
 REFERENCE = 64  # channels around the width that varies in every sweep
 LEAST_DEPTHWISE = 0.1  # of what was measured of a depthwise layer between two others, that counts as its own
-
 MOST_MOVED = 0.9  # of what a further channel costs, that may be its being moved
+LEAST_SLOPE = 0.1  # of the cost of `REFERENCE` channels for as many more, however flat the costs are
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Kind = Literal["conv3x3", "conv1x1", "depthwise3x3"]
@@ -137,7 +137,8 @@ class Device(_Frozen):
         """
         import numpy as np
 
-        known = self._swept(precision, layer) or self._swept(precision, "conv3x3")
+        kind: Kind = layer if self._swept(precision, layer) else "conv3x3"
+        known = self._swept(precision, kind)
         costs = next(known[each] for each in ("between", side, "both", *known) if each in known)
         asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
         if "between" in known:
@@ -146,7 +147,7 @@ class Device(_Frozen):
             steps = _worth_choosing(costs)
             above = np.maximum(0.0, cost - np.interp(asked, steps, [costs[step] for step in steps])) / asked
             like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
-            read = REFERENCE * ELEMENTS[layer] * self.each(precision, layer) + 2 * self.moved(precision, layer)
+            read = REFERENCE * ELEMENTS[kind] * self.each(precision, kind) + 2 * self.moved(precision, kind)
             return np.asarray(widths * (1 + np.interp(like, asked, above) / read))
         beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
         growth = cost[-1] - np.interp(asked[-1] - PERIOD, asked, cost)
@@ -222,7 +223,7 @@ def _line(costs: Mapping[int, float]) -> tuple[float, float]:
     widths = _worth_choosing(costs)
     widths = widths if len(widths) > 2 else tuple(costs)
     slope, start = np.polyfit(widths, [costs[width] for width in widths], 1)
-    return float(slope), float(start)
+    return max(float(slope), LEAST_SLOPE * _at_reference(costs) / REFERENCE), float(start)
 
 
 def _at_reference(costs: Mapping[int, float]) -> float:

@@ -83,6 +83,13 @@ def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
     np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "output"), widths)
 
 
+def test_a_device_to_which_all_widths_are_alike() -> None:
+    device = Device.model_validate(document({8: 5.0, 16: 5.0, 32: 5.0, 64: 5.0}))
+    assert device.each("fp32", "conv1x1") > 0
+    found = device.packed(np.array([0.0, 8.0, 20.0, 64.0, 100.0]), "fp32", "conv1x1", "input")
+    np.testing.assert_array_equal(found, [0, 8, 20, 64, 100])
+
+
 def test_widths_beyond_the_widest_one_repeat_its_last_64() -> None:
     device = Device.model_validate(document({16: 1, 32: 2, 64: 4, 80: 5, 96: 6, 112: 9, 128: 8}))
     chosen = Chosen(device, "fp32")
