@@ -46,11 +46,6 @@ class Analysis:
         """For each mask, int64 [width], the gate of each channel, or -1."""
         return [gates.to(device) for gates in self._gate_of]
 
-    def gate_masks(self, values: Tensor) -> list[Tensor]:
-        """For each mask, float [width], the value of each channel's gate among `values` [gates]; 1 without a gate."""
-        known = torch.cat([values, values.new_ones(1)])
-        return [known[gates] for gates in self.gate_of(values.device)]
-
 
 def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True) -> Analysis:
     """Find the gates of a network; it is run and exported in evaluation mode, and left as it was.

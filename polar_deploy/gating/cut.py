@@ -226,7 +226,7 @@ def _require_equal(model: nn.Module, small: nn.Module, analysis: Analysis, opene
     """Raise ContentError where gated and cut network differ in float64."""
     example = noise(analysis.example.to(device_of(model)), torch.float64)
     gated, ours = copy.deepcopy(model).double(), copy.deepcopy(small).double()
-    masking.write(gated, analysis.places, analysis.gate_masks(torch.from_numpy(opened).double()))
+    masking.write(gated, analysis, torch.from_numpy(opened).double())
     outputs = []
     for network in (gated, ours):
         with evaluating(network):

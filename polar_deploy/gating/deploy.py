@@ -97,7 +97,7 @@ def masked(model: nn.Module, analysis: Analysis, opened: Bools | None = None) ->
     handles = masking.attach(model, analysis.places, [mask.width for mask in analysis.choices.masks])
     try:
         if opened is not None:
-            masking.write(model, analysis.places, analysis.gate_masks(torch.from_numpy(opened).float()))
+            masking.write(model, analysis, torch.from_numpy(opened).float())
         yield
     finally:
         masking.detach(model, analysis.places, handles)

@@ -243,7 +243,7 @@ class Gates:
 
     def sync(self, copy: nn.Module) -> None:
         """Give a copy of the model (an average of its weights, say) the masks as they stand."""
-        masking.write(copy, self.analysis.places, self.analysis.gate_masks(self._values))
+        masking.write(copy, self.analysis, self._values)
 
     def export(self, path: Path | str, **names: Sequence[str]) -> None:
         """Write the gated model as ONNX, all layers at full size, each mask as one Mul.
@@ -365,7 +365,7 @@ class Gates:
             self._write()
 
     def _write(self) -> None:
-        masking.write(self.model, self.analysis.places, self.analysis.gate_masks(self._values))
+        masking.write(self.model, self.analysis, self._values)
 
     def _is_watched(self, step: int) -> bool:
         """Whether the step after `step` steps is watched: only while all gates are open, since the gradients inside of

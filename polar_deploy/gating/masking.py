@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from polar_deploy.export import device_of
+from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Place
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
@@ -206,11 +207,16 @@ def stripped(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def write(network: nn.Module, places: Sequence[Place], values: Sequence[Tensor]) -> None:
-    """Set the masks of `network`, or of a copy of it; those that do not change are not touched."""
-    for place, value in zip(places, values, strict=True):
+def write(network: nn.Module, analysis: Analysis, values: Tensor) -> None:
+    """Set the masks of `network`, or of a copy of it, by its gates; those that do not change are not touched.
+
+    Args:
+        values: of the gates, float [gates]: 1 open, 0 closed; channels without a gate stay open.
+    """
+    known = torch.cat([values, values.new_ones(1)])  # `NEVER` is the last one
+    for place, gates in zip(analysis.places, analysis.gate_of(values.device), strict=True):
         mask = getattr(network.get_submodule(place.module), buffer(place))
-        value = value.to(mask).reshape(mask.shape)
+        value = known[gates].to(mask).reshape(mask.shape)
         if not torch.equal(mask, value):
             mask.copy_(value)
 

@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # of the outputs' scale: a mask in the wrong place changes far
 
 
 def rehearse(model: nn.Module, analysis: Analysis, trials: int = 2) -> None:
-    """Try `trials` random states on a model that carries the masks, and that `analysis` is of.
+    """Try `trials` random states on a model that carries the masks, all open, and that `analysis` is of.
 
     Raises:
         ContentError: promise and result differ, or the graph does not do what the model does.
@@ -115,15 +115,14 @@ def _there(model: nn.Module, analysis: Analysis) -> Example:
 def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
     """Largest difference between model and masked graph in a state, as a share of each output's scale."""
     graph = analysis.choices.with_masks(with_weights(analysis.choices.detached, model), opened)
-    before = masking.read(model, analysis.places)
-    masking.write(model, analysis.places, analysis.gate_masks(torch.from_numpy(opened).float()))
+    masking.write(model, analysis, torch.from_numpy(opened).float())
     try:
         with TemporaryDirectory(prefix="polar_deploy-") as folder:
             path = Path(folder, "masked.onnx")
             detached.write_files(graph, path)
             return _off(model, noise(_there(model, analysis)), path)
     finally:
-        masking.write(model, analysis.places, before)
+        masking.write(model, analysis, torch.ones(len(opened)))
 
 
 def _off(model: nn.Module, example: Example, path: Path) -> float:

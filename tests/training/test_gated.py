@@ -160,7 +160,7 @@ def test_an_evaluation_in_the_middle_of_a_step_sees_the_masks_and_not_what_sampl
     bare = network()
     bare.load_state_dict(run.network.state_dict())
     masking.attach(bare, analysis().places, [mask.width for mask in analysis().choices.masks])
-    masking.write(bare, analysis().places, masking.read(run.network, analysis().places))
+    masking.write(bare, analysis(), on.state_dict()["values"])
     with torch.no_grad():
         torch.testing.assert_close(run.network.eval()(*batch.inputs.values()), bare.eval()(*batch.inputs.values()))
 
