@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import BUILD, COMPRESSED_GRAPH, ENGINE_FOLDER, ENGINES, FULL_GRAPH
-from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.engines import Array
@@ -43,7 +42,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     depends_on = settings | {"here": targets.identity(run.target)}
     if _reads_samples(run):
         depends_on |= run.basis | {"train_on_validation": run.settings.training.train_on_validation}
-    return fingerprint.of(depends_on)
+    return fingerprint(depends_on)
 
 
 STAGE = Stage(

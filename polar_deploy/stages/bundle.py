@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polar_deploy.errors import UsageError
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
     BUILD,
     BUNDLE,
@@ -21,7 +20,7 @@ from polar_deploy.stages.artefacts import (
     REFERENCE,
     SURGERY,
 )
-from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -57,7 +56,7 @@ def _made_with_other_settings(run: RunContext) -> set[str]:
 def _fingerprint(run: RunContext) -> Fingerprint:
     from polar_deploy.config import LOCAL_PATHS
 
-    return fingerprint.of(run.basis | run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
+    return fingerprint(run.basis | run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
 
 
 STAGE = Stage(

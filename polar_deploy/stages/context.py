@@ -17,11 +17,10 @@ from polar_deploy.workspace import Workspace
 if TYPE_CHECKING:
     from torch import nn
 
-    from polar_deploy.config import ResolvedSettings
     from polar_deploy.devices import Chosen
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import Analysis
-    from polar_deploy.gating.choice import Limits
+    from polar_deploy.config import ResolvedSettings
     from polar_deploy.stages.distributed import Team
     from polar_deploy.tasks import Data, Task
     from polar_deploy.tasks.data import Indices
@@ -153,11 +152,3 @@ class RunContext:
         with masked(network, found):
             rehearse(network, found)
         return found
-
-    @property
-    def limits(self) -> Limits:
-        """The widths that layers may take."""
-        from polar_deploy.gating.choice import Limits
-
-        offers = self.device.offers if self.device else None
-        return Limits.of(self.analysis.choices.sites, self.settings.align, self.settings.gates.min_width, offers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
     FULL_GRAPH,
     FULL_WEIGHTS,
@@ -13,7 +12,7 @@ from polar_deploy.stages.artefacts import (
     GATES,
     REFERENCE,
 )
-from polar_deploy.stages.stage import ONNXRUNTIME, TORCH, Stage
+from polar_deploy.stages.stage import ONNXRUNTIME, TORCH, Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -46,7 +45,7 @@ def _run(run: RunContext) -> None:
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:
-    return fingerprint.of(run.basis)
+    return fingerprint(run.basis)
 
 
 STAGE = Stage(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import FULL_CHECKPOINT, FULL_LOG, FULL_WEIGHTS
-from polar_deploy.stages.stage import TORCH, Stage
+from polar_deploy.stages.stage import TORCH, Stage, fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,10 +49,10 @@ def train(run: RunContext) -> tuple[nn.Module, Epoch | None]:
 def _fingerprint(run: RunContext) -> Fingerprint:
     training = run.settings.training
     if run.settings.full_weights is not None:
-        return fingerprint.of(
+        return fingerprint(
             run.basis | {"given": True, "train_on_validation": training.train_on_validation}, trained=True
         )
-    return fingerprint.of(run.basis | training.model_dump(mode="json", exclude=_GATED_ALONE), trained=True)
+    return fingerprint(run.basis | training.model_dump(mode="json", exclude=_GATED_ALONE), trained=True)
 
 
 def _given(run: RunContext) -> list[Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
     FULL_WEIGHTS,
     GATED_CHECKPOINT,
@@ -16,7 +15,7 @@ from polar_deploy.stages.artefacts import (
     GATES,
     LATENCY_TABLE,
 )
-from polar_deploy.stages.stage import TORCH, Stage
+from polar_deploy.stages.stage import TORCH, Stage, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from polar_deploy.devices import Chosen
     from polar_deploy.documents.latency_table import MeasuredTable
-    from polar_deploy.gating.choice import Measured
+    from polar_deploy.gating.choice import Limits, Measured
     from polar_deploy.gating.gates import Gates
     from polar_deploy.latency import LatencyTable
     from polar_deploy.stages.context import RunContext
@@ -84,11 +83,19 @@ def gates_on(run: RunContext, network: nn.Module, steps: int) -> Gates:
     )
 
 
+def limits(run: RunContext) -> Limits:
+    """The widths that layers may take."""
+    from polar_deploy.gating.choice import Limits
+
+    offers = run.device.offers if run.device else None
+    return Limits.of(run.analysis.choices.sites, run.settings.align, run.settings.gates.min_width, offers)
+
+
 def require_reachable(run: RunContext) -> None:
     """Raise UsageError where no sub-network is within the budgets. Latency counts where nothing has to be measured."""
     from polar_deploy.gating import budgets
 
-    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, known_latency(run))
+    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, known_latency(run))
 
 
 def known_latency(run: RunContext) -> LatencyTable | Chosen | None:
@@ -103,7 +110,7 @@ def require_measured_reachable(run: RunContext) -> None:
     """The same with latency, whose table is measured if need be; the run's folder has to be locked."""
     from polar_deploy.gating import budgets
 
-    budgets.require_reachable(run.analysis.choices, run.limits, run.budget, latency_table(run))
+    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, latency_table(run))
 
 
 def latency_table(run: RunContext) -> LatencyTable:
@@ -136,7 +143,7 @@ def _measured_table(run: RunContext) -> MeasuredTable:
     from polar_deploy.gating import budgets
 
     def likely(table: LatencyTable) -> list[dict[str, int]]:
-        return budgets.likely(run.analysis.choices, run.limits, run.budget, table)
+        return budgets.likely(run.analysis.choices, limits(run), run.budget, table)
 
     run.progress.stage("latency table")
     with _open_graph(run) as gated:
@@ -179,7 +186,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     if "latency" in run.budget:
         build = run.settings.build.model_dump(mode="json")
         depends_on |= {"target": run.target.name, "batch": run.settings.accept.batch, "build": build}
-    return fingerprint.of(run.basis | depends_on, trained=True)
+    return fingerprint(run.basis | depends_on, trained=True)
 
 
 def _table_fingerprint(run: RunContext) -> Fingerprint:
@@ -192,7 +199,7 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
         {name: spec.shape for name, spec in ends.items()} for ends in (run.task.inputs, run.task.outputs)
     ]
     here = {"machine": machine.describe().as_json(), "target": targets.identity(run.target)}
-    return fingerprint.of({**settings, "batch": run.settings.accept.batch, "here": here})
+    return fingerprint({**settings, "batch": run.settings.accept.batch, "here": here})
 
 
 def _given(run: RunContext) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
     BUNDLE,
     COMPRESSED_GRAPH,
@@ -16,7 +15,7 @@ from polar_deploy.stages.artefacts import (
     REFERENCE,
     WORST_SAMPLES,
 )
-from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.documents.parity import Compared
@@ -74,7 +73,7 @@ def _fingerprint(run: RunContext) -> Fingerprint:
     # What was measured on one machine, or could not run on it, says nothing about another.
     machine_here, lacks = machine.describe().as_json(), targets.lacks_to_run(run.target)
     here = {"machine": machine_here, **targets.identity(run.target), "lacks": lacks}
-    return fingerprint.of(settings | {"data": run.data.fingerprint(), "here": here})
+    return fingerprint(settings | {"data": run.data.fingerprint(), "here": here})
 
 
 def _decided(run: RunContext) -> bool:

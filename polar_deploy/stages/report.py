@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import (
     BUILD,
     FULL_LOG,
@@ -19,7 +18,7 @@ from polar_deploy.stages.artefacts import (
     SURGERY,
     WORST_SAMPLES,
 )
-from polar_deploy.stages.stage import Stage
+from polar_deploy.stages.stage import Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -38,7 +37,7 @@ def _run(run: RunContext) -> None:
 def _fingerprint(run: RunContext) -> Fingerprint:
     from polar_deploy.config import LOCAL_PATHS
 
-    return fingerprint.of(run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
+    return fingerprint(run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
 
 
 STAGE = Stage(

@@ -1,4 +1,15 @@
-"""A stage: what it reads and writes, when it has to run again, and the function that does it."""
+"""A stage: what it reads and writes, when it has to run again, and the function that does it.
+
+Its fingerprint is what it follows from besides the files that it reads: one hash, for stamps, for checkpoints and for
+latency tables. The rule for a new version of polar_deploy on the folder of an old one:
+
+- What takes minutes (export, surgery, build, parity, bundle, report) is made again, by the new version: where surgery
+  was mended, nobody goes on with what the old one cut.
+- What takes hours (full, gates) stays, and a half-trained network goes on from its checkpoint: weights are judged by
+  parity, whoever trained them. It is trained again only where `TRAINING` was raised: what releases before trained is
+  wrong, not merely less good. The changelog says so, and the stage says that it begins again.
+- A latency table is measured again, unless a half-trained network was chosen by it: its budget shall not move.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_deploy import __version__
 from polar_deploy.errors import UsageError
+from polar_deploy.workspace import Fingerprint, digest
 
 if TYPE_CHECKING:
     from polar_deploy.stages.artefacts import Artefact
     from polar_deploy.stages.context import RunContext
-    from polar_deploy.workspace import Fingerprint
 
 TORCH = (("torch", "train"), ("torchvision", "train"), ("safetensors", "train"))
 ONNXRUNTIME = (("onnxruntime", "ort"),)
+TRAINING = 1  # raised when weights, gates or checkpoints of releases before must not be used any more
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,14 @@ def _with_data(paths: list[Path]) -> list[Path]:
     from polar_deploy import onnx_files  # not above: with numpy, and help shall answer at once
 
     return onnx_files.with_data(paths)
+
+
+def fingerprint(depends_on: object, *, trained: bool = False) -> Fingerprint:
+    """The fingerprint of a result.
+
+    Args:
+        depends_on: settings, data and machine that it depends on, as plain JSON.
+        trained: whether it is trained, and so outlives a new version.
+    """
+    program = f"training {TRAINING}" if trained else f"polar_deploy {__version__}"
+    return Fingerprint(digest(depends_on), program)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_deploy.stages import fingerprint
 from polar_deploy.stages.artefacts import COMPRESSED_GRAPH, FULL_GRAPH, GATED_GRAPH, SURGERY
-from polar_deploy.stages.stage import ONNXRUNTIME, Stage
+from polar_deploy.stages.stage import ONNXRUNTIME, Stage, fingerprint
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -23,7 +22,7 @@ def _run(run: RunContext) -> None:
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:
-    return fingerprint.of(run.budget)
+    return fingerprint(run.budget)
 
 
 STAGE = Stage(

@@ -10,7 +10,7 @@ import pytest
 from polar_deploy import recipes
 from polar_deploy.progress import Progress
 from polar_deploy.settings import GROUPS, every
-from polar_deploy.stages import NAMES, STAGES, fingerprint, gates
+from polar_deploy.stages import NAMES, STAGES, gates, stage
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.resolve import resolve
 from tests.conftest import ROOT
@@ -194,7 +194,7 @@ def test_a_new_version_makes_again_what_takes_minutes(
     before: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = gates._table_fingerprint(context(tmp_path))
-    monkeypatch.setattr(fingerprint, "__version__", "9.9.9")
+    monkeypatch.setattr(stage, "__version__", "9.9.9")
     newer = context(tmp_path)
     assert changed(before, fingerprints(newer)) == {"export", "surgery", "build", "parity", "bundle", "report"}
     assert gates._table_fingerprint(newer) != table
@@ -203,12 +203,12 @@ def test_a_new_version_makes_again_what_takes_minutes(
 def test_training_is_made_again_only_where_that_is_said(
     before: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "TRAINING", fingerprint.TRAINING + 1)
+    monkeypatch.setattr(stage, "TRAINING", stage.TRAINING + 1)
     assert changed(before, fingerprints(context(tmp_path))) == {"full", "gates"}
 
 
 def test_the_version_is_that_of_the_package() -> None:
     import polar_deploy
 
-    assert fingerprint.of({}).program == f"polar_deploy {polar_deploy.__version__}"
+    assert stage.fingerprint({}).program == f"polar_deploy {polar_deploy.__version__}"
     assert f'__version__ = "{polar_deploy.__version__}"' in (ROOT / "polar_deploy/__init__.py").read_text()

@@ -10,7 +10,7 @@ import pytest
 from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.engines import table
 from polar_deploy.progress import Progress
-from polar_deploy.stages import NAMES, fingerprint
+from polar_deploy.stages import NAMES, stage
 from tests.conftest import MINIATURE, Miniature, Outcome, contents, polar
 from tests.support.kills import differences
 from tests.test_latency_budget import TINY
@@ -19,7 +19,7 @@ from tests.test_latency_budget import _measured as measured_table
 
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the program is another version."""
-    monkeypatch.setattr(fingerprint, "__version__", "9.9.9")
+    monkeypatch.setattr(stage, "__version__", "9.9.9")
 
 
 def interrupted(stage: str, *arguments: object) -> Outcome:
@@ -77,7 +77,7 @@ def test_a_network_that_is_trained_otherwise_now_begins_again_and_says_so(
 ) -> None:
     folder = miniature.copy(tmp_path / "run", *NAMES[1:])
     assert interrupted("gates", *MINIATURE, "--out", folder).code == 130
-    monkeypatch.setattr(fingerprint, "TRAINING", 2)
+    monkeypatch.setattr(stage, "TRAINING", 2)
     outcome = polar(*MINIATURE, "--out", folder, "--until", "gates")
     assert outcome.ran == ["full", "gates"]
     assert "full: made anew, what is there is by training 1 and not training 2" in outcome.err
