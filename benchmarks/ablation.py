@@ -24,10 +24,10 @@ import torch
 from benchmarks import floors
 from benchmarks.common import write_result
 from polar_deploy import engines, export, models, recipes
-from polar_deploy.config import ResolvedSettings
 from polar_deploy.engines import timing
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.stages import gates as gates_stage
 from polar_deploy.stages.artefacts import LATENCY_TABLE
 from polar_deploy.stages.context import RunContext

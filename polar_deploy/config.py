@@ -1,7 +1,7 @@
 """What a run is: one frozen, validated tree of settings. `polar_deploy.recipes` reads and writes it.
 
 `Settings` are what somebody asked for, where None leaves a choice to the data set, the target or the machine.
-`ResolvedSettings` are the same with these choices made (`polar_deploy.stages.resolve`): what a run works with.
+`polar_deploy.resolved` has the same with these choices made: what a run works with.
 
 Each setting is declared once, here: type, range, default, and in `About` what people are told of it. The options of
 the command line, `polar-deploy settings` and the messages about wrong values are made of that.
@@ -365,35 +365,3 @@ class Settings(_Frozen):
     def latency_is_measured(self) -> bool:
         """Whether a latency table tells what a latency budget limits; else the device's file does."""
         return self.device is None or self.latency_table is not None
-
-
-# --------------------------------------------------------------------------- with all that was left open decided
-
-
-class ResolvedTraining(Training):
-    """Training with every default filled in."""
-
-    epochs: Count
-    full_epochs: Count
-    batch_size: BatchSize
-    gated_lr: Positive
-    flip: bool
-    crop_padding: CountOrNone
-    crop_scale: PositiveShare
-
-
-class ResolvedGates(Gates):
-    """Gates with both ends of their closing known."""
-
-    close_from: Share
-    freeze_at: PositiveShare
-
-
-class ResolvedSettings(Settings):
-    """Settings of which nothing is left to be decided; what is still None is off, or not given."""
-
-    data: str
-    budget: Budget
-    align: Channels
-    training: ResolvedTraining
-    gates: ResolvedGates

@@ -25,7 +25,7 @@ from polar_deploy.tensors import count
 from polar_deploy.workspace import atomic_folder, sha256, write_json
 
 if TYPE_CHECKING:
-    from polar_deploy.config import ResolvedSettings
+    from polar_deploy.resolved import ResolvedSettings
     from polar_deploy.tasks import Data
 
 

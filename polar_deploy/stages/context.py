@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from polar_deploy.devices import Chosen
     from polar_deploy.export import Example
     from polar_deploy.gating.analysis import Analysis
-    from polar_deploy.config import ResolvedSettings
+    from polar_deploy.resolved import ResolvedSettings
     from polar_deploy.stages.distributed import Team
     from polar_deploy.tasks import Data, Task
     from polar_deploy.tasks.data import Indices

@@ -117,8 +117,8 @@ def follow() -> int:
 
 def _train(store: Store, told: dict[str, Any]) -> None:
     """Take part in the training of a stage; what the first process has ended by itself is no error here."""
-    from polar_deploy.config import ResolvedSettings
     from polar_deploy.progress import Progress
+    from polar_deploy.resolved import ResolvedSettings
     from polar_deploy.stages import full, gates
     from polar_deploy.stages.artefacts import LATENCY_TABLE
     from polar_deploy.stages.context import RunContext

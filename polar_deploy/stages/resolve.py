@@ -8,8 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from polar_deploy import targets, tasks
-from polar_deploy.config import CLOSING, Budget, ResolvedSettings, Settings
+from polar_deploy.config import CLOSING, Budget, Settings
 from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.stages.artefacts import GATES
 from polar_deploy.workspace import read_json
 

@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polar_deploy import recipes
-from polar_deploy.config import ResolvedSettings, Settings
+from polar_deploy.config import Settings
 from polar_deploy.errors import UsageError, first_line
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.settings import GROUPS
 from polar_deploy.stages.resolve import choose_target, default_folder, resolve
 

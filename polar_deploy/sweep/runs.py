@@ -26,8 +26,8 @@ from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.runner import is_current, run_stages
 
 if TYPE_CHECKING:
-    from polar_deploy.config import ResolvedSettings
     from polar_deploy.progress import Progress
+    from polar_deploy.resolved import ResolvedSettings
     from polar_deploy.stages.stage import Stage
     from polar_deploy.sweep.plan import Planned
 

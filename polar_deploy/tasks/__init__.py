@@ -46,7 +46,8 @@ from polar_deploy.tasks.task import Batch, Task, Tensors
 from polar_deploy.tensors import Arrays, TensorSpec
 
 if TYPE_CHECKING:
-    from polar_deploy.config import ResolvedSettings, Settings
+    from polar_deploy.config import Settings
+    from polar_deploy.resolved import ResolvedSettings
 
 __all__ = [
     "BUILT_IN",

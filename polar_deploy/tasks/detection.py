@@ -27,7 +27,8 @@ from polar_deploy.tensors import Arrays, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_deploy.config import ResolvedSettings, Settings
+    from polar_deploy.config import Settings
+    from polar_deploy.resolved import ResolvedSettings
 
 NAME, INPUT = "detection", "input"
 BOXES, LABELS, CROWD = "boxes", "labels", "crowd"  # targets

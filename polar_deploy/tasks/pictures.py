@@ -19,7 +19,8 @@ from polar_deploy.tasks.data import Data, Samples
 from polar_deploy.tasks.defaults import Defaults
 
 if TYPE_CHECKING:
-    from polar_deploy.config import ResolvedSettings, Settings
+    from polar_deploy.config import Settings
+    from polar_deploy.resolved import ResolvedSettings
 
 _STEPS, _BATCH = 4, 16  # of an epoch at least, however small the folder; and samples in a step at most
 

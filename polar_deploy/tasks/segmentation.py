@@ -26,7 +26,8 @@ from polar_deploy.tensors import Arrays, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_deploy.config import ResolvedSettings, Settings
+    from polar_deploy.config import Settings
+    from polar_deploy.resolved import ResolvedSettings
 
 # As torchvision's networks have it: a dictionary with "out" and, while they train, "aux".
 NAME, INPUT, OUTPUT, AUXILIARY, TARGET = "segmentation", "input", "out", "aux", "mask"

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polar_deploy.config import ResolvedSettings
 from polar_deploy.data import dali
 from polar_deploy.data.crops import DRAWS, resized_crop
 from polar_deploy.data.dataset import Indices, Pixels
@@ -29,6 +28,7 @@ from polar_deploy.data.pictures import LazyImages, PictureCache
 from polar_deploy.data.threads import parallel
 from polar_deploy.gating import processes
 from polar_deploy.limits import available_memory
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.tasks import Arrays, Batch, Samples
 from polar_deploy.tasks.classification import INPUT, TARGET
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polar_deploy.config import ResolvedSettings
 from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.gating import processes
 from polar_deploy.progress import Progress
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.tasks import Batch, Statistics, Task, Tensors
 from polar_deploy.training import checkpoint
 from polar_deploy.training.batches import Batches

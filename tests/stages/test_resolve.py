@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from polar_deploy import recipes
-from polar_deploy.config import Budget, ResolvedSettings, Settings
+from polar_deploy.config import Budget, Settings
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.stages.resolve import choose_target, default_folder, resolve
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from polar_deploy import config
-from polar_deploy.config import Budget, Normalize, ResolvedSettings
+from polar_deploy.config import Budget, Normalize
 from polar_deploy.documents.training_log import Epoch
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.gates import Gates
 from polar_deploy.progress import Progress
+from polar_deploy.resolved import ResolvedGates, ResolvedSettings, ResolvedTraining
 from polar_deploy.tasks import Batch
 from polar_deploy.tasks.classification import classifier
 from polar_deploy.training.batches import ImageBatches
@@ -62,8 +62,8 @@ def settings(
         model="tiny",
         data="made up",
         normalize=NORMALIZE,
-        training=config.ResolvedTraining(**{**trained, **augmented, **(training or {})}),
-        gates=config.ResolvedGates(**{"close_from": 0.05, "freeze_at": 0.5} | (gates or {})),
+        training=ResolvedTraining(**{**trained, **augmented, **(training or {})}),
+        gates=ResolvedGates(**{"close_from": 0.05, "freeze_at": 0.5} | (gates or {})),
         **held,
     )
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polar_deploy.config import ResolvedSettings
+from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.training import loop
 from polar_deploy.training.batch_norm import of_whole_batch
 from polar_deploy.training.checkpoint import State
