@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from onnx import helper, numpy_helper
 
 from polar_deploy.surgery import compress
+from polar_deploy.surgery.ops import table
 from tests.surgery.graphs import Net, constant, cut, names, operators, weight
 
 
-def test_an_unknown_operator_is_a_wall() -> None:
+def test_an_unknown_operator_is_a_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(table(), "Trilu", raising=False)  # whoever teaches surgery this one need not change the test
     net = Net()
     x = net.gate(net.relu(net.conv("input", 6, "one"), "act"), [0, 1], "gate")
     x = net.node("Trilu", [x], "triangle")
