@@ -212,7 +212,8 @@ def _flatten(g: RandomGraph, x: str) -> str:
     """Flatten, then Gemm: several columns a channel."""
     width, (height, across) = g.width[x], g.space[x]
     if height * across > 36:
-        x, height, across = g.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), height // 2, across // 2
+        height, across = height // 2, across // 2
+        x = g.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], space=(height, across))
     flat = g.op("Flatten", x, axis=1)
     hidden = g.gemm_of(flat, width * height * across, width)
     return g.merge(g.images[-1] if g.width[g.images[-1]] == width else x, g.as_image(g.act(hidden), width))
