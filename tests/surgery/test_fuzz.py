@@ -19,7 +19,7 @@ from polar_deploy.surgery import Surgery, compress
 from polar_deploy.surgery.ops import table
 from polar_deploy.surgery.verify import largest_difference
 from tests.surgery.entries import ABSENT, ENTRIES, STEPS
-from tests.surgery.graphs import TOLERANCE, Array, cut, run
+from tests.surgery.graphs import TOLERANCE, Array, How, cut, run
 from tests.surgery.random_graphs import random_graphs, text
 
 GRAPHS = 40
@@ -97,18 +97,18 @@ def judged(model: onnx.ModelProto) -> Surgery:
         large = any(dim.dim_param == "height" for dim in model.graph.input[0].type.tensor_type.shape.dim)
         if not large and not STEPS & kinds:
             raise
-    surgery, batches, by_reference = compress(model, verify=False), (3, 4, 6), "QLinearMatMul" in kinds
+    surgery, batches = compress(model, verify=False), (3, 4, 6)
+    how: How = "reference" if "QLinearMatMul" in kinds else "plain"
     differences = [
-        largest_difference(*(_outputs(each, batch, by_reference) for each in (model, surgery.model)))
-        for batch in batches
+        largest_difference(*(_outputs(each, batch, how) for each in (model, surgery.model))) for batch in batches
     ]
     assert sorted(differences)[1] <= TOLERANCE, f"outputs differ by {differences} at batch sizes {batches}"
     return surgery
 
 
-def _outputs(model: onnx.ModelProto, batch: int, by_reference: bool) -> dict[str, Array]:
+def _outputs(model: onnx.ModelProto, batch: int, how: How) -> dict[str, Array]:
     names = [value.name for value in model.graph.output]
-    return dict(zip(names, run(model, batch, by_reference=by_reference), strict=True))
+    return dict(zip(names, run(model, batch, how=how), strict=True))
 
 
 def fuzz(
