@@ -16,6 +16,9 @@ Percentiles = Literal["p90", "p95", "p99", "p99.9"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Reason = Annotated[str, Field(min_length=1)]
 
+NOISE = 0.02  # share by which two copies of one engine may differ on a quiet machine
+LOUD = 3  # how often noise above that counts: what they differ by is one draw, and the engines' copies are others
+
 EXIT_CODES: dict[Result, int] = {"pass": 0, "fail": 1, "undecided": 5}
 
 
@@ -231,9 +234,9 @@ class Round(RoundFigures):
         """The speed-up, its interval widened by as much as two copies of one engine may differ here.
 
         That is the end of the control's interval which is farther from 1: what the machine, and not the engine, may
-        have added to the ratio.
+        have added to the ratio. On a machine that is not quiet it counts `LOUD` times.
         """
-        bias = max(self.control.high, 1 / self.control.low, 1.0)
+        bias = max(self.control.high, 1 / self.control.low, 1.0) ** (1 if self.noise <= NOISE else LOUD)
         return Interval(self.speedup.median, self.speedup.low / bias, self.speedup.high * bias)
 
     @property
@@ -246,7 +249,7 @@ class BatchLatency(Part):
     """One batch size.
 
     Attributes:
-        decided: whether the machine was quiet enough.
+        decided: whether the machine was quiet, or the engines differ by far more than it may have made.
         different: the interval excludes a tie, and the ratio is off 1 by more than 2 %.
         chosen: index of the round that counts.
         energy_mj: of one inference; None where the device does not count it.

@@ -16,7 +16,6 @@ import pytest
 from polar_deploy import data, recipes
 from polar_deploy.bundle.manifest import Manifest
 from polar_deploy.documents import part
-from polar_deploy.engines import timing
 from tests.conftest import ROOT, Miniature, Outcome, contents, polar
 from tests.support.bundle_commands import bundle, manifest
 from tests.support.schemas import schema, valid
@@ -164,10 +163,7 @@ def test_what_is_not_known_of_the_training_is_not_told(miniature: Miniature, tmp
     assert told["seed"] == 0
 
 
-def test_the_bundle_of_an_earlier_verdict_is_gone(
-    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timing.Timing, "decided", True)  # however busy this machine is
+def test_the_bundle_of_an_earlier_verdict_is_gone(miniature: Miniature, tmp_path: Path) -> None:
     run = miniature.copy(tmp_path / "run")
     command = ("--recipe", miniature.folder / "run.yaml", "--out", run, "--min-speedup", "100")
     assert polar(*command, "--until", "parity").code == 1

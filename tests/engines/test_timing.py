@@ -164,7 +164,12 @@ def test_noise_shared_by_all_engines_cancels() -> None:
     assert best.full.iqr_ms == 3.0
 
 
-def test_bad_control_is_measured_five_times_and_never_decides() -> None:
+@pytest.mark.parametrize(
+    ("milliseconds", "decided"), [(1.0, True), (1.45, True), (1.55, False), (2.75, True), (2.6, False)]
+)
+def test_a_bad_control_is_measured_five_times_and_counts_three_times(milliseconds: float, decided: bool) -> None:
+    """Copies differ by 1.1, so that up to 1.1 ** 3 = 1.33 may be the machine's doing."""
+
     class Uneven(TimedEngine):
         """Every other copy takes 2.2 ms, the rest 2.0 ms."""
 
@@ -173,11 +178,13 @@ def test_bad_control_is_measured_five_times_and_never_decides() -> None:
         def duplicate(self) -> TimedEngine:
             return TimedEngine(steady(2.0 if next(self.copies) % 2 else 2.2))
 
-    result = compare(Uneven(steady(2.0)), TimedEngine(steady(1.0)), IMAGES)
+    result = compare(Uneven(steady(2.0)), TimedEngine(steady(milliseconds)), IMAGES)
     assert len(result.rounds) == 5
-    assert not result.decided
-    assert not result.different
+    assert (result.decided, result.different) == (decided, decided)
     assert result.best.noise == pytest.approx(1 - 1 / 1.1)
+    low, high = 2 / milliseconds / 1.1**3, 2 / milliseconds * 1.1**3
+    found = result.best.speedup_with_noise
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
 
 
 class Copies(TimedEngine):
