@@ -262,6 +262,15 @@ class Graph:
         copy_annotations(source.graph, graph)
         return replace(self._detached, model=model, arrays=arrays)
 
+    def release(self) -> None:
+        """Takes nodes and tensors apart, which hold on to each other."""
+        for node in self.original_nodes:
+            node.inputs.clear()
+            node.outputs.clear()
+        for tensor in self._tensors.values():
+            tensor.inputs.clear()
+            tensor.outputs.clear()
+
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
         import onnx
 

@@ -80,7 +80,10 @@ class Operation:
         after = self.before if done[-1].model is seen else done[-1].model
         path = self.write(after)
         proof = self._prove(after, path) if self.verify else None
-        return after, report.build(done, self.before, proof)
+        told = report.build(done, self.before, proof)
+        for each in done:
+            each.release()
+        return after, told
 
     def _prove(self, after: DetachedModel, path: Path) -> Proof | str:
         """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""

@@ -36,6 +36,12 @@ class Round:
         graph = self.facts.graph  # has left Constant nodes behind, which a model keeps where nothing else is changed
         return [graph.label(node) for node in (graph.nodes if graph.is_changed else graph.original_nodes)]
 
+    def release(self) -> None:
+        """Takes facts and graph apart, once the report is written: Python need not search them for garbage."""
+        self.facts.graph.release()
+        self.facts.steps.clear()
+        self.facts.alive.clear()
+
     @property
     def needs_another_round(self) -> bool:
         """Whether the cut has left more to do: facts that hold only now."""
