@@ -47,6 +47,11 @@ def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
 def merge(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
     """Write parameters and buffers of `small` into their places in `model`; see `Gates.merge`."""
     tensors, learned = own_tensors(model), own_tensors(small)
+    if strange := sorted(learned.keys() - tensors.keys()):
+        raise UsageError(
+            f"{type(small).__name__} has {strange[0]}, which {type(model).__name__} has not",
+            "merge what `cut` made of this model itself, not what compiles, averages or distributes it",
+        )
     known = _by_tensor(model, slices(_closed(analysis, opened), set(tensors)))
     for name, tensor in tensors.items():
         value = learned.get(name)
@@ -221,20 +226,38 @@ def _absent(
     return Absent(module, (axis_in, given[axis_in]), ends)
 
 
+def _follow(network: nn.Module) -> list[str]:
+    """The paths of the modules that have begun and not ended, the innermost last, as long as the network is run."""
+    inside: list[str] = []
+    for path, module in network.named_modules():
+
+        def begin(module: nn.Module, args: object, path: str = path) -> None:
+            inside.append(path)
+
+        def end(module: nn.Module, args: object, output: object) -> None:
+            inside.pop()
+
+        module.register_forward_pre_hook(begin, prepend=True)
+        module.register_forward_hook(end)
+    return inside
+
+
 @torch.no_grad()
 def _require_equal(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
     """Raise ContentError where gated and cut network differ in float64."""
     example = noise(analysis.example.to(device_of(model)), torch.float64)
-    gated, ours = copy.deepcopy(model).double(), copy.deepcopy(small).double()
+    gated, ours = masking.copied(model).double(), masking.copied(small).double()
     masking.write(gated, analysis, torch.from_numpy(opened).double())
     outputs = []
     for network in (gated, ours):
+        inside = _follow(network)
         with evaluating(network):
             try:
                 made = network(*example.args, **example.kwargs)
             except Exception as error:  # whatever a forward that counts on its widths raises
                 why = f"{type(error).__name__}: {first_line(error)}"
-                raise ContentError(f"{type(model).__name__} cannot be cut as a module: {why}", _DEPLOY) from error
+                where = f"{type(model).__name__} cannot be cut as a module: {why}, in {inside[-1] or 'its own forward'}"
+                raise ContentError(where, _DEPLOY) from error
         outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)])
     for one, other in zip(*outputs, strict=True):
         off = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.shape == other.shape else 1.0

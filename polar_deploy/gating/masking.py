@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from polar_deploy.errors import UsageError
 from polar_deploy.export import device_of
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Place
@@ -110,7 +111,7 @@ class MaskInput(_Masking):
             if torch.compiler.is_dynamo_compiling():
                 _note_compiled()
             return self._with(args, self._product(x, mask))
-        vars(module).pop("weight", None)  # after an interrupt no hook is called: it would still be there
+        _take_back(module)  # after an interrupt no hook is called: it would still be there
         replaced = self._heard(module, x, mask) if _listeners else None
         if replaced is not None:
             return self._with(args, replaced)
@@ -128,7 +129,12 @@ class MaskInput(_Masking):
 
 def restore_weight(module: nn.Module, args: object, output: object) -> None:
     """Forward hook, called after errors too: takes back the weight that `MaskInput` put in place."""
-    vars(module).pop("weight", None)
+    _take_back(module)
+
+
+def _take_back(module: nn.Module) -> None:
+    if "weight" in module._parameters:  # else it is not ours: old weight norms and pruning keep theirs in this place
+        vars(module).pop("weight", None)
 
 
 class MaskOutput(_Masking):
@@ -165,6 +171,7 @@ def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -
     """Put open masks on the modules of `places`, each once; returns the handles that take the hooks away again."""
     handles: list[RemovableHandle] = []
     device = device_of(network)
+    require_layers(network, places)
     seen: set[tuple[str, bool]] = set()
     for place, width in zip(places, widths, strict=True):
         if (place.module, place.argument is None) in seen:
@@ -181,6 +188,17 @@ def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -
     return handles
 
 
+def require_layers(network: nn.Module, places: Sequence[Place]) -> None:
+    """Raise UsageError where a network lacks a module that is to carry a mask."""
+    known = {path for path, _ in network.named_modules()}
+    for place in places:
+        if place.module not in known:
+            raise UsageError(
+                f"the analysis has a layer {place.module}, which {type(network).__name__} has not",
+                "analyse this network, or leave `analysis` out",
+            )
+
+
 def detach(network: nn.Module, places: Sequence[Place], handles: Sequence[RemovableHandle]) -> None:
     """Take hooks and masks off again."""
     for handle in handles:
@@ -190,11 +208,20 @@ def detach(network: nn.Module, places: Sequence[Place], handles: Sequence[Remova
         network.get_submodule(place.module)._non_persistent_buffers_set.discard(buffer(place))
 
 
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy, which PyTorch refuses where a module keeps something that was computed, such as its attention."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        _take_back(module)
+        for held in torch.utils._pytree.tree_leaves(vars(module)):
+            if isinstance(held, Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
+    return copy.deepcopy(network, memo)
+
+
 def stripped(network: nn.Module) -> nn.Module:
     """A copy of a network without masks and their hooks."""
-    for module in network.modules():
-        vars(module).pop("weight", None)  # see `MaskInput`; it cannot be copied
-    bare = copy.deepcopy(network)
+    bare = copied(network)
     for module in bare.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -215,7 +242,7 @@ def write(network: nn.Module, analysis: Analysis, values: Tensor) -> None:
     """
     known = torch.cat([values, values.new_ones(1)])  # `NEVER` is the last one
     for place, gates in zip(analysis.places, analysis.gate_of(values.device), strict=True):
-        mask = getattr(network.get_submodule(place.module), buffer(place))
+        mask = _mask(network, place)
         value = known[gates].to(mask).reshape(mask.shape)
         if not torch.equal(mask, value):
             mask.copy_(value)
@@ -223,7 +250,27 @@ def write(network: nn.Module, analysis: Analysis, values: Tensor) -> None:
 
 def read(network: nn.Module, places: Sequence[Place]) -> list[Tensor]:
     """The masks of `network` as they stand."""
-    return [getattr(network.get_submodule(place.module), buffer(place)).clone() for place in places]
+    return [_mask(network, place).clone() for place in places]
+
+
+def _mask(network: nn.Module, place: Place) -> Tensor:
+    try:
+        return network.get_submodule(place.module).get_buffer(buffer(place))
+    except AttributeError as error:
+        raise UsageError(
+            f"{type(network).__name__} has no mask on {place.module}",
+            "use the network that has the gates, or a copy of it, with its layers as they were, and before `detach`",
+        ) from error
+
+
+def require_bare(network: nn.Module) -> None:
+    """Raise UsageError where a network has masks: a second one on the same channels would not be counted."""
+    for path, module in network.named_modules():
+        if INPUT in module._buffers or OUTPUT in module._buffers:
+            raise UsageError(
+                f"{type(network).__name__} has gates already, on {path or 'itself'}",
+                "call `detach` of those, or make the network anew",
+            )
 
 
 def buffer(place: Place) -> str:

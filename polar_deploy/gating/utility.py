@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
 
 LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
@@ -68,9 +69,14 @@ class Observer:
     def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
         """The masked activations [B, ...], whose gradient will be looked at; see `masking.Listener`."""
         gates = self._gate_of.get((id(module), name))
-        if gates is None or not self._passes or not torch.is_grad_enabled() or not x.requires_grad:
+        if gates is None or not self._passes or not torch.is_grad_enabled():
             return None
-        masked = x * mask.to(x.dtype)
+        factor = mask.to(x.dtype)
+        if not x.requires_grad:  # behind frozen layers, whose gates are worth something, too
+            if not x.is_floating_point():
+                return None
+            factor = factor.detach().clone().requires_grad_()
+        masked = x * factor
         now, held = self._passes[-1], x.detach()
         masked.register_hook(lambda gradient: now.add(held, gradient, gates, axis))  # type: ignore[no-untyped-call]
         return masked
@@ -89,6 +95,14 @@ class Observer:
             self.observations += 1
             weight = max(1.0 / self.observations, LEAST_WEIGHT)
             self.utility = torch.lerp(self.utility, (utility / total).to(self.utility), weight)
+
+    def require_observed(self, steps: int) -> None:
+        """Raise UsageError where no gate was ever seen: whatever is closed then is arbitrary."""
+        if not self.observations:
+            raise UsageError(
+                f"no gate has seen a gradient in {steps} steps",
+                "in each step, call the model that was given to Gates, then backward of a loss, then Gates.step",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned."""

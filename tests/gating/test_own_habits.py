@@ -1,0 +1,74 @@
+"""What networks and loops do that has nothing to do with gates: other hooks, frozen layers, things kept for later."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
+
+from polar_deploy import Gates
+from polar_deploy.gating import masking
+from polar_deploy.gating.places import Place
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm, pruned])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # weight_norm is the old one, which many networks still have
+def test_weights_that_other_hooks_make_are_left_to_them(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """They stand where a masked weight stands for the time of a call."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), wrap(nn.Conv2d(6, 4, 3))).eval()
+    x, place = torch.randn(2, 3, 8, 8), Place("2", 0, 1, 4)
+    before = model(x)
+    handles = masking.attach(model, [place], [6])
+    torch.testing.assert_close(model(x), before)
+    masking.write(model, [place], [torch.tensor([1.0, 0, 1, 1, 0, 1])])
+    with torch.no_grad():
+        model[0].weight[[1, 4]], model[0].bias[[1, 4]] = 0, 0
+    masked = model(x)
+    masked.square().mean().backward()
+    copied = masking.copied(model)
+    masking.detach(model, [place], handles)
+    torch.testing.assert_close(masked, model(x))
+    torch.testing.assert_close(copied(x), masked)
+
+
+def test_what_a_module_keeps_does_not_keep_it_from_being_cut() -> None:
+    """PyTorch copies no tensor with a gradient behind it, such as the activations of the last pass."""
+
+    class Keeping(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = [super().forward(x)]
+            return self.kept[0]
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), Keeping(), nn.Conv2d(16, 4, 3))
+    gates = Gates(model, EXAMPLE, rehearse=0)
+    model(torch.randn(2, 3, 8, 8)).mean().backward()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    gates.freeze()
+    assert gates.cut()[0].out_channels == 8
+    assert model[1].kept[0].requires_grad
+
+
+def test_gates_behind_frozen_layers_are_worth_something() -> None:
+    """No gradient of a parameter is needed there, but the gates' own: else whatever is frozen would be closed first."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3), nn.ReLU(inplace=True))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    gates = Gates(model, EXAMPLE, rehearse=0)
+    model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    gates.step()
+    assert all(float(gates.utility[site.gates.start : site.gates.stop].sum()) > 0.05 for site in gates.sites)
+    assert model[0].weight.grad is None
