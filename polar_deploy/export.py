@@ -229,6 +229,7 @@ def _captured(network: nn.Module, example: Example) -> torch.onnx.ONNXProgram:
 def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.ONNXProgram:
     """One try of the exporter, which prints its progress to stdout; that belongs to results."""
     shapes = _shapes(network, example.dynamic() if dynamic else None)
+    args = example.args if example.kwargs else (*example.args, {})  # it takes a dictionary at the end for named ones
     with contextlib.ExitStack() as stack:
         for state in (_constant(network), evaluating(network), _FourAxes(), warnings.catch_warnings()):
             stack.enter_context(state)
@@ -236,7 +237,7 @@ def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
-            example.args,
+            args,
             kwargs=dict(example.kwargs),
             dynamic_shapes=shapes,
             opset_version=OPSET,

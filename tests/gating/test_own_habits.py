@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,23 @@ def test_gates_behind_frozen_layers_are_worth_something() -> None:
     gates.step()
     assert all(float(gates.utility[site.gates.start : site.gates.stop].sum()) > 0.05 for site in gates.sites)
     assert model[0].weight.grad is None
+
+
+class ByName(nn.Module):
+    """One argument, a dictionary of tensors, as data loaders give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.two(torch.relu(self.one(batch["x"]))) * batch["scale"]
+
+
+def test_a_dictionary_can_be_an_argument(tmp_path: Path) -> None:
+    """The exporter takes one at the end for named arguments."""
+    model, example = ByName(), {"x": torch.randn(2, 6), "scale": torch.randn(2, 1)}
+    gates = Gates(model, (example,), rehearse=1)
+    gates.freeze()
+    gates.export(tmp_path / "gated.onnx")
+    torch.testing.assert_close(gates.cut()(example), model(example))
