@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
@@ -51,14 +52,27 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
     """Find the gates of a network; it is run and exported in evaluation mode, and left as it was.
 
     Args:
-        ignore: patterns (`head*`) of the paths of modules whose input and output get no mask.
+        ignore: patterns (`head*`) of the paths of modules whose input and output get no mask, nor what is inside.
         blocks: whether residual branches get gates.
 
     Raises:
         ContentError: PyTorch cannot export the network.
-        UsageError: there is no gate in it.
+        UsageError: there is no gate in it, or nothing in it to ignore, or it has no parameters in float32.
     """
     example = example.to(export.device_of(network))
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
+    for pattern in ignore:
+        if not any(fnmatchcase(path, pattern) for path, _ in network.named_modules()):
+            raise UsageError(
+                f"ignore={pattern!r} fits no module of {type(network).__name__}",
+                "give paths as in named_modules(), or patterns of them such as 'head*'",
+            )
+    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+    if kinds and torch.float32 not in kinds:
+        raise UsageError(
+            f"the parameters of {type(network).__name__} are {min(map(str, kinds))}",
+            "put gates on it in float32: autocast can compute in less",
+        )
     blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
     made = choices.find(blank, found.masks, found.name_of)

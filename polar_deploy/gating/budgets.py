@@ -63,14 +63,15 @@ def asked(budget: float | str | Mapping[str, float]) -> dict[str, float]:
         UsageError: there is none, a cost that is not known, or a share out of range.
     """
     shares = parse_budget(budget).asked() if isinstance(budget, str) else budget
-    shares = {"macs": float(shares)} if isinstance(shares, (int, float)) else {k: float(v) for k, v in shares.items()}
+    given: Mapping[str, object] = shares if isinstance(shares, Mapping) else {"macs": shares}
+    numbers = {name: float(share) for name, share in given.items() if isinstance(share, (int, float, np.floating))}
     known = ("macs", "params", "latency")
-    for name, share in shares.items():
-        if name not in known or not 0 < share < 1:
+    for name, share in given.items():
+        if name not in known or not 0 < numbers.get(name, 0) < 1:
             raise UsageError(f"budget {name}={share}", f"name one of {', '.join(known)}, with a share between 0 and 1")
-    if not shares:
+    if not numbers:
         raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
-    return shares
+    return numbers
 
 
 def latency_source(table: LatencyTable | Path | str | None, device: Chosen | None) -> LatencyTable | Chosen:

@@ -12,6 +12,7 @@ from math import ceil
 import numpy as np
 
 from polar_deploy.costs import Cost, Floats, State
+from polar_deploy.errors import UsageError
 from polar_deploy.gating import solver
 from polar_deploy.gating.solver import Problem
 from polar_deploy.surgery.choices import Choices, Site
@@ -54,7 +55,15 @@ class Limits:
     def of(
         cls, sites: Sequence[Site], align: int, min_width: float, offers: Callable[[int], bool] | None = None
     ) -> Limits:
-        """Multiples of `align` channels, or what a device `offers`; at least the share `min_width` of each site."""
+        """Multiples of `align` channels, or what a device `offers`; at least the share `min_width` of each site.
+
+        Raises:
+            UsageError: they are out of their ranges.
+        """
+        if not align >= 1:
+            raise UsageError(f"align={align}", "give a number of channels, such as 1, 8 or 16")
+        if not 0 <= min_width <= 1:
+            raise UsageError(f"min_width={min_width}", "give the share of its channels that a layer keeps, 0 to 1")
         return cls(tuple(widths(site, align, min_width, offers) for site in sites))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from polar_deploy import export as exporter
+from polar_deploy.errors import UsageError
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.rehearsal import require_same
@@ -28,9 +29,18 @@ def export(
     model: nn.Module, analysis: Analysis, path: Path, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
 ) -> None:
     """Write the masked model as ONNX, see `Gates.export`."""
+    graph = analysis.structure.model.graph
+    _require_names("inputs", inputs, len(graph.input))
+    _require_names("outputs", outputs, len(graph.output), inputs)
     values = zip(analysis.choices.masks, masking.read(model, analysis.places), strict=True)
     closed = {constant_name(mask): value.cpu().numpy() for mask, value in values}
     exporter.save(with_values(_masked_graph(model, analysis), closed), path, inputs=inputs, outputs=outputs)
+
+
+def _require_names(what: str, names: Sequence[str], number: int, others: Sequence[str] = ()) -> None:
+    """Raise UsageError where names are given, and not one for each of the graph's tensors."""
+    if names and (isinstance(names, str) or len(names) != number or len({*names, *others}) < number + len(others)):
+        raise UsageError(f"{what}={names!r}", f"give a list of {number} names, none of them twice")
 
 
 def export_checked(model: nn.Module, analysis: Analysis, path: Path, **names: Sequence[str]) -> None:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import devices
-from polar_deploy.config import CLOSING
 from polar_deploy.costs import Floats, State
 from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError, UsageError
@@ -55,7 +54,7 @@ class Gates:
         budget: what is left of the full cost, a share in (0, 1): 0.5, "macs=0.5,params=0.6", "latency=0.67", or a
             mapping. Every one is kept to.
         steps: calls of `step` in the whole run.
-        ignore: patterns of the paths of modules that get no mask, such as "head*".
+        ignore: patterns of the paths of modules that get no mask, nor what is inside of them, such as "head".
         align: widths become multiples of this, since most runtimes compute so many channels at a time; layers narrower
             than twice of it use the largest of 16, 8, 1 that is at most half of their width.
         device: whose widths are taken, and not the multiples of `align`, and whose costs stand for latency where there
@@ -84,7 +83,8 @@ class Gates:
         analysis: what was found of the model; can be given to others of the same structure.
 
     Raises:
-        UsageError: there is no gate, the budget is out of reach, or latency is asked without a table.
+        UsageError: there is no gate, the budget is out of reach, latency is asked without a table, an argument is out
+            of its range, or the model has gates already.
         ContentError: PyTorch cannot export the model, or what it exports does not lead back to its modules.
     """
 
@@ -109,10 +109,9 @@ class Gates:
         analysis: Analysis | None = None,
     ) -> None:
         self.budget = budgets.asked(budget)
-        if freeze_at is None:
-            freeze_at = min(1.0, close_from + CLOSING[mode])
-        self.schedule = Schedule(steps, close_from, freeze_at)
+        self.schedule = Schedule.of(steps, close_from, freeze_at, mode)
         self.model, self.mode = model, mode
+        masking.require_bare(model)
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
         chosen = devices.choose(device) if isinstance(device, str) else device
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
@@ -216,6 +215,7 @@ class Gates:
         elif self._sampler is not None:
             self._sampler.step(self.schedule.progress(self._step))
         if self._step >= self.schedule.frozen_at:
+            self._observer.require_observed(self._step)
             self.freeze()
             return
         self._close()
@@ -256,6 +256,7 @@ class Gates:
 
         Raises:
             ContentError: PyTorch cannot export the model, or the graph does not do what the model does.
+            UsageError: there are not as many names as tensors.
         """
         from polar_deploy.gating.deploy import export_checked
 

@@ -46,6 +46,12 @@ def is_within(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
 
 
+def is_ignored(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a module, or one that it lies in, fits one of the patterns."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[: n + 1]), each) for each in patterns for n in range(len(parts)))
+
+
 @dataclass(frozen=True)
 class Place:
     """A module that carries a mask. argument: which of its positional arguments is masked; None: what it gives back."""
@@ -135,7 +141,7 @@ class Places:
         if not path:
             self.unmasked[step.label] = "it is computed outside of any module that a mask could be put on"
             return
-        if any(fnmatchcase(path, pattern) for pattern in self._ignore):
+        if is_ignored(path, self._ignore):
             self.unmasked[path] = "it is to be ignored"
             return
         tensor = step.original[step.handler.data(step)]  # type: ignore[attr-defined]
@@ -230,7 +236,7 @@ class Places:
         path = self._module[id(tensor.inputs[0])]
         while path:
             outside = not any(self._is_inside(node, path) for node in tensor.outputs)
-            if outside and self._gives(path, tensor) and not any(fnmatchcase(path, each) for each in self._ignore):
+            if outside and self._gives(path, tensor) and not is_ignored(path, self._ignore):
                 return path
             path = path.rpartition(".")[0]
         return None

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polar_deploy.config import CLOSING
 from polar_deploy.costs import Floats
+from polar_deploy.errors import UsageError
 from polar_deploy.surgery.facts import Bools
 
 RAMP = 0.7  # share of the closing phase in which gates close; the rest lets the network settle
@@ -18,11 +20,34 @@ class Schedule:
     """A run of `steps` steps: gates are watched until `close_from`; then they close, and are fixed at `freeze_at`.
 
     close_from, freeze_at: shares of the run, 0 <= close_from < freeze_at <= 1.
+
+    Raises:
+        UsageError: they are not.
     """
 
     steps: int
     close_from: float
     freeze_at: float
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 1:
+            raise UsageError(f"steps={self.steps}", "say how often `step` will be called in the whole run")
+        if not 0 <= self.close_from < self.freeze_at <= 1:
+            raise UsageError(
+                f"close_from={self.close_from}, freeze_at={self.freeze_at}",
+                "give shares of the run between 0 and 1, close_from before freeze_at",
+            )
+
+    @classmethod
+    def of(cls, steps: int, close_from: float, freeze_at: float | None, mode: str) -> Schedule:
+        """With the end of the mode, where none is given.
+
+        Raises:
+            UsageError: there is no such mode.
+        """
+        if mode not in CLOSING:
+            raise UsageError(f"mode={mode!r}", f"choose one of {', '.join(CLOSING)}")
+        return cls(steps, close_from, min(1.0, close_from + CLOSING[mode]) if freeze_at is None else freeze_at)
 
     @property
     def chosen_at(self) -> int:
