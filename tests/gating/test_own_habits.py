@@ -32,7 +32,7 @@ def test_weights_that_other_hooks_make_are_left_to_them(wrap: Callable[[nn.Modul
     before = model(x)
     handles = masking.attach(model, [place], [6])
     torch.testing.assert_close(model(x), before)
-    masking.write(model, [place], [torch.tensor([1.0, 0, 1, 1, 0, 1])])
+    model[2].get_buffer(masking.INPUT).copy_(torch.tensor([1.0, 0, 1, 1, 0, 1]).reshape(6, 1, 1))
     with torch.no_grad():
         model[0].weight[[1, 4]], model[0].bias[[1, 4]] = 0, 0
     masked = model(x)
