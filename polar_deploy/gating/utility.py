@@ -43,6 +43,7 @@ class Observer:
         self.observations = 0
         self._gate_of = dict(zip(carriers, gate_of, strict=True))
         self._passes: list[_Pass] = []
+        self._has_seen = False  # any gradient, be it finite or not
         self._looks = True  # at the pass that is under way
         self.number = 0  # of forward passes so far
 
@@ -84,8 +85,9 @@ class Observer:
     def conclude(self) -> Tensor | None:
         """The utilities of the passes since the last time, float [gates]; None where nothing finite was seen."""
         passes, self._passes = self._passes, []
-        seen = [each.utility() for each in passes]
-        known = [utility for utility in seen if utility is not None and bool(torch.isfinite(utility).all())]
+        seen = [utility for each in passes if (utility := each.utility()) is not None]
+        known = [utility for utility in seen if bool(torch.isfinite(utility).all())]
+        self._has_seen |= bool(seen)
         return torch.stack(known).mean(0) if known else None
 
     def learn(self, utility: Tensor) -> None:
@@ -98,7 +100,7 @@ class Observer:
 
     def require_observed(self, steps: int) -> None:
         """Raise UsageError where no gate was ever seen: whatever is closed then is arbitrary."""
-        if not self.observations:
+        if not self._has_seen and not self.observations:  # of NaN and Inf whoever trains will tell
             raise UsageError(
                 f"no gate has seen a gradient in {steps} steps",
                 "in each step, call the model that was given to Gates, then backward of a loss, then Gates.step",
