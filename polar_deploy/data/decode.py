@@ -63,18 +63,16 @@ def upright_size(path: Path) -> tuple[tuple[int, int], bool]:
     with _decoding(path) as stored:
         if stored.format == "TIFF":
             stored.load()  # which turns it
-        orientation, (width, height) = _orientation(stored), stored.size
-    return (height, width) if orientation in _ON_ITS_SIDE else (width, height), orientation in _UPRIGHT
+        orientation = _orientation(stored)
+        return _turned(stored.size, orientation), orientation in _UPRIGHT
 
 
 def plain_jpeg_size(path: Path) -> tuple[int, int] | None:
     """Width and height as `upright_size` has them, of a JPEG in grey or RGB; None for any other file."""
     try:
         with _opened(path) as stored:
-            if stored.format != "JPEG" or stored.mode not in ("L", "RGB"):
-                return None
-            width, height = stored.size
-            return (height, width) if _orientation(stored) in _ON_ITS_SIDE else (width, height)
+            is_plain = stored.format == "JPEG" and stored.mode in ("L", "RGB")
+            return _turned(stored.size, _orientation(stored)) if is_plain else None
     except Exception:  # noqa: BLE001  # whoever decodes it tells why
         return None
 
@@ -158,6 +156,11 @@ def _upright_rgb(stored: Image.Image) -> Image.Image:
     turn = _UPRIGHT.get(_orientation(stored))
     image = _rgb(stored)
     return image if turn is None else image.transpose(turn)
+
+
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height of a picture of this size once it is upright."""
+    return size[::-1] if orientation in _ON_ITS_SIDE else size
 
 
 def _orientation(image: Image.Image) -> int:

@@ -171,7 +171,7 @@ def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -
     """Put open masks on the modules of `places`, each once; returns the handles that take the hooks away again."""
     handles: list[RemovableHandle] = []
     device = device_of(network)
-    require_layers(network, places)
+    _require_layers(network, places)
     seen: set[tuple[str, bool]] = set()
     for place, width in zip(places, widths, strict=True):
         if (place.module, place.argument is None) in seen:
@@ -188,7 +188,7 @@ def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -
     return handles
 
 
-def require_layers(network: nn.Module, places: Sequence[Place]) -> None:
+def _require_layers(network: nn.Module, places: Sequence[Place]) -> None:
     """Raise UsageError where a network lacks a module that is to carry a mask."""
     known = {path for path, _ in network.named_modules()}
     for place in places:
