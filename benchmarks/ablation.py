@@ -147,10 +147,7 @@ def make_table(arguments: argparse.Namespace) -> RunContext:
     run = RunContext(settings, arguments.work, Progress())
     if arguments.table_only:
         return run
-    if "latency" in run.budget:
-        gates_stage.require_measured_reachable(run)
-    else:
-        gates_stage.require_reachable(run)
+    gates_stage.require_reachable(run, measure="latency" in run.budget)
     return run
 
 

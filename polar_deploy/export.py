@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError, first_line
+from polar_deploy.onnx_files import metadata
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import with_values
@@ -34,7 +35,6 @@ from polar_deploy.tensors import Arrays
 
 if TYPE_CHECKING:
     import onnx_ir
-
 
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
 TOLERANCE = 1e-5  # of the output's scale
@@ -287,7 +287,7 @@ def _attention(
 
 def module_of(node: onnx.NodeProto) -> str | None:
     """The path of the module that a node of an exported graph was computed in; None where that is not told."""
-    told = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
+    told = metadata(node).get(_SCOPES)
     scopes = ast.literal_eval(told) if told else []
     if len(scopes) < 2 or any(scope.startswith("_empty_nn_module_stack") for scope in scopes):
         return None

@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 MAX_MESSAGE = 2**31 - 2**20  # bytes: what protobuf can write, less room for the graph itself
 DATA_ALIGNMENT = 4096  # bytes: where tensors start in a file of external data, so that readers can map them
 SMALL = 1024  # elements: such constants stay in the graph, which needs them to know its shapes
+# Metadata of a mask's Mul: the sites whose gates it closes, their kinds, and which channel belongs to which gate.
+SITE, KIND, GATES = "polar_deploy.site", "polar_deploy.kind", "polar_deploy.gates"
 _EXPORT_AGAIN = "export the network again; `onnx.checker.check_model` shows what is wrong with this file"
 
 
@@ -184,6 +186,11 @@ def copy_field(source: Message, target: Message, name: str) -> None:
         getattr(target, name).extend(value)
     else:
         getattr(target, name).CopyFrom(value)
+
+
+def metadata(node: onnx.NodeProto) -> dict[str, str]:
+    """What was written beside a node for tools that know the key."""
+    return {entry.key: entry.value for entry in node.metadata_props}
 
 
 def described(node: onnx.NodeProto) -> str:

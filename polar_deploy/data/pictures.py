@@ -64,7 +64,7 @@ class LazyImages:
             digest.update(f"\n{name} {os.stat(self.root / name).st_size}".encode())
         return digest.hexdigest()
 
-    def problems(self, *, thorough: bool = False) -> list[ContentError | None]:
+    def problems(self, *, thorough: bool) -> list[ContentError | None]:
         """Why each file is no sound picture, None where it seems to be one; see `decode.problem`."""
         return parallel(lambda name: problem(self.root / name, thorough=thorough), self.files)
 

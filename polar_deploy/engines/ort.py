@@ -182,7 +182,7 @@ def _backend(target: Target) -> OnnxRuntime:
     return target.backend
 
 
-def read_layers(path: Path, backend: OnnxRuntime = ORT, *, tf32: bool = False) -> list[Layer]:
+def read_layers(path: Path, backend: OnnxRuntime, *, tf32: bool) -> list[Layer]:
     """Run one inference under ONNX Runtime's profiler and list the layers that ran, in order."""
     with tempfile.TemporaryDirectory(prefix="polar_deploy-") as folder:
         options = session_options(threads=THREADS)
@@ -261,7 +261,7 @@ def _layer(event: Any) -> Layer:
 
 
 def _session(
-    path: Path, options: onnxruntime.SessionOptions, backend: OnnxRuntime, *, tf32: bool = False
+    path: Path, options: onnxruntime.SessionOptions, backend: OnnxRuntime, *, tf32: bool
 ) -> onnxruntime.InferenceSession:
     """Load a network. What the provider cannot run may fall to the CPU, but the provider itself has to start."""
     settings = {ORT_CUDA: {"use_tf32": str(int(tf32))}, ORT_TRT: {"trt_fp16_enable": "1"}}.get(backend, {})

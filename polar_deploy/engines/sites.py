@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError
+from polar_deploy.onnx_files import GATES, metadata
 
 if TYPE_CHECKING:
     import onnx
 
 STEP = 8  # channels from one measured width to the next
 MOST_WIDTHS = 16  # of one layer: above 128 channels the steps are larger
-_GATES = "polar_deploy.gates"  # metadata of a mask's Mul, as `polar_deploy.gating.deploy` writes it
 _AGAIN = "give the gated/model.onnx of the export stage, before any other tool has changed it"
 _Ints = npt.NDArray[np.int64]
 
@@ -155,7 +155,7 @@ def own_constants(model: onnx.ModelProto, path: Path) -> tuple[list[onnx.TensorP
     constants: list[onnx.TensorProto] = []
     sites: dict[str, Site] = {}
     for node in model.graph.node:
-        told = next((each.value for each in node.metadata_props if each.key == _GATES), None)
+        told = metadata(node).get(GATES)
         if told is None:
             continue
         index = next((i for i, name in enumerate(node.input) if name in known), None)
@@ -177,7 +177,7 @@ def own_constants(model: onnx.ModelProto, path: Path) -> tuple[list[onnx.TensorP
         constants.append(model.graph.initializer[-1])
     if not sites:
         raise ContentError(
-            f"{path} has no gate: no node's metadata {_GATES} tells of one",
+            f"{path} has no gate: no node's metadata {GATES} tells of one",
             "give the gated/model.onnx of the export stage",
         )
     return constants, list(sites.values())
@@ -195,7 +195,7 @@ def _noted(told: str, mask: int, size: int, where: str) -> list[Site]:
         return sites
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ContentError(
-            f"{where}: metadata {_GATES} cannot be read: {type(error).__name__}: {error}", _AGAIN
+            f"{where}: metadata {GATES} cannot be read: {type(error).__name__}: {error}", _AGAIN
         ) from None
 
 

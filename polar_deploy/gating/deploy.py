@@ -17,12 +17,11 @@ from polar_deploy.errors import UsageError
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.rehearsal import require_same
+from polar_deploy.onnx_files import GATES, KIND, SITE
 from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import MASK, NEVER, Choices, constant_name, insert, with_values
 from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Bools
-
-SITE, KIND, GATES = "polar_deploy.site", "polar_deploy.kind", "polar_deploy.gates"  # metadata of a mask's Mul
 
 
 def export(

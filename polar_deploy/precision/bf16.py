@@ -64,7 +64,7 @@ def to_bf16(
         sort_nodes(copy.graph)
         return graph.inferred(copy)
 
-    return kept_wide(model, convert, reference, BOUNDS["bf16"], "fp32", kernels)
+    return kept_wide(model, convert, reference, BOUNDS["bf16"], kernels)
 
 
 class _Caster:

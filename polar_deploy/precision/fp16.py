@@ -48,7 +48,7 @@ def to_fp16(
     def convert(wide: Sequence[str]) -> onnx.ModelProto:
         return _converted(model, wide, keep_io_types=keep_io_types)
 
-    return kept_wide(model, convert, reference, bound, "fp32", kernels)
+    return kept_wide(model, convert, reference, bound, kernels)
 
 
 def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_io_types: bool) -> onnx.ModelProto:

@@ -156,10 +156,9 @@ def kept_wide(
     convert: Callable[[Sequence[str]], onnx.ModelProto],
     reference: Reference | None,
     bound: float,
-    wider: str,
-    kernels: Kernels | None = None,
+    kernels: Kernels | None,
 ) -> tuple[onnx.ModelProto, list[WiderLayer]]:
-    """Convert a network, and leave as few nodes as possible in the wider type so that its error is within a bound.
+    """Convert a network, and leave as few nodes as possible in FP32 so that its error is within a bound.
 
     Norms that are written out are wide in any case.
 
@@ -168,7 +167,6 @@ def kept_wide(
         convert: writes the types, but for the nodes of these names.
         reference: what is right; None: the result is not compared.
         bound: on the error of each output.
-        wider: the type of what is left.
         kernels: of the runtime that it is for, if they can be asked here: the bound holds for them, too.
 
     Returns:
@@ -199,11 +197,11 @@ def kept_wide(
         raise ContentError(
             f"{reference.path}: the typed graph is off by {before:.2g} of its outputs' size, {bound:g} are allowed, "
             f"and no {MOST} nodes that stay wider mend it",
-            f"build for a target of {wider} for this network, and report it",
+            "build for a target of fp32 for this network, and report it",
         ) from None
     error(wide)
     nodes = {node.name: node for node in model.graph.node}
-    return typed[tuple(wide)], [*of_norms, *(entry(nodes[name], wider, _lost(before)) for name in wide)]
+    return typed[tuple(wide)], [*of_norms, *(entry(nodes[name], "fp32", _lost(before)) for name in wide)]
 
 
 def entry(node: onnx.NodeProto, wider: str, why: str, error: float | None = None) -> WiderLayer:

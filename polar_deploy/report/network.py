@@ -18,8 +18,6 @@ from polar_deploy.latency import LatencyTable
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-_SITE = "polar_deploy.site"  # metadata of a gate's Mul, as `polar_deploy.gating.deploy` writes it
-
 
 def network(surgery: SurgeryReport, gated: Path, ungated: dict[str, str]) -> Network:
     """What became of the network.
@@ -70,7 +68,7 @@ def _other_names(nodes: Sequence[NodeProto], modules: Mapping[str, str]) -> dict
     """Gates by the sites that they are of, and what a module computes by that module."""
     found = {}
     for node in nodes:
-        site = next((each.value for each in node.metadata_props if each.key == _SITE), None)
+        site = onnx_files.metadata(node).get(onnx_files.SITE)
         if site is not None:
             found[node.name] = f"gate of {site.replace(',', ', ')}"
         if node.name in modules:

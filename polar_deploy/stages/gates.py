@@ -91,11 +91,17 @@ def limits(run: RunContext) -> Limits:
     return Limits.of(run.analysis.choices.sites, run.settings.align, run.settings.gates.min_width, offers)
 
 
-def require_reachable(run: RunContext) -> None:
-    """Raise UsageError where no sub-network is within the budgets. Latency counts where nothing has to be measured."""
+def require_reachable(run: RunContext, *, measure: bool = False) -> None:
+    """Raise UsageError where no sub-network is within the budgets.
+
+    Args:
+        run: to `measure`, its folder has to be locked.
+        measure: whether a latency table is measured if need be; else latency counts only where it is known.
+    """
     from polar_deploy.gating import budgets
 
-    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, known_latency(run))
+    latency = latency_table(run) if measure else known_latency(run)
+    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, latency)
 
 
 def known_latency(run: RunContext) -> LatencyTable | Chosen | None:
@@ -104,13 +110,6 @@ def known_latency(run: RunContext) -> LatencyTable | Chosen | None:
 
     given = run.settings.latency_table
     return run.device if given is None else latency.read(given, run.target.name, run.settings.accept.batch)
-
-
-def require_measured_reachable(run: RunContext) -> None:
-    """The same with latency, whose table is measured if need be; the run's folder has to be locked."""
-    from polar_deploy.gating import budgets
-
-    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, latency_table(run))
 
 
 def latency_table(run: RunContext) -> LatencyTable:

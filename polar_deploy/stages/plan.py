@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
-from polar_deploy.stages.gates import known_latency, limits
+from polar_deploy.stages.gates import known_latency, limits, require_reachable
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -23,8 +23,8 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
     """
     from polar_deploy.gating import budgets
 
-    settings, choices, latency = run.settings, run.analysis.choices, known_latency(run)
-    budgets.require_reachable(choices, limits(run), run.budget, latency)
+    require_reachable(run)
+    settings, choices = run.settings, run.analysis.choices
     return {
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),
@@ -37,7 +37,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
             "ungated": {**choices.reasons, **run.analysis.unmasked},
         },
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
-        "smallest": budgets.smallest(choices, limits(run), latency),
+        "smallest": budgets.smallest(choices, limits(run), known_latency(run)),
         "target": {"name": settings.target, "align": settings.align, **_missing(run.target)},
         "device": run.device.described() if run.device else None,
     }

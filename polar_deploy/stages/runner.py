@@ -82,7 +82,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     with run.workspace.locked(), run.progress, tracked(run.track, run.folder, told, run.progress) as run.trackers:
         write_text(run.path(SETTINGS), recipes.dump(run.settings))
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
-            gates.require_measured_reachable(run)  # before an epoch is trained
+            gates.require_reachable(run, measure=True)  # before an epoch is trained
         for stage in stages:
             run_stage(run, stage)
         if report.STAGE in stages:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Step
 
 EVEN = "all heads keep as many dimensions, and all groups of heads as many heads"
+HEAD_AXIS = -3  # of a mask: [batch, heads, queries, keys]
 CACHED = "its keys and values are kept from call to call"
 
 
@@ -85,6 +86,7 @@ class Layer(Operator[AttentionT]):
     """Handler of an attention layer. Its plan is an `Attention`."""
 
     scale = "scale"  # the attribute that scores are multiplied with; absent or 0: one over the root of the dimensions
+    mask: int  # the input that is added to the scores
 
     def read(self, step: Step) -> AttentionT:
         """What the node is told. Raises Unsupported."""
@@ -92,7 +94,7 @@ class Layer(Operator[AttentionT]):
 
     def resize(self, step: Step, heads: int, groups: int) -> None:
         """Writes how many heads are left, and for each of them how many query heads, into the attributes."""
-        raise NotImplementedError
+        step.graph.set_attribute(step.node, "num_heads", heads * groups)
 
     def couple(self, step: Step[AttentionT]) -> None:
         step.plan = layer = self.read(step)
@@ -204,7 +206,27 @@ class Layer(Operator[AttentionT]):
             self.cut_heads(step, np.flatnonzero(heads))
 
     def cut_heads(self, step: Step, heads: Array) -> None:
-        """Cuts constants that have an entry for every query head. Default: there are none."""
+        """Cuts constants that have an entry for every query head. Default: the mask, if it is one."""
+        values = step.constant(self.mask)
+        if values is not None and values.ndim >= -HEAD_AXIS and values.shape[HEAD_AXIS] > 1:
+            step.graph.set_constant(step.node, self.mask, values.take(heads, axis=HEAD_AXIS))
+
+    def mask_channels(self, step: Step, heads: int) -> Channels | None:
+        """The channels of the mask, one a head; None where it has none of its own.
+
+        Raises:
+            Unsupported: it differs from head to head, and its channels are not known.
+        """
+        if not step.has(self.mask) or step.constant(self.mask) is not None:
+            return None
+        shape, channels = step.graph.shape(step.original[self.mask]), step.inputs[self.mask]
+        if shape is None:
+            raise Unsupported("the shape of its mask is not known")
+        if len(shape) < -HEAD_AXIS or shape[HEAD_AXIS] == 1:
+            return None
+        if channels is None or channels.axes != (len(shape) + HEAD_AXIS,) or len(channels) != heads:
+            raise Unsupported("its mask differs from head to head, and its channels are not known")
+        return channels
 
 
 def _level(kept: Bools, alive: Bools) -> Bools:
@@ -212,28 +234,3 @@ def _level(kept: Bools, alive: Bools) -> Bools:
     level = kept & alive[:, None]
     level.ravel()[unbalanced(level, alive)] = True
     return level
-
-
-def mask_channels(step: Step, index: int, axis: int, heads: int) -> Channels | None:
-    """The channels of what is added to the scores, one a head, `axis` from the end; None where it has none of its own.
-
-    Raises:
-        Unsupported: it differs from head to head, and its channels are not known.
-    """
-    if not step.has(index) or step.constant(index) is not None:
-        return None
-    shape, channels = step.graph.shape(step.original[index]), step.inputs[index]
-    if shape is None:
-        raise Unsupported("the shape of its mask is not known")
-    if len(shape) < -axis or shape[axis] == 1:
-        return None
-    if channels is None or channels.axes != (len(shape) + axis,) or len(channels) != heads:
-        raise Unsupported("its mask differs from head to head, and its channels are not known")
-    return channels
-
-
-def cut_mask(step: Step, index: int, axis: int, heads: Array) -> None:
-    """Cuts a constant mask to the heads that are left."""
-    values = step.constant(index)
-    if values is not None and values.ndim >= -axis and values.shape[axis] > 1:
-        step.graph.set_constant(step.node, index, values.take(heads, axis=axis))

@@ -1,4 +1,4 @@
-"""Cuts after facts: every node is cut to the channels that stay, gates fold, and what feeds nothing goes."""
+"""The cut, when facts are known: nodes keep the channels that stay, gates fold, and what feeds nothing goes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.onnx_files import KIND, SITE
 from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.elementwise import keeps_shape
 from polar_deploy.surgery.ops.gates import Multiply
@@ -96,8 +97,8 @@ def _record(step: Step, factors: Floats) -> Gate:
     kept = step.output.kept
     return Gate(
         node=step.label,
-        site=metadata.get("polar_deploy.site"),
-        kind=metadata.get("polar_deploy.kind"),
+        site=metadata.get(SITE),
+        kind=metadata.get(KIND),
         width=factors.size,
         closed=int(np.count_nonzero(factors == 0)),
         removed_channels=int(np.count_nonzero(~kept)),

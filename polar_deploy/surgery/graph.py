@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.onnx_files import Array, copy_field, copy_fields
+from polar_deploy.onnx_files import Array, copy_field, copy_fields, metadata
 from polar_deploy.surgery.detached import (
     ANNOTATIONS,
     DetachedModel,
@@ -97,7 +97,7 @@ class Graph:
 
     def metadata(self, node: Node) -> dict[str, str]:
         """The node's `metadata_props`."""
-        return {entry.key: entry.value for entry in node.proto.metadata_props}
+        return metadata(node.proto)
 
     def shape(self, tensor: Tensor) -> Shape | None:
         """The shape of `tensor` before any cut; None where it is unknown."""

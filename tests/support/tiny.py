@@ -107,7 +107,7 @@ def costs(opened: Mapping[str, int], classes: int = 10) -> dict[str, int]:
     }
 
 
-def reachable(align: int = 1, classes: int = 10) -> Iterator[dict[str, int]]:
+def reachable(align: int) -> Iterator[dict[str, int]]:
     """Every choice there is, as open gates by site and block: at least a quarter of each width, in steps of `align`.
 
     A layer narrower than twice the alignment has the largest step of 16, 8 and 1 that is at most half its width. One

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.attention import Attention, Layer, cut_mask, mask_channels
+from polar_deploy.surgery.attention import Attention, Layer
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:
-    from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Step
 
-MASK, PAST_KEY = 3, 4
-HEAD_AXIS = -3  # of a mask: [batch, heads, queries, keys]
+PAST_KEY = 4
 
 
 class StandardAttention(Layer[Attention]):
     """Attention, on [batch, heads, tokens, dimensions] or on [batch, tokens, channels]."""
+
+    mask = 3
 
     def read(self, step: Step) -> Attention:
         rank, attrs = step.rank(), step.node.attrs
@@ -32,16 +32,13 @@ class StandardAttention(Layer[Attention]):
         if heads < 1 or count % heads:
             raise ValueError(f"{count} heads of queries for {heads} of keys")
         layer = Attention(queries, keys, values, heads, count // heads, cached=step.has(PAST_KEY))
-        layer.mask = mask_channels(step, MASK, HEAD_AXIS, count)
+        layer.mask = self.mask_channels(step, count)
         return layer
 
     def resize(self, step: Step, heads: int, groups: int) -> None:
         for name, count in (("q_num_heads", heads * groups), ("kv_num_heads", heads)):
             if name in step.node.attrs:
                 step.graph.set_attribute(step.node, name, count)
-
-    def cut_heads(self, step: Step, heads: Array) -> None:
-        cut_mask(step, MASK, HEAD_AXIS, heads)
 
 
 class Rotary(Operator[int]):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.attention import Attention, Layer, cut_mask, mask_channels
+from polar_deploy.surgery.attention import Attention, Layer
 from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Retained
-from polar_deploy.surgery.ops.attention import HEAD_AXIS, Rotary
+from polar_deploy.surgery.ops.attention import Rotary
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
@@ -54,11 +54,8 @@ class MultiHead(Layer[Attention]):
         three, heads = _three(step), step.node.attrs["num_heads"]
         values = step.parameter(self.bias, "bias") if step.has(self.bias) else None
         layer = Attention(*three, heads, offsets=_offsets(values, [len(channels) for channels in three]))
-        layer.mask, layer.cached = mask_channels(step, self.mask, HEAD_AXIS, heads), step.has(6)
+        layer.mask, layer.cached = self.mask_channels(step, heads), step.has(6)
         return layer
-
-    def resize(self, step: Step, heads: int, groups: int) -> None:
-        step.graph.set_attribute(step.node, "num_heads", heads)
 
     def slice(self, step: Step[Attention]) -> None:
         super().slice(step)
@@ -69,9 +66,6 @@ class MultiHead(Layer[Attention]):
             if values.size != sum(map(len, old)) or not np.array_equal(values, np.concatenate(old)):
                 held = step.parameter(self.bias, "bias")
                 step.graph.set_constant(step.node, self.bias, values.astype(held.dtype))
-
-    def cut_heads(self, step: Step, heads: Array) -> None:
-        cut_mask(step, self.mask, HEAD_AXIS, heads)
 
 
 class GroupQuery(Layer[Attention]):
@@ -89,15 +83,15 @@ class GroupQuery(Layer[Attention]):
         if step.has(self.sinks):
             step.parameter(self.sinks, "sink of each head")
         layer = Attention(*three, heads, count // heads, whole=True)
-        layer.mask, layer.cached = mask_channels(step, self.mask, HEAD_AXIS, count), step.has(3)
+        layer.mask, layer.cached = self.mask_channels(step, count), step.has(3)
         return layer
 
     def resize(self, step: Step, heads: int, groups: int) -> None:
-        step.graph.set_attribute(step.node, "num_heads", heads * groups)
+        super().resize(step, heads, groups)
         step.graph.set_attribute(step.node, "kv_num_heads", heads)
 
     def cut_heads(self, step: Step, heads: Array) -> None:
-        cut_mask(step, self.mask, HEAD_AXIS, heads)
+        super().cut_heads(step, heads)
         if step.has(self.sinks):
             step.graph.set_constant(step.node, self.sinks, step.parameter(self.sinks, "sink")[heads])
 
@@ -142,7 +136,7 @@ class SelfAttention(Layer[Projected]):
             keys,
             values,
             heads,
-            mask=mask_channels(step, self.mask, HEAD_AXIS, heads),
+            mask=self.mask_channels(step, heads),
             cached=step.has(4),
             whole=bool(step.node.attrs.get("do_rotary", 0)),
             source=source,
@@ -196,9 +190,6 @@ class SelfAttention(Layer[Projected]):
             found.append(Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel"))
         return found
 
-    def resize(self, step: Step, heads: int, groups: int) -> None:
-        step.graph.set_attribute(step.node, "num_heads", heads)
-
     def slice(self, step: Step[Projected]) -> None:
         super().slice(step)
         layer = step.plan
@@ -215,9 +206,6 @@ class SelfAttention(Layer[Projected]):
         sizes = [int(channels.kept.sum()) for channels in layer.three]
         if not kept.all() and ("qkv_hidden_sizes" in step.node.attrs or len(set(sizes)) > 1):
             step.graph.set_attribute(step.node, "qkv_hidden_sizes", sizes)
-
-    def cut_heads(self, step: Step, heads: Array) -> None:
-        cut_mask(step, self.mask, HEAD_AXIS, heads)
 
 
 class MicrosoftRotary(Rotary):
