@@ -70,16 +70,16 @@ def answered(text: str) -> Answer:
     return found
 
 
-def require_right(found: Answer, paths: list[str], wanted: np.ndarray, tolerance: float = 0.006) -> None:
+def require_right(found: Answer, paths: list[str], wanted: np.ndarray) -> None:
     """The five likeliest labels in order, each with its percentage; the test's pictures are not all alike."""
     assert list(found) == paths
     shares = np.exp(wanted - wanted.max(axis=1, keepdims=True), dtype=np.float64)
     percent = 100 * shares / shares.sum(axis=1, keepdims=True)
     for path, row in zip(paths, percent, strict=True):
         best = sorted(range(len(LABELS)), key=lambda index: -row[index])[:5]
-        assert [share for _, share in found[path]] == pytest.approx([row[index] for index in best], abs=tolerance)
+        assert [share for _, share in found[path]] == pytest.approx([row[index] for index in best], abs=0.006)
         assert found[path][0][0] == LABELS[best[0]]
-        assert dict(found[path]) == pytest.approx({LABELS[index]: row[index] for index in best}, abs=tolerance)
+        assert dict(found[path]) == pytest.approx({LABELS[index]: row[index] for index in best}, abs=0.006)
 
 
 @pytest.fixture

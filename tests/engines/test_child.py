@@ -84,8 +84,8 @@ def test_child_ends_with_its_parent(tmp_path: Path) -> None:
     _wait_for(lambda: not status.is_file() or status.read_text().rpartition(") ")[2].startswith("Z"))
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

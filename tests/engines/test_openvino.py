@@ -19,7 +19,7 @@ from polar_deploy.engines import openvino, timing
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.tensors import TensorSpec
 from tests.support.classifiers import classifier, model, saved, two_inputs
-from tests.support.residual import images, residual
+from tests.support.residual import difference, images, residual
 from tests.support.schemas import valid
 
 TARGET = targets.parse("ov-fp32")
@@ -53,10 +53,6 @@ def loaded(tmp_path: Path, precision: str) -> engines.Engine:
     return engines.load(tmp_path / "engines", "full", targets.parse(f"ov-{precision}"))
 
 
-def off(found: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-
-
 # How far each precision may be off: rounding errors, not more; and it has to be off, or it is another precision.
 OFF = {"fp32": (0, 1e-5), "bf16": (1e-3, 0.02), "int8": (2e-3, 0.05)}
 
@@ -74,7 +70,7 @@ def test_built_loaded_and_run(precision: str, tmp_path: Path) -> None:
     assert engine.inputs == {"input": TensorSpec((3, 8, 8))}
     for count in (5, 1, 2, 3, 4, 5):  # more sizes than are held compiled
         least, most = OFF[precision]
-        assert least <= off(logits(engine, IMAGES[:count]), logits(exact, IMAGES[:count])) <= most
+        assert least <= difference(logits(engine, IMAGES[:count]), logits(exact, IMAGES[:count])) <= most
     np.testing.assert_array_equal(logits(engine.duplicate()), logits(engine))
 
 
@@ -127,7 +123,7 @@ def test_transposed_convolutions_are_computed_in_int8_without_groups(groups: int
     layers = json.loads((tmp_path / "engines/full.layers.json").read_text())["layers"]
     assert [layer["type"] for layer in layers if layer["op"] == "Deconvolution"] == ["int8" if groups == 1 else "fp32"]
     exact = logits(engines.reference_engine(tmp_path / "source.onnx"))
-    assert off(logits(loaded(tmp_path, "int8")), exact) < 0.05
+    assert difference(logits(loaded(tmp_path, "int8")), exact) < 0.05
 
 
 def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
@@ -144,7 +140,7 @@ def test_a_layer_that_stays_wide_runs_wide(tmp_path: Path) -> None:
     kept = built(tmp_path, "bf16", network)["engines"]["full"]["precision"]["high_precision_layers"]
     assert "up" in {each["layer"] for each in kept}
     exact = logits(engines.reference_engine(tmp_path / "source.onnx"))
-    assert off(logits(loaded(tmp_path, "bf16")), exact) < 0.03
+    assert difference(logits(loaded(tmp_path, "bf16")), exact) < 0.03
 
 
 def test_native_edges_take_and_give_fp32(tmp_path: Path) -> None:
@@ -152,7 +148,7 @@ def test_native_edges_take_and_give_fp32(tmp_path: Path) -> None:
     assert entry["precision"]["io_dtype"] == "native"
     found = logits(loaded(tmp_path, "bf16"))
     assert found.dtype == np.float32
-    assert off(found, logits(engines.reference_engine(tmp_path / "source.onnx"))) < 0.02
+    assert difference(found, logits(engines.reference_engine(tmp_path / "source.onnx"))) < 0.02
 
 
 def test_engines_are_timed(tmp_path: Path) -> None:
@@ -172,7 +168,7 @@ def test_the_kernels_that_prove_a_graph_are_openvino_s(tmp_path: Path) -> None:
     network.graph.output.append(helper.make_tensor_value_info("relu2.out", onnx.TensorProto.FLOAT, None))
     found = kernels.outputs(network, {"input": IMAGES}, path)
     exact = logits(engines.reference_engine(saved(residual(), path)))
-    assert off(found["logits"], exact) < 1e-5
+    assert difference(found["logits"], exact) < 1e-5
     assert found["relu2.out"].shape == (5, 8, 8, 8)
 
 

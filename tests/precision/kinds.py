@@ -12,6 +12,10 @@ SIDE = 16
 KINDS: dict[str, Callable[[], onnx.ModelProto]] = {}
 
 
+def images(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 3, SIDE, SIDE), np.float32)
+
+
 def kind(build: Callable[[], onnx.ModelProto]) -> Callable[[], onnx.ModelProto]:
     KINDS[build.__name__] = build
     return build

@@ -16,9 +16,9 @@ from polar_deploy.precision import calibration
 PATH = Path("a.onnx")
 
 
-def doubler(size: int = 16) -> onnx.ModelProto:
-    """doubled = input + input, on [batch,1,size,size]."""
-    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, size, size]) for name in ("input", "out")]
+def doubler() -> onnx.ModelProto:
+    """doubled = input + input, on [batch,1,16,16]."""
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, 16, 16]) for name in ("input", "out")]
     nodes = [helper.make_node("Add", ["input", "input"], ["doubled"]), helper.make_node("Relu", ["doubled"], ["out"])]
     graph = helper.make_graph(nodes, "g", edges[:1], edges[1:])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

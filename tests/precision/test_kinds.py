@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from tests.conftest import OLD_RUNTIME
-from tests.precision.kinds import KINDS, SIDE
+from tests.precision.kinds import KINDS, images
 from tests.support.residual import written
 
 # Layers that have no integer kernel, or no constants of their own.
@@ -21,10 +21,6 @@ WIDE = {
     ("convolution_with_a_computed_bias", "rtx-int8"): ["c/Conv"],
 }
 LEVELS = onnxruntime.GraphOptimizationLevel
-
-
-def images(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, 3, SIDE, SIDE), np.float32)
 
 
 def outputs(network: onnx.ModelProto, *, fused: bool, batch: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,14 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.precision.kinds import SIDE, Net
+from tests.precision.kinds import SIDE, Net, images
 from tests.support.residual import difference, element_types, evaluated, nodes, written
 
 CHANNELS = 8
-
-
-def images(count: int) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((count, 3, SIDE, SIDE), np.float32)
 
 
 def layer_norm(net: Net, source: str, name: str) -> str:

@@ -9,14 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from tests.precision.kinds import SIDE, Net
+from tests.precision.kinds import SIDE, Net, images
 from tests.support.residual import difference, evaluated, nodes, run, written
 
 CHANNELS = 8
-
-
-def images(count: int) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((count, 3, SIDE, SIDE), np.float32)
 
 
 def network(operator: str, clipped: bool) -> onnx.ModelProto:

@@ -56,6 +56,14 @@ class Outline(HTMLParser):
     def within(self, parent: int, name: str) -> list[str]:
         return [self.texts[index] for index in self.all(name) if self.parents[index][-1:] == [parent]]
 
+    def require_figures(self, document: dict[str, Any]) -> None:
+        """Each figure on the page is the one of the JSON document that it says it is."""
+        for index in self.all("data"):
+            value: Any = document
+            for key in (self.tags[index][1]["data-of"] or "").split("/"):
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            assert json.loads(self.tags[index][1]["value"] or "") == value
+
 
 @pytest.fixture
 def document(tmp_path: Path) -> dict[str, Any]:
@@ -385,11 +393,7 @@ def test_the_page_of_a_real_run_has_its_figures_and_pictures(miniature: Miniatur
     told = json.loads((miniature.folder / "report.json").read_text())
     page = (miniature.folder / "report.html").read_text()
     outline = Outline(page)
-    for index in outline.all("data"):
-        value: Any = told
-        for key in (outline.tags[index][1]["data-of"] or "").split("/"):
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        assert json.loads(outline.tags[index][1]["value"] or "") == value
+    outline.require_figures(told)
     layers = [layer["name"] for layer in told["network"]["layers"]]
     assert {"stem.0", "block1.conv1", "linear"} <= set(layers)  # names of modules, not of nodes
     assert all(f'<th scope="row">{name}' in page for name in layers)

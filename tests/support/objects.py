@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.support.shapes import block
+
 SIZE = 32
 CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "square"}]  # labels go by the ids' order: square, disc
 
@@ -65,8 +67,8 @@ class Detector(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(_block(3, 16), nn.MaxPool2d(2), _block(16, 32), nn.MaxPool2d(2), _block(32, 32))
-        self.neck = _block(32, 32)
+        self.body = nn.Sequential(block(3, 16), nn.MaxPool2d(2), block(16, 32), nn.MaxPool2d(2), block(32, 32))
+        self.neck = block(32, 32)
         self.classes, self.boxes, self.centre = (nn.Conv2d(32, many, 1) for many in (classes, 4, 1))
         nn.init.constant_(self.classes.bias, -2.0)
         nn.init.constant_(self.boxes.bias, 1.5)
@@ -78,10 +80,6 @@ class Detector(nn.Module):
             "bbox_regression": _by_cell(torch.relu(self.boxes(seen))),
             "bbox_ctrness": _by_cell(self.centre(seen)),
         }
-
-
-def _block(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
 
 def _by_cell(values: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ class UNet(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.first, self.second = _block(3, 12), _block(12, 24)
-        self.deep, self.up = _block(24, 24), _block(48, 16)
-        self.last = _block(28, 12)
+        self.first, self.second = block(3, 12), block(12, 24)
+        self.deep, self.up = block(24, 24), block(48, 16)
+        self.last = block(28, 12)
         self.head, self.aux = nn.Conv2d(12, classes, 1), nn.Conv2d(24, classes, 1)
         self.pool, self.widen = nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="nearest")
 
@@ -63,7 +63,7 @@ class UNet(nn.Module):
         return {"out": self.head(last), "aux": self.widen(self.widen(self.aux(deep)))}
 
 
-def _block(before: int, after: int) -> nn.Sequential:
+def block(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,6 +41,11 @@ def remains(before: onnx.ModelProto, after: onnx.ModelProto, layer: str = "one")
     return [
         next((i for i, row in enumerate(old) if np.array_equal(row, kept)), -1) if np.any(kept) else -1 for kept in new
     ]
+
+
+def constant_input(model: onnx.ModelProto, name: str = "tested", index: int = 1) -> Any:
+    """What a node is told by a constant input, in lists."""
+    return weight(model, name, index).tolist()
 
 
 def with_free_size(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -92,6 +92,14 @@ class Net:
         self.width[name] = width
         return name
 
+    def linear(self, x: str, inputs: int, outputs: int, name: str, zeros: Array | None = None) -> str:
+        """zeros: outputs that are zero throughout."""
+        weight, bias = self.random.standard_normal((inputs, outputs)) / 3, self.random.standard_normal(outputs)
+        if zeros is not None:
+            weight[:, zeros], bias[zeros] = 0, 0
+        product = self.node("MatMul", [x, self.constant(f"{name}.w", weight.astype(np.float32))], name)
+        return self.node("Add", [product, self.constant(f"{name}.b", bias.astype(np.float32))], f"{name}.sum")
+
     def head(self, x: str, classes: int = 5) -> str:
         """Global pooling, flattening, and the classifier that every test net ends in."""
         pooled = self.node("GlobalAveragePool", [x], "pool")

@@ -27,14 +27,6 @@ class Layer(Net):
         self.stream = self.linear("input", WIDTH, WIDTH, "stem")
         self.zeros: dict[str, Array] = {}
 
-    def linear(self, x: str, inputs: int, outputs: int, name: str, zeros: Array | None = None) -> str:
-        """zeros: outputs that are zero throughout."""
-        weight, bias = self.random.standard_normal((inputs, outputs)) / 3, self.random.standard_normal(outputs)
-        if zeros is not None:
-            weight[:, zeros], bias[zeros] = 0, 0
-        product = self.node("MatMul", [x, self.constant(f"{name}.w", weight.astype(np.float32))], name)
-        return self.node("Add", [product, self.constant(f"{name}.b", bias.astype(np.float32))], f"{name}.sum")
-
     def three(self) -> list[str]:
         """Queries, keys and values, [batch, tokens, channels] each."""
         few, many = self.heads * DIMS, self.heads * self.groups * DIMS

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from polar_deploy.surgery import compress
-from tests.surgery.between import Build, between, node, remains
+from tests.surgery.between import Build, between, constant_input, node, remains
 from tests.surgery.graphs import Array, Net, constant, cut, names, operators, outcome, weight
 
 REVERSED = "kept: it reverses the channels, or each of them by a length of its own"
@@ -18,11 +18,6 @@ REVERSED = "kept: it reverses the channels, or each of them by a length of its o
 
 def _gather(indices: Any, *, operator: str = "Gather", width: int = 6, **attributes: Any) -> Build:
     return lambda net, x: node(net, operator, x, "tested", width, np.asarray(indices, np.int64), **attributes)
-
-
-def _indices(model: onnx.ModelProto, name: str = "tested") -> Any:
-    found = next(node for node in model.graph.node if node.name == name)
-    return constant(model, found.input[1]).tolist()
 
 
 # Indices on axis 1, what is left of filters where 1 and 4 are closed, new indices (None: no Gather), columns of `two`.
@@ -44,7 +39,7 @@ def test_gather_picks_channels(
     model = between(_gather(indices, width=len(indices), axis=1))
     smaller = cut(model).model
     assert remains(model, smaller) == left
-    assert (_indices(smaller) if "tested" in names(smaller) else None) == rewritten
+    assert (constant_input(smaller) if "tested" in names(smaller) else None) == rewritten
     np.testing.assert_array_equal(weight(smaller, "two"), weight(model, "two")[:, columns])
 
 
@@ -59,8 +54,8 @@ def test_picked_channels_go_by_themselves() -> None:
     model = between(lambda net, x: _width(net, build(net, x), 6), closed=())
     smaller = cut(model).model
     assert remains(model, smaller) == [2, 3, 5]
-    assert _indices(smaller, "first") == [0, 1]
-    assert _indices(smaller, "second") == [0, 2]
+    assert constant_input(smaller, "first") == [0, 1]
+    assert constant_input(smaller, "second") == [0, 2]
 
 
 def _width(net: Net, x: str, width: int) -> str:
@@ -78,7 +73,7 @@ def test_a_picked_channel_that_nobody_needs_may_lose_its_source() -> None:
     model = between(build)
     smaller = cut(model).model
     assert remains(model, smaller) == [-1, 3, -1], "5 is gone, and 1 and 4 are the zeros that they were"
-    assert _indices(smaller) == [0, 1, 2, 0]
+    assert constant_input(smaller) == [0, 1, 2, 0]
     assert operators(smaller)["Mul"] == 0, "what stands in is a zero by itself"
 
 
@@ -91,7 +86,7 @@ def test_one_picked_channel_keeps_it() -> None:
     model = net.model(net.conv(y, 4, "two"))
     smaller = cut(model).model
     assert remains(model, smaller) == [2]
-    assert _indices(smaller) == 0
+    assert constant_input(smaller) == 0
 
 
 @pytest.mark.parametrize(
@@ -165,7 +160,7 @@ def test_a_matrix_of_channels_is_cut_position_by_position() -> None:
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 3, 5]
     assert weight(smaller, "two").shape[1] == 4
-    assert np.shape(_indices(smaller)) == (2, 2)
+    assert np.shape(constant_input(smaller)) == (2, 2)
 
 
 def _table(rows: Array) -> onnx.ModelProto:
@@ -222,7 +217,7 @@ def test_channels_picked_by_gather_nd() -> None:
     model = between(build)
     smaller = cut(model).model
     assert remains(model, smaller) == [2, 5]
-    assert _indices(smaller) == [[1], [0]]
+    assert constant_input(smaller) == [[1], [0]]
 
 
 def test_tuples_that_pick_channels_and_positions_are_a_wall() -> None:
@@ -261,7 +256,7 @@ def test_gather_elements_over_space() -> None:
         model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
         smaller = cut(model).model
         assert remains(model, smaller) == left
-        assert np.shape(_indices(smaller)) == (1, len(left), 8, 3)
+        assert np.shape(constant_input(smaller)) == (1, len(left), 8, 3)
 
 
 def test_gather_elements_by_sorting() -> None:

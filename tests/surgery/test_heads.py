@@ -25,14 +25,6 @@ class Attention(Net):
         self.inputs = [onnx.helper.make_tensor_value_info("input", 1, ["batch", LENGTH, WIDTH])]
         self.stream = self.linear("input", WIDTH, WIDTH, "stem")
 
-    def linear(self, x: str, inputs: int, outputs: int, name: str, zeros: Array | None = None) -> str:
-        """zeros: outputs that are zero throughout."""
-        weight, bias = self.random.standard_normal((inputs, outputs)) / 3, self.random.standard_normal(outputs)
-        if zeros is not None:
-            weight[:, zeros], bias[zeros] = 0, 0
-        product = self.node("MatMul", [x, self.constant(f"{name}.w", weight.astype(np.float32))], name)
-        return self.node("Add", [product, self.constant(f"{name}.b", bias.astype(np.float32))], f"{name}.sum")
-
     def shape(self, *dims: int) -> str:
         return self.constant(f"shape{len(self.constants)}", np.array(dims))
 

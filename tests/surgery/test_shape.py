@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from polar_deploy.surgery import compress
-from tests.surgery.between import Build, assert_same_at, between, node, remains, with_free_size
+from tests.surgery.between import Build, assert_same_at, between, constant_input, node, remains, with_free_size
 from tests.surgery.graphs import Net, constant, cut, operators, outcome, weight
 
 TURN = ("Transpose", {"perm": [0, 2, 1]})
@@ -30,12 +30,6 @@ def _chain(*steps: tuple[Any, ...], width: int = 6) -> Build:
         return x
 
     return build
-
-
-def _shape_of(model: onnx.ModelProto, name: str = "tested") -> list[int]:
-    """The constant shape that a node is told."""
-    found = next(node for node in model.graph.node if node.name == name)
-    return constant(model, found.input[1]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -84,24 +78,24 @@ def test_windows_and_back_with_channels_last() -> None:
 def test_only_the_number_of_channels_is_rewritten(asked: list[int], written: list[int]) -> None:
     back = ("Reshape", [-1, 6, 8, 8], {})
     smaller = cut(between(_chain(("Reshape", asked, {}), back))).model
-    assert _shape_of(smaller) == written
-    assert _shape_of(smaller, "tested1") == [-1, 4, 8, 8]
+    assert constant_input(smaller) == written
+    assert constant_input(smaller, "tested1") == [-1, 4, 8, 8]
 
 
-def _linear(x_width: int, columns: int, *, shape: Sequence[int] | None, size: int = 4) -> onnx.ModelProto:
+def _linear(shape: Sequence[int] | None) -> onnx.ModelProto:
     """Conv, gate, Flatten or Reshape, Gemm."""
-    net = Net(size=size)
-    x = net.gate(net.conv("input", x_width, "one"), [1, 4], "gate")
+    net = Net(size=4)
+    x = net.gate(net.conv("input", 6, "one"), [1, 4], "gate")
     if shape is None:
         x = net.node("Flatten", [x], "tested")
     else:
         x = net.node("Reshape", [x, net.constant("shape", np.array(shape))], "tested")
-    return net.model(net.gemm(x, columns, 5, "logits"))
+    return net.model(net.gemm(x, 96, 5, "logits"))
 
 
 @pytest.mark.parametrize("shape", [None, [-1, 96], [0, 96], [0, -1]])
 def test_each_channel_has_a_block_of_columns(shape: list[int] | None) -> None:
-    model = _linear(6, 96, shape=shape)
+    model = _linear(shape)
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
     kept = np.concatenate([np.arange(16) + 16 * channel for channel in (0, 2, 3, 5)])
@@ -121,7 +115,7 @@ def test_a_generator_starts_with_a_matrix_product() -> None:
     assert weight(surgery.model, "two").shape[1] == 4
     expected = [-1 if i < 5 else i for i in range(96) if i // 16 not in (1, 4)]
     assert remains(model, surgery.model, "linear") == expected
-    assert _shape_of(surgery.model, "image") == [-1, 4, 4, 4]
+    assert constant_input(surgery.model, "image") == [-1, 4, 4, 4]
 
 
 def test_squeeze_and_unsqueeze_around_matrix_products() -> None:
@@ -220,8 +214,8 @@ def test_groups_of_a_norm_stay_whole() -> None:
     model = between(build, closed=(2, 3, 4))
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 1, -1, 5]
-    assert _shape_of(smaller, "grouped") == [0, 2, -1]
-    assert _shape_of(smaller) == [0, 4, 8, 8]
+    assert constant_input(smaller, "grouped") == [0, 2, -1]
+    assert constant_input(smaller) == [0, 4, 8, 8]
 
 
 # ---- shapes that are computed
@@ -261,8 +255,8 @@ def test_a_computed_shape_becomes_a_constant_one() -> None:
     model = between(build)
     surgery = cut(model)
     assert outcome(model, surgery) == "removed"
-    assert _shape_of(surgery.model, "tokens") == [0, 4, 64]
-    assert _shape_of(surgery.model) == [0, 4, 8, 8]
+    assert constant_input(surgery.model, "tokens") == [0, 4, 64]
+    assert constant_input(surgery.model) == [0, 4, 8, 8]
     assert "Shape" not in operators(surgery.model)
 
 
@@ -275,7 +269,7 @@ def test_zeros_that_are_meant_literally_are_not_written() -> None:
         return _back(net, x)
 
     surgery = cut(between(build))
-    assert _shape_of(surgery.model) == [0, 4, 64]
+    assert constant_input(surgery.model) == [0, 4, 64]
     tested = next(node for node in surgery.model.graph.node if node.name == "tested")
     assert [entry.i for entry in tested.attribute if entry.name == "allowzero"] == [0]
 
@@ -462,7 +456,7 @@ def test_expand_over_space(asked: list[int], written: list[int]) -> None:
     model = between(_pooled(_chain(("Expand", asked, {}))), kernel=3)
     surgery = cut(model)
     assert outcome(model, surgery) == "removed"
-    assert _shape_of(surgery.model) == written
+    assert constant_input(surgery.model) == written
 
 
 def test_expand_to_a_higher_rank_moves_the_channels() -> None:
@@ -524,7 +518,7 @@ def test_one_channel_becomes_as_many_as_are_kept(operator: str) -> None:
     surgery = cut(model)
     assert outcome(model, surgery) == "removed"
     assert remains(model, surgery.model, "map") == [0]
-    assert _shape_of(surgery.model) == [1, 4, 1, 1]
+    assert constant_input(surgery.model) == [1, 4, 1, 1]
 
 
 @pytest.mark.parametrize(

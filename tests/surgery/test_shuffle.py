@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 import pytest
 from onnx import helper
 
-from tests.surgery.between import Build, assert_same_at, between, node, remains, with_free_size
-from tests.surgery.graphs import Net, constant, cut, operators, weight
+from tests.surgery.between import Build, assert_same_at, between, constant_input, node, remains, with_free_size
+from tests.surgery.graphs import Net, cut, operators, weight
 
 
 def _turned(split: Sequence[int], order: Sequence[int], join: Sequence[int], width: int, name: str = "x") -> Build:
@@ -22,11 +21,6 @@ def _turned(split: Sequence[int], order: Sequence[int], join: Sequence[int], wid
         return node(net, "Reshape", x, f"{name}.join", width, np.array(join))
 
     return build
-
-
-def _shape(model: onnx.ModelProto, name: str) -> list[int]:
-    found = next(node for node in model.graph.node if node.name == name)
-    return constant(model, found.input[1]).tolist()
 
 
 # Groups, what is closed of 8 channels, what is left of the filters (-1: zero) and in which order the reader sees it.
@@ -51,8 +45,8 @@ def test_channel_shuffle(groups: int, closed: list[int], left: list[int], order:
     expected = weight(model, "two")[:, kept].copy()
     expected[:, [order.index(channel) for channel in closed if channel in order]] = 0
     np.testing.assert_array_equal(weight(smaller, "two"), expected)
-    assert _shape(smaller, "x.split")[1:3] == [groups, len(left) // groups]
-    assert _shape(smaller, "x.join")[1] == len(left)
+    assert constant_input(smaller, "x.split")[1:3] == [groups, len(left) // groups]
+    assert constant_input(smaller, "x.join")[1] == len(left)
 
 
 def test_shuffle_at_any_size() -> None:
@@ -133,7 +127,7 @@ def test_pixel_shuffle(split: list[int], order: list[int], join: list[int], bloc
     smaller = cut(model).model
     assert remains(model, smaller) == [-1 if i == second[1] else i for i in second]
     assert weight(smaller, "two").shape[1] == 1
-    assert _shape(smaller, "x.join") == [-1, *join[1:-3], 1, 16, 16]
+    assert constant_input(smaller, "x.join") == [-1, *join[1:-3], 1, 16, 16]
 
 
 def test_pixel_unshuffle() -> None:
@@ -141,7 +135,7 @@ def test_pixel_unshuffle() -> None:
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
     assert weight(smaller, "two").shape[1] == 16
-    assert _shape(smaller, "x.split") == [-1, 4, 4, 2, 4, 2]
+    assert constant_input(smaller, "x.split") == [-1, 4, 4, 2, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_groups_that_are_summed() -> None:
     model = between(build, closed=(1, 2, 3))
     smaller = cut(model).model
     assert remains(model, smaller) == [0, -1, 4, 5]
-    assert _shape(smaller, "pairs") == [-1, 2, 2, 8, 8]
+    assert constant_input(smaller, "pairs") == [-1, 2, 2, 8, 8]
 
 
 def test_channels_that_are_repeated_one_by_one() -> None:
@@ -200,7 +194,7 @@ def test_channels_that_are_repeated_one_by_one() -> None:
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
     np.testing.assert_array_equal(weight(smaller, "two"), weight(model, "two")[:, [0, 1, 4, 5, 6, 7, 10, 11]])
-    assert _shape(smaller, "r") == [-1, 8, 8, 8]
+    assert constant_input(smaller, "r") == [-1, 8, 8, 8]
 
 
 def test_channels_stacked_on_a_new_axis() -> None:

@@ -10,8 +10,8 @@ import pytest
 from onnx import helper
 
 from polar_deploy.surgery import compress
-from tests.surgery.between import Build, assert_same_at, between, node, remains, with_free_size
-from tests.surgery.graphs import Net, constant, cut, fates, names, operators, outcome, weight
+from tests.surgery.between import Build, assert_same_at, between, constant_input, node, remains, with_free_size
+from tests.surgery.graphs import Net, cut, fates, names, operators, outcome, weight
 
 LOWEST = np.iinfo(np.int64).min
 
@@ -29,11 +29,6 @@ def _pad(pads: list[int], *, value: float | None = None, width: int = 6, **attri
 def _attributes(model: onnx.ModelProto, name: str = "tested") -> dict[str, Any]:
     found = next(node for node in model.graph.node if node.name == name)
     return {entry.name: onnx.helper.get_attribute_value(entry) for entry in found.attribute}
-
-
-def _input(model: onnx.ModelProto, index: int, name: str = "tested") -> list[int]:
-    found = next(node for node in model.graph.node if node.name == name)
-    return constant(model, found.input[index]).tolist()
 
 
 # ---- Slice
@@ -79,7 +74,7 @@ def test_slices_of_channels(
     if rewritten is None:
         assert "tested" not in names(smaller)
     else:
-        assert (_input(smaller, 1), _input(smaller, 2)) == rewritten
+        assert (constant_input(smaller), constant_input(smaller, index=2)) == rewritten
 
 
 def test_what_is_stepped_over_is_read_by_another_slice() -> None:
@@ -183,7 +178,7 @@ def test_split_with_sizes(told: str, opset: int) -> None:
     model = between(lambda net, x: _split(net, x, [2, 3, 1], told=told, back=True), opset=opset)
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
-    assert (_attributes(smaller)["split"] if told == "attribute" else _input(smaller, 1)) == [1, 2, 1]
+    assert (_attributes(smaller)["split"] if told == "attribute" else constant_input(smaller)) == [1, 2, 1]
     np.testing.assert_array_equal(weight(smaller, "two"), weight(model, "two")[:, [0, 1, 2, 4]])
 
 
@@ -222,7 +217,7 @@ def test_split_into_equal_parts(
     assert found.pop("axis") == 1
     assert found == attributes
     split = next(node for node in smaller.graph.node if node.name == "tested")
-    assert (_input(smaller, 1) if len(split.input) > 1 else None) == sizes
+    assert (constant_input(smaller) if len(split.input) > 1 else None) == sizes
 
 
 def test_sizes_that_are_computed() -> None:
@@ -241,7 +236,7 @@ def test_sizes_that_are_computed() -> None:
     model = between(build, closed=(1, 2, 4))
     surgery = cut(model)
     assert remains(model, surgery.model) == [0, 3, 5]
-    assert _input(surgery.model, 1) == [1, 2]
+    assert constant_input(surgery.model) == [1, 2]
     assert "Shape" not in operators(surgery.model)
 
 
@@ -251,7 +246,7 @@ def test_a_part_that_is_gone_takes_its_output_along() -> None:
     assert remains(model, smaller) == [0, 1, 5]
     split = next(node for node in smaller.graph.node if node.name == "tested")
     assert list(split.output) == ["part0", "part2"]
-    assert _input(smaller, 1) == [2, 1]
+    assert constant_input(smaller) == [2, 1]
 
 
 def test_a_split_of_one_part_goes() -> None:
@@ -329,7 +324,7 @@ def test_pad_of_some_axes() -> None:
     model = between(build, opset=18)
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
-    assert _input(smaller, 1) == [1, 0, 1, 0]
+    assert constant_input(smaller) == [1, 0, 1, 0]
 
 
 # Pads on axis 1 and their value, then the fate of each channel and the Pad that is left.
@@ -363,7 +358,7 @@ def test_channels_that_are_added_stay_where_others_hold_their_place() -> None:
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2]
     assert remains(model, smaller, "other") == [0, 2, 4]
-    assert _input(smaller, 1) == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert constant_input(smaller) == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
@@ -422,7 +417,7 @@ def test_widths_of_channels_that_are_computed() -> None:
     smaller = cut(model).model
     assert remains(model, smaller) == [0, 2, 3, 5]
     assert remains(model, smaller, "other") == [0, 2, 3, 5, 6, 8, 9, 10, 11]
-    assert _input(smaller, 1) == [0, 0, 0, 0, 0, 5, 0, 0]
+    assert constant_input(smaller) == [0, 0, 0, 0, 0, 5, 0, 0]
 
 
 # ---- Concat
