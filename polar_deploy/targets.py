@@ -1,4 +1,4 @@
-"""What an engine is built for: "trt-fp16" is a backend and a precision. Which of them work on this machine."""
+"""What an engine is built for: "trt-fp16" is a backend and a precision; and which of them work on this machine."""
 
 from __future__ import annotations
 

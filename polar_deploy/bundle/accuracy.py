@@ -1,4 +1,4 @@
-"""Accuracy on the device: a test set in a folder, read as the manifest says its pictures are made."""
+"""Accuracy on the device: of a test set in a folder, whose pictures are prepared as the manifest says."""
 
 from __future__ import annotations
 

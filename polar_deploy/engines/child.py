@@ -1,4 +1,4 @@
-"""A function in a process of its own: a library that aborts then ends a child, and the run gets its last words.
+"""A function in a process of its own: a library that aborts ends the child alone, and the run tells what it wrote last.
 
 python -m polar_deploy.engines.child package.module:function REQUEST.json ANSWER.json PARENT
 """

@@ -1,7 +1,7 @@
 """The little of CUDA's runtime that running and timing an engine takes. Through cuda-bindings, no torch.
 
-Whatever is made here is owned by an `ExitStack`, which frees it in reverse order. What CUDA says to that is not looked
-at: an error that shows there was made, and told, by a call before, and must not be covered up.
+Whatever is made here is owned by an `ExitStack`, which frees it in reverse order. Errors while freeing are ignored:
+they stem from an earlier call that has raised already, and must not hide its error.
 """
 
 from __future__ import annotations

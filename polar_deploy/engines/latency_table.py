@@ -1,4 +1,4 @@
-"""Making a latency table that whole networks bear out."""
+"""Making a latency table: measured site by site, and held against whole networks."""
 
 from __future__ import annotations
 

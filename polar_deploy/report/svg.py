@@ -1,7 +1,7 @@
 """Scalable pictures from a few parts: escaped tags, scales, axes, and a frame that a screen reader can tell about.
 
-Colours are classes, so that the page's style sheet decides them, in the light and in the dark: no plotting library
-writes such pictures, and the widths of a network are drawn by none.
+Colours are classes, so that the page's style sheet decides them, in light and in dark mode. No plotting library writes
+such pictures, nor draws the widths of a network.
 """
 
 from __future__ import annotations

@@ -219,7 +219,8 @@ class Elementwise(Operator[Operands]):
             read = target.needed if dependent is None else target.needed & dependent
             if not all_of(operand.constant | ~read):
                 continue
-            exact = self.steady is None or bool(np.all(operand.value[read] == 0))  # two of a kind may not part
+            # Our constant may differ from the runtime's by rounding, which matters where the operator jumps.
+            exact = self.steady is None or bool(np.all(operand.value[read] == 0))
             if exact:
                 step.replaced.update(dict.fromkeys(mine, np.where(read, operand.value, self.neutral or 0.0)))
 

@@ -61,8 +61,8 @@ class Note:
 class Channels:
     """What is known about the channels of one tensor.
 
-    A needed channel has its value in the result too. What a channel holds that is kept and not needed is nobody's
-    business, as long as it is finite.
+    A needed channel holds the same values after the cut. One that is kept and not needed may hold any finite numbers:
+    nothing that is needed depends on them.
     """
 
     tensor: str

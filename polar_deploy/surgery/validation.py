@@ -1,4 +1,4 @@
-"""What is asked of a stranger's model before anything else, and how its tensors read."""
+"""Checks of a model that may be damaged or hostile, before anything else is done with it; and reading its tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs as they are watched elsewhere: metrics of each epoch while it trains, figures and files when it has ended.
 
-A tracker is a module here with a class `Tracker`, imported only when it is asked for. What it does never decides what
-becomes of a run: one that fails in the middle of it is told so, and the run goes on without.
+A tracker is a module here with a class `Tracker`, imported only when it is asked for. It never decides what
+becomes of a run: where a tracker fails, the user is told, and the run goes on without it.
 """
 
 from __future__ import annotations

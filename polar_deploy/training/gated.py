@@ -1,8 +1,8 @@
 """One-pass training with gates: ordinary training, in which `Gates` watch, close little by little, and are fixed.
 
-epochs      0 ......... start ................ freeze ................. end
-gates       all open   | closing: a falling target | fixed
-network     whole, masked                          | cut: what is closed is no longer computed
+epochs      0 ...... close_from ......... freeze_at ...... end
+gates       all open | closing            | fixed
+network     whole, with masks             | cut: what is closed is no longer computed
 """
 
 from __future__ import annotations
