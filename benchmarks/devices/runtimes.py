@@ -122,6 +122,11 @@ RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
 }
 
 
+def on_this_cpu(name: str) -> str:
+    """The name of a runtime's file for the instructions that this CPU has."""
+    return name if "avx512f" in cpu.instructions() else f"{name}-avx2"
+
+
 def machine() -> str:
     """The processor, and which instructions of interest it has."""
     flags = cpu.instructions()
@@ -132,8 +137,8 @@ def machine() -> str:
 def main(name: str, rounds: int = 75) -> None:
     """Measure and write the file."""
     title, package, precision, load = RUNTIMES[name]
-    if "avx512f" not in cpu.instructions():
-        name, title = f"{name}-avx2", f"{title} with AVX2 alone"
+    if on_this_cpu(name) != name:
+        name, title = on_this_cpu(name), f"{title} with AVX2 alone"
     found = {layer: sweep(lambda path: load(path, shape()), layer, each, rounds) for layer, each in LAYERS.items()}
     source = {
         "tool": package,
