@@ -234,6 +234,11 @@ class Training(_Frozen):
 CLOSING = {"batch": 0.07, "sample": 0.25}  # share of the run in which gates close; what samples decide is learned first
 
 
+def fixed_at(close_from: float, freeze_at: float | None, closing: float) -> float:
+    """The share of the run at which gates are fixed: as asked, or after so long a `closing`."""
+    return min(1.0, close_from + closing) if freeze_at is None else freeze_at
+
+
 class Gates(_Frozen):
     """How gates learn. `close_from` and `freeze_at` say where they begin to close, and are fixed."""
 

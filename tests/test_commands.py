@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from polar_deploy import cli, pipeline
+from polar_deploy import cli, pipeline, surgery
 from polar_deploy.cli import Command, Group
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import __main__ as surgery_shim
-from polar_deploy.surgery import command as surgery_command
 from tests.conftest import ROOT, Outcome, called
 
 _TREE = Group("for tests", {"do": Command("package.a_command_of_a_test", "does it", "interrupted; go on")})
@@ -88,7 +87,7 @@ def failing(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence
         monkeypatch.setattr(pipeline, "_settings", divide)
         return pipeline.main
     if command == "surgery":
-        monkeypatch.setattr(surgery_command, "compress_file", divide)
+        monkeypatch.setattr(surgery, "compress_file", divide)
         return lambda argv: surgery_shim.main([*argv, "in.onnx", "out.onnx"])
     module = types.ModuleType("package.a_command_of_a_test", "What it does.")
     module.__dict__.update(add_arguments=lambda parser: None, run=divide)

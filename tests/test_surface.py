@@ -57,28 +57,43 @@ def json_keys(schema: object, place: str = "") -> Iterator[str]:
 def public_names() -> Iterator[str]:
     """Each name on the page of the API, with its parameters, as the source declares them."""
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    for name in re.findall(r"auto(?:module|class):: (\S+)", page):
-        yield from _public(name)
+    named = re.findall(r"auto(?:module|class):: (\S+)", page)
+    yield from dict.fromkeys(line for name in named for line in _public(name))
 
 
 def _public(name: str) -> Iterator[str]:
-    path = ROOT / name.replace(".", "/")
-    source = next((each for each in (path / "__init__.py", path.with_suffix(".py")) if each.is_file()), None)
-    if source is None:  # a class: its module may hand it on
+    if not _path(name).is_file():
         module, _, member = name.rpartition(".")
-        module = "polar_deploy.gating.gates" if module == "polar_deploy" else module
-        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-        yield from _declared(name, next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == member))
+        yield from _declared(name, _declarations(module)[member])
         return
-    tree = ast.parse(source.read_text(encoding="utf-8"))
+    tree, declared = _tree(name), _declarations(name)
     exported = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     listed = set(ast.literal_eval(exported[0])) if exported else None
-    declared = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
     for member in sorted(declared if listed is None else listed):
         if member in declared and not member.startswith("_"):
             yield from _declared(f"{name}.{member}", declared[member])
         elif not member.startswith("_"):
             yield f"{name}.{member}"
+
+
+def _path(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_path(module).read_text(encoding="utf-8"))
+
+
+def _declarations(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Classes and functions of a module, with those that it hands on: `from MODULE import NAME as NAME`."""
+    tree = _tree(module)
+    found = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    for node in ast.walk(tree):
+        for each in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+            if each.asname == each.name:
+                found[each.name] = _declarations(node.module)[each.name]
+    return found
 
 
 def _declared(name: str, node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:

@@ -27,13 +27,13 @@ def require_as_described(folder: Path, manifest: Manifest, network: Network) -> 
         manifest: the bundle's.
         network: a part of it.
     """
-    from polar_deploy.surgery import cost
+    from polar_deploy.surgery.count import count
 
     fp32, typed = folder / network.fp32, folder / network.typed
     model = _read(fp32, network.fp32_data)
     _require_edges(model, fp32, manifest, typed=fp32 == typed)
     try:
-        counted = cost(model)
+        counted = count(model)
     except Exception as error:  # shapes that make no sense
         raise refused(fp32, f"has no cost: {one_line(error)}") from error
     if (counted.macs, counted.params) != (network.macs, network.params):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,7 +36,7 @@ Width = Annotated[int, Field(ge=1)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,))
 
 
 class Source(_Frozen):
@@ -164,7 +165,7 @@ class Device(_Frozen):
         if layer != "depthwise3x3":  # two layers
             both = REFERENCE * ELEMENTS[layer] * 2
             if "between" in sides:
-                return (_line(steps)[0] - 2 * self.moved(precision, layer)) / both
+                return (self._lines[precision, layer][0] - 2 * self.moved(precision, layer)) / both
             return _at_reference(steps) / (both * REFERENCE)
         cost = _at_reference(steps)
         if "both" not in sides:  # between two others
@@ -178,10 +179,10 @@ class Device(_Frozen):
         Two layers with next to nothing between them still move `REFERENCE` channels in and as many out. Where the file
         knows writing and reading apart, this is part of their costs, and 0 here.
         """
-        sides = self._swept(precision, layer) or self._swept(precision, "conv3x3")
-        if "between" not in sides or layer == "depthwise3x3":
+        kind: Kind = layer if self._swept(precision, layer) else "conv3x3"
+        if (precision, kind) not in self._lines or layer == "depthwise3x3":
             return 0.0
-        slope, start = _line(sides["between"])
+        slope, start = self._lines[precision, kind]
         return min(max(start, 0.0) / (2 * REFERENCE), MOST_MOVED * slope / 2)
 
     def surcharge_growth(self, precision: Precision) -> float:
@@ -202,11 +203,24 @@ class Device(_Frozen):
 
     def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
         """What was asked of a kind of layer: costs by width, by what varies."""
-        return {
-            sweep.varies: dict(zip(sweep.widths, sweep.cost, strict=True))
-            for sweep in self.sweeps
-            if (sweep.precision, sweep.layer) == (precision, layer)
-        }
+        return self._asked.get((precision, layer), {})
+
+    @cached_property
+    def _asked(self) -> dict[tuple[Precision, Kind], dict[str, dict[int, float]]]:
+        asked: dict[tuple[Precision, Kind], dict[str, dict[int, float]]] = {}
+        for sweep in self.sweeps:
+            costs = dict(zip(sweep.widths, sweep.cost, strict=True))
+            asked.setdefault((sweep.precision, sweep.layer), {})[sweep.varies] = costs
+        return asked
+
+    @cached_property
+    def _lines(self) -> dict[tuple[Precision, Kind], tuple[float, float]]:
+        """See `_line`, of the kinds of layers between which widths were asked."""
+        return {key: _line(sides["between"]) for key, sides in self._asked.items() if "between" in sides}
+
+    @cached_property
+    def _offered(self) -> dict[Precision, tuple[int, ...]]:
+        return {precision: _worth_choosing(self.staircase(precision)) for precision in self.precisions}
 
     def offered(self, precision: Precision) -> tuple[int, ...]:
         """The widths worth choosing, ascending, as far as they were asked.
@@ -214,7 +228,7 @@ class Device(_Frozen):
         The widest one is. A narrower one is where it saves, against the next one offered, at least half of the share of
         channels that it gives up: 31 channels that cost as much as 32 are no choice, and neither are 24 that cost more.
         """
-        return _worth_choosing(self.staircase(precision))
+        return self._offered[precision]
 
     def offers(self, width: int, precision: Precision) -> bool:
         """Whether a width is worth choosing; above the widest one that was asked, its like within the last period."""

@@ -17,7 +17,8 @@ from polar_deploy.documents.build import Built, BuiltEngine, File, Plan, Precisi
 from polar_deploy.engines import machine
 from polar_deploy.engines.base import Array, Engine, Runtime, Timer, infer_all
 from polar_deploy.errors import ContentError, MachineError
-from polar_deploy.surgery import cost, detached
+from polar_deploy.surgery import detached
+from polar_deploy.surgery.count import count
 from polar_deploy.tensors import Arrays
 from polar_deploy.workspace import sha256
 
@@ -120,7 +121,7 @@ def _built(
     start: float,
 ) -> BuiltEngine:
     """Build `folder/NAME.onnx`, which was made from the FP32 network `model`; return its entry in build.json."""
-    costs = cost(model)
+    costs = count(model)
     made = _runtime(target).build(folder / f"{name}.onnx", folder, name, target, options)
     versions = {"polar_deploy": __version__, "onnx": version("onnx"), **made.engine.versions}
     files = onnx_files.with_data(folder / file for file in made.files)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polar_deploy.config import CLOSING
+from polar_deploy.config import CLOSING, fixed_at
 from polar_deploy.costs import Floats
 from polar_deploy.errors import UsageError
 from polar_deploy.surgery.facts import Bools
@@ -47,7 +47,7 @@ class Schedule:
         """
         if mode not in CLOSING:
             raise UsageError(f"mode={mode!r}", f"choose one of {', '.join(CLOSING)}")
-        return cls(steps, close_from, min(1.0, close_from + CLOSING[mode]) if freeze_at is None else freeze_at)
+        return cls(steps, close_from, fixed_at(close_from, freeze_at, CLOSING[mode]))
 
     @property
     def chosen_at(self) -> int:

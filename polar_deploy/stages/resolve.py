@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from polar_deploy import targets, tasks
-from polar_deploy.config import CLOSING, Budget, Settings
+from polar_deploy.config import CLOSING, Budget, Settings, fixed_at
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.stages.artefacts import GATES
@@ -72,7 +72,7 @@ def _closing(settings: Settings) -> dict[str, float]:
         close_from = 0.05 if trained else 0.3
         close_from = close_from if freeze_at is None else min(close_from, freeze_at / 2)
     closing = CLOSING[settings.gates.mode] if trained else 0.25
-    return {"close_from": close_from, "freeze_at": min(1.0, close_from + closing) if freeze_at is None else freeze_at}
+    return {"close_from": close_from, "freeze_at": fixed_at(close_from, freeze_at, closing)}
 
 
 def _alignment(settings: Settings, target: targets.Target) -> int:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from polar_deploy.errors import UsageError, printable
-from polar_deploy.surgery import compress_file
 
 WIDTH = 120  # characters, where the table goes into a file
 
@@ -35,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.target is None:
         raise UsageError("no place for the smaller model", "give OUT.onnx, or ask about a tensor with --explain TENSOR")
+    from polar_deploy.surgery import compress_file
+
     report = compress_file(
         arguments.source,
         arguments.target,
