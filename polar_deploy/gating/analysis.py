@@ -39,6 +39,11 @@ class Analysis:
     places: tuple[Place, ...]
     unmasked: dict[str, str]
 
+    @property
+    def ungated(self) -> dict[str, str]:
+        """Layers whose channels have no gate, and those that cannot be masked, with the reason; their cost counts."""
+        return {**self.choices.reasons, **self.unmasked}
+
     @cached_property
     def _gate_of(self) -> list[Tensor]:
         return [torch.from_numpy(gates.astype(np.int64)) for gates in self.choices.gate_of]
@@ -75,7 +80,7 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         )
     blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
-    made = choices.find(blank, found.masks, found.name_of)
+    made = choices.find(blank, found.masks, found.name_of, places.layers(network, blank))
     if not made.gates:
         reasons = [f"{name}: {reason}" for name, reason in (*found.unmasked.items(), *made.reasons.items())]
         raise UsageError(

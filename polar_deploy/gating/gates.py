@@ -152,7 +152,7 @@ class Gates:
     @property
     def ungated(self) -> dict[str, str]:
         """Layers whose channels have no gate, with the reason; their cost counts."""
-        return {**self.analysis.choices.reasons, **self.analysis.unmasked}
+        return self.analysis.ungated
 
     @property
     def share(self) -> Tensor:

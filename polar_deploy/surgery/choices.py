@@ -10,7 +10,7 @@ so that promise and result can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -113,7 +113,7 @@ class Choices:
         alive: sets of blocks (indices) of which at least one has to stay.
         costs: "macs" and "params".
         layers: what the MACs are made of.
-        reasons: why channels that a mask could close have no gate, by the layer that writes them.
+        reasons: why layers whose channels have no gate have none, and branches that are no blocks.
         folding: BatchNormalizations that will be folded into the layer before them, by their label, and whether that
             layer gets a bias from it: they count as that bias.
     """
@@ -169,19 +169,27 @@ class Choices:
         return {"macs": cost.macs, "params": cost.params}
 
 
-def find(detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None]) -> Choices:
+def find(
+    detached: DetachedModel,
+    masks: Sequence[Mask],
+    name_of: Callable[[int], str | None],
+    layers: Mapping[str, Collection[int]] | None = None,
+) -> Choices:
     """The gates of a graph whose channels can be closed at `masks`.
 
     Args:
         detached: the whole network; the values of its weights do not matter, but none should be zero.
         masks: where channels can be closed.
         name_of: what the layer at a node's position is called, None where that is not known.
+        layers: the positions of the nodes that compute with the weights of each layer, by its name; None: of all nodes
+            that multiply by a constant, by `name_of`.
     """
+    from polar_deploy.surgery import ungated
     from polar_deploy.surgery.pricing import Pricing
     from polar_deploy.surgery.survey import Survey
 
     masked = insert(detached, masks)
-    survey = Survey(detached, masked, masks, name_of)
+    survey = Survey(detached, masked, masks, name_of, layers)
     pricing = Pricing(survey, survey.units())
     return Choices(
         detached=masked,
@@ -192,7 +200,7 @@ def find(detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int]
         alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
         layers=pricing.layers(),
-        reasons=survey.reasons,
+        reasons={**survey.reasons, **ungated.reasons(survey, pricing.gated)},
         folding=pricing.folding,
     )
 
