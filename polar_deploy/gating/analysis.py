@@ -62,8 +62,10 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
 
     Raises:
         ContentError: PyTorch cannot export the network.
-        UsageError: there is no gate in it, or nothing in it to ignore, or it has no parameters in float32.
+        UsageError: there is no gate in it, or nothing in it to ignore, it has no parameters in float32, or some of them
+            have no values or no shapes yet.
     """
+    require_values(network)
     example = example.to(export.device_of(network))
     ignore = (ignore,) if isinstance(ignore, str) else ignore
     for pattern in ignore:
@@ -89,3 +91,18 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         )
     made, used = made.with_gates_alone()
     return Analysis(example, blank, made, tuple(found.places[index] for index in used), found.unmasked)
+
+
+def require_values(network: nn.Module) -> None:
+    """Raise UsageError where a parameter or buffer has no values, or no shape yet: nobody can run such a network."""
+    for name, tensor in export.own_tensors(network).items():
+        if nn.parameter.is_lazy(tensor):
+            raise UsageError(
+                f"{name} of {type(network).__name__} has no shape yet: its module is a lazy one",
+                "run the network once on an example, then put gates on it",
+            )
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} of {type(network).__name__} is on the meta device, where tensors have no values",
+                "load its weights onto a device first, by to_empty and load_state_dict for example",
+            )

@@ -166,7 +166,8 @@ class Places:
             return
         if not path:
             weights = [self.graph.origin(tensor.name) for tensor in step.original if self.graph.is_constant(tensor)]
-            self.unmasked[weights[0]] = "it is computed outside of any module that a mask could be put on"
+            name = weights[0].rpartition(".")[0] or weights[0]
+            self.unmasked[name] = "it is computed under torch.no_grad, or outside of any module that could carry a mask"
             return
         if is_ignored(path, self._ignore):
             self.unmasked[path] = "it is to be ignored"

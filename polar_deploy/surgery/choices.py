@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from polar_deploy.costs import Cost, Layer, State
+from polar_deploy.errors import UsageError
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.count import count
 from polar_deploy.surgery.detached import Array, DetachedModel
@@ -155,6 +156,22 @@ class Choices:
         """Widths and blocks of the state bool [gates] of all gates."""
         widths = tuple(int(np.count_nonzero(opened[site.gates.start : site.gates.stop])) for site in self.sites)
         return State(widths, tuple(bool(opened[block.gate]) for block in self.blocks))
+
+    def require_possible(self, opened: Bools) -> None:
+        """Raise UsageError where a state is not bool [gates], or closes all of what cannot go whole."""
+        if opened.shape != (self.gates,):
+            raise UsageError(f"{opened.shape} gates were given, the network has {self.gates}", "give one value a gate")
+        state = self.state(opened)
+        for site, width in zip(self.sites, state.widths, strict=True):
+            if not width and all(state.blocks[block] for block in site.blocks):
+                raise UsageError(
+                    f"all {site.width} gates of {site.name} are closed, and a layer cannot be left without channels",
+                    "leave one of them open, or close the block that it is in, where it is in one",
+                )
+        for either in self.alive:
+            if not any(state.blocks[block] for block in either):
+                names = ", ".join(self.blocks[block].name for block in sorted(either))
+                raise UsageError(f"all of the blocks {names} are closed", "leave one of them open")
 
     def with_masks(self, detached: DetachedModel, opened: Bools) -> DetachedModel:
         """A graph with these masks, `self.detached` or one of other weights, at the state bool [gates] of all gates."""

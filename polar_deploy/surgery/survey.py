@@ -61,7 +61,9 @@ class Survey:
         self._own = own
         self._names = {id(node): name_of(position) for position, node in enumerate(own)}
         self._muls: list[Node] = [held[mask.name] for mask in masks]
+        self._layer_of: dict[int, str] = {}
         self.layers = self._layers(layers)
+        self._layer_of.update({id(node): name for name, nodes in self.layers.items() for node in nodes})
         self.reasons: dict[str, str] = {}
         self.stayed: list[tuple[Ints, Note]] = []
         self.blocks, self.alive = self._blocks()
@@ -69,7 +71,7 @@ class Survey:
 
     def name(self, node: Node) -> str:
         """What a node's layer is called."""
-        return self._names.get(id(node)) or self.graph.label(node)
+        return self._names.get(id(node)) or self._layer_of.get(id(node)) or self.graph.label(node)
 
     def label(self, position: int) -> str:
         """What the node at a position of the graph without masks is called in reports."""

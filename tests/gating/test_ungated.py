@@ -16,6 +16,7 @@ PICTURES, TOKENS, WORDS = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 16), torch.
 OUTPUT = "its channels are an output of the network"
 COMPUTED = "both of its factors are computed, and their channels are not those of attention heads"
 INSIDE = "its input is computed inside of the module that it belongs to"
+OUTSIDE = "it is computed under torch.no_grad, or outside of any module that could carry a mask"
 HEAD = {"head": OUTPUT}
 
 
@@ -77,6 +78,20 @@ class Auxiliary(nn.Module):
         return (self.head(x), self.aux(x)) if self.training else self.head(x)
 
 
+class Frozen(nn.Module):
+    """The first part is computed without gradients: nobody would learn what its gates are worth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.hidden, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
 class Words(nn.Module):
     """A table, and a layer that reads nothing but it."""
 
@@ -113,12 +128,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, str], set[str]]] 
         *(Auxiliary, PICTURES),
         {
             "depthwise": "its channels are those of an input of the network, one by one",
-            "conv": reads("Conv", "node_conv2d_2"),
-            "filters": "it is computed outside of any module that a mask could be put on",
+            "conv": reads("Conv", "filters"),
+            "filters": OUTSIDE,
             "aux": "nothing uses it in evaluation mode, with these example inputs",
         },
-        {"node_conv2d_2", "wide", "back"},
+        {"filters", "wide", "back"},
     ),
+    "no gradients": (Frozen, PICTURES, {"first": OUTSIDE, "second": OUTSIDE}, {"second", "hidden"}),
     "a table": (Words, WORDS, {}, {"table", "hidden"}),
 }
 
