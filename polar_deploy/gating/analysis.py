@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import export
-from polar_deploy.errors import UsageError
+from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
@@ -61,11 +61,17 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         blocks: whether residual branches get gates.
 
     Raises:
-        ContentError: PyTorch cannot export the network.
+        ContentError: PyTorch cannot export the network, or loses a part of it, such as the projection of an LSTM.
         UsageError: there is no gate in it, or nothing in it to ignore, it has no parameters in float32, or some of them
             have no values or no shapes yet.
     """
     require_values(network)
+    for path, module in network.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:  # PyTorch 2.15 exports it as if it had none
+            raise ContentError(
+                f"PyTorch cannot export {path or 'an LSTM'} with proj_size={module.proj_size}: it drops the projection",
+                "use an LSTM without proj_size and a linear layer, or attach to a part of the network that has none",
+            )
     example = example.to(export.device_of(network))
     ignore = (ignore,) if isinstance(ignore, str) else ignore
     for pattern in ignore:

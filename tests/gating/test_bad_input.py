@@ -171,6 +171,12 @@ def test_a_network_without_values_or_shapes_is_refused(analysis: Any) -> None:
         Gates(lazy, EXAMPLE)
 
 
+def test_an_lstm_whose_projection_the_exporter_loses_is_refused() -> None:
+    """Its graph would compute something else, and cost something else."""
+    with pytest.raises(ContentError, match=r"cannot export 0 with proj_size=8: it drops the projection"):
+        Gates(nn.Sequential(nn.LSTM(6, 16, proj_size=8)), torch.zeros(2, 5, 6), rehearse=0)
+
+
 def test_no_layer_is_left_without_channels(analysis: Any) -> None:
     gates = Gates(network(), EXAMPLE, analysis=analysis, rehearse=0)
     opened = np.ones(len(gates.opened), bool)
