@@ -41,7 +41,7 @@ BETTER = 1.15  # in the median
 
 def main(names: list[str]) -> int:
     """Run the bars; 0 if all are met."""
-    asked = [name for name in names or TOOLS if TOOLS[name].device in devices.names()]
+    asked = [name for name in names or TOOLS if TOOLS[name].file in devices.names()]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,7 +72,7 @@ def main(names: list[str]) -> int:
 def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) -> list[dict[str, Any]]:
     """Write ONNX graphs NETWORK/full.onnx and NETWORK/WAY-SEED.onnx; return what was chosen."""
     ways: dict[str, Any] = {"macs": (1, None), "eights": (8, None)}
-    ways |= {tool: (1, devices.choose(TOOLS[tool].device, TOOLS[tool].precision).offers) for tool in tools}
+    ways |= {tool: (1, devices.choose(TOOLS[tool].file, TOOLS[tool].precision).offers) for tool in tools}
     torch.manual_seed(0)
     network = models.build(name, classifier(classes, pixels)).eval()
     choices = analyse(network, Example.of(torch.zeros(2, 3, pixels, pixels))).choices

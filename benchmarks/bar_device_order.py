@@ -21,8 +21,8 @@ from onnx import numpy_helper
 from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
-from benchmarks.devices.runtimes import openvino
-from polar_deploy import cpu, devices, models, precision, targets
+from benchmarks.devices.runtimes import on_this_cpu, openvino
+from polar_deploy import devices, models, precision, targets
 from polar_deploy.config import Build
 from polar_deploy.costs import State
 from polar_deploy.devices.measure import session
@@ -48,13 +48,12 @@ def quantised(path: Path, size: tuple[int, ...]) -> Run:
     return session(typed, size)
 
 
-KIND = "" if "avx512f" in cpu.instructions() else "-avx2"  # of the CPU, as the files are named
 RUNTIMES: dict[str, Callable[[Path, tuple[int, ...]], Run]] = {
-    f"onnxruntime-x86{KIND}": session,
-    f"onnxruntime-x86-int8{KIND}": quantised,
+    on_this_cpu("onnxruntime-x86"): session,
+    on_this_cpu("onnxruntime-x86-int8"): quantised,
 }
-if find_spec("openvino") and f"openvino-x86{KIND}" in devices.names():
-    RUNTIMES[f"openvino-x86{KIND}"] = openvino
+if find_spec("openvino") and on_this_cpu("openvino-x86") in devices.names():
+    RUNTIMES[on_this_cpu("openvino-x86")] = openvino
 
 
 def main() -> int:

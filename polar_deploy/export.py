@@ -331,14 +331,11 @@ def _require_noted(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 
 
 def _shapes(network: nn.Module, shapes: tuple[Any, Any] | None) -> Any:
-    """Dynamic shapes of arguments and named arguments as the exporter wants them: one of the two, or by name."""
+    """Dynamic shapes of arguments and named arguments as the exporter wants them: by name, those of `*args` as one."""
     if shapes is None:
         return None
     args, kwargs = shapes
-    if not kwargs:
-        return args
-    names = list(inspect.signature(network.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
 
 
 def _unless_reading(names: set[str]) -> Any:

@@ -321,6 +321,10 @@ class Workspace:
         except (UsageError, ContentError):
             return False  # no stamp, a damaged one, or a file is missing: the stage has to run
 
+    def has_stamp(self, stage: str) -> bool:
+        """Tell whether `stage` was finished once, be it with other settings."""
+        return self._stamp_path(stage).is_file()
+
     def has_other_settings(self, stage: str, fingerprint: Fingerprint) -> bool:
         """Tell whether `stage` was finished with other settings, by any program; False: without a stamp, too."""
         made = self._made(stage)

@@ -21,11 +21,11 @@ from tests.conftest import polar
 # go on in the second, whose other 16 go on in the third with 32 more. A ResNet-50 has 64 in its stem, 7552 inside, and
 # 256 + 512 + 1024 + 2048 in its streams; convolutions on shortcuts can go instead of their blocks.
 PIPELINES = {
-    "cifar10-resnet56": (32, 10, "1072 channels at 30 sites (3 streams), 27 blocks; 0 layers without"),
-    "cifar100-resnet56": (32, 100, "1072 channels at 30 sites (3 streams), 27 blocks; 0 layers without"),
-    "digits": (16, 10, "400 channels at 12 sites (3 streams), 9 blocks; 0 layers without"),
-    "imagenet-resnet50": (224, 1000, "11456 channels at 37 sites (4 streams), 20 blocks; 0 layers without"),
-    "tiny-imagenet-resnet18": (64, 200, "2880 channels at 12 sites (4 streams), 11 blocks; 0 layers without"),
+    "cifar10-resnet56": (32, 10, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layers without"),
+    "cifar100-resnet56": (32, 100, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layers without"),
+    "digits": (16, 10, "400 channels at 12 sites (3 streams), 9 blocks; 1 layers without"),
+    "imagenet-resnet50": (224, 1000, "11456 channels at 37 sites (4 streams), 20 blocks; 1 layers without"),
+    "tiny-imagenet-resnet18": (64, 200, "2880 channels at 12 sites (4 streams), 11 blocks; 1 layers without"),
 }
 
 
@@ -86,7 +86,8 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
     plan = json.loads(outcome.out)
     assert plan["stages"] == ["gates", "export", "surgery"]
     assert plan["folder"] == "runs/tests.support.tiny.net-digits-trt-fp16-s7"
-    assert plan["gates"] == {"channel_sites": 5, "channels": 84, "streams": 2, "blocks": 4, "ungated": {}}
+    ungated = {"linear": "its channels are an output of the network"}
+    assert plan["gates"] == {"channel_sites": 5, "channels": 84, "streams": 2, "blocks": 4, "ungated": ungated}
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
     assert plan["target"]["align"] == 8

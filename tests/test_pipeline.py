@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from polar_deploy import recipes
 from polar_deploy.stages import NAMES
-from tests.conftest import MINIATURE, Miniature, contents, polar
+from tests.conftest import MINIATURE, ROOT, Miniature, child_environment, contents, polar
 from tests.support.schemas import valid
 from tests.support.tiny import BLOCKS, SITES, STREAMS, costs, reachable
 
@@ -199,8 +201,24 @@ def test_the_figures_are_those_of_the_graphs(miniature: Miniature) -> None:
 # --------------------------------------------------------------------------- the same command again
 
 
-def test_a_second_call_finds_all_up_to_date_and_touches_nothing(miniature: Miniature, tmp_path: Path) -> None:
+WITHOUT_TORCH = """
+import sys
+from polar_deploy.pipeline import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules, "PyTorch was imported, which takes longer than all else"
+sys.exit(code)
+"""
+
+
+def test_a_second_call_needs_no_pytorch(miniature: Miniature, tmp_path: Path) -> None:
     """`benchmarks.bar_demo` times it."""
+    given = [*MINIATURE, "--out", str(miniature.copy(tmp_path / "run")), "--json"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *given]
+    again = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (miniature.outcome.code, miniature.outcome.out), again.stderr
+
+
+def test_a_second_call_finds_all_up_to_date_and_touches_nothing(miniature: Miniature, tmp_path: Path) -> None:
     folder = miniature.copy(tmp_path / "run")
     before = contents(folder)
     written = {name: (folder / name).stat().st_mtime_ns for name in FILES - {"run.yaml"}}

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.devices.printed import printed_to
+from benchmarks.devices.runtimes import RUNTIMES, on_this_cpu
+from polar_deploy.devices.sweep import ratios
 
 ROUNDS = 101
 
@@ -26,7 +28,7 @@ class Tool:
     """What tells how fast a network is.
 
     Attributes:
-        device: the device's file that widths are chosen by.
+        device: the device whose file widths are chosen by; a runtime's on a CPU has one for each kind of CPU.
         precision: of the file.
         module: what the tool's Python package is imported as.
         packages: what pip installs for it.
@@ -38,6 +40,11 @@ class Tool:
     module: str
     packages: tuple[str, ...]
     measured: bool = True
+
+    @property
+    def file(self) -> str:
+        """The name of the device's file."""
+        return on_this_cpu(self.device) if self.measured else self.device
 
 
 TOOLS = {
@@ -62,9 +69,6 @@ def main(name: str, pixels: str, *paths: str) -> None:
 
 def _speed_ups(name: str, size: tuple[int, ...], files: Sequence[Path]) -> list[float]:
     if TOOLS[name].measured:
-        from benchmarks.devices.runtimes import RUNTIMES
-        from polar_deploy.devices.sweep import ratios
-
         load = RUNTIMES[name][3]
         full, *others = [load(path, size) for path in files]
         found, _ = ratios(full, dict(enumerate(others)), ROUNDS)

@@ -7,17 +7,18 @@ a time: its files are named NAME-avx2.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from benchmarks.devices.printed import printed_to
 from benchmarks.devices.staircase import FOLDER
 from polar_deploy import cpu
 from polar_deploy.devices import Device
@@ -42,11 +43,15 @@ def openvino(path: Path, size: Size) -> Run:
 
 
 def mnn(path: Path, size: Size) -> Run:
+    """Converted without the command `mnnconvert`, which tells its maker of every call and has pip install what it needs
+    for that."""
+    import _tools
     import MNN
 
     made = path.with_suffix(".mnn")
-    command = [str(Path(sys.executable).with_name("mnnconvert")), "-f", "ONNX", "--modelFile", str(path)]
-    subprocess.run([*command, "--MNNModel", str(made), "--bizCode", "x"], check=True, capture_output=True)
+    options = {"-f": "ONNX", "--bizCode": "x", "--modelFile": str(path), "--MNNModel": str(made)}
+    with printed_to(path.with_suffix(".log")):
+        _tools.mnnconvert(["mnnconvert", *chain.from_iterable(options.items())])
     interpreter = MNN.Interpreter(str(made))
     session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": "normal"})
     interpreter.resizeTensor(interpreter.getSessionInput(session), size)  # which is [batch, …] in the file
@@ -122,6 +127,11 @@ RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
 }
 
 
+def on_this_cpu(name: str) -> str:
+    """The name of a runtime's file for the instructions that this CPU has."""
+    return name if "avx512f" in cpu.instructions() else f"{name}-avx2"
+
+
 def machine() -> str:
     """The processor, and which instructions of interest it has."""
     flags = cpu.instructions()
@@ -132,8 +142,8 @@ def machine() -> str:
 def main(name: str, rounds: int = 75) -> None:
     """Measure and write the file."""
     title, package, precision, load = RUNTIMES[name]
-    if "avx512f" not in cpu.instructions():
-        name, title = f"{name}-avx2", f"{title} with AVX2 alone"
+    if on_this_cpu(name) != name:
+        name, title = on_this_cpu(name), f"{title} with AVX2 alone"
     found = {layer: sweep(lambda path: load(path, shape()), layer, each, rounds) for layer, each in LAYERS.items()}
     source = {
         "tool": package,

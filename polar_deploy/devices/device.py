@@ -128,7 +128,8 @@ class Device(_Frozen):
         Where the file knows writing and reading apart, they are in proportion to the costs that were asked, on straight
         lines between them and, above the widest one, on the line of the last period. Where it knows both together, what
         is written counts as it is. Of what is read, a width that is not offered counts as so many more channels as make
-        up for what it costs above the line between those that are, which repeats with the period.
+        up for what it costs above the line between those that are. Behind the widths that were asked one by one, that
+        is what its like costs within the last period, and more by the `surcharge_growth` between the two.
 
         Args:
             widths: [...] >= 0, channels that a layer writes or reads.
@@ -145,11 +146,11 @@ class Device(_Frozen):
         if "between" in known:
             if side == "output":
                 return widths
-            steps = _worth_choosing(costs)
-            above = np.maximum(0.0, cost - np.interp(asked, steps, [costs[step] for step in steps])) / asked
             like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
+            wider = (widths - like) / np.maximum(like, 1.0)
+            above = np.interp(like, asked, _surcharge(costs)) * (1 + self.surcharge_growth(precision) * wider)
             read = REFERENCE * ELEMENTS[kind] * self.each(precision, kind) + 2 * self.moved(precision, kind)
-            return np.asarray(widths * (1 + np.interp(like, asked, above) / read))
+            return np.asarray(widths + above / read)
         beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
         growth = cost[-1] - np.interp(asked[-1] - PERIOD, asked, cost)
         found = np.interp(widths - beyond * PERIOD, asked, cost) + beyond * growth
@@ -183,6 +184,22 @@ class Device(_Frozen):
             return 0.0
         slope, start = self._lines[precision, kind]
         return min(max(start, 0.0) / (2 * REFERENCE), MOST_MOVED * slope / 2)
+
+    def surcharge_growth(self, precision: Precision) -> float:
+        """How what a width costs above the line between those that are offered grows with the width, 0 to 1.
+
+        0: it stays, as in a kernel that fills up its last block. 1: it grows in proportion, as where the whole layer
+        leaves its fast kernels. Told by 3 x 3 convolutions of which a width and its like a period on were asked; 1
+        where none were.
+        """
+        costs = self._swept(precision, "conv3x3").get("between", {})
+        above: dict[int, float] = dict(zip(costs, _surcharge(costs).tolist(), strict=True)) if costs else {}
+        pairs = [(above[width], above[width + PERIOD], PERIOD / width) for width in above if width + PERIOD in above]
+        if not any(near for near, _, _ in pairs):
+            return 1.0
+        # far = near * (1 + growth * wider), by least squares: what is hardly dearer than the line tells little
+        growth = sum((far - near) * near * wider for near, far, wider in pairs)
+        return min(1.0, max(0.0, growth / sum((near * wider) ** 2 for near, _, wider in pairs)))
 
     def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
         """What was asked of a kind of layer: costs by width, by what varies."""
@@ -228,6 +245,14 @@ def _worth_choosing(costs: Mapping[int, float]) -> tuple[int, ...]:
         if 1 - costs[width] / costs[result[-1]] >= WORTH * (1 - width / result[-1]):
             result.append(width)
     return tuple(reversed(result))
+
+
+def _surcharge(costs: Mapping[int, float]) -> Floats:
+    """What each width costs above the straight lines between those that are offered: [widths] >= 0."""
+    import numpy as np
+
+    steps = _worth_choosing(costs)
+    return np.maximum(0.0, np.array(list(costs.values())) - np.interp([*costs], steps, [costs[step] for step in steps]))
 
 
 def _line(costs: Mapping[int, float]) -> tuple[float, float]:

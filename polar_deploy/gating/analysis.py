@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import export
-from polar_deploy.errors import UsageError
+from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
@@ -39,6 +39,11 @@ class Analysis:
     places: tuple[Place, ...]
     unmasked: dict[str, str]
 
+    @property
+    def ungated(self) -> dict[str, str]:
+        """Layers whose channels have no gate, and those that cannot be masked, with the reason; their cost counts."""
+        return {**self.choices.reasons, **self.unmasked}
+
     @cached_property
     def _gate_of(self) -> list[Tensor]:
         return [torch.from_numpy(gates.astype(np.int64)) for gates in self.choices.gate_of]
@@ -56,9 +61,17 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         blocks: whether residual branches get gates.
 
     Raises:
-        ContentError: PyTorch cannot export the network.
-        UsageError: there is no gate in it, or nothing in it to ignore, or it has no parameters in float32.
+        ContentError: PyTorch cannot export the network, or loses a part of it, such as the projection of an LSTM.
+        UsageError: there is no gate in it, or nothing in it to ignore, it has no parameters in float32, or some of them
+            have no values or no shapes yet.
     """
+    require_values(network)
+    for path, module in network.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:  # PyTorch 2.15 exports it as if it had none
+            raise ContentError(
+                f"PyTorch cannot export {path or 'an LSTM'} with proj_size={module.proj_size}: it drops the projection",
+                "use an LSTM without proj_size and a linear layer, or attach to a part of the network that has none",
+            )
     example = example.to(export.device_of(network))
     ignore = (ignore,) if isinstance(ignore, str) else ignore
     for pattern in ignore:
@@ -75,7 +88,7 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         )
     blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
-    made = choices.find(blank, found.masks, found.name_of)
+    made = choices.find(blank, found.masks, found.name_of, places.layers(network, blank))
     if not made.gates:
         reasons = [f"{name}: {reason}" for name, reason in (*found.unmasked.items(), *made.reasons.items())]
         raise UsageError(
@@ -84,3 +97,18 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
         )
     made, used = made.with_gates_alone()
     return Analysis(example, blank, made, tuple(found.places[index] for index in used), found.unmasked)
+
+
+def require_values(network: nn.Module) -> None:
+    """Raise UsageError where a parameter or buffer has no values, or no shape yet: nobody can run such a network."""
+    for name, tensor in export.own_tensors(network).items():
+        if nn.parameter.is_lazy(tensor):
+            raise UsageError(
+                f"{name} of {type(network).__name__} has no shape yet: its module is a lazy one",
+                "run the network once on an example, then put gates on it",
+            )
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} of {type(network).__name__} is on the meta device, where tensors have no values",
+                "load its weights onto a device first, by to_empty and load_state_dict for example",
+            )

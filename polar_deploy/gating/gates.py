@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from polar_deploy import devices
 from polar_deploy.costs import Floats, State
 from polar_deploy.devices import Chosen
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import budgets, masking, processes, rehearsal
 from polar_deploy.gating.analysis import Analysis, analyse
@@ -84,7 +84,7 @@ class Gates:
 
     Raises:
         UsageError: there is no gate, the budget is out of reach, latency is asked without a table, an argument is out
-            of its range, or the model has gates already.
+            of its range, or the model has gates already, or parameters without values or shapes.
         ContentError: PyTorch cannot export the model, or what it exports does not lead back to its modules.
     """
 
@@ -152,7 +152,7 @@ class Gates:
     @property
     def ungated(self) -> dict[str, str]:
         """Layers whose channels have no gate, with the reason; their cost counts."""
-        return {**self.analysis.choices.reasons, **self.analysis.unmasked}
+        return self.analysis.ungated
 
     @property
     def share(self) -> Tensor:
@@ -228,14 +228,15 @@ class Gates:
             self._sampler.discard()
 
     def freeze(self, opened: Bools | None = None) -> None:
-        """Fix the gates: to a state bool [gates], or to the best one within the budget by what was learned."""
+        """Fix the gates: to a state bool [gates], or to the best one within the budget by what was learned.
+
+        Raises:
+            UsageError: the state is of another length, or closes all of what cannot go whole.
+        """
         if opened is None:
             opened = self._choose() if self.phase == "open" else self._stay
+        self.analysis.choices.require_possible(np.asarray(opened, bool))
         self.opened = np.asarray(opened, bool).copy()
-        if self.opened.shape != self._values.shape:
-            raise UsageError(
-                f"{self.opened.shape} gates were given, the network has {len(self._values)}", "give one value a gate"
-            )
         self.phase = "frozen"
         self._values = torch.from_numpy(self.opened).float()
         self._write()
@@ -348,6 +349,7 @@ class Gates:
 
     def _choose(self) -> Bools:
         """The best state within the budget, in all processes the same."""
+        self._observer.warn_of_unseen(self.analysis.choices.owners())
         worth = self._worth if self._observer.observations else np.ones(len(self.opened))
         given = self.analysis.choices, self._limits, self._costs, self.budget, worth
         if self._measured is None:

@@ -41,6 +41,32 @@ def aliases(network: nn.Module) -> dict[str, str]:
     return {name: known for name, known in every if name != known}
 
 
+def layers(network: nn.Module, detached: DetachedModel) -> dict[str, list[int]]:
+    """The layers with weights of a network, by their paths: the positions of the nodes that compute with these.
+
+    A weight has two axes or more that are longer than one. One of the network itself goes by its own name.
+    """
+    users: dict[str, list[int]] = {}  # of each parameter, by its name in the graph
+    made_of = {tensor.name: {tensor.name} for tensor in detached.model.graph.initializer}  # what constants are made of
+    for position, node in enumerate(detached.model.graph.node):
+        given = [name for name in node.input if name]
+        weights = set[str]().union(*(made_of[name] for name in given if name in made_of))
+        if all(name in made_of for name in given):
+            made_of.update(dict.fromkeys(node.output, weights))
+            continue
+        for name in weights:
+            users.setdefault(name, []).append(position)
+    nodes, named = detached.model.graph.node, dict(network.named_parameters(remove_duplicate=False))
+    by_id = {id(named[name]): positions for name, positions in users.items() if name in named}
+    found: dict[str, list[int]] = {}
+    for name, parameter in named.items():
+        if sum(size > 1 for size in parameter.shape) > 1:
+            path, used = name.rpartition(".")[0], by_id.get(id(parameter), [])
+            own = [position for position in used if module_of(nodes[position]) == path]  # of a weight that is shared
+            found.setdefault(path or name, []).extend(own or used)
+    return found
+
+
 def is_within(path: str, other: str) -> bool:
     """Whether a module, by its path, is another one, or lies in it."""
     return path == other or path.startswith(f"{other}.")
@@ -139,7 +165,9 @@ class Places:
         if source is None or len(source.axes) != 1:
             return
         if not path:
-            self.unmasked[step.label] = "it is computed outside of any module that a mask could be put on"
+            weights = [self.graph.origin(tensor.name) for tensor in step.original if self.graph.is_constant(tensor)]
+            name = weights[0].rpartition(".")[0] or weights[0]
+            self.unmasked[name] = "it is computed under torch.no_grad, or outside of any module that could carry a mask"
             return
         if is_ignored(path, self._ignore):
             self.unmasked[path] = "it is to be ignored"

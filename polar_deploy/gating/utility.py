@@ -8,6 +8,7 @@ holds back times the gradient behind it, so that it can come back.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
 
 LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
+MOST_NAMES = 5  # of sites, in a warning
 MOST_PASSES = 64  # that a step may consist of; older ones belong to nobody who calls `step`
 _Key = tuple[int, str]
 
@@ -104,6 +106,17 @@ class Observer:
             raise UsageError(
                 f"no gate has seen a gradient in {steps} steps",
                 "in each step, call the model that was given to Gates, then backward of a loss, then Gates.step",
+            )
+
+    def warn_of_unseen(self, owners: Sequence[tuple[range, str, str]]) -> None:
+        """Warn of sites and blocks, as (their gates, name, kind), that no gradient reached though it reached others."""
+        unseen = [name for gates, name, _ in owners if not self.utility[gates.start : gates.stop].any()]
+        if self.observations and unseen:
+            others = f" and {len(unseen) - MOST_NAMES} more" if len(unseen) > MOST_NAMES else ""
+            warnings.warn(
+                f"no gradient reached the gates of {', '.join(unseen[:MOST_NAMES])}{others}: they count as worth "
+                "nothing, and close first. Let gradients flow through these layers, or leave them out with ignore",
+                stacklevel=4,  # whoever calls `Gates.step`
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
             "channels": sum(site.width * site.size for site in choices.sites),
             "streams": sum(site.kind == "stream" for site in choices.sites),
             "blocks": len(choices.blocks),
-            "ungated": {**choices.reasons, **run.analysis.unmasked},
+            "ungated": run.analysis.ungated,
         },
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
         "smallest": budgets.smallest(choices, limits(run), known_latency(run)),

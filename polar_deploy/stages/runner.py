@@ -92,14 +92,17 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
 def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
     """Look at model, budget, weights and data before a folder is made or an epoch trained."""
     stages[0].inputs(run)
-    if any(stage.builds_network for stage in stages):
+    builds = [stage for stage in stages if stage.builds_network]
+    if builds and not (run.folder.is_dir() and all(run.workspace.has_stamp(stage.name) for stage in builds)):
         run.network()  # before data is downloaded for a model that there is not
     if any(stage.reads_data for stage in stages):
         _ = run.data
-    if full.STAGE in stages and run.settings.full_weights is not None:
-        from polar_deploy import models
+    if any(not is_current(run, stage) for stage in builds):  # else PyTorch is not even imported
+        network = run.network()
+        if full.STAGE in stages and run.settings.full_weights is not None:
+            from polar_deploy import models
 
-        models.load_weights(run.network(), run.settings.full_weights)
+            models.load_weights(network, run.settings.full_weights)
     if gates.STAGE in stages and not is_current(run, gates.STAGE):
         gates.require_reachable(run)  # last: it takes an export
 

@@ -10,13 +10,14 @@ so that promise and result can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from polar_deploy.costs import Cost, Layer, State
+from polar_deploy.errors import UsageError
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.count import count
 from polar_deploy.surgery.detached import Array, DetachedModel
@@ -113,7 +114,7 @@ class Choices:
         alive: sets of blocks (indices) of which at least one has to stay.
         costs: "macs" and "params".
         layers: what the MACs are made of.
-        reasons: why channels that a mask could close have no gate, by the layer that writes them.
+        reasons: why layers whose channels have no gate have none, and branches that are no blocks.
         folding: BatchNormalizations that will be folded into the layer before them, by their label, and whether that
             layer gets a bias from it: they count as that bias.
     """
@@ -156,6 +157,22 @@ class Choices:
         widths = tuple(int(np.count_nonzero(opened[site.gates.start : site.gates.stop])) for site in self.sites)
         return State(widths, tuple(bool(opened[block.gate]) for block in self.blocks))
 
+    def require_possible(self, opened: Bools) -> None:
+        """Raise UsageError where a state is not bool [gates], or closes all of what cannot go whole."""
+        if opened.shape != (self.gates,):
+            raise UsageError(f"{opened.shape} gates were given, the network has {self.gates}", "give one value a gate")
+        state = self.state(opened)
+        for site, width in zip(self.sites, state.widths, strict=True):
+            if not width and all(state.blocks[block] for block in site.blocks):
+                raise UsageError(
+                    f"all {site.width} gates of {site.name} are closed, and a layer cannot be left without channels",
+                    "leave one of them open, or close the block that it is in, where it is in one",
+                )
+        for either in self.alive:
+            if not any(state.blocks[block] for block in either):
+                names = ", ".join(self.blocks[block].name for block in sorted(either))
+                raise UsageError(f"all of the blocks {names} are closed", "leave one of them open")
+
     def with_masks(self, detached: DetachedModel, opened: Bools) -> DetachedModel:
         """A graph with these masks, `self.detached` or one of other weights, at the state bool [gates] of all gates."""
         values = zip(self.masks, self.values(opened), strict=True)
@@ -169,19 +186,27 @@ class Choices:
         return {"macs": cost.macs, "params": cost.params}
 
 
-def find(detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None]) -> Choices:
+def find(
+    detached: DetachedModel,
+    masks: Sequence[Mask],
+    name_of: Callable[[int], str | None],
+    layers: Mapping[str, Collection[int]] | None = None,
+) -> Choices:
     """The gates of a graph whose channels can be closed at `masks`.
 
     Args:
         detached: the whole network; the values of its weights do not matter, but none should be zero.
         masks: where channels can be closed.
         name_of: what the layer at a node's position is called, None where that is not known.
+        layers: the positions of the nodes that compute with the weights of each layer, by its name; None: of all nodes
+            that multiply by a constant, by `name_of`.
     """
+    from polar_deploy.surgery import ungated
     from polar_deploy.surgery.pricing import Pricing
     from polar_deploy.surgery.survey import Survey
 
     masked = insert(detached, masks)
-    survey = Survey(detached, masked, masks, name_of)
+    survey = Survey(detached, masked, masks, name_of, layers)
     pricing = Pricing(survey, survey.units())
     return Choices(
         detached=masked,
@@ -192,7 +217,7 @@ def find(detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int]
         alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
         layers=pricing.layers(),
-        reasons=survey.reasons,
+        reasons={**survey.reasons, **ungated.reasons(survey, pricing.gated)},
         folding=pricing.folding,
     )
 

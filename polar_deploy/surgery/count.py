@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ LIKE = 1 << 12  # shapes and layers that are kept in mind
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or matrix product with constant weights. Widths are channels, (inputs, outputs).
+    """One convolution, matrix product or recurrent layer with constant weights. Widths are channels, (inputs, outputs).
 
     groups: blocks of a convolution in which inputs and outputs are connected.
     """
@@ -60,8 +61,8 @@ class Cost:
     """The cost of a graph at batch 1 and the model's input size (224 a side where that is dynamic and taken).
 
     Attributes:
-        macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul (MatMul of two computed tensors too),
-            quantised ones included.
+        macs: multiply-accumulates of Conv, ConvTranspose, Gemm, MatMul and Einsum (those of two computed tensors too),
+            quantised ones included, and of LSTM, GRU and RNN.
         params: elements of all floating-point constants and quantised weights that a node reads, each constant once.
             Scalars are left out: exporters that write the same network differ in them.
         layers: those with weights, in the graph's order.
@@ -84,6 +85,7 @@ WEIGHTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
     **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
     **dict.fromkeys(("FusedConv", "FusedGemm", "FusedMatMul"), 1),  # of com.microsoft
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "Einsum"), 1),
 }
 
 
@@ -182,6 +184,8 @@ def _multiply(
 ) -> tuple[int, tuple[int, int]]:
     """Multiply-accumulates of one node, and its width; zeros where a shape is not known."""
     inputs = node.input
+    if operator == "Einsum":
+        return _einsum(node, [_sizes(shape_of(name)) for name in inputs])
     names = (inputs[0], inputs[WEIGHTS[operator]], node.output[0])
     first, second, result = (_sizes(shape_of(name)) for name in names)
     if first is None or second is None or result is None:
@@ -190,8 +194,45 @@ def _multiply(
         return math.prod(first) * math.prod(second[1:]), (first[1], result[1])
     if "Conv" in operator:
         return math.prod(result) * math.prod(second[1:]), (first[1], result[1])
+    if operator in ("LSTM", "GRU", "RNN"):
+        recurrence = _sizes(shape_of(inputs[2]))
+        return _recur(first, second, recurrence) if recurrence is not None else (0, (0, 0))
     inner = first[0] if any(a.name == "transA" and a.i for a in node.attribute) else first[-1]
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
+
+
+def _recur(data: tuple[int, ...], weight: tuple[int, ...], recurrence: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+    """The same of an LSTM, GRU or RNN: each step multiplies by all of W and R once, for every gate and direction.
+
+    So ONNX writes them: "it = f(Xt*(Wi^T) + Ht-1*(Ri^T) + …)"; what a cell multiplies element by element is left out,
+    as it is in other operators.
+    """
+    steps = math.prod(data[:2])
+    return steps * (math.prod(weight) + math.prod(recurrence)), (data[2], weight[0] * recurrence[2])
+
+
+def _einsum(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, tuple[int, int]]:
+    """The same of an Einsum: two inputs at a time from the left, each pair over all indices that stay or are summed.
+
+    A pair that sums over no common index multiplies element by element, which does not count. Dots are not followed.
+    """
+    equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "").replace(" ", "")
+    left, _, result = equation.partition("->")
+    terms = left.split(",")
+    known = [shape for shape in shapes if shape is not None]
+    if "." in equation or list(map(len, terms)) != list(map(len, known)):
+        return 0, (0, 0)
+    size = dict(zip("".join(terms), itertools.chain(*known), strict=True))
+    macs, made, width = 0, set(terms[0]), (0, 0)
+    for index, term in enumerate(terms[1:], 1):
+        stays = set(result).union(*terms[index + 1 :])
+        summed = (made & set(term)) - stays
+        outputs = set(term) & stays - made
+        made = (made | set(term)) & stays
+        if summed:
+            inner, outer = (math.prod(size[letter] for letter in letters) for letters in (summed, made))
+            macs, width = macs + inner * outer, (inner, math.prod(size[letter] for letter in outputs))
+    return macs, width
 
 
 @lru_cache(LIKE)

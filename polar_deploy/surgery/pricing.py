@@ -45,6 +45,7 @@ class Pricing:
 
     Attributes:
         sites, blocks, alive, gate_of, folding: as in `Choices`.
+        gated: bool [channels of the graph], those that a gate closes.
     """
 
     def __init__(self, survey: Survey, units: Ints) -> None:
@@ -61,6 +62,7 @@ class Pricing:
         self.sites = self._name(groups, self._blocks_of(len(groups)))
         for site, members in zip(self.sites, groups, strict=True):
             self._gate_of[members] = site.gates
+        self.gated = np.where(units == NEVER, NEVER, self._gate_of[units]) != NEVER
         self.alive = self._alive(len(groups))
         start = sum(site.width for site in self.sites)
         names = _unique([survey.masks[cone.mask].name for cone in survey.blocks])
@@ -228,8 +230,9 @@ class Pricing:
     def _name(self, groups: Sequence[Sequence[int]], blocks: Sequence[frozenset[int]]) -> tuple[Site, ...]:
         """The sites, named by the first layer that writes their channels."""
         names, sizes, streams = ["gate"] * len(groups), [1] * len(groups), self._summed()
-        for step in reversed([step for step in self._survey.facts.alive if is_writer(step)]):
-            unit = self._units[numbers(step.output)]
+        layers = {id(node) for nodes in self._survey.layers.values() for node in nodes}  # tables as well
+        for step in reversed([step for step in self._survey.facts.alive if is_writer(step) or id(step.node) in layers]):
+            unit = self._units[numbers(step.outputs[0])] if step.outputs else np.empty(0, np.int64)
             site_of = self._site_of[unit[unit != NEVER]]
             written, times = np.unique(site_of[site_of != NEVER], return_counts=True)
             for site, channels in zip(written.tolist(), times.tolist(), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
@@ -18,7 +18,7 @@ from polar_deploy.surgery.mixing import Mixing, Plan
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import DetachedModel
-    from polar_deploy.surgery.facts import Bools, Channels, Ints
+    from polar_deploy.surgery.facts import Bools, Channels, Ints, Note
 
 QUIET_ROUNDS = 2  # pairs of random halves that have to be closed without a channel that stays
 
@@ -37,11 +37,18 @@ class Survey:
         steps: by the id of their node, those that run.
         blocks: the blocks that can close, in the order of execution.
         alive: sets of blocks (indices) of which one has to stay.
-        reasons: why channels stay though a mask could close them, by the layer that writes them.
+        layers: the nodes that compute with the weights of each layer, by its name.
+        reasons: why branches that a mask could close are no blocks, by the mask's name.
+        stayed: channels (their numbers) that surgery left when masks closed them, and what it noted.
     """
 
     def __init__(
-        self, whole: DetachedModel, detached: DetachedModel, masks: Sequence[Mask], name_of: Callable[[int], str | None]
+        self,
+        whole: DetachedModel,
+        detached: DetachedModel,
+        masks: Sequence[Mask],
+        name_of: Callable[[int], str | None],
+        layers: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         self.whole, self.detached, self.masks = whole.model, detached, masks
         self.graph = Graph(detached)
@@ -54,17 +61,31 @@ class Survey:
         self._own = own
         self._names = {id(node): name_of(position) for position, node in enumerate(own)}
         self._muls: list[Node] = [held[mask.name] for mask in masks]
+        self._layer_of: dict[int, str] = {}
+        self.layers = self._layers(layers)
+        self._layer_of.update({id(node): name for name, nodes in self.layers.items() for node in nodes})
         self.reasons: dict[str, str] = {}
+        self.stayed: list[tuple[Ints, Note]] = []
         self.blocks, self.alive = self._blocks()
         self.alive += self._vital()
 
     def name(self, node: Node) -> str:
         """What a node's layer is called."""
-        return self._names.get(id(node)) or self.graph.label(node)
+        return self._names.get(id(node)) or self._layer_of.get(id(node)) or self.graph.label(node)
 
     def label(self, position: int) -> str:
         """What the node at a position of the graph without masks is called in reports."""
         return self.graph.label(self._own[position])
+
+    def _layers(self, layers: Mapping[str, Collection[int]] | None) -> dict[str, list[Node]]:
+        """By their names; where nobody tells, all nodes that multiply by a constant."""
+        if layers is not None:
+            return {name: [self._own[position] for position in positions] for name, positions in layers.items()}
+        found: dict[str, list[Node]] = {}
+        for node in self._own:
+            if node.op in WEIGHTS and any(tensor.values is not None for tensor in node.inputs):
+                found.setdefault(self.name(node), []).append(node)
+        return found
 
     def blocks_of(self, node: Node) -> frozenset[int]:
         """Indices of the blocks that a node goes with."""
@@ -83,9 +104,14 @@ class Survey:
         found = {index: self.channels(index) for index, mask in enumerate(self.masks) if not mask.block}
         return {index: channels for index, channels in found.items() if channels is not None}
 
+    @cached_property
+    def labels(self) -> Ints:
+        """[channels of the graph] the smallest channel that each one goes with."""
+        return sets.components(self.facts, list(self._bundles()))
+
     def units(self) -> Ints:
         """[channels of the graph] the smallest channel that each one can go with; `NEVER` for those that stay."""
-        labels = sets.components(self.facts, list(self._bundles()))
+        labels = self.labels
         possible = np.zeros(self.facts.total, bool)
         for closed in self.closable.values():
             possible[labels[closed]] = True
@@ -145,9 +171,9 @@ class Survey:
             kept[labels[numbers(channels)[channels.kept]]] = True
         kept &= closed
         for channels in facts.everything() if kept.any() else ():
-            if channels.notes and kept[labels[numbers(channels)]].any():
-                note = channels.notes[-1]
-                self.reasons.setdefault(channels.producer, f"{note.operator} {note.node}: {note.reason}")
+            own = numbers(channels)
+            if channels.notes and (stays := kept[labels[own]]).any():
+                self.stayed.append((own[stays], channels.notes[-1]))
         return kept
 
     def _set_masks(self, values: dict[int, Bools]) -> None:

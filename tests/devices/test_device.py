@@ -83,6 +83,17 @@ def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
     np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "output"), widths)
 
 
+@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+def test_what_an_unkind_width_costs_more_behind_the_widths_that_were_asked(growth: float) -> None:
+    """33 channels cost 4 more than the line says; 97, which are 64 / 33 wider, as much more as grows that far."""
+    costs = {32: 32, 33: 37, 40: 40, 64: 64, 96: 96, 97: 101 + 4 * growth * 64 / 33, 104: 104, 128: 128}
+    device = Device.model_validate(document(costs))
+    assert device.surcharge_growth("fp32") == pytest.approx(growth)
+    found = device.packed(np.array([33.0, 160.0, 161.0]), "fp32", "conv3x3", "input")
+    # the reader has half of a channel's cost, which is 1; 161 is 128 / 33 wider than 33
+    np.testing.assert_allclose(found, [33 + 4 / 0.5, 160, 161 + 4 * (1 + growth * 128 / 33) / 0.5])
+
+
 def test_a_device_to_which_all_widths_are_alike() -> None:
     device = Device.model_validate(document({8: 5.0, 16: 5.0, 32: 5.0, 64: 5.0}))
     assert device.each("fp32", "conv1x1") > 0

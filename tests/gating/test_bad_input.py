@@ -158,3 +158,61 @@ def test_what_cannot_be_cut_is_named() -> None:
     gates.freeze(np.arange(len(gates.opened)) % 2 == 0)
     with pytest.raises(ContentError, match=r"cannot be cut as a module: RuntimeError: .* in 1\n"):
         gates.cut()
+
+
+def test_a_network_without_values_or_shapes_is_refused(analysis: Any) -> None:
+    with pytest.raises(UsageError, match=r"0\.weight of Sequential is on the meta device"):
+        Gates(network().to("meta"), EXAMPLE)
+    with pytest.raises(UsageError, match=r"0\.weight of Sequential is on the meta device"):
+        Gates(network().to("meta"), EXAMPLE, analysis=analysis)
+    lazy = network()
+    lazy[5] = nn.LazyLinear(4)
+    with pytest.raises(UsageError, match=r"5\.weight of Sequential has no shape yet.*\n.*run the network once"):
+        Gates(lazy, EXAMPLE)
+
+
+def test_an_lstm_whose_projection_the_exporter_loses_is_refused() -> None:
+    """Its graph would compute something else, and cost something else."""
+    with pytest.raises(ContentError, match=r"cannot export 0 with proj_size=8: it drops the projection"):
+        Gates(nn.Sequential(nn.LSTM(6, 16, proj_size=8)), torch.zeros(2, 5, 6), rehearse=0)
+
+
+def test_no_layer_is_left_without_channels(analysis: Any) -> None:
+    gates = Gates(network(), EXAMPLE, analysis=analysis, rehearse=0)
+    opened = np.ones(len(gates.opened), bool)
+    opened[gates.sites[1].gates] = False
+    with pytest.raises(UsageError, match=r"all 16 gates of 2\.0 are closed"):
+        gates.freeze(opened)
+    with pytest.raises(UsageError, match=r"\(3,\) gates were given, the network has 32"):
+        gates.freeze(opened[:3])
+    assert gates.phase == "open"
+    assert gates.opened.all()
+
+
+class Detached(nn.Module):
+    """No gradient goes back into the first part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.hidden, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x)))).detach()
+        return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+def test_gates_that_no_gradient_reaches_are_named() -> None:
+    """They count as worth nothing, and would be closed in silence."""
+    torch.manual_seed(0)
+    gates = Gates(Detached(), EXAMPLE, budget=0.9, steps=STEPS, close_from=0.3, freeze_at=1.0, rehearse=0)
+    assert [site.name for site in gates.sites] == ["first", "second", "hidden"]
+
+    def train() -> None:
+        for _ in range(3):
+            gates.model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            gates.step()
+
+    with pytest.warns(UserWarning, match="no gradient reached the gates of first: they count as worth nothing"):
+        train()
+    assert gates.phase == "learning"

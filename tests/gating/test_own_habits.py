@@ -93,3 +93,21 @@ def test_a_dictionary_can_be_an_argument(tmp_path: Path) -> None:
     gates.freeze()
     gates.export(tmp_path / "gated.onnx")
     torch.testing.assert_close(gates.cut()(example), model(example))
+
+
+class Wrapped(nn.Module):
+    """Hands on whatever it is given, as wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.inner(*args)
+
+
+def test_the_batch_of_a_wrapper_stays_open() -> None:
+    """MACs are those of one sample, and not of as many as the example has."""
+    model = Wrapped(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
+    gates = Gates(model, torch.randn(3, 6), rehearse=1)
+    assert gates.full["macs"] == 6 * 16 + 16 * 4

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 INPUT, WEIGHT, RECURRENCE, BIAS, PEEPHOLES = 0, 1, 2, 3, 7
 STATES = (5, 6)  # where units start: [directions, batch, hidden]
 MIXED = "its units start where an input says"
+FED = "units that stay read its units at the next step"
 BOTH = "both directions keep the same hidden units"
 
 
@@ -164,6 +165,7 @@ class Recurrent(Operator[Cells]):
         for target in cells.results:
             wanted = wanted | target.needed.reshape(wanted.shape)
         reads = cells.of_units(step.parameter(RECURRENCE, "weight")).any(axis=1) & ~cells.zero[:, None, :]
+        asked = wanted
         while True:
             more = wanted | (reads & wanted[:, :, None]).any(axis=1)
             if np.array_equal(more, wanted):
@@ -171,6 +173,8 @@ class Recurrent(Operator[Cells]):
             wanted = more
         cells.needed = wanted
         for target in cells.results:
+            if any_of(fed := wanted & ~asked):
+                target.notes.append(step.note(FED, fed.ravel()))
             target.needed |= wanted.ravel()
             if cells.fixed:
                 target.pin(step.note(MIXED))
