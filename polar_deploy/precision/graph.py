@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from polar_deploy.surgery.detached import reads
 from polar_deploy.surgery.standins import STANDARD, stand_ins
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # what carries nearly all MACs, and decides the type
+RESIZE = 11  # the opset since which Resize says where it samples
 NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -208,7 +210,27 @@ def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model in `opset`, or as it is where it has that or a later one. Names stay."""
     if opset_of(model) >= opset:
         return model
-    return inferred(_by_onnx(model, partial(onnx.version_converter.convert_version, target_version=opset)))
+    samplings = _old_samplings(model) if opset_of(model) < RESIZE else {}
+    model = _by_onnx(model, partial(onnx.version_converter.convert_version, target_version=opset))
+    for node in model.graph.node:
+        if node.op_type == "Resize" and node.output[0] in samplings:
+            node.attribute.extend(starmap(helper.make_attribute, samplings[node.output[0]].items()))
+    return inferred(model)
+
+
+def _old_samplings(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+    """What a Resize of opset 11 has to say to sample where an older one or an Upsample did, by its output's name.
+
+    onnx's version converter (1.23) leaves the new defaults, which sample half a pixel further."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    found: dict[str, dict[str, str]] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Resize", "Upsample") and node.domain in STANDARD:
+            scales = constants.get(node.input[1]) if len(node.input) > 1 else None
+            shrinks = scales is not None and bool((numpy_helper.to_array(scales) < 1).any())
+            nearest = "ceil" if shrinks else "floor"  # as ONNX Runtime does
+            found[node.output[0]] = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": nearest}
+    return found
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -59,6 +59,11 @@ class DetachedModel:
         return Skeleton(self.model, strict=self.strict)
 
     @property
+    def sparse(self) -> set[str]:
+        """The names of the constants that are held as sparse tensors."""
+        return {tensor.values.name for tensor in self.model.graph.sparse_initializer}
+
+    @property
     def needs_data_file(self) -> bool:
         """Whether the weights go into a file beside the model: they came from one, or a message cannot hold them."""
         return self.external or sum(array.nbytes for array in self.arrays.values()) > onnx_files.MAX_MESSAGE

@@ -224,7 +224,7 @@ class Step(Generic[PlanT_co]):
         """Value of an input that has to be constant."""
         values = self.constant(index)
         if values is None:
-            raise Unsupported(f"its {what} is computed")
+            raise Unsupported(f"its {what} is {self.node.origin(index)}")
         return values
 
     def has(self, index: int) -> bool:

@@ -45,7 +45,8 @@ class Graph:
             tensor.name: Tensor(tensor.name, _given(tensor, detached)) for tensor in model.graph.initializer
         }
         self._given = dict(self._tensors)  # constants as they were
-        self._held = self._given.keys() | {tensor.values.name for tensor in model.graph.sparse_initializer}
+        self._tensors |= {name: Tensor(name, origin="a sparse tensor") for name in detached.sparse}
+        self._held = set(self._tensors)
         self.inputs = [self._tensor(value.name) for value in model.graph.input if value.name not in self._held]
         self.outputs = [self._tensor(value.name) for value in model.graph.output]
         named = labels if labels is not None else _labels(model.graph.node)

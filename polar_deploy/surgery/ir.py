@@ -17,7 +17,8 @@ BODIES = (5, 10)  # the numbers of attribute types that hold nodes
 class Tensor:
     """A value of the graph. An optional input that is absent is a tensor without a name.
 
-    values: of a constant; None: it is computed, or comes from outside.
+    values: of a constant; None: it is sparse, computed, or comes from outside.
+    origin: for a report, of an input that has no values.
     inputs: the node that makes it, if one does.
     outputs: the nodes that read it, once for each time that they do.
     """
@@ -26,6 +27,7 @@ class Tensor:
     values: Array | None = None
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
+    origin: str = "computed"
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +45,10 @@ class Node:
     outputs: list[Tensor]
     proto: onnx.NodeProto
     label: str
+
+    def origin(self, index: int) -> str:
+        """Where an input comes from that has no values, for a report."""
+        return self.inputs[index].origin if index < len(self.inputs) else "computed"
 
     def set_input(self, index: int, tensor: Tensor) -> None:
         """Makes the node read another tensor at an input that it has."""

@@ -163,7 +163,7 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     node = _dequantize(step.node.inputs[index])
     values = None if node is None else graph.constant(node, INPUT)
     if node is None or values is None:
-        raise Unsupported(f"its {what} is computed")
+        raise Unsupported(f"its {what} is {step.node.origin(index)}")
     result = node.outputs[0]
     if len(result.outputs) != 1 or not graph.is_private(result.name):
         raise Unsupported(f"its dequantised {what} is shared")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -69,3 +70,34 @@ def test_fp32_network_with_integer_shapes_is_accepted(tmp_path: Path) -> None:
     ]
     weights = {"axes": np.array([2, 3]), "shape": np.array([-1, 3])}
     graph.load(saved(model(nodes, weights, classes=3, size=8), tmp_path / "a.onnx"))
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize(
+    ("operator", "opset", "scale"),
+    [("Upsample", 9, 2), ("Upsample", 9, 1.25), ("Resize", 10, 2), ("Resize", 10, 1.25), ("Resize", 10, 0.4)],
+)
+def test_a_later_opset_samples_where_the_old_one_did(operator: str, opset: int, mode: str, scale: float) -> None:
+    size = int(np.float32(scale) * 13)
+    network = helper.make_model(
+        helper.make_graph(
+            [helper.make_node(operator, ["x", "scales"], ["y"], name="up", mode=mode)],
+            "up",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 13, 13])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, size, size])],
+            [numpy_helper.from_array(np.array([1, 1, scale, scale], np.float32), "scales")],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+    x = np.random.default_rng(0).standard_normal((1, 2, 13, 13)).astype(np.float32)
+    before = outputs(network, x)
+    raised = graph.at_least(network, 19)
+    onnx.checker.check_model(raised, full_check=True)
+    assert graph.opset_of(raised) == 19
+    np.testing.assert_array_equal(outputs(raised, x), before)
+
+
+def outputs(network: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])

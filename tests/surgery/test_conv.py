@@ -339,6 +339,24 @@ def test_a_computed_weight_is_a_wall() -> None:
     assert {"node": "tested", "operator": "Conv", "reason": "its weight is computed"} in surgery.report["unsupported"]
 
 
+def test_a_sparse_weight_is_a_wall() -> None:
+    net = Net()
+    x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
+    model = net.model(net.conv(x, 4, "tested", bias=False))
+    (dense,) = (each for each in model.graph.initializer if each.name == "tested.weight")
+    values = numpy_helper.to_array(dense)
+    places = np.flatnonzero(values > 0)
+    stored = numpy_helper.from_array(values.ravel()[places], dense.name)
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(stored, numpy_helper.from_array(places, "places"), dense.dims)
+    )
+    model.graph.initializer.remove(dense)
+    surgery = compress(model)  # onnx's full check knows no sparse weights
+    assert weight(surgery.model, "one").shape[0] == 6
+    (note,) = surgery.report["unsupported"]
+    assert note == {"node": "tested", "operator": "Conv", "reason": "its weight is a sparse tensor"}
+
+
 def test_a_computed_bias_is_a_wall() -> None:
     net = Net()
     x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
