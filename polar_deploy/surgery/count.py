@@ -121,7 +121,7 @@ def count(
         if operator in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, operator, shape_of)
             macs += done
-            if node.input[WEIGHTS[operator]] in sizes:
+            if any(name in sizes for name in (own if operator == "Einsum" else (node.input[WEIGHTS[operator]],))):
                 groups = next((a.i for a in node.attribute if a.name == "group"), 1)
                 layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
     return Cost(macs, params, tuple(layers), inputs)
@@ -215,9 +215,12 @@ def _einsum(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None]) -> t
     """The same of an Einsum: two inputs at a time from the left, each pair over all indices that stay or are summed.
 
     A pair that sums over no common index multiplies element by element, which does not count. Dots are not followed.
+    Where the equation tells no result, what is not summed is what it names once.
     """
     equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "").replace(" ", "")
-    left, _, result = equation.partition("->")
+    left, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(letter for letter, times in Counter(left).items() if times == 1)
     terms = left.split(",")
     known = [shape for shape in shapes if shape is not None]
     if "." in equation or list(map(len, terms)) != list(map(len, known)):
@@ -227,7 +230,8 @@ def _einsum(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None]) -> t
     for index, term in enumerate(terms[1:], 1):
         stays = set(result).union(*terms[index + 1 :])
         summed = (made & set(term)) - stays
-        outputs = set(term) & stays - made
+        is_second = result[:1] in term and result[:1] not in made  # the data, which has the batch
+        outputs = (made - set(term) if is_second else set(term) - made) & stays
         made = (made | set(term)) & stays
         if summed:
             inner, outer = (math.prod(size[letter] for letter in letters) for letters in (summed, made))

@@ -130,3 +130,31 @@ def test_a_norm_counts_as_what_an_optimiser_that_folds_it_writes(tmp_path: Path)
     folded = onnx.load(tmp_path / "folded.onnx")
     assert "BatchNormalization" not in {node.op_type for node in folded.graph.node}
     assert cost(folded).params == count(model, foldable_norms(model)).params
+
+
+@pytest.mark.parametrize(
+    ("equation", "weights", "macs", "width"),
+    [
+        ("oi,bi->bo", (7, 4), 1 * 4 * 7, (4, 7)),  # the weight comes first
+        ("bi,oi", (7, 4), 1 * 4 * 7, (4, 7)),  # the result is what is named once: bo
+        ("bi->b", None, 0, None),
+        ("bi,i->bi", (4,), 0, (0, 0)),  # element by element
+        ("b...,b...->b", (1, 4), 0, (0, 0)),
+    ],
+)
+def test_products_of_an_einsum(
+    equation: str, weights: tuple[int, ...] | None, macs: int, width: tuple[int, int] | None
+) -> None:
+    first = equation.startswith("oi")
+    names = ["x"] if weights is None else ["w", "x"] if first else ["x", "w"]
+    constants = [] if weights is None else [onnx.numpy_helper.from_array(np.ones(weights, np.float32), "w")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Einsum", names, ["y"], equation=equation)],
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, 4))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        constants,
+    )
+    found = count(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))
+    assert found.macs == macs
+    assert [layer.width for layer in found.layers] == ([] if width is None else [width])
