@@ -280,13 +280,13 @@ def test_a_changed_verdict_runs_what_follows_from_it(
     assert outcome.ran == ["parity", "bundle", "report"]
     parity = read(folder / "parity.json")
     at_one = next(measured for measured in parity["latency"] if measured["batch"] == 1)
+    control, result = at_one["rounds"][at_one["chosen"]]["control"], parity["verdict"]["overall"]["result"]
     # no speed-up is so extreme; but a machine may be too noisy to measure any
-    expected = decided if at_one["decided"] else "undecided"
-    assert parity["verdict"]["overall"]["result"] == read(folder / "report.json")["verdict"]["overall"]["result"]
-    assert parity["verdict"]["overall"]["result"] == expected
-    assert outcome.code == EXIT_CODES[expected]
-    assert f"verdict: {expected.upper()}" in outcome.out
-    assert (folder / "bundle").is_dir() == (expected != "fail")  # one of an earlier verdict is gone
+    assert result == decided or (result == "undecided" and abs(control["median"] - 1) > 0.02)
+    assert read(folder / "report.json")["verdict"]["overall"]["result"] == result
+    assert outcome.code == EXIT_CODES[result]
+    assert f"verdict: {result.upper()}" in outcome.out
+    assert (folder / "bundle").is_dir() == (result != "fail")  # one of an earlier verdict is gone
     untouched = ("accuracy", "export", "surgery")
     assert {key: parity[key] for key in untouched} == {
         key: read(miniature.folder / "parity.json")[key] for key in untouched
