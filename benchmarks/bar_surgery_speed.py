@@ -225,6 +225,8 @@ def judge(subject: Subject, answers: list[dict[str, Any]], result: str = "out.on
         except Exception as error:  # noqa: BLE001 - ONNX Runtime has no class for graphs that are none
             return {"seconds": None, "reason": f"its graph does not run: {str(error).splitlines()[0][:200]}"}
     full, expected = _weights(before), run(before, images)
+    if found.shape != expected.shape:
+        return {"seconds": None, "reason": f"its network gives {found.shape} for {expected.shape}"}
     runs = [seconds for answer in answers for seconds in answer["seconds"]]
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     row: dict[str, Any] = {
