@@ -112,10 +112,10 @@ def count(
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
-        own, operator = [name for name in dict.fromkeys(node.input) if name in sizes], node.op_type
+        own, operator = [name for name in node.input if name in sizes], node.op_type
         if position in folding:
             own = own[:1] if folding[position] else []
-        new = sum(sizes[name] for name in own if name not in counted)
+        new = sum(sizes[name] for name in {*own} - counted) if own else 0
         counted.update(own)
         params += new
         if operator in WEIGHTS and node.domain in DOMAINS:

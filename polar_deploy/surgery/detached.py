@@ -250,10 +250,14 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
     """Puts nodes behind those that they read from, and otherwise leaves their order; cycles stay, the checker tells."""
+    made, missed = set[str](), set[str]()
+    for node in graph.node:
+        missed.update(name for name in reads(node) if name not in made)
+        made.update(node.output)
+    if missed.isdisjoint(made - {""}):  # as in nearly every graph
+        return
     makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
     needs = [{makers[name] for name in reads(node) if name in makers} for node in graph.node]
-    if all(max(before, default=-1) < position for position, before in enumerate(needs)):
-        return
     readers: list[list[int]] = [[] for _ in needs]
     for position, before in enumerate(needs):
         for maker in before:
@@ -279,7 +283,8 @@ def put_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
 
 def reads(node: onnx.NodeProto) -> list[str]:
     """Names of the tensors that a node reads, and that are read in its bodies."""
-    return [*node.input, *names_in_bodies([node])]
+    holds_graphs = any(attribute.type in BODIES for attribute in node.attribute)
+    return [*node.input, *names_in_bodies([node])] if holds_graphs else list(node.input)
 
 
 def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
