@@ -207,14 +207,15 @@ def devices() -> str:
 
 def device_files() -> str:
     """Whether widths that a device's file offers are faster than others, at the same MACs."""
-    measured = [each for each in result("devices") if "speed_up" in each]
-    rows = []
+    measured, rows = result("device-choice")["rows"], []
     for network, on in dict.fromkeys((each["network"], each["on"]) for each in measured):
         runs = [each["speed_up"] for each in measured if (each["network"], each["on"]) == (network, on)]
-        cells = [", ".join(f"{run[way]:.2f}" for run in runs) for way in ("any", "eights", on)]
-        rows.append((network, on, *cells))
+        rows.append(
+            (network, on, *(", ".join(f"{run[way]:.2f}" for run in runs) for way in ("macs", "eights", "device")))
+        )
     head = ("network", "speed-up on", "any width", "multiples of 8", "the device's widths")
-    return f"{table(head, rows)}\n\n{_from('devices')}: processor time on this x86, or the compiler's cycles."
+    cpu = result("device-choice")["machine"]["cpu"]
+    return f"{table(head, rows)}\n\n{_from('device-choice')}: processor time on one {cpu}, or the compiler's cycles."
 
 
 def kills() -> str:
