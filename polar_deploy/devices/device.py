@@ -148,7 +148,8 @@ class Device(_Frozen):
                 return widths
             like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
             wider = (widths - like) / np.maximum(like, 1.0)
-            above = np.interp(like, asked, _surcharge(costs)) * (1 + self.surcharge_growth(precision) * wider)
+            above = np.interp(like, asked, self._surcharges[precision, kind])
+            above = above * (1 + self.surcharge_growth(precision) * wider)
             read = REFERENCE * ELEMENTS[kind] * self.each(precision, kind) + 2 * self.moved(precision, kind)
             return np.asarray(widths + above / read)
         beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
@@ -193,7 +194,9 @@ class Device(_Frozen):
         where none were.
         """
         costs = self._swept(precision, "conv3x3").get("between", {})
-        above: dict[int, float] = dict(zip(costs, _surcharge(costs).tolist(), strict=True)) if costs else {}
+        above: dict[int, float] = {}
+        if costs:
+            above = dict(zip(costs, self._surcharges[precision, "conv3x3"].tolist(), strict=True))
         pairs = [(above[width], above[width + PERIOD], PERIOD / width) for width in above if width + PERIOD in above]
         if not any(near for near, _, _ in pairs):
             return 1.0
@@ -217,6 +220,11 @@ class Device(_Frozen):
     def _lines(self) -> dict[tuple[Precision, Kind], tuple[float, float]]:
         """See `_line`, of the kinds of layers between which widths were asked."""
         return {key: _line(sides["between"]) for key, sides in self._asked.items() if "between" in sides}
+
+    @cached_property
+    def _surcharges(self) -> dict[tuple[Precision, Kind], Floats]:
+        """See `_surcharge`, of the kinds of layers between which widths were asked."""
+        return {key: _surcharge(sides["between"]) for key, sides in self._asked.items() if "between" in sides}
 
     @cached_property
     def _offered(self) -> dict[Precision, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from polar_deploy.devices import Chosen
 from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of
 from polar_deploy.gating import budgets, masking, processes, rehearsal
-from polar_deploy.gating.analysis import Analysis, analyse
+from polar_deploy.gating.analysis import Analysis, analyse, require_values
 from polar_deploy.gating.choice import Limits, Measured, choose, choose_measured, require_reachable, smallest
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
@@ -111,6 +111,7 @@ class Gates:
         self.budget = budgets.asked(budget)
         self.schedule = Schedule.of(steps, close_from, freeze_at, mode)
         self.model, self.mode = model, mode
+        require_values(model)  # as `analyse` does, where one is given
         masking.require_bare(model)
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
         chosen = devices.choose(device) if isinstance(device, str) else device

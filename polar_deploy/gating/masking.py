@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polar_deploy.errors import UsageError
 from polar_deploy.export import device_of
-from polar_deploy.gating.analysis import Analysis, require_values
+from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Place
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
@@ -264,8 +264,7 @@ def _mask(network: nn.Module, place: Place) -> Tensor:
 
 
 def require_bare(network: nn.Module) -> None:
-    """Raise UsageError where a network has masks: a second one on the same channels would not count; or no values."""
-    require_values(network)
+    """Raise UsageError where a network has masks: a second one on the same channels would not be counted."""
     for path, module in network.named_modules():
         if INPUT in module._buffers or OUTPUT in module._buffers:
             raise UsageError(

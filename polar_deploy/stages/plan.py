@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
-from polar_deploy.stages.gates import known_latency, limits, require_reachable
+from polar_deploy.stages.gates import known_latency, limits
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -23,8 +23,8 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
     """
     from polar_deploy.gating import budgets
 
-    require_reachable(run)
-    settings, choices = run.settings, run.analysis.choices
+    settings, choices, latency, allowed = run.settings, run.analysis.choices, known_latency(run), limits(run)
+    budgets.require_reachable(choices, allowed, run.budget, latency)
     return {
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),
@@ -37,7 +37,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
             "ungated": run.analysis.ungated,
         },
         "full": {name: round(cost.full) for name, cost in choices.costs.items()},
-        "smallest": budgets.smallest(choices, limits(run), known_latency(run)),
+        "smallest": budgets.smallest(choices, allowed, latency),
         "target": {"name": settings.target, "align": settings.align, **_missing(run.target)},
         "device": run.device.described() if run.device else None,
     }

@@ -97,13 +97,14 @@ def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
         run.network()  # before data is downloaded for a model that there is not
     if any(stage.reads_data for stage in stages):
         _ = run.data
-    if any(not is_current(run, stage) for stage in builds):  # else PyTorch is not even imported
+    stale = [stage for stage in builds if not is_current(run, stage)]
+    if stale:  # else PyTorch is not even imported
         network = run.network()
         if full.STAGE in stages and run.settings.full_weights is not None:
             from polar_deploy import models
 
             models.load_weights(network, run.settings.full_weights)
-    if gates.STAGE in stages and not is_current(run, gates.STAGE):
+    if gates.STAGE in stale:
         gates.require_reachable(run)  # last: it takes an export
 
 

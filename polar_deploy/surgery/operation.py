@@ -116,7 +116,7 @@ def _check_places(source: Path, target: Path, report: Path | None) -> None:
 
 
 def cost(model: onnx.ModelProto) -> Cost:
-    """MACs and parameters of a model: Conv, Gemm and MatMul at batch 1 and the model's input size, see `Cost`."""
+    """MACs and parameters of a model, at batch 1 and its own input size; what counts, `Cost` says."""
     return count(model)
 
 
