@@ -128,8 +128,9 @@ def _speedup(run: RunContext, gates: Gates, full: torch.nn.Module) -> dict[str, 
     """Batch 1 on the run's target, against the full network, in pairs."""
     folder = run.path("engines")
     folder.mkdir(parents=True, exist_ok=True)
-    gates.export(folder / "gated.onnx")
-    export.save(export.structure(full, run.example()), folder / "whole.onnx", inputs=("input",), outputs=("logits",))
+    names = {"inputs": ("input",), "outputs": ("logits",)}
+    gates.export(folder / "gated.onnx", **names)
+    export.save(export.structure(full, run.example()), folder / "whole.onnx", **names)
     compress_file(folder / "gated.onnx", folder / "small.onnx")
     built = engines.build_all(folder / "whole.onnx", folder / "small.onnx", folder, run.target, run.settings.build)
     built.write(folder / "build.json")
