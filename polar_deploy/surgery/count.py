@@ -112,17 +112,20 @@ def count(
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
-        own, operator = [name for name in node.input if name in sizes], node.op_type
+        names, operator = list(node.input), node.op_type
+        own = [name for name in names if name in sizes]
         if position in folding:
             own = own[:1] if folding[position] else []
-        new = sum(sizes[name] for name in {*own} - counted) if own else 0
-        counted.update(own)
-        params += new
+        new = 0
+        if own:
+            new = sum(sizes[name] for name in {*own} - counted)
+            counted.update(own)
+            params += new
         if operator in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, operator, shape_of)
             macs += done
-            if any(name in sizes for name in (own if operator == "Einsum" else (node.input[WEIGHTS[operator]],))):
-                groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            if own if operator == "Einsum" else names[WEIGHTS[operator]] in sizes:
+                groups = _integer(node, "group", 1)
                 layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
     return Cost(macs, params, tuple(layers), inputs)
 
@@ -183,7 +186,7 @@ def _multiply(
     node: onnx.NodeProto, operator: str, shape_of: Callable[[str], Shape | None]
 ) -> tuple[int, tuple[int, int]]:
     """Multiply-accumulates of one node, and its width; zeros where a shape is not known."""
-    inputs = node.input
+    inputs = list(node.input)
     if operator == "Einsum":
         return _einsum(node, [_sizes(shape_of(name)) for name in inputs])
     names = (inputs[0], inputs[WEIGHTS[operator]], node.output[0])
@@ -197,8 +200,15 @@ def _multiply(
     if operator in ("LSTM", "GRU", "RNN"):
         recurrence = _sizes(shape_of(inputs[2]))
         return _recur(first, second, recurrence) if recurrence is not None else (0, (0, 0))
-    inner = first[0] if any(a.name == "transA" and a.i for a in node.attribute) else first[-1]
+    inner = first[0] if _integer(node, "transA", 0) else first[-1]
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
+
+
+def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return int(attribute.i)
+    return default
 
 
 def _recur(data: tuple[int, ...], weight: tuple[int, ...], recurrence: tuple[int, ...]) -> tuple[int, tuple[int, int]]:

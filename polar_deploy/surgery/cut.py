@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.onnx_files import KIND, SITE
-from polar_deploy.surgery.dtype_limits import any_of
+from polar_deploy.surgery.arrays import any_of
 from polar_deploy.surgery.elementwise import keeps_shape
 from polar_deploy.surgery.ops.gates import Multiply
 from polar_deploy.surgery.standins import STANDARD

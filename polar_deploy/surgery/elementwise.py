@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, any_of, holding, is_steady, is_whole
-from polar_deploy.surgery.facts import Unsupported, every, no, yes
+from polar_deploy.surgery.arrays import all_of, any_of, every, no, yes
+from polar_deploy.surgery.dtype_limits import holding, is_steady, is_whole
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy.surgery.arrays import all_of, any_of, every
 from polar_deploy.surgery.detached import Array
-from polar_deploy.surgery.dtype_limits import all_of, any_of
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node, Tensor
 from polar_deploy.surgery.validation import NotUnderstoodError
@@ -35,7 +35,6 @@ else:
     PlanT_co = TypeVar("PlanT_co", covariant=True)
 
 MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
-WIDTHS = 1 << 10  # different numbers of channels that are kept in mind
 OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
 
 Bools = npt.NDArray[np.bool_]
@@ -132,30 +131,6 @@ class Link:
 
     def __post_init__(self) -> None:
         self.is_whole = self.out_of is self.into and self.source.size == self.out_of.size == self.target.size
-
-
-@lru_cache(WIDTHS)
-def yes(width: int) -> Bools:
-    """True for all channels, shared as `every` is."""
-    return frozen(np.ones(width, bool))
-
-
-@lru_cache(WIDTHS)
-def no(width: int) -> Bools:
-    """False for all channels, shared as `every` is."""
-    return frozen(np.zeros(width, bool))
-
-
-@lru_cache(WIDTHS)
-def every(width: int) -> Ints:
-    """The numbers of all channels of a tensor: the same array for the same width, which nobody may write to."""
-    return frozen(np.arange(width))
-
-
-def frozen(array: Array) -> Array:
-    """An array that several may share, because nobody can write to it."""
-    array.flags.writeable = False
-    return array
 
 
 @dataclass(eq=False)
@@ -283,6 +258,7 @@ class Facts:
         for name, needed in (demands or {}).items():
             self._channels[name].needed |= needed
         self._backward()
+        self.kept = np.ones(self.total, bool)  # [channels of the graph] what the cut leaves, see `keep`
 
     def of(self, tensor: Tensor) -> Channels | None:
         """Facts about `tensor`; None for constants and where no channel axis is known."""
@@ -295,6 +271,17 @@ class Facts:
     def everything(self) -> list[Channels]:
         """The channels of all tensors, in topological order."""
         return list(self._channels.values())
+
+    @cached_property
+    def needed(self) -> Bools:
+        """[channels of the graph] those that hold the same values after the cut; asked once facts are complete."""
+        return self.gathered("needed")
+
+    def keep(self, kept: Bools) -> None:
+        """Plans what the cut leaves, [channels of the graph]; what is known of each tensor is a view of it."""
+        self.kept = kept
+        for channels in self._channels.values():
+            channels.kept = kept[channels.first : channels.first + channels.size]
 
     def gathered(self, fact: str) -> Array:
         """[channels of the graph] an attribute of `Channels`."""
@@ -386,7 +373,7 @@ class Facts:
         throughout = self.by_tensor(np.logical_and, self.gathered("constant")).tolist()
         for channels, was_constant in zip(self._channels.values(), throughout, strict=True):
             channels.was_constant = was_constant
-        if not any_of(self.gathered("kept") & ~self.gathered("needed")):
+        if not any_of(self.kept & ~self.needed):
             return
         for step in self.alive:
             if all(all_of(channels.needed) for channels in step.outputs):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery.arrays import every
 from polar_deploy.surgery.dtype_limits import is_half
-from polar_deploy.surgery.facts import Link, Unsupported, every
+from polar_deploy.surgery.facts import Link, Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from polar_deploy.surgery.standins import STANDARD, stand_ins
 from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Mapping
 
     import onnx
 
@@ -114,6 +114,7 @@ class Skeleton:
         """
         if not any(isinstance(dim, str) for shape in self.inputs.values() for dim in shape):
             return self.at({})
+        self._probe_at_once()
         found = two_probes(self.model, self.at)
         return self._infer(self._standing) if found is None else Tensors(found[0].first, found[1].first)
 
@@ -135,7 +136,7 @@ class Skeleton:
         """What is known where the symbols of the inputs have these sizes."""
         key = tuple(sizes.items())
         if key not in self._found:
-            self._found[key] = self._infer_with(sizes)
+            self._found[key] = self._infer(self._with_sizes(sizes))
         return self._found[key]
 
     def _probed(self) -> Callable[[str], Shape | None] | None:
@@ -212,46 +213,87 @@ class Skeleton:
             model.graph.node.extend(nodes or [node])
         return model
 
-    def _infer_with(self, sizes: Sizes) -> Tensors:
-        """Inference with numbers in place of the symbols of the inputs."""
+    def _with_sizes(self, sizes: Mapping[str, int | str]) -> onnx.ModelProto:
+        """The skeleton with numbers, or one symbol for several, in place of the symbols of the inputs."""
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self._standing)
-        shapes = fill(self.inputs, sizes)
         for value in model.graph.input[: len(self.model.graph.input)]:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
-                dim.dim_value = size
-        for value in model.graph.value_info:
+            for dim, symbol in zip(value.type.tensor_type.shape.dim, self.inputs.get(value.name, ()), strict=False):
+                if isinstance(symbol, str):
+                    _set_size(dim, sizes[symbol])
+        for value in (*model.graph.value_info, *model.graph.output):
             for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
                 if dim.dim_param in sizes:
-                    dim.dim_value = sizes[dim.dim_param]
-        return self._infer(model)
+                    _set_size(dim, sizes[dim.dim_param])
+        return model
+
+    def _probe_at_once(self) -> None:
+        """Both probes from one inference, where a batch is all that varies and all that is computed is [batch, sizes].
+
+        Such a shape says the same at every batch, and inference takes onnx as long as all the rest of reading takes.
+        """
+        import onnx
+
+        leading, others = symbols(self.inputs)
+        if others or any(dim in leading for shape in self.inputs.values() for dim in shape[1:]):
+            return
+        batch = leading[0]
+        try:
+            types = self._types(self._with_sizes(dict.fromkeys(leading, batch)))[1]
+            if not all(_is_batched(data, batch) for data in self._computed(types)):
+                return
+            for size in BATCHES:
+                found = {name: _described(data, batch, size) for name, data in types.items()} | self._constants
+                self._check_reshapes(found)
+                self._found[tuple(assign(self.inputs, size).items())] = Tensors(found)
+        except (onnx.shape_inference.InferenceError, ValueError):
+            return  # the probes by themselves tell
 
     def _infer(self, model: onnx.ModelProto) -> Tensors:
         import onnx
 
-        strict = self.strict
         try:
-            graph = onnx.shape_inference.infer_shapes(
-                model, check_type=strict, strict_mode=strict, data_prop=True
-            ).graph
-            values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
-            types = {value.name: value.type.SerializeToString() for value in values}
-            found = {name: _described(data) for name, data in types.items()} | self._constants
-            if any(
-                name and _is_open(types.get(name))
-                for node in model.graph.node
-                if node.domain in STANDARD
-                for name in node.output
-            ):
+            graph, types = self._types(model)
+            if any(map(_is_open, self._computed(types))):
                 found = _completed(model, graph)
-            _check_reshapes(model.graph.node, found)
+            else:
+                found = {name: _described(data) for name, data in types.items()} | self._constants
+            self._check_reshapes(found)
         except (onnx.shape_inference.InferenceError, ValueError) as error:
             raise NotUnderstoodError(
                 f"the model's shapes contradict each other: {first_line(error)}", EXPORT_AGAIN
             ) from error
         return Tensors(found)
+
+    def _types(self, model: onnx.ModelProto) -> tuple[onnx.GraphProto, dict[str, bytes]]:
+        """What onnx infers: the graph, and the serialised type of every tensor that is no constant.
+
+        Raises:
+            InferenceError, ValueError: shapes contradict each other.
+        """
+        import onnx
+
+        strict = self.strict
+        graph = onnx.shape_inference.infer_shapes(model, check_type=strict, strict_mode=strict, data_prop=True).graph
+        values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
+        return graph, {value.name: value.type.SerializeToString() for value in values}
+
+    def _computed(self, types: dict[str, bytes]) -> set[bytes | None]:
+        """The different types of what standard operators compute; None: one is not known."""
+        nodes = (node for node in self._standing.graph.node if node.domain in STANDARD)
+        return {types.get(name) for node in nodes for name in node.output if name}
+
+    def _check_reshapes(self, found: dict[str, Described]) -> None:
+        """Raises ValueError where a Reshape gets another number of elements than it makes: inference lets that pass."""
+        for node in self._standing.graph.node:
+            if node.op_type == "Reshape" and node.domain in STANDARD:
+                known = [found.get(name, UNKNOWN)[1] for name in (node.input[0], node.output[0])]
+                sizes: list[Shape] = [(None,) if shape is None else shape for shape in known]
+                counts = [math.prod(dim for dim in shape if isinstance(dim, int)) for shape in sizes]
+                if all(isinstance(dim, int) for shape in sizes for dim in shape) and counts[0] != counts[1]:
+                    raise ValueError(f"Reshape {node.name} makes {list(sizes[1])} of {list(sizes[0])}")
 
 
 def _completed(model: onnx.ModelProto, inferred: onnx.GraphProto) -> dict[str, Described]:
@@ -272,9 +314,16 @@ def _tensor_type(kind: int, dims: tuple[int, ...]) -> onnx.TypeProto:
     return onnx.helper.make_tensor_type_proto(kind, dims)
 
 
+def _set_size(dim: onnx.TensorShapeProto.Dimension, size: int | str) -> None:
+    if isinstance(size, str):
+        dim.dim_param = size
+    else:
+        dim.dim_value = size
+
+
 @lru_cache(TYPES)
-def _described(data: bytes) -> Described:
-    """A serialised type as element type and shape."""
+def _described(data: bytes, symbol: str | None = None, size: int = 0) -> Described:
+    """A serialised type as element type and shape, with `size` in place of `symbol`."""
     import onnx
 
     kind = onnx.TypeProto.FromString(data)
@@ -284,7 +333,13 @@ def _described(data: bytes) -> Described:
     if not tensor.HasField("shape"):
         return tensor.elem_type, None
     dims = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim)
-    return tensor.elem_type, tuple(dims)
+    return tensor.elem_type, tuple(size if dim is not None and dim == symbol else dim for dim in dims)
+
+
+def _is_batched(data: bytes | None, batch: str) -> bool:
+    """Whether a serialised type is that of a tensor [batch, sizes]."""
+    shape = (None if data is None else _described(data)[1]) or (None,)
+    return shape[0] == batch and all(isinstance(dim, int) for dim in shape[1:])
 
 
 @lru_cache(TYPES)
@@ -326,14 +381,3 @@ def _per_image(first: Shape, second: Shape) -> Shape:
         return one // low if known and isinstance(one, int) else None
 
     return tuple(dim(a, b) for a, b in zip(first, second, strict=True))
-
-
-def _check_reshapes(nodes: Iterable[onnx.NodeProto], found: dict[str, Described]) -> None:
-    """Raises ValueError where a Reshape gets another number of elements than it makes, which inference lets pass."""
-    for node in nodes:
-        if node.op_type == "Reshape" and node.domain in STANDARD:
-            known = [found.get(name, UNKNOWN)[1] for name in (node.input[0], node.output[0])]
-            sizes: list[Shape] = [(None,) if shape is None else shape for shape in known]
-            counts = [math.prod(dim for dim in shape if isinstance(dim, int)) for shape in sizes]
-            if all(isinstance(dim, int) for shape in sizes for dim in shape) and counts[0] != counts[1]:
-                raise ValueError(f"Reshape {node.name} makes {list(sizes[1])} of {list(sizes[0])}")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, any_of, fits, only
-from polar_deploy.surgery.facts import every
+from polar_deploy.surgery.arrays import all_of, any_of, every
+from polar_deploy.surgery.dtype_limits import fits, only
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import any_of
+from polar_deploy.surgery.arrays import any_of
 from polar_deploy.surgery.facts import Note, Unsupported
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, is_whole
-from polar_deploy.surgery.facts import Unsupported, frozen
+from polar_deploy.surgery.arrays import all_of, frozen
+from polar_deploy.surgery.dtype_limits import is_whole
+from polar_deploy.surgery.facts import Unsupported
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array

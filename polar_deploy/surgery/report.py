@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.arrays import any_of
 from polar_deploy.surgery.count import count, parameters
 from polar_deploy.surgery.cut import Gate
-from polar_deploy.surgery.dtype_limits import any_of
 from polar_deploy.surgery.facts import Note
 from polar_deploy.surgery.mixing import Mixing
 from polar_deploy.surgery.verify import Proof

@@ -9,8 +9,8 @@ import numpy as np
 
 from polar_deploy.errors import ContentError
 from polar_deploy.surgery import cut, sets
+from polar_deploy.surgery.arrays import all_of, any_of
 from polar_deploy.surgery.detached import are_same
-from polar_deploy.surgery.dtype_limits import all_of, any_of
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.validation import NotUnderstoodError
 
@@ -47,7 +47,7 @@ class Round:
         """Whether the cut has left more to do: facts that hold only now."""
         if not self.facts.total:
             return False
-        changed = bool(self.cut.dropped) or not all_of(self.facts.gathered("kept"))
+        changed = bool(self.cut.dropped) or not all_of(self.facts.kept)
         return changed and (
             self._has_idle_channels or self._has_new_constants or self._has_new_gates or self._has_new_neighbours
         )
@@ -55,12 +55,12 @@ class Round:
     @property
     def _has_idle_channels(self) -> bool:
         """Channels that stay though nobody needs them: what held them may be gone, or be known to be zero by now."""
-        return any_of(self.facts.gathered("kept") & ~self.facts.gathered("needed"))
+        return any_of(self.facts.kept & ~self.facts.needed)
 
     @property
     def _has_new_constants(self) -> bool:
         """Tensors that are constant throughout by now: their readers can do without them."""
-        kept = self.facts.gathered("kept")
+        kept = self.facts.kept
         known = self.facts.by_tensor(np.logical_and, self.facts.gathered("constant") | ~kept)
         new = known & self.facts.by_tensor(np.logical_or, kept)
         return any(new and not c.was_constant for new, c in zip(new.tolist(), self.facts.everything(), strict=True))

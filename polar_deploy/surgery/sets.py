@@ -59,15 +59,13 @@ def decide(facts: Facts) -> Sets:
     sets = Sets(labels, {})
     if facts.total:
         blocked = np.zeros(facts.total, bool)
-        blocked[labels[facts.gathered("needed") | facts.gathered("pinned")]] = True
-        kept = blocked[labels]
-        for channels in facts.everything():
-            channels.kept = kept[channels.first : channels.first + channels.size]  # a view: follows what is retained
-        _retain(facts, sets, kept)
+        blocked[labels[facts.needed | facts.gathered("pinned")]] = True
+        facts.keep(blocked[labels])
+        _retain(facts, sets)
     return sets
 
 
-def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
+def _retain(facts: Facts, sets: Sets) -> None:
     """Takes back what operators cannot do without; going backwards, one pass is enough for a whole chain."""
     order = np.argsort(sets.labels, kind="stable")
     starts = np.searchsorted(sets.labels[order], np.arange(facts.total + 1))
@@ -77,13 +75,13 @@ def _retain(facts: Facts, sets: Sets, kept: Bools) -> None:
     def keep(channels: Channels, indices: Ints, note: Note) -> None:
         nonlocal changed
         for label in sets.of(channels)[indices].tolist():
-            kept[order[starts[label] : starts[label + 1]]] = True
+            facts.kept[order[starts[label] : starts[label + 1]]] = True
             sets.retained.setdefault(label, note)
             changed = True
 
     while changed:
         changed = False
-        all_there = bool(facts.by_tensor(np.logical_or, kept).all())
+        all_there = bool(facts.by_tensor(np.logical_or, facts.kept).all())
         for step in reversed(facts.alive):
             if all_there and type(step.handler).retain is Operator.retain:
                 continue  # it asks for one channel of what is gone

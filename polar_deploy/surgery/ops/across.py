@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polar_deploy.surgery.arrays import every
 from polar_deploy.surgery.dtype_limits import fits
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, PlanT
 from polar_deploy.surgery.shape_origin import is_fixed
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, any_of, holding, is_steady, is_whole
-from polar_deploy.surgery.facts import no, yes
+from polar_deploy.surgery.arrays import all_of, any_of, no, yes
+from polar_deploy.surgery.dtype_limits import holding, is_steady, is_whole
 from polar_deploy.surgery.operator import Operator, PlanT
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Unsupported, frozen
+from polar_deploy.surgery.arrays import frozen
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter, write_bias
 from polar_deploy.surgery.quantization import Weight, weight
 

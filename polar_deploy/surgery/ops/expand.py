@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.arrays import every
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
 from polar_deploy.surgery.ops.slicing import by_channel, only_axis

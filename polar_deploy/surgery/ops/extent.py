@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Link, Unsupported, every
+from polar_deploy.surgery.arrays import every
+from polar_deploy.surgery.facts import Link, Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.shape_origin import taken, trace
 

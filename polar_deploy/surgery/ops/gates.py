@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, is_half
+from polar_deploy.surgery.arrays import all_of
+from polar_deploy.surgery.dtype_limits import is_half
 from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, Operands, keeps_shape
 from polar_deploy.surgery.ops.activation import swish
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar_deploy.surgery.arrays import every
 from polar_deploy.surgery.dtype_limits import fits
 from polar_deploy.surgery.elementwise import Elementwise
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.mixing import Mixing, MixingWeights, Plan
 from polar_deploy.surgery.ops.activation import HANDLERS as ACTIVATIONS
 from polar_deploy.surgery.ops.activation import Unary, gelu, swish

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of, any_of, fits
-from polar_deploy.surgery.facts import Link, Unsupported, every
+from polar_deploy.surgery.arrays import all_of, any_of, every
+from polar_deploy.surgery.dtype_limits import fits
+from polar_deploy.surgery.facts import Link, Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:

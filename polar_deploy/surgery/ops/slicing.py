@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.dtype_limits import all_of
-from polar_deploy.surgery.facts import Ints, Unsupported, every
+from polar_deploy.surgery.arrays import all_of, every
+from polar_deploy.surgery.facts import Ints, Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 from polar_deploy.surgery.shape_origin import Size, trace, whole_numbers, write_numbers
 

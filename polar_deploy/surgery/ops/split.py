@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.facts import Unsupported, every
+from polar_deploy.surgery.arrays import every
+from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
 from polar_deploy.surgery.ops.slicing import only_axis
 from polar_deploy.surgery.shape_origin import whole_numbers, write_numbers
