@@ -236,7 +236,7 @@ CLOSING = {"batch": 0.07, "sample": 0.25}  # share of the run in which gates clo
 
 def fixed_at(close_from: float, freeze_at: float | None, closing: float) -> float:
     """The share of the run at which gates are fixed: as asked, or after so long a `closing`."""
-    return min(1.0, close_from + closing) if freeze_at is None else freeze_at
+    return round(min(1.0, close_from + closing), 6) if freeze_at is None else freeze_at
 
 
 class Gates(_Frozen):
