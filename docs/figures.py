@@ -80,17 +80,24 @@ def ablation() -> str:
     parts = []
     for path in sorted(RESULTS.glob("ablation-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [("full network", f"{found['full']:.2f} %", "1", "1", "1")]
+        floors = {name for each in found["variants"] for name in each["against"]}
+        best = next(each["variant"] for each in found["variants"] if each["variant"] in floors)  # they are in order
+        rows = [("full network", f"{found['full']:.2f} %", "", "1", "1", "1")]
         for each in found["variants"]:
             cost, speed = each["cost"], [value for value in each["speedup"] if value]
             shown = f"{sum(speed) / len(speed):.2f}×" if speed else "–"
-            accuracy = f"{each['accuracy']:.2f} %"
-            rows.append((each["variant"], accuracy, f"{cost['macs']:.2f}", f"{cost['params']:.2f}", shown))
+            accuracy, above = f"{each['accuracy']:.2f} %", _above(each["against"].get(best))
+            rows.append((each["variant"], accuracy, above, f"{cost['macs']:.2f}", f"{cost['params']:.2f}", shown))
         seeds = len(found["variants"][0]["by_seed"])
-        head = (f"{found['recipe'].removesuffix('.yaml')}, {found['budget']}", "top-1", "MACs", "parameters", "speed")
+        title = f"{found['recipe'].removesuffix('.yaml')}, {found['budget']}"
+        head = (title, "top-1", f"above {best}", "MACs", "parameters", "speed")
         count = "one seed" if seeds == 1 else f"{seeds} seeds"
         parts.append(f"{table(head, rows)}\n\n{_from(path.stem)}, {count}.")
     return "\n\n".join(parts)
+
+
+def _above(paired: dict[str, float] | None) -> str:
+    return f"{paired['points']:+.2f} ({paired['low']:+.2f} to {paired['high']:+.2f})" if paired else ""
 
 
 def surgery_speed() -> str:
