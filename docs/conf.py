@@ -8,6 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package of this checkout
 
+from sphinx.ext.autodoc.mock import MockFinder
+
 from polar_deploy import __version__
 
 project = "polar_deploy"
@@ -44,5 +46,7 @@ def _indent(line: str) -> int:
 
 
 def setup(app: Any) -> None:
-    """Before napoleon, which has the priority 500."""
+    """Code blocks before napoleon, which has the priority 500."""
+    # autodoc has its mocks while it imports our modules, and then looks for the sources of their base classes
+    sys.meta_path.insert(0, MockFinder(autodoc_mock_imports))
     app.connect("autodoc-process-docstring", _code_is_literal, priority=400)
