@@ -7,6 +7,7 @@ process: what is beyond its limit ends there, and the machine goes on.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import select
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from polar_deploy.errors import ContentError, OutOfMemoryError, one_line
+from polar_deploy.errors import ContentError, OutOfMemoryError, PolarDeployError, one_line
 
 SECONDS = 3600.0  # default limit on time
 _NO_ROOM = "failed to map segment"  # what the system's loader says of a library that does not fit into memory
@@ -103,16 +104,32 @@ def _inside(command: Callable[[], int], name: str, limits: Limits, scratch: str,
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         return command()
-    except (MemoryError, OutOfMemoryError, ImportError, OSError) as error:
-        if isinstance(error, ImportError) and _NO_ROOM not in str(error):
-            raise
-        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+    except Exception as error:
+        known = _is_lack_of_memory(error)
+        if not known and (isinstance(error, PolarDeployError) or _has_room()):
             raise
         what = f"{name} takes more memory than its limit of {memory / _GIGA:.3g} GB"
-        said = one_line(error.what if isinstance(error, OutOfMemoryError) else error)
+        said = one_line(error.what if isinstance(error, OutOfMemoryError) else error) if known else ""
         raise ContentError(f"{what}: {said}" if said else what, _todo("--memory-limit GB")) from error
     finally:
         os.write(note, b"!")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, ImportError):
+        return _NO_ROOM in str(error)
+    return isinstance(error, (MemoryError, OutOfMemoryError))
+
+
+def _has_room() -> bool:
+    """Whether there is a page to be had. Where there is none, libraries and Python's compiler raise what they like."""
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wait(child: int, ended: int, told: int, name: str, limits: Limits) -> int:

@@ -101,6 +101,14 @@ def test_what_takes_too_much_or_dies_is_one_sentence(body: str, words: str, tmp_
     assert "  what to do: do not use the file; " in err
 
 
+def test_any_error_where_there_is_no_memory_at_all_is_for_the_lack_of_it(tmp_path: Path) -> None:
+    """Python's compiler was seen to call a dataclass wrong."""
+    code, out, err = ended("raise TypeError('nonsense')", tmp_path, memory=1e6)
+    assert (code, out) == (4, "")
+    assert err.startswith("error: it takes more memory than its limit of 0.001 GB\n"), err
+    assert ended("raise TypeError('nonsense')", tmp_path)[0] == 70
+
+
 def test_what_was_half_written_is_removed(tmp_path: Path) -> None:
     body = (
         "import tempfile\n"
