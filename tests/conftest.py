@@ -275,6 +275,11 @@ def _garbage_is_looked_for_in_what_is_new(_exporter_reads_itself_once: None) -> 
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """What is frozen is not looked through at the end, either: nanobind would list all of it as leaked."""
+    gc.unfreeze()
+
+
 class _Quick(type):
     def __getitem__(cls, types: object) -> _Quick:
         return cls
