@@ -88,10 +88,10 @@ def ablation() -> str:
             shown = f"{sum(speed) / len(speed):.2f}×" if speed else "–"
             accuracy, above = f"{each['accuracy']:.2f} %", _above(each["against"].get(best))
             rows.append((each["variant"], accuracy, above, f"{cost['macs']:.2f}", f"{cost['params']:.2f}", shown))
-        seeds = len(found["variants"][0]["by_seed"])
+        seeds = sorted({len(each["by_seed"]) for each in found["variants"]})  # a variant may be behind the others
         title = f"{found['recipe'].removesuffix('.yaml')}, {found['budget']}"
         head = (title, "top-1", f"above {best}", "MACs", "parameters", "speed")
-        count = "one seed" if seeds == 1 else f"{seeds} seeds"
+        count = "one seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds a row"
         parts.append(f"{table(head, rows)}\n\n{_from(path.stem)}, {count}.")
     return "\n\n".join(parts)
 
@@ -214,14 +214,15 @@ def devices() -> str:
 
 def device_files() -> str:
     """Whether widths that a device's file offers are faster than others, at the same MACs."""
-    measured, rows = result("device-choice")["rows"], []
+    found = result("device-choice")
+    measured, rows = found["rows"], []
     for network, on in dict.fromkeys((each["network"], each["on"]) for each in measured):
         runs = [each["speed_up"] for each in measured if (each["network"], each["on"]) == (network, on)]
         rows.append(
             (network, on, *(", ".join(f"{run[way]:.2f}" for run in runs) for way in ("macs", "eights", "device")))
         )
     head = ("network", "speed-up on", "any width", "multiples of 8", "the device's widths")
-    cpu = result("device-choice")["machine"]["cpu"]
+    cpu = found["machine"]["cpu"]
     return f"{table(head, rows)}\n\n{_from('device-choice')}: processor time on one {cpu}, or the compiler's cycles."
 
 

@@ -24,7 +24,7 @@ from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
-from polar_deploy.surgery.ir import BODIES
+from polar_deploy.surgery.ir import BODIES, has_body
 from polar_deploy.surgery.validation import SMALL, check_text
 from polar_deploy.workspace import atomic_path
 
@@ -283,8 +283,7 @@ def put_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
 
 def reads(node: onnx.NodeProto) -> list[str]:
     """Names of the tensors that a node reads, and that are read in its bodies."""
-    holds_graphs = any(attribute.type in BODIES for attribute in node.attribute)
-    return [*node.input, *names_in_bodies([node])] if holds_graphs else list(node.input)
+    return [*node.input, *names_in_bodies([node])] if has_body(node) else list(node.input)
 
 
 def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
