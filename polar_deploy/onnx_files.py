@@ -193,6 +193,14 @@ def metadata(node: onnx.NodeProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
+def attribute_value(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """The value of one attribute, text as bytes; `default` where the node does not have it."""
+    import onnx
+
+    found = next((entry for entry in node.attribute if entry.name == name), None)
+    return default if found is None else onnx.helper.get_attribute_value(found)
+
+
 def described(node: onnx.NodeProto) -> str:
     """A node in an error message: node 'x' (operator Conv)."""
     operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from polar_deploy.onnx_files import attribute_value
 from polar_deploy.precision import graph
 from polar_deploy.surgery.detached import put_nodes
 
@@ -38,7 +39,7 @@ def _plain_gemm(
         owner.initializer.append(tensor)
         return tensor.name
 
-    alpha, beta = (_attribute(node, name, 1.0) for name in ("alpha", "beta"))
+    alpha, beta = (attribute_value(node, name, 1.0) for name in ("alpha", "beta"))
     weight = constants[node.input[1]]
     if alpha != 1:
         node.input[1] = store(alpha * weight, f"{node.input[1]}_scaled")
@@ -46,7 +47,7 @@ def _plain_gemm(
         node.attribute.remove(attribute)
     if len(node.input) < 3 or not node.input[2]:
         return []
-    outputs = weight.shape[0 if _attribute(node, "transB", 0) else 1]
+    outputs = weight.shape[0 if attribute_value(node, "transB", 0) else 1]
     bias, shape = node.input[2], getattr(constants.get(node.input[2]), "shape", None)
     if shape is not None and int(np.prod(shape[:-1])) == 1:
         if beta != 1 or shape != (outputs,):
@@ -61,8 +62,3 @@ def _plain_gemm(
         bias = scaled
     result, node.output[0] = node.output[0], names.fresh(f"{node.output[0]}_product")
     return [*after, helper.make_node("Add", [node.output[0], bias], [result], name=names.fresh(f"{node.name}_bias"))]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
-    found = next((each for each in node.attribute if each.name == name), None)
-    return default if found is None else helper.get_attribute_value(found)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from polar_deploy.onnx_files import attribute_value
 from polar_deploy.precision import graph
 from polar_deploy.surgery.detached import put_nodes
 
@@ -199,7 +200,7 @@ class _Inserter:
             yield from (name for name in reads(node) if name in self.ranges and name != self.sums.get(node.name))
 
     def _pads_with_zeros(self, node: onnx.NodeProto) -> bool:
-        mode = next((each.s for each in node.attribute if each.name == "mode"), b"constant")
+        mode = attribute_value(node, "mode", b"constant")
         value = node.input[2] if len(node.input) > 2 else ""
         return mode != b"constant" or not value or (value in self.constants and not self.constants[value].any())
 

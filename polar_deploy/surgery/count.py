@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from polar_deploy.onnx_files import attribute_value
 from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import MICROSOFT, STANDARD
@@ -125,7 +126,7 @@ def count(
             done, width = _multiply(node, operator, shape_of)
             macs += done
             if own if operator == "Einsum" else names[WEIGHTS[operator]] in sizes:
-                groups = _integer(node, "group", 1)
+                groups = attribute_value(node, "group", 1)
                 layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
     return Cost(macs, params, tuple(layers), inputs)
 
@@ -200,15 +201,8 @@ def _multiply(
     if operator in ("LSTM", "GRU", "RNN"):
         recurrence = _sizes(shape_of(inputs[2]))
         return _recur(first, second, recurrence) if recurrence is not None else (0, (0, 0))
-    inner = first[0] if _integer(node, "transA", 0) else first[-1]
+    inner = first[0] if attribute_value(node, "transA", 0) else first[-1]
     return math.prod(result) * inner, (inner, result[-1] if result else 1)
-
-
-def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return int(attribute.i)
-    return default
 
 
 def _recur(data: tuple[int, ...], weight: tuple[int, ...], recurrence: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
@@ -227,7 +221,7 @@ def _einsum(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None]) -> t
     A pair that sums over no common index multiplies element by element, which does not count. Dots are not followed.
     Where the equation tells no result, what is not summed is what it names once.
     """
-    equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "").replace(" ", "")
+    equation = attribute_value(node, "equation", b"").decode().replace(" ", "")
     left, arrow, result = equation.partition("->")
     if not arrow:
         result = "".join(letter for letter, times in Counter(left).items() if times == 1)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polar_deploy.errors import ContentError
+from polar_deploy.onnx_files import attribute_value
 from polar_deploy.surgery.sizes import Shape, Sizes, assign, candidates, fill, input_shapes
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def _grid_size(_: onnx.NodeProto, result: Shape) -> Shape | None:
 
 def _depth(node: onnx.NodeProto, result: Shape) -> Shape | None:
     """Of OneHot: the size of the axis that it adds."""
-    axis = next((entry.i for entry in node.attribute if entry.name == "axis"), -1)
+    axis = attribute_value(node, "axis", -1)
     return (result[axis],) if -len(result) <= axis < len(result) else None
 
 
