@@ -21,10 +21,9 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from polar_deploy.errors import ContentError, first_line
+from polar_deploy.exportable import Exportable
 from polar_deploy.onnx_files import metadata
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
@@ -231,7 +230,7 @@ def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.
     shapes = _shapes(network, example.dynamic() if dynamic else None)
     args = example.args if example.kwargs else (*example.args, {})  # it takes a dictionary at the end for named ones
     with contextlib.ExitStack() as stack:
-        for state in (_constant(network), evaluating(network), _FourAxes(), warnings.catch_warnings()):
+        for state in (_constant(network), evaluating(network), Exportable(), warnings.catch_warnings()):
             stack.enter_context(state)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         warnings.simplefilter("ignore")
@@ -260,29 +259,6 @@ def _constant(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-class _FourAxes(TorchFunctionMode):
-    """Inside, attention is called with four axes, the only number that PyTorch 2.15's exporter takes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = _attention if func is F.scaled_dot_product_attention else func
-        return called(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
-    """PyTorch's own on [..., L, E], called with four axes: the first ones in one, or further ones in front."""
-    *lead, length, _ = query.shape
-
-    def four(tensor: Tensor) -> Tensor:
-        return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor[(None,) * (4 - tensor.dim())]
-
-    if query.dim() != 4 and attn_mask is not None and attn_mask.dim() > 2:
-        attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
-    result = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask, *args, **kwargs)
-    return result.reshape(*lead, length, value.shape[-1])
 
 
 def module_of(node: onnx.NodeProto) -> str | None:
