@@ -138,12 +138,12 @@ def _off(model: nn.Module, example: Example, path: Path) -> float:
 
 def noise(example: Example, dtype: torch.dtype | None = None) -> Example:
     """The example with noise where it holds nothing but zeros, and its floating-point tensors as `dtype`."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)  # told, since a program may make all else on another device
 
     def filled(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        leaf = leaf if bool(leaf.any()) else torch.randn(leaf.shape, generator=draw).to(leaf)
+        leaf = leaf if bool(leaf.any()) else torch.randn(leaf.shape, generator=draw, device="cpu").to(leaf)
         return leaf.to(dtype or leaf.dtype)
 
     return example.mapped(filled)
