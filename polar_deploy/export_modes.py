@@ -1,0 +1,69 @@
+"""What a network is run under while PyTorch exports it, where its exporter does not take what people write."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class FourAxes(TorchFunctionMode):
+    """Inside, attention is called with four axes, the only number that PyTorch 2.15's exporter takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = _attention if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """PyTorch's own on [..., L, E], called with four axes: the first ones in one, or further ones in front."""
+    *lead, length, _ = query.shape
+
+    def four(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor[(None,) * (4 - tensor.dim())]
+
+    if query.dim() != 4 and attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
+    result = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask, *args, **kwargs)
+    return result.reshape(*lead, length, value.shape[-1])
+
+
+@contextlib.contextmanager
+def no_disabled_autocast() -> Iterator[None]:
+    """Inside, `torch.autocast(enabled=False)` does nothing, as where no autocast is on.
+
+    PyTorch 2.15's exporter makes a graph of its own of what is computed in it, and loses which modules computed it.
+    """
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(own: torch.autocast) -> Any:
+        return enter(own) if own._enabled else own
+
+    def left(own: torch.autocast, *error: Any) -> Any:
+        return leave(own, *error) if own._enabled else False
+
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def constant_parameters(network: nn.Module) -> Iterator[None]:
+    """Inside, parameters ask for no gradient: PyTorch 2.15 cannot export attention whose mask asks for one."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
