@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -60,10 +61,10 @@ class Limits:
         Raises:
             UsageError: they are out of their ranges.
         """
-        if not align >= 1:
-            raise UsageError(f"align={align}", "give a number of channels, such as 1, 8 or 16")
-        if not 0 <= min_width <= 1:
-            raise UsageError(f"min_width={min_width}", "give the share of its channels that a layer keeps, 0 to 1")
+        if not isinstance(align, Integral) or align < 1:
+            raise UsageError(f"align={align!r}", "give a number of channels, such as 1, 8 or 16")
+        if not isinstance(min_width, Real) or not 0 <= min_width <= 1:
+            raise UsageError(f"min_width={min_width!r}", "give the share of its channels that a layer keeps, 0 to 1")
         return cls(tuple(widths(site, align, min_width, offers) for site in sites))
 
 
