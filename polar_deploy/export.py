@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError, first_line
-from polar_deploy.export_modes import FourAxes, constant_parameters, no_disabled_autocast
+from polar_deploy.export_modes import FourAxes, constant_parameters, no_autocast
 from polar_deploy.onnx_files import metadata
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
@@ -265,7 +265,7 @@ def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | No
             constant_parameters(network),
             evaluating(network),
             FourAxes(),
-            no_disabled_autocast(),
+            no_autocast(),
             warnings.catch_warnings(),
         ):
             stack.enter_context(state)

@@ -36,20 +36,20 @@ def _attention(
 
 
 @contextlib.contextmanager
-def no_disabled_autocast() -> Iterator[None]:
-    """Inside, `torch.autocast(enabled=False)` does nothing, as where no autocast is on.
+def no_autocast() -> Iterator[None]:
+    """Inside, a network's own `torch.autocast` does nothing, be it on or off: graphs are in float32.
 
     PyTorch 2.15's exporter makes a graph of its own of what is computed in it, and loses which modules computed it.
     """
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
-    def entered(own: torch.autocast) -> Any:
-        return enter(own) if own._enabled else own
+    def entered(own: torch.autocast) -> torch.autocast:
+        return own
 
-    def left(own: torch.autocast, *error: Any) -> Any:
-        return leave(own, *error) if own._enabled else False
+    def left(own: torch.autocast, *error: object) -> bool:
+        return False
 
-    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -195,10 +195,10 @@ class Absent(nn.Module):
     def _learned(self, shape: Sequence[int]) -> list[int | None] | None:
         """The length of each axis of what comes out, None for that of what comes in; None where it is neither."""
         larger = [size if at == self._given[0] else 2 * size for at, size in enumerate(shape)]
-        known = []
-        for size in (shape, larger, [larger[0], *shape[1:]]):
+        known: list[tuple[Sequence[int], list[int]]] = []
+        for given in (shape, larger, [larger[0], *shape[1:]]):
             try:
-                known.append((size, self._ask(size)))
+                known.append((given, self._ask(given)))
             except Exception:  # noqa: BLE001  (not every module takes every size, and says so when it is run)
                 continue
         lengths: list[int | None] = []

@@ -122,7 +122,7 @@ class Gates:
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
-        self._values = torch.ones(self.analysis.choices.gates)  # of the masks: between 0 and 1 while gates close
+        self._values = torch.ones(self.analysis.choices.gates, device="cpu")  # of the masks, 0 to 1 while gates close
         self._measured = measured if "latency" in self.budget else None
         self._step = 0
         self._stance: Any = None  # what torch.compile is to do while a step is watched

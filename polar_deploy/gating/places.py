@@ -168,9 +168,7 @@ class Places:
         if not path:
             weights = [self.graph.origin(tensor.name) for tensor in step.original if self.graph.is_constant(tensor)]
             name = weights[0].rpartition(".")[0] or weights[0]
-            self.unmasked[name] = (
-                "it is computed under torch.no_grad or autocast, or outside of any module that could carry a mask"
-            )
+            self.unmasked[name] = "it is computed under torch.no_grad, or outside of any module that could carry a mask"
             return
         if is_ignored(path, self._ignore):
             self.unmasked[path] = "it is to be ignored"
@@ -284,7 +282,7 @@ class Places:
 _KEEPING_ZERO = ("Mul", "Div", "Neg", "Transpose", "Reshape", "Identity", "Dropout", "Squeeze", "Unsqueeze", "Flatten")
 
 
-def _batch(shape: Sequence[int | str | None]) -> int:
+def _batch(shape: Sequence[object]) -> int:
     """The first axis of open length: the batch's alone is open. 0 where the exporter could not leave it so."""
     return next((axis for axis, size in enumerate(shape) if not isinstance(size, int)), 0)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating, with_weights
+from polar_deploy.export_modes import no_autocast
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.ort_session import open_session, translated
@@ -127,7 +128,7 @@ def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
 
 def _off(model: nn.Module, example: Example, path: Path) -> float:
     """Largest difference between a model and a graph, as a share of each output's scale."""
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), no_autocast():
         expected = _arrays(model(*example.args, **example.kwargs))
     with translated("ONNX Runtime cannot run the graph with its masks"):
         session = open_session(path)

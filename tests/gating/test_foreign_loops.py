@@ -210,3 +210,17 @@ def test_samples_may_lie_on_another_axis_inside(tokens: int) -> None:
     whole, alone = model(x), torch.cat([model(each[None]) for each in x])
     torch.testing.assert_close(whole, alone)
     assert (whole - everyone).abs().max() > 1e-3  # under no_grad nobody decides
+
+
+def test_what_a_program_makes_may_lie_on_another_device(analysis: Any) -> None:
+    """As `torch.set_default_device("cuda")` has it; here it is a device without values."""
+    model = network()
+    with torch.device("meta"):
+        gates = Gates(model, INPUTS[0], analysis=analysis, rehearse=0, steps=STEPS, close_from=0.3, freeze_at=0.8)
+        for _ in range(STEPS):
+            (loss_of(model, INPUTS[0]) + gates.loss()).backward()
+            gates.step()
+        gates.sync(model)
+        small = gates.cut()
+    assert gates.phase == "frozen"
+    torch.testing.assert_close(small(INPUTS[1]), model(INPUTS[1]))

@@ -228,23 +228,33 @@ def test_a_network_that_was_cut_can_be_exported_for_any_batch() -> None:
     torch.testing.assert_close(small(torch.randn(2, 3, 9, 13)).shape, torch.Size([2, 4]))
 
 
-class InFull(nn.Module):
-    """Computes a part without autocast, whatever it is trained under."""
+class Mixed(nn.Module):
+    """Says itself where autocast is on, whatever it is trained under."""
 
-    def __init__(self) -> None:
+    def __init__(self, on: bool) -> None:
         super().__init__()
-        self.one, self.two, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.one, self.two, self.head, self.on = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4), on
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.one(x))
-        with torch.autocast("cpu", enabled=False):
-            x = torch.relu(self.two(x.float()))
-        return self.head(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            x = torch.relu(self.two(x))
+        return self.head(x.float())
 
 
-def test_layers_for_which_autocast_is_off_have_gates() -> None:
-    gates = Gates(InFull(), torch.zeros(1, 6), rehearse=1)
+@pytest.mark.parametrize("on", [False, True])
+def test_layers_under_an_autocast_of_their_own_have_gates(on: bool, tmp_path: Path) -> None:
+    """The graph is in float32."""
+    torch.manual_seed(0)
+    model = Mixed(on)
+    gates = Gates(model, torch.zeros(1, 6), rehearse=1)
     assert [site.name for site in gates.sites] == ["one", "two"]
     assert gates.ungated.keys() == {"head"}
-    with torch.autocast("cpu", enabled=False):  # works as it did
-        assert not torch.is_autocast_enabled("cpu")
+    gates.freeze()
+    gates.export(tmp_path / "gated.onnx", inputs=["x"])
+    x = torch.randn(3, 6)
+    (given,) = onnxruntime.InferenceSession(tmp_path / "gated.onnx").run(None, {"x": x.numpy()})
+    model.on = False
+    torch.testing.assert_close(torch.from_numpy(given), model(x))
+    with torch.autocast("cpu", torch.bfloat16):  # works as it did
+        assert model.two(torch.randn(1, 16)).dtype == torch.bfloat16

@@ -16,7 +16,7 @@ PICTURES, TOKENS, WORDS = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 16), torch.
 OUTPUT = "its channels are an output of the network"
 COMPUTED = "both of its factors are computed, and their channels are not those of attention heads"
 INSIDE = "its input is computed inside of the module that it belongs to"
-OUTSIDE = "it is computed under torch.no_grad or autocast, or outside of any module that could carry a mask"
+OUTSIDE = "it is computed under torch.no_grad, or outside of any module that could carry a mask"
 HEAD = {"head": OUTPUT}
 
 
