@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError, first_line
-from polar_deploy.export_modes import FourAxes, constant_parameters, no_autocast
+from polar_deploy.exportable import Exportable, constant_parameters, no_autocast
 from polar_deploy.onnx_files import metadata
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
@@ -264,7 +264,7 @@ def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | No
         for state in (
             constant_parameters(network),
             evaluating(network),
-            FourAxes(),
+            Exportable(),
             no_autocast(),
             warnings.catch_warnings(),
         ):

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -533,3 +534,35 @@ def test_attention_with_any_number_of_axes_is_exported(axes: tuple[int, ...], ma
     save(structure(network, Example.of(tokens)), tmp_path / "a.onnx", inputs=["x"], outputs=["y"])
     (result,) = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": tokens.numpy()})
     np.testing.assert_allclose(result, network(tokens).detach(), atol=1e-5)
+
+
+class _Pooled(nn.Module):
+    """Its residual sum is pooled to one pixel, and lies in memory as `lay` has it."""
+
+    def __init__(self, lay: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Linear(16, 4)
+        self.pool, self.lay = nn.AdaptiveAvgPool2d((1, 1)), lay
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lay(self.stem(x)).relu()
+        return self.head(self.pool(x + self.branch(x).relu()).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        _Pooled().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        _Pooled(lambda x: x.to(memory_format=torch.channels_last)),
+        _Pooled(lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+    ],
+    ids=["weights", "activations", "permuted"],
+)
+def test_channels_that_lie_last_in_memory_have_their_gates(network: nn.Module, tmp_path: Path) -> None:
+    example = torch.randn(2, 3, 8, 8)
+    gates = Gates(network, example, budget=0.6, steps=10)
+    assert [(site.name, site.kind) for site in gates.sites] == [("stem", "stream")]
+    gates.export(tmp_path / "gated.onnx", inputs=("x",))
+    session = onnxruntime.InferenceSession(tmp_path / "gated.onnx")
+    (found,) = session.run(None, {"x": example.numpy()})
+    np.testing.assert_allclose(found, network.eval()(example).detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating, with_weights
-from polar_deploy.export_modes import no_autocast
+from polar_deploy.exportable import no_autocast
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.ort_session import open_session, translated

@@ -1,4 +1,4 @@
-"""What a network is run under while PyTorch exports it, where its exporter does not take what people write."""
+"""What a network is run under while PyTorch's exporter (2.15) makes a plain graph of it; the values are the same."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class FourAxes(TorchFunctionMode):
-    """Inside, attention is called with four axes, the only number that PyTorch 2.15's exporter takes."""
+class Exportable(TorchFunctionMode):
+    """Inside, calls that the exporter refuses, or writes in a way that hides the channels, are made in another form."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = _attention if func is F.scaled_dot_product_attention else func
-        return called(*args, **(kwargs or {}))
+        return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """PyTorch's own on [..., L, E], called with four axes: the first ones in one, or further ones in front."""
+    """On [..., L, E]: called with four axes, the only number that is taken: the first ones in one, or further ones."""
     *lead, length, _ = query.shape
 
     def four(tensor: Tensor) -> Tensor:
@@ -33,6 +32,16 @@ def _attention(
         attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
     result = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask, *args, **kwargs)
     return result.reshape(*lead, length, value.shape[-1])
+
+
+def _pool(input: Tensor, output_size: Any) -> Tensor:
+    """On [..., H, W] to one pixel: a mean, since what lies in memory with its channels last becomes a Gather else."""
+    if output_size in (1, (1, 1), [1, 1]):
+        return input.mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(input, output_size)
+
+
+_FORMS = {F.scaled_dot_product_attention: _attention, F.adaptive_avg_pool2d: _pool}
 
 
 @contextlib.contextmanager
