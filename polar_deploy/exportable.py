@@ -58,7 +58,7 @@ def no_autocast() -> Iterator[None]:
     def left(own: torch.autocast, *error: object) -> bool:
         return False
 
-    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign,assignment]
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
     try:
         yield
     finally:
