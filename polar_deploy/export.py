@@ -13,7 +13,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError, first_line
-from polar_deploy.exportable import Exportable
+from polar_deploy.exportable import Exportable, constant_parameters, no_autocast
 from polar_deploy.onnx_files import metadata
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
@@ -47,6 +47,7 @@ class Example:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    given: Example | None = None  # as people gave it, where a batch of one was doubled
 
     @classmethod
     def of(cls, inputs: Any) -> Example:
@@ -72,27 +73,42 @@ class Example:
         """The same on a device."""
         return self.mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
-    def dynamic(self) -> tuple[Any, Any]:
-        """The batch axis of each argument, as `torch.export` wants it told."""
+    def ways(self) -> Iterator[tuple[Example, tuple[Any, Any] | None]]:
+        """What to try an export with, and the batch axis of each argument as `torch.export` wants it told.
+
+        What is as long as the batch belongs to it; or all of that but vectors, which may be a scale for all samples; or
+        nothing does, and the batch is fixed.
+        """
+        given = self.given or self
+        yield self, self._dynamic(1)
+        if any(leaf.dim() == 1 and len(leaf) == given.batch for leaf in given.tensors):
+            yield given._doubled(2), self._dynamic(2)
+        yield given, None
+
+    def _dynamic(self, least: int) -> tuple[Any, Any]:
         size, batch = self.batch, torch.export.Dim("batch")
 
         def shape(leaf: object) -> object:
-            return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size else None
+            return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() >= least and len(leaf) == size else None
 
         mapped = self.mapped(shape)
         return mapped.args, mapped.kwargs
 
-    def _doubled(self) -> Example:
+    def _doubled(self, least: int = 1) -> Example:
+        """With a batch of two where it is one: in all that has `least` axes and more."""
         if self.batch != 1:
             return self
-        return self.mapped(
-            lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
-        )
+
+        def doubled(leaf: Any) -> Any:
+            is_one = isinstance(leaf, Tensor) and leaf.dim() >= least and len(leaf) == 1
+            return torch.cat([leaf, leaf]) if is_one else leaf
+
+        return replace(self.mapped(doubled), given=self)
 
     def mapped(self, function: Callable[[Any], Any]) -> Example:
         """With a function of every leaf in its place."""
         args, kwargs = torch.utils._pytree.tree_map(function, (self.args, dict(self.kwargs)))
-        return Example(args, kwargs)
+        return Example(args, kwargs, self.given and self.given.mapped(function))
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -121,7 +137,7 @@ def own_tensors(network: nn.Module) -> dict[str, Tensor]:
 def structure(network: nn.Module, example: Example) -> DetachedModel:
     """The graph of a network in evaluation mode by PyTorch's exporter, with its modules' own layers and weights.
 
-    The network stays as it is. Only arithmetic on shapes is done ahead. The batch axis is open where it allows that.
+    The network stays as it is. Only arithmetic on shapes is done ahead. The batch is open; a warning says where not.
 
     Args:
         example: arguments of its forward.
@@ -129,10 +145,15 @@ def structure(network: nn.Module, example: Example) -> DetachedModel:
     Raises:
         ContentError: PyTorch cannot export this network.
     """
+    return captured(network, example)[0]
+
+
+def captured(network: nn.Module, example: Example) -> tuple[DetachedModel, Example]:
+    """`structure`, and the example that it is of: a batch that has to be fixed is as long as it was given."""
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
-    program = _captured(network, example)
+    program, example = _captured(network, example)
     model = program.model
     optimizer.inline(model)
     parameters = set(model.graph.initializers)
@@ -150,7 +171,7 @@ def structure(network: nn.Module, example: Example) -> DetachedModel:
     _name_constants(model)
     made = program.model_proto
     _drop_made_biases(made, parameters)
-    return detached.detach_weights(made)
+    return detached.detach_weights(made), example
 
 
 def with_weights(structure: DetachedModel, network: nn.Module) -> DetachedModel:
@@ -211,26 +232,42 @@ def _name_constants(model: onnx_ir.Model) -> None:
     passes.NameFixPass()(model)
 
 
-def _captured(network: nn.Module, example: Example) -> torch.onnx.ONNXProgram:
-    example = example.to(device_of(network))
+def _captured(network: nn.Module, example: Example) -> tuple[torch.onnx.ONNXProgram, Example]:
     failures: list[Exception] = []
-    for dynamic in (True, False):
+    for way, dynamic in example.to(device_of(network)).ways():
         try:
-            return _program(network, example, dynamic)
+            program = _program(network, way, dynamic)
         except Exception as error:  # noqa: BLE001  (the exporter raises many types of its own)
             failures.append(error)
+            continue
+        if any(value.shape is not None and not value.shape.is_static() for value in program.model.graph.inputs):
+            return program, way
+        if dynamic is None:  # only then: with another example the exporter may fix the batch, and say nothing
+            why = f": {_first_cause(failures[0])}" if failures else ""
+            warnings.warn(
+                f"the batch of {type(network).__name__} is fixed at {way.batch} in its graph{why}; where its forward "
+                "asks for len(x), x.shape[0] leaves it open",
+                stacklevel=5,  # whoever makes `Gates`
+            )
+            return program, way
     raise ContentError(
         f"PyTorch cannot export {type(network).__name__}: {_first_cause(failures[0])}",
         "replace the operator or the control flow it names, or attach to the part of the network that has none",
     ) from failures[0]
 
 
-def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.ONNXProgram:
+def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | None) -> torch.onnx.ONNXProgram:
     """One try of the exporter, which prints its progress to stdout; that belongs to results."""
-    shapes = _shapes(network, example.dynamic() if dynamic else None)
+    shapes = _shapes(network, dynamic)
     args = example.args if example.kwargs else (*example.args, {})  # it takes a dictionary at the end for named ones
     with contextlib.ExitStack() as stack:
-        for state in (_constant(network), evaluating(network), Exportable(), warnings.catch_warnings()):
+        for state in (
+            constant_parameters(network),
+            evaluating(network),
+            Exportable(),
+            no_autocast(),
+            warnings.catch_warnings(),
+        ):
             stack.enter_context(state)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         warnings.simplefilter("ignore")
@@ -246,19 +283,6 @@ def _program(network: nn.Module, example: Example, dynamic: bool) -> torch.onnx.
         )
     assert program is not None
     return program
-
-
-@contextlib.contextmanager
-def _constant(network: nn.Module) -> Iterator[None]:
-    """Inside, parameters ask for no gradient: PyTorch 2.15 cannot export attention whose mask asks for one."""
-    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
 
 
 def module_of(node: onnx.NodeProto) -> str | None:

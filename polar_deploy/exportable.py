@@ -1,10 +1,13 @@
-"""Calls of PyTorch in the form in which its exporter (2.15) makes a plain graph of them; the values are the same."""
+"""What a network is run under while PyTorch's exporter (2.15) makes a plain graph of it; the values are the same."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,3 +42,37 @@ def _pool(input: Tensor, output_size: Any) -> Tensor:
 
 
 _FORMS = {F.scaled_dot_product_attention: _attention, F.adaptive_avg_pool2d: _pool}
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Inside, a network's own `torch.autocast` does nothing, be it on or off: graphs are in float32.
+
+    PyTorch 2.15's exporter makes a graph of its own of what is computed in it, and loses which modules computed it.
+    """
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(own: torch.autocast) -> torch.autocast:
+        return own
+
+    def left(own: torch.autocast, *error: object) -> bool:
+        return False
+
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def constant_parameters(network: nn.Module) -> Iterator[None]:
+    """Inside, parameters ask for no gradient: PyTorch 2.15 cannot export attention whose mask asks for one."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)

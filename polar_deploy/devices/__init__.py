@@ -49,6 +49,21 @@ def choose(name: str, precision: str | None = None) -> Chosen:
     return Chosen(device, device.nearest(precision or ""))
 
 
+def given(device: Chosen | Path | str | None) -> Chosen | None:
+    """A device as callers name it: what `choose` gave, a name or a file that it takes, or None.
+
+    Raises:
+        UsageError: it is nothing of these.
+    """
+    if device is None or isinstance(device, Chosen):
+        return device
+    if isinstance(device, (str, Path)):
+        return choose(str(device))
+    raise UsageError(
+        f"device={device!r}", "give a name that `polar-deploy devices list` tells, or the path of a .json file"
+    )
+
+
 def names() -> list[str]:
     """The devices that come with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))

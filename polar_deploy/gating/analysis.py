@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -66,6 +66,7 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
             have no values or no shapes yet.
     """
     require_values(network)
+    require_float32(network)
     for path, module in network.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:  # PyTorch 2.15 exports it as if it had none
             raise ContentError(
@@ -74,19 +75,14 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
             )
     example = example.to(export.device_of(network))
     ignore = (ignore,) if isinstance(ignore, str) else ignore
-    for pattern in ignore:
+    for pattern in require_patterns(ignore):
         if not any(fnmatchcase(path, pattern) for path, _ in network.named_modules()):
             raise UsageError(
                 f"ignore={pattern!r} fits no module of {type(network).__name__}",
                 "give paths as in named_modules(), or patterns of them such as 'head*'",
             )
-    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
-    if kinds and torch.float32 not in kinds:
-        raise UsageError(
-            f"the parameters of {type(network).__name__} are {min(map(str, kinds))}",
-            "put gates on it in float32: autocast can compute in less",
-        )
-    blank = choices.without_values(export.structure(network, example), set(export.own_tensors(network)))
+    structure, example = export.captured(network, example)
+    blank = choices.without_values(structure, set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
     made = choices.find(blank, found.masks, found.name_of, places.layers(network, blank))
     if not made.gates:
@@ -99,8 +95,31 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
     return Analysis(example, blank, made, tuple(found.places[index] for index in used), found.unmasked)
 
 
+def require_patterns(patterns: Sequence[str]) -> Sequence[str]:
+    """What is to be ignored; UsageError where it is no sequence of texts."""
+    wrong = [patterns] if not isinstance(patterns, Collection) else [each for each in patterns if type(each) is not str]
+    if wrong:
+        raise UsageError(
+            f"ignore holds a {type(wrong[0]).__name__}, and takes the paths of modules",
+            "give them as named_modules() does, such as ignore=['head'], or leave it out",
+        )
+    return patterns
+
+
+def require_float32(network: nn.Module) -> None:
+    """Raise UsageError where no parameter is in float32, the type of graphs and of what they are compared with."""
+    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+    if kinds and torch.float32 not in kinds:
+        raise UsageError(
+            f"the parameters of {type(network).__name__} are {min(map(str, kinds))}",
+            "give it in float32, by its `float()`: autocast can compute in less",
+        )
+
+
 def require_values(network: nn.Module) -> None:
     """Raise UsageError where a parameter or buffer has no values, or no shape yet: nobody can run such a network."""
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"a {type(network).__name__} was given as the network", "give a torch.nn.Module")
     for name, tensor in export.own_tensors(network).items():
         if nn.parameter.is_lazy(tensor):
             raise UsageError(

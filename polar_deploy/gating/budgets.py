@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.costs import Cost
-from polar_deploy.errors import UsageError
+from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.gating import choice
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.latency import LatencyTable, read
@@ -72,6 +72,20 @@ def asked(budget: float | str | Mapping[str, float]) -> dict[str, float]:
     if not numbers:
         raise UsageError("the budget is empty", f"name one of {', '.join(known)}")
     return numbers
+
+
+def require_known(budget: Mapping[str, float], costs: Mapping[str, Cost]) -> dict[str, float]:
+    """A budget of a saved state, by the name of the cost.
+
+    Raises:
+        ContentError: nothing tells one of its costs here.
+    """
+    if lacking := sorted(budget.keys() - costs.keys()):
+        raise ContentError(
+            f"the state has the budget {lacking[0]}={budget[lacking[0]]:g}, and these gates know {', '.join(costs)}",
+            "make Gates with the budget, and the latency_table or device, that the state was saved with",
+        )
+    return dict(budget)
 
 
 def latency_source(table: LatencyTable | Path | str | None, device: Chosen | None) -> LatencyTable | Chosen:

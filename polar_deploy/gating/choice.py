@@ -15,6 +15,7 @@ import numpy as np
 from polar_deploy.costs import Cost, Floats, State
 from polar_deploy.errors import UsageError
 from polar_deploy.gating import solver
+from polar_deploy.gating.schedule import is_number
 from polar_deploy.gating.sensitivity import Sensitivity
 from polar_deploy.gating.solver import Problem
 from polar_deploy.surgery.choices import Choices, Site
@@ -62,10 +63,10 @@ class Limits:
         Raises:
             UsageError: they are out of their ranges.
         """
-        if not align >= 1:
-            raise UsageError(f"align={align}", "give a number of channels, such as 1, 8 or 16")
-        if not 0 <= min_width <= 1:
-            raise UsageError(f"min_width={min_width}", "give the share of its channels that a layer keeps, 0 to 1")
+        if not is_number(align) or align < 1 or align % 1:
+            raise UsageError(f"align={align!r}", "give a number of channels, such as 1, 8 or 16")
+        if not is_number(min_width) or not 0 <= min_width <= 1:
+            raise UsageError(f"min_width={min_width!r}", "give the share of its channels that a layer keeps, 0 to 1")
         return cls(tuple(widths(site, align, min_width, offers) for site in sites))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.modules.padding import _ConstantPadNd
 from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis
+from polar_deploy.gating.analysis import Analysis, require_float32
 from polar_deploy.gating.places import Calls, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
@@ -31,6 +32,7 @@ _DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that lay
 
 def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
     """A copy of `model` without what is closed in bool [gates], in the same mode, without gates; see `Gates.cut`."""
+    require_float32(model)
     small = masking.stripped(model)
     example = analysis.example.to(device_of(model))
     calls = watch(small, example)
@@ -150,31 +152,64 @@ def _resize_convolution(module: nn.modules.conv._ConvNd, weight: Tensor, old: to
 class Absent(nn.Module):
     """Stands for a module that was removed with its branch: zeros of the shape that the module would have given.
 
+    Where each axis of that is as long as the same one of what comes in, or of one length, exporters and compilers can
+    follow it for any batch and size. Else the module is asked.
+
     Args:
         module: what was removed; asked for shapes alone, on the meta device.
-        given: (axis of the channels, how many) of what it read.
-        made: the same of what it gives back from now on; None, inside of a branch: as before.
+        shape: of what it read in the whole network, [B, ...].
+        axis: of the channels in that.
+        made: axis and number of the channels that it gives back from now on; None, inside of a branch: as before.
     """
 
-    def __init__(self, module: nn.Module, given: tuple[int, int], made: tuple[int, int] | None) -> None:
+    def __init__(self, module: nn.Module, shape: Sequence[int], axis: int, made: tuple[int, int] | None) -> None:
         super().__init__()
-        self._shapes: dict[torch.Size, list[int]] = {}
         self._asked = [copy.deepcopy(module).to("meta").eval()]  # in a list: it is no part of this network
-        self._given, self._made = given, made
+        self._given, self._made = (axis, shape[axis]), made
+        self._known: dict[torch.Size, list[int]] = {}
+        self._lengths = self._learned(shape)
+        if self._lengths is not None:
+            self._asked = []
 
     @torch.no_grad()
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         """Zeros [B, ...] like `x`."""
-        if x.shape not in self._shapes:
-            axis, width = self._given
-            shape = [width if at == axis else size for at, size in enumerate(x.shape)]
-            (module,) = self._asked
-            given = torch.empty(shape, device="meta", dtype=next(module.parameters()).dtype)
-            made = list(module(given).shape)
-            if self._made is not None:
-                made[self._made[0]] = self._made[1]
-            self._shapes[x.shape] = made
-        return x.new_zeros(self._shapes[x.shape])
+        if self._lengths is not None:
+            return x.new_zeros([x.shape[at] if size is None else size for at, size in enumerate(self._lengths)])
+        if torch.compiler.is_compiling():  # lengths may be symbols, which are no keys
+            return x.new_zeros(self._ask(x.shape))
+        if x.shape not in self._known:
+            self._known[x.shape] = self._ask(x.shape)
+        return x.new_zeros(self._known[x.shape])
+
+    def _ask(self, shape: Sequence[int]) -> list[int]:
+        """The shape of what comes out for one that comes in, with whatever number of channels."""
+        axis, width = self._given
+        (module,) = self._asked
+        given = [width if at == axis else size for at, size in enumerate(shape)]
+        made = list(module(torch.empty(given, device="meta", dtype=next(module.parameters()).dtype)).shape)
+        if self._made is not None:
+            made[self._made[0]] = self._made[1]
+        return made
+
+    def _learned(self, shape: Sequence[int]) -> list[int | None] | None:
+        """The length of each axis of what comes out, None for that of what comes in; None where it is neither."""
+        larger = [size if at == self._given[0] else 2 * size for at, size in enumerate(shape)]
+        known: list[tuple[Sequence[int], list[int]]] = []
+        for given in (shape, larger, [larger[0], *shape[1:]]):
+            try:
+                known.append((given, self._ask(given)))
+            except Exception:  # noqa: BLE001  (not every module takes every size, and says so when it is run)
+                continue
+        lengths: list[int | None] = []
+        for at, size in enumerate(known[0][1] if known else ()):
+            if at < len(shape) and at != self._given[0] and all(given[at] == made[at] for given, made in known):
+                lengths.append(None)
+            elif all(made[at] == size for _, made in known):
+                lengths.append(size)
+            else:
+                return None
+        return lengths or None
 
 
 def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str, Calls]) -> None:
@@ -223,7 +258,7 @@ def _absent(
     if block is not None:
         axis = analysis.places[block.mask].axis
         ends = axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
-    return Absent(module, (axis_in, given[axis_in]), ends)
+    return Absent(module, given, axis_in, ends)
 
 
 def _follow(network: nn.Module) -> list[str]:
@@ -242,11 +277,32 @@ def _follow(network: nn.Module) -> list[str]:
     return inside
 
 
+def _recount(running: nn.Module, small: nn.Module) -> None:
+    """Let norms without parameters see how many channels they are given when `running`, a copy of `small`, is run.
+
+    Both are told: nothing else says it.
+    """
+    for path, module in running.named_modules():
+        if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)) and not own_tensors(module):
+            module.register_forward_pre_hook(partial(_count_channels, small.get_submodule(path)))
+
+
+def _count_channels(other: nn.Module, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    channels = args[0].shape[1]
+    for each in (module, other):
+        if isinstance(each, nn.GroupNorm):  # its groups go whole
+            each.num_groups = each.num_groups * channels // each.num_channels
+            each.num_channels = channels
+        elif isinstance(each, nn.modules.batchnorm._NormBase):
+            each.num_features = channels
+
+
 @torch.no_grad()
 def _require_equal(model: nn.Module, small: nn.Module, analysis: Analysis, opened: Bools) -> None:
     """Raise ContentError where gated and cut network differ in float64."""
     example = noise(analysis.example.to(device_of(model)), torch.float64)
     gated, ours = masking.copied(model).double(), masking.copied(small).double()
+    _recount(ours, small)
     masking.write(gated, analysis, torch.from_numpy(opened).double())
     outputs = []
     for network in (gated, ours):

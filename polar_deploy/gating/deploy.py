@@ -15,7 +15,7 @@ from torch import nn
 from polar_deploy import export as exporter
 from polar_deploy.errors import UsageError
 from polar_deploy.gating import masking
-from polar_deploy.gating.analysis import Analysis
+from polar_deploy.gating.analysis import Analysis, require_float32
 from polar_deploy.gating.rehearsal import require_same
 from polar_deploy.onnx_files import GATES, KIND, SITE
 from polar_deploy.surgery import detached
@@ -44,6 +44,7 @@ def _require_names(what: str, names: Sequence[str], number: int, others: Sequenc
 
 def export_checked(model: nn.Module, analysis: Analysis, path: Path, **names: Sequence[str]) -> None:
     """The same, and nothing is written where ONNX Runtime finds that the graph does not do what the model does."""
+    require_float32(model)
     with TemporaryDirectory(prefix="polar_deploy-") as folder:
         made = Path(folder, "gated.onnx")
         export(model, analysis, made, **names)

@@ -115,7 +115,7 @@ class Gates:
         require_values(model)  # as `analyse` does, where one is given
         masking.require_bare(model)
         self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
-        chosen = devices.choose(device) if isinstance(device, str) else device
+        chosen = devices.given(device)
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
@@ -123,7 +123,7 @@ class Gates:
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
         widths = [mask.width for mask in self.analysis.choices.masks]
         self._handles = masking.attach(model, self.analysis.places, widths)
-        self._values = torch.ones(self.analysis.choices.gates)  # of the masks: between 0 and 1 while gates close
+        self._values = torch.ones(self.analysis.choices.gates, device="cpu")  # of the masks, 0 to 1 while gates close
         self._measured = measured if "latency" in self.budget else None
         self._step = 0
         self._stance: Any = None  # what torch.compile is to do while a step is watched
@@ -315,7 +315,7 @@ class Gates:
         """Go on from a state; budget and schedule are the state's.
 
         Raises:
-            ContentError: it is of another network, or of another mode.
+            ContentError: it is of another network, of another mode, or of a latency that nothing tells here.
         """
         if state.get("format") != FORMAT or state.get("sites") != self._signature():
             raise ContentError(
@@ -324,7 +324,7 @@ class Gates:
             )
         if (state["sampler"] is None) != (self._sampler is None):
             raise ContentError(f"the state is not of mode {self.mode!r}", "make Gates in the mode it was saved in")
-        self.budget = dict(state["budget"])
+        self.budget = budgets.require_known(state["budget"], self._costs)
         self.schedule = Schedule(*state["schedule"])
         self._step, self.phase = int(state["step"]), state["phase"]
         self.opened, self._stay = (state[name].cpu().numpy().copy() for name in ("opened", "stay"))

@@ -25,16 +25,15 @@ from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Place
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
-# What computes with `weight` as it is, so that a mask may go into it. Subclasses with a forward of their own may not.
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PLAIN = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)}
+_COMPUTING = ("forward", "_conv_forward")  # the methods in which layers compute, which subclasses replace
 
 
 class Listener(Protocol):
     """Who sees what passes a mask while gates learn, and may put something else in its place."""
 
-    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
-        """What goes on instead of `x` * `mask`; None: that product."""
+    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axes: tuple[int, int]) -> Tensor | None:
+        """What goes on instead of `x` * `mask`; None: that product. axes: of the samples, and of the channels."""
         ...
 
 
@@ -64,11 +63,23 @@ def _note_compiled() -> bool:
 _note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _methods(layer: type[nn.Module]) -> tuple[object, ...]:
+    return tuple(getattr(layer, name, None) for name in _COMPUTING)
+
+
+_PLAIN = {_methods(layer) for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer computes with `weight` as it is, so that a mask may go into it: no method is someone else's."""
+    return _methods(type(module)) in _PLAIN and not any(name in vars(module) for name in _COMPUTING)
+
+
 class _Masking:
     """What the two hooks share: the mask, and whether all of it is open."""
 
     def __init__(self, place: Place, name: str) -> None:
-        self._axis, self._name = place.axis, name
+        self._axes, self._name = (place.batch, place.axis), name
         self._seen: tuple[int, int] | None = None
         self._is_open = False
 
@@ -88,7 +99,7 @@ class _Masking:
     def _heard(self, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor | None:
         for held in _listeners:
             listener = held()
-            replaced = listener.passes(module, self._name, x, mask, self._axis) if listener is not None else None
+            replaced = listener.passes(module, self._name, x, mask, self._axes) if listener is not None else None
             if replaced is not None:
                 return replaced
         return None
@@ -118,7 +129,7 @@ class MaskInput(_Masking):
         if self._open(mask):
             return None
         weight = module._parameters.get("weight")
-        if type(module).forward in _PLAIN and weight is not None and weight.numel() < x.numel():
+        if weight is not None and weight.numel() < x.numel() and _is_plain(module):
             vars(module)["weight"] = _masked_weight(module, mask)  # found before the parameter of that name
             return None
         return self._with(args, self._product(x, mask))

@@ -84,8 +84,9 @@ class Place:
 
     module: str
     argument: int | None
-    axis: int  # from the front
+    axis: int  # of the channels, from the front
     rank: int
+    batch: int = 0  # axis of the samples: not the first one where tokens are in front, as PyTorch's attention has them
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ class Places:
         if any(mask.tensor == boundary.name and mask.readers == readers for mask in self.masks):
             return  # two layers of one module read the same
         mask = Mask(self._name(path), boundary.name, readers, len(shape), axis, width)
-        self._add(mask, Place(path, argument, axis, len(shape)))
+        self._add(mask, Place(path, argument, axis, len(shape), _batch(shape)))
 
     def _mask_branches(self, step: Step) -> None:
         """Masks on the sides of a sum that end in a module and feed nothing else."""
@@ -210,7 +211,7 @@ class Places:
                 name = self._name(f"{path}:out")
                 self._add(
                     Mask(name, tensor.name, readers, len(shape), axis, len(channels), block=True),
-                    Place(path, None, axis, len(shape)),
+                    Place(path, None, axis, len(shape), _batch(shape)),
                 )
                 break
 
@@ -279,6 +280,11 @@ class Places:
 
 
 _KEEPING_ZERO = ("Mul", "Div", "Neg", "Transpose", "Reshape", "Identity", "Dropout", "Squeeze", "Unsqueeze", "Flatten")
+
+
+def _batch(shape: Sequence[object]) -> int:
+    """The first axis of open length: the batch's alone is open. 0 where the exporter could not leave it so."""
+    return next((axis for axis, size in enumerate(shape) if not isinstance(size, int)), 0)
 
 
 def _numbered(path: str) -> Iterator[str]:

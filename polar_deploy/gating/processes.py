@@ -56,7 +56,7 @@ def mean_of_seen(seen: Tensor | None, gates: int) -> Tensor | None:
     """The mean over the processes that saw something, float [gates]; None where none did. All have to call it."""
     if not are_several():
         return seen
-    told = total(torch.zeros(gates + 1) if seen is None else torch.cat([seen, seen.new_ones(1)]))
+    told = total(torch.zeros(gates + 1, device="cpu") if seen is None else torch.cat([seen, seen.new_ones(1)]))
     return told[:-1] / told[-1] if float(told[-1]) else None
 
 

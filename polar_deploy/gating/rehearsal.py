@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polar_deploy.errors import ContentError
 from polar_deploy.export import Example, device_of, evaluating, with_weights
+from polar_deploy.exportable import no_autocast
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis
 from polar_deploy.ort_session import open_session, translated
@@ -127,7 +128,7 @@ def _difference(model: nn.Module, analysis: Analysis, opened: Bools) -> float:
 
 def _off(model: nn.Module, example: Example, path: Path) -> float:
     """Largest difference between a model and a graph, as a share of each output's scale."""
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), no_autocast():
         expected = _arrays(model(*example.args, **example.kwargs))
     with translated("ONNX Runtime cannot run the graph with its masks"):
         session = open_session(path)
@@ -138,12 +139,12 @@ def _off(model: nn.Module, example: Example, path: Path) -> float:
 
 def noise(example: Example, dtype: torch.dtype | None = None) -> Example:
     """The example with noise where it holds nothing but zeros, and its floating-point tensors as `dtype`."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)  # told, since a program may make all else on another device
 
     def filled(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        leaf = leaf if bool(leaf.any()) else torch.randn(leaf.shape, generator=draw).to(leaf)
+        leaf = leaf if bool(leaf.any()) else torch.randn(leaf.shape, generator=draw, device="cpu").to(leaf)
         return leaf.to(dtype or leaf.dtype)
 
     return example.mapped(filled)

@@ -80,25 +80,23 @@ class SampleGates:
     @property
     def share(self) -> Tensor:
         """Float [gates]: share of the last batch's samples that open each gate."""
-        return torch.ones(self._gates) if self._decisions is None else self._decisions[:, :-1].mean(0)
+        return torch.ones(self._gates, device="cpu") if self._decisions is None else self._decisions[:, :-1].mean(0)
 
-    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
-        """The activations [B * k, ...] times each sample's own mask."""
+    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axes: tuple[int, int]) -> Tensor | None:
+        """The activations, B * k samples on the first of `axes`, times each sample's own mask."""
         index, batch = self._mask_of.get((id(module), name)), self._observer.batch
-        if index is None or batch is None or len(x) % batch:
+        if index is None or not batch or not x.numel() or x.shape[axes[0]] % batch:
             return None
         if self._decisions is None or self._fresh():
             self._decisions = x.new_ones(batch, self._gates + 1, dtype=torch.float32)
             self._logits, self._batch = {}, self._observer.number
         for site in self._decided_at.get(index, ()):
             if site not in self._logits:
-                self._decide(site, x, axis)
+                self._decide(site, x.movedim(axes, (0, 1)))
         gates = self._gate_of[index]
         own = self._decisions[:, torch.where(gates < 0, self._gates, gates)]  # [B, width]
-        own = own.repeat_interleave(len(x) // batch, 0).to(x.dtype)
-        shape = [1] * x.dim()
-        shape[0], shape[axis] = len(x), own.shape[1]
-        return x * own.reshape(shape)
+        own = own.repeat_interleave(x.shape[axes[0]] // batch, 0).to(x.dtype)
+        return x * own[(...,) + (None,) * (x.dim() - 2)].movedim((0, 1), axes)
 
     def loss(self, wanted: Tensor) -> Tensor:
         """Polarization, and the pull of each logit to the side of zero that the plan wants; bool [gates]."""
@@ -124,7 +122,7 @@ class SampleGates:
     def discard(self) -> None:
         """Forget the passes since the last step."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._decisions = None
+        self._decisions, self._logits = None, {}
 
     def cool(self, progress: float) -> None:
         """Set the temperature for a share of the learning phase, in [0, 1]."""
@@ -148,10 +146,10 @@ class SampleGates:
     def _fresh(self) -> bool:
         return self._observer.number != self._batch
 
-    def _decide(self, site: int, x: Tensor, axis: int) -> None:
-        """Put a site's decisions [B, gates] in place: hard forward, soft backward."""
+    def _decide(self, site: int, x: Tensor) -> None:
+        """Put a site's decisions [B, gates] in place, from [B * k, width, ...]: hard forward, soft backward."""
         assert self._decisions is not None
-        features = x.movedim(axis, 1).flatten(2).mean(2) if x.dim() > 2 else x
+        features = x.flatten(2).mean(2) if x.dim() > 2 else x
         features = features.reshape(len(self._decisions), -1, features.shape[1]).mean(1)
         logits = self._logits[site] = self.deciders[str(site)](features)
         soft = torch.sigmoid(logits / self._temperature)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,11 @@ from polar_deploy.surgery.facts import Bools
 
 RAMP = 0.7  # share of the closing phase in which gates close; the rest lets the network settle
 SPAN = 0.1  # share of all that close: so many are on their way at the same time
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a number, as Python or NumPy has them."""
+    return isinstance(value, Real)
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,12 @@ class Schedule:
     freeze_at: float
 
     def __post_init__(self) -> None:
-        if not self.steps >= 1:
-            raise UsageError(f"steps={self.steps}", "say how often `step` will be called in the whole run")
-        if not 0 <= self.close_from < self.freeze_at <= 1:
+        if not is_number(self.steps) or not self.steps >= 1:
+            raise UsageError(f"steps={self.steps!r}", "say how often `step` will be called in the whole run")
+        shares = (self.close_from, self.freeze_at)
+        if not all(map(is_number, shares)) or not 0 <= self.close_from < self.freeze_at <= 1:
             raise UsageError(
-                f"close_from={self.close_from}, freeze_at={self.freeze_at}",
+                f"close_from={self.close_from!r}, freeze_at={self.freeze_at!r}",
                 "give shares of the run between 0 and 1, close_from before freeze_at",
             )
 
@@ -45,9 +53,10 @@ class Schedule:
         Raises:
             UsageError: there is no such mode.
         """
-        if mode not in CLOSING:
+        if mode not in tuple(CLOSING):
             raise UsageError(f"mode={mode!r}", f"choose one of {', '.join(CLOSING)}")
-        return cls(steps, close_from, fixed_at(close_from, freeze_at, CLOSING[mode]))
+        end: Any = fixed_at(close_from, freeze_at, CLOSING[mode]) if is_number(close_from) else freeze_at
+        return cls(steps, close_from, end)
 
     @property
     def chosen_at(self) -> int:

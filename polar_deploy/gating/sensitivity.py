@@ -120,7 +120,7 @@ def _curve(widths: Sequence[int], tried: Sequence[int], errors: Floats) -> Float
 
 def _errors(model: nn.Module, analysis: Analysis, calls: Sequence[Call], closed: Sequence[Ints]) -> Floats:
     """Of each state, given by the gates that are closed in it: the mean over calls of what `_difference` says."""
-    whole = torch.ones(analysis.choices.gates)
+    whole = torch.ones(analysis.choices.gates, device="cpu")
     masking.write(model, analysis, whole)
     expected = [call.again(model) for call in calls]
     found = np.zeros((len(closed), len(calls)))

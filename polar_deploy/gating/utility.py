@@ -43,7 +43,7 @@ class Observer:
 
     def __init__(self, carriers: Sequence[_Key], gate_of: Sequence[Tensor], gates: int) -> None:
         self.gates = gates
-        self.utility = torch.zeros(gates)
+        self.utility = torch.zeros(gates, device="cpu")
         self.observations = 0
         self._gate_of = dict(zip(carriers, gate_of, strict=True))
         self._passes: list[_Pass] = []
@@ -74,8 +74,8 @@ class Observer:
         """A forward pass starts that is not to be learned from: one of an evaluation in the middle of a step."""
         self._looks = False
 
-    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axis: int) -> Tensor | None:
-        """The masked activations [B, ...], whose gradient will be looked at; see `masking.Listener`."""
+    def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axes: tuple[int, int]) -> Tensor | None:
+        """The masked activations, whose gradient will be looked at; see `masking.Listener`."""
         gates = self._gate_of.get((id(module), name))
         if gates is None or not self._passes or not torch.is_grad_enabled():
             return None
@@ -86,7 +86,7 @@ class Observer:
             factor = factor.detach().clone().requires_grad_()
         masked = x * factor
         now, held = self._passes[-1], x.detach()
-        masked.register_hook(lambda gradient: now.add(held, gradient, gates, axis))  # type: ignore[no-untyped-call]
+        masked.register_hook(lambda gradient: now.add(held, gradient, gates, axes))  # type: ignore[no-untyped-call]
         return masked
 
     def calls(self) -> list[Call]:
@@ -135,7 +135,7 @@ class Observer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what was learned."""
-        self.utility, self.observations = state["utility"].clone(), int(state["observations"])
+        self.utility, self.observations = state["utility"].cpu().clone(), int(state["observations"])
 
 
 class _Pass:
@@ -146,11 +146,11 @@ class _Pass:
         self._sum: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, x: Tensor, gradient: Tensor, gate_of: Tensor, axis: int) -> None:
-        """Add what one mask saw: x and its gradient, [B * k, ...] for some k."""
-        if len(x) % self.batch:
-            return  # the batch is not on the first axis here
-        own = (x.float() * gradient.float()).movedim(axis, -1)
+    def add(self, x: Tensor, gradient: Tensor, gate_of: Tensor, axes: tuple[int, int]) -> None:
+        """Add what one mask saw: x and its gradient, with B * k samples for some k on the first of its two `axes`."""
+        if not x.numel() or not self.batch or x.shape[axes[0]] % self.batch:
+            return  # nothing is there, as for a detector's boxes where none is found; or samples lie elsewhere
+        own = (x.float() * gradient.float()).movedim(axes, (0, -1))
         own = own.reshape(self.batch, -1, own.shape[-1]).sum(1)
         if self._sum is None:
             self._sum = own.new_zeros(self.batch, self.gates + 1)

@@ -277,7 +277,8 @@ class Skeleton:
 
         strict = self.strict
         graph = onnx.shape_inference.infer_shapes(model, check_type=strict, strict_mode=strict, data_prop=True).graph
-        values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
+        # An input may be an output as well, and an output that no node computes has no shape.
+        values = (*graph.output, *graph.value_info, *graph.input[: len(self.model.graph.input)])
         return graph, {value.name: value.type.SerializeToString() for value in values}
 
     def _computed(self, types: dict[str, bytes]) -> set[bytes | None]:
@@ -300,7 +301,7 @@ def _completed(model: onnx.ModelProto, inferred: onnx.GraphProto) -> dict[str, D
     """What is known once shape arithmetic is followed that onnx does not follow."""
     import onnx
 
-    types = {value.name: value.type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+    types = {value.name: value.type for value in (*inferred.output, *inferred.value_info, *inferred.input)}
     types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in inferred.initializer)
     complete(model, types)
     return {name: _described(kind.SerializeToString()) for name, kind in types.items()}

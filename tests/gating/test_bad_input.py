@@ -41,6 +41,15 @@ def analysis() -> Any:
         ({"close_from": 1.0}, "close_from=1.0, freeze_at=1.0"),
         ({"close_from": math.nan}, "close_from=nan"),
         ({"mode": "samples"}, "mode='samples'"),
+        ({"steps": None}, "steps=None"),
+        ({"steps": "10"}, "steps='10'"),
+        ({"close_from": "0.3"}, "close_from='0.3'"),
+        ({"mode": ["batch"]}, r"mode=\['batch'\]"),
+        ({"align": None}, "align=None"),
+        ({"align": 8.5}, r"align=8\.5"),
+        ({"min_width": "0.5"}, "min_width='0.5'"),
+        ({"device": 3}, "device=3"),
+        ({"device": Path("none.json")}, r"none\.json"),
         ({"align": 0}, "align=0"),
         ({"min_width": 1.5}, "min_width=1.5"),
         ({"budget": None}, "budget macs=None"),
@@ -216,3 +225,41 @@ def test_gates_that_no_gradient_reaches_are_named() -> None:
     with pytest.warns(UserWarning, match="no gradient reached the gates of first: they count as worth nothing"):
         train()
     assert gates.phase == "learning"
+
+
+@pytest.mark.parametrize("given", [lambda x: x, None, "resnet18"])
+def test_what_is_no_network_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"was given as the network\n.*give a torch\.nn\.Module"):
+        Gates(given, EXAMPLE)
+
+
+def test_ignore_takes_paths() -> None:
+    """And not the modules themselves, which other libraries take."""
+    for wrong in ([network()[0]], None, network()[0]):
+        with pytest.raises(UsageError, match=r"ignore holds a (Conv2d|NoneType), and takes the paths of modules"):
+            Gates(network(), EXAMPLE, ignore=wrong)
+
+
+def test_a_network_that_is_in_another_type_by_now_is_refused(analysis: Any, tmp_path: Path) -> None:
+    for kind in (torch.bfloat16, torch.float64):
+        gates = Gates(network(), EXAMPLE, analysis=analysis, rehearse=0)
+        gates.freeze()
+        gates.model.to(kind)
+        match = rf"the parameters of Sequential are {kind}\n.*float\(\)"
+        with pytest.raises(UsageError, match=match):
+            gates.cut()
+        with pytest.raises(UsageError, match=match):
+            gates.export(tmp_path / "gated.onnx")
+        gates.model.float()
+        gates.cut()
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_state_with_a_budget_that_nothing_tells_is_refused(analysis: Any) -> None:
+    """It would end the training when gates are chosen."""
+    gates = Gates(network(), EXAMPLE, analysis=analysis, rehearse=0)
+    state = gates.state_dict() | {"budget": {"latency": 0.6}, "step": 7}
+    with pytest.raises(ContentError, match=r"the state has the budget latency=0\.6, and these gates know macs, params"):
+        gates.load_state_dict(state)
+    assert gates.budget == {"macs": 0.5}
+    assert gates.state_dict()["step"] == 0

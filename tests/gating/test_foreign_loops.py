@@ -149,3 +149,78 @@ def test_an_average_of_weights_takes_the_masks_as_they_stand(analysis: Any, use_
     expected = torch.relu(nn.functional.linear(INPUTS[1], first.weight, first.bias)) * opened
     expected = nn.functional.linear(expected, second.weight, second.bias)
     torch.testing.assert_close(average(INPUTS[1]), expected)
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_a_batch_of_nothing_tells_nothing(analysis: Any, mode: str) -> None:
+    """As a detector's head has it, in a picture without a box."""
+    gates = gated(analysis, mode=mode)
+    optimizer = torch.optim.SGD(gates.model.parameters(), lr=0.0)
+    for step in range(STEPS):
+        x = INPUTS[0][:0] if step % 4 > 1 else INPUTS[0]
+        (gates.model(x).square().sum() + gates.loss()).backward()
+        optimizer.step()
+        gates.step()
+    assert gates.phase == "frozen"
+    assert gates.utility.isfinite().all()
+
+
+class TokensInFront(nn.Module):
+    """PyTorch's transformers take [tokens, batch, channels] unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.back, self.head = (
+            *(nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = torch.relu(self.embed(x)).transpose(0, 1)
+        hidden = torch.relu(self.hidden(x))
+        if mask is not None:
+            hidden = hidden * mask
+        return self.head(torch.relu(self.back(hidden)).mean(0))
+
+
+@pytest.mark.parametrize("tokens", [5, 8])  # as many as there are samples, too: nothing but the graph tells them apart
+def test_samples_may_lie_on_another_axis_inside(tokens: int) -> None:
+    """Each sample's own gradient is squared there, too, and samples decide for themselves."""
+    torch.manual_seed(0)
+    model = TokensInFront()
+    gates = Gates(model, torch.zeros(2, tokens, 6), rehearse=0, steps=STEPS, close_from=0.3, freeze_at=0.8, budget=0.8)
+    x = torch.randn(8, tokens, 6)
+    model(x).square().mean().backward()
+    gates.step()
+    mask = torch.ones(8, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x, mask).square().mean(), mask)
+    known = {site.name: gates.utility[site.gates.start : site.gates.stop] for site in gates.sites}
+    assert known.keys() == {"embed", "hidden", "back"}
+    torch.testing.assert_close(shares(known["hidden"]), shares(gradient.square().mean(0)))
+
+    gates.detach()
+    how = {"mode": "sample", "steps": STEPS, "close_from": 0.1, "rehearse": 0}
+    deciding = Gates(model, torch.zeros(2, tokens, 6), budget=0.8, analysis=gates.analysis, **how)  # type: ignore[arg-type]
+    while deciding.phase == "open":
+        model(x).square().mean().backward()
+        deciding.step()
+    for parameter in deciding._sampler.deciders.parameters():  # type: ignore[union-attr]
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        everyone = model(x)
+    whole, alone = model(x), torch.cat([model(each[None]) for each in x])
+    torch.testing.assert_close(whole, alone)
+    assert (whole - everyone).abs().max() > 1e-3  # under no_grad nobody decides
+
+
+def test_what_a_program_makes_may_lie_on_another_device(analysis: Any) -> None:
+    """As `torch.set_default_device("cuda")` has it; here it is a device without values."""
+    model = network()
+    with torch.device("meta"):
+        gates = Gates(model, INPUTS[0], analysis=analysis, rehearse=0, steps=STEPS, close_from=0.3, freeze_at=0.8)
+        for _ in range(STEPS):
+            (loss_of(model, INPUTS[0]) + gates.loss()).backward()
+            gates.step()
+        gates.sync(model)
+        small = gates.cut()
+    assert gates.phase == "frozen"
+    torch.testing.assert_close(small(INPUTS[1]), model(INPUTS[1]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,3 +114,147 @@ def test_the_batch_of_a_wrapper_stays_open() -> None:
     model = Wrapped(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
     gates = Gates(model, torch.randn(3, 6), rehearse=1)
     assert gates.full["macs"] == 6 * 16 + 16 * 4
+
+
+class Standardising(nn.Conv2d):
+    """Weights are standardised where PyTorch's own layer computes, so that `forward` is still that of PyTorch."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def patched(layer: nn.Conv2d) -> nn.Module:
+    """As programs change layers of a network that someone else has written."""
+    layer.forward = partial(Standardising.forward, copy.copy(layer))  # type: ignore[method-assign]
+    layer.forward.args[0].__class__ = Standardising
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Standardising(6, 4, 3), lambda: patched(nn.Conv2d(6, 4, 3))])
+def test_layers_that_compute_with_something_else_than_their_weight_have_their_input_masked(
+    make: Callable[[], nn.Module],
+) -> None:
+    """A weight with zeros in it has another mean; and which of both is masked depends on the size of the batch."""
+    torch.manual_seed(0)
+    model, mask = nn.Sequential(make()), torch.tensor([1.0, 0, 1, 1, 0, 1]).reshape(6, 1, 1)
+    x = torch.randn(2, 6, 16, 16)
+    expected = model(x * mask)
+    masking.attach(model, [Place("0", 0, 1, 4)], [6])
+    model[0].get_buffer(masking.INPUT).copy_(mask)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_norms_without_parameters_are_cut() -> None:
+    """As many generators have them: nothing that is sliced tells their widths."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, norm in ((3, nn.GroupNorm(4, 16, affine=False)), (16, nn.InstanceNorm2d(16))):
+        layers += [nn.Conv2d(before, 16, 3), norm, nn.ReLU()]
+    model, x = nn.Sequential(*layers, nn.Conv2d(16, 4, 1)).eval(), torch.randn(2, 3, 12, 12)
+    gates = Gates(model, x, rehearse=1)
+    gates.freeze()
+    small = gates.cut()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # InstanceNorm wonders about a number of channels that is not its own
+        torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    assert small[0].out_channels == small[1].num_channels < 16
+    assert small[1].num_groups * 4 == small[1].num_channels
+    assert small[3].out_channels == small[4].num_features < 16
+
+
+class Measuring(nn.Module):
+    """Asks for the length of its input, of which an exporter makes a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = x.reshape(len(x) if scale is None else x.shape[0], 6)
+        y = self.two(torch.relu(self.one(x)))
+        return y if scale is None else y * scale
+
+
+def test_a_batch_that_is_fixed_is_told() -> None:
+    """And it is as long as it was given, so that MACs are those of one picture."""
+    with pytest.warns(UserWarning, match=r"the batch of Measuring is fixed at 1 in its graph.*x\.shape\[0\] leaves"):
+        gates = Gates(Measuring(), torch.zeros(1, 2, 3), rehearse=1)
+    assert gates.full["macs"] == 6 * 16 + 16 * 4
+
+
+@pytest.mark.parametrize(("batch", "numbers"), [(1, 1), (4, 4)])
+def test_numbers_that_are_as_many_as_samples_leave_the_batch_open(batch: int, numbers: int, tmp_path: Path) -> None:
+    """A scale of all samples is no part of the batch, though it is as long in the example."""
+    torch.manual_seed(0)
+    model, scale = Measuring(), torch.randn(numbers)
+    gates = Gates(model, (torch.zeros(batch, 2, 3), scale), rehearse=1)
+    assert gates.full["macs"] == 6 * 16 + 16 * 4
+    gates.freeze()
+    gates.export(tmp_path / "gated.onnx", inputs=["x", "scale"])
+    session, x = onnxruntime.InferenceSession(tmp_path / "gated.onnx"), torch.randn(7, 2, 3)
+    (given,) = session.run(None, {"x": x.numpy(), "scale": scale.numpy()})
+    torch.testing.assert_close(torch.from_numpy(given), model(x, scale))
+
+
+class Branched(nn.Module):
+    """Residual branches, one of which halves the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.short, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1, 2), nn.Linear(16, 4)
+        self.same, self.less = (
+            nn.Sequential(nn.Conv2d(16, 16, 3, stride, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1))
+            for stride in (1, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.same(x))
+        return self.head(torch.relu(self.short(x) + self.less(x)).mean((2, 3)))
+
+
+def test_a_network_that_was_cut_can_be_exported_for_any_batch() -> None:
+    """Whoever stays in PyTorch exports what is left by himself; nothing in place of a closed branch is in the way."""
+    torch.manual_seed(0)
+    gates = Gates(Branched().eval(), EXAMPLE, rehearse=0, budget=0.9)
+    opened = gates.opened.copy()
+    opened[[gates.sites[0].gates[3], *(block.gate for block in gates.blocks if block.name != "short:out")]] = False
+    gates.freeze(opened)
+    small, x = gates.cut(), torch.randn(3, 3, 8, 8)
+    sizes = {0: torch.export.Dim("batch")}
+    program = torch.export.export(small, (x,), dynamic_shapes=(sizes,))
+    for images in (x, torch.randn(5, 3, 8, 8)):
+        torch.testing.assert_close(program.module()(images), gates.model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small(torch.randn(2, 3, 9, 13)).shape, torch.Size([2, 4]))
+
+
+class Mixed(nn.Module):
+    """Says itself where autocast is on, whatever it is trained under."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.head, self.on = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4), on
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            x = torch.relu(self.two(x))
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_layers_under_an_autocast_of_their_own_have_gates(on: bool, tmp_path: Path) -> None:
+    """The graph is in float32."""
+    torch.manual_seed(0)
+    model = Mixed(on)
+    gates = Gates(model, torch.zeros(1, 6), rehearse=1)
+    assert [site.name for site in gates.sites] == ["one", "two"]
+    assert gates.ungated.keys() == {"head"}
+    gates.freeze()
+    gates.export(tmp_path / "gated.onnx", inputs=["x"])
+    x = torch.randn(3, 6)
+    (given,) = onnxruntime.InferenceSession(tmp_path / "gated.onnx").run(None, {"x": x.numpy()})
+    model.on = False
+    torch.testing.assert_close(torch.from_numpy(given), model(x))
+    with torch.autocast("cpu", torch.bfloat16):  # works as it did
+        assert model.two(torch.randn(1, 16)).dtype == torch.bfloat16

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from polar_deploy.surgery.count import count
 from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.validation import NotUnderstoodError
 
@@ -91,3 +92,14 @@ def test_features_that_do_not_fit_at_any_batch() -> None:
     wrong = model(nodes, ["batch", 4], shape=np.array([0, 5]))
     with pytest.raises(NotUnderstoodError, match="contradict"):
         Skeleton(wrong).at_batch_1()
+
+
+@pytest.mark.parametrize("batch", ["batch", 1])
+def test_what_comes_in_may_come_out_as_well(batch: str | int) -> None:
+    """An output that no node computes says nothing of shapes, and is no reason to forget them."""
+    both = network(batch, 3, 4, 4)
+    for name in ("x", "w"):
+        both.graph.output.append(helper.make_tensor_value_info(name, FLOAT, None))
+    shape = Skeleton(both).at_batch_1()[1]
+    assert [shape(name) for name in ("x", "w", "flat")] == [(1, 3, 4, 4), (8, 3, 3, 3), (1, 32)]
+    assert count(both).macs == 8 * 2 * 2 * 3 * 9 + 32 * 5
