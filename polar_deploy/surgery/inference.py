@@ -22,8 +22,8 @@ from polar_deploy.surgery.sizes import (
     symbols,
     two_probes,
 )
-from polar_deploy.surgery.standins import STANDARD, stand_ins
-from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred
+from polar_deploy.surgery.standins import STANDARD, known, stand_ins
+from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred, opset_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -167,7 +167,8 @@ class Skeleton:
         model = self.model
         custom = set(not_inferred(model))
         graph = onnx.GraphProto(name=model.graph.name or "graph")
-        graph.node.extend(model.graph.node)
+        opset = opset_of(model)
+        graph.node.extend(each for node in model.graph.node for each in known(node, opset))
         for node in graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
@@ -277,7 +278,8 @@ class Skeleton:
 
         strict = self.strict
         graph = onnx.shape_inference.infer_shapes(model, check_type=strict, strict_mode=strict, data_prop=True).graph
-        values = (*graph.value_info, *graph.input[: len(self.model.graph.input)], *graph.output)
+        # An input may be an output as well, which has lost its shape.
+        values = (*graph.value_info, *graph.output, *graph.input[: len(self.model.graph.input)])
         return graph, {value.name: value.type.SerializeToString() for value in values}
 
     def _computed(self, types: dict[str, bytes]) -> set[bytes | None]:
@@ -300,7 +302,7 @@ def _completed(model: onnx.ModelProto, inferred: onnx.GraphProto) -> dict[str, D
     """What is known once shape arithmetic is followed that onnx does not follow."""
     import onnx
 
-    types = {value.name: value.type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+    types = {value.name: value.type for value in (*inferred.value_info, *inferred.output, *inferred.input)}
     types.update((x.name, onnx.helper.make_tensor_type_proto(x.data_type, x.dims)) for x in inferred.initializer)
     complete(model, types)
     return {name: _described(kind.SerializeToString()) for name, kind in types.items()}

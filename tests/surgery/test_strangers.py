@@ -252,6 +252,48 @@ def test_operators_imported_as_ai_onnx() -> None:
     assert surgery.model.opset_import == model.opset_import
 
 
+@pytest.mark.parametrize("imported", ["", "ai.onnx"])
+def test_nodes_that_name_ai_onnx(imported: str) -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.opset_import[0].domain = imported
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+    halved(model, IMAGE)
+
+
+def test_an_input_that_is_an_output() -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.graph.output.append(model.graph.input[0])
+    assert halved(model, IMAGE).report["macs"][0] > 0
+
+
+def test_a_weight_that_is_an_output() -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.graph.output.append(helper.make_tensor_value_info("one.weight", FLOAT, [8, 3, 3, 3]))
+    halved(model, IMAGE)
+
+
+def test_a_weight_that_a_body_reads_as_well() -> None:
+    net = Trunk()
+    body = [
+        helper.make_graph(
+            [helper.make_node(operator, ["one.weight"], [operator], operator)],
+            operator,
+            [],
+            [helper.make_tensor_value_info(operator, FLOAT, [8, 3, 3, 3])],
+        )
+        for operator in ("Neg", "Abs")
+    ]
+    net.input("which", [], TensorProto.BOOL)
+    net.nodes.append(helper.make_node("If", ["which"], ["weights"], "choice", then_branch=body[0], else_branch=body[1]))
+    model = net.done(net.end)
+    model.graph.output.append(helper.make_tensor_value_info("weights", FLOAT, [8, 3, 3, 3]))
+    halved(model, IMAGE | {"which": np.array(True)})
+
+
 def test_nodes_out_of_order() -> None:
     net = Trunk()
     net.nodes.reverse()
