@@ -171,6 +171,127 @@ def test_one_layer_for_queries_keys_and_values() -> None:
     np.testing.assert_array_equal(constant(smaller, "qkv.w"), constant(model, "qkv.w")[:, columns])
 
 
+def _leading(net: Attention, how: str) -> list[str]:
+    """Queries, keys and values along an axis of their own: first as timm has it, or third as Bloom does."""
+    x = net.linear(net.stream, WIDTH, 3 * INNER, "qkv")
+    if how == "bloom":
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, 3, DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[3, 0, 2, 1, 4])
+    else:
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, 3, HEADS, DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[2, 0, 3, 1, 4])
+    if how != "split":
+        return [net.node("Gather", [x, net.constant(f"index{i}", np.array(i))], f"part{i}", axis=0) for i in (0, 1, -1)]
+    net.nodes.append(onnx.helper.make_node("Split", [x], ["a", "b", "c"], "split", axis=0))
+    return [net.node("Squeeze", [part, net.shape(0)], f"squeezed {part}") for part in "abc"]
+
+
+@pytest.mark.parametrize("how", ["timm", "split", "bloom", "neox"])
+def test_one_layer_for_queries_keys_and_values_in_every_order(how: str) -> None:
+    net = Attention()
+    if how == "neox":  # [heads, queries and keys and values]
+        x = net.linear(net.stream, WIDTH, 3 * INNER, "qkv")
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, 3 * DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[0, 2, 1, 3])
+        net.nodes.append(onnx.helper.make_node("Split", [x], ["a", "b", "c"], "split", axis=-1))
+        parts = ["a", "b", "c"]
+    else:
+        parts = _leading(net, how)
+    model = net.done(net.attend(parts[0], parts[1], parts[2]), mask=~CLOSED)
+    columns = np.arange(3 * INNER)
+    order = (HEADS, 3, DIMS) if how in ("bloom", "neox") else (3, HEADS, DIMS)
+    left = columns.reshape(order).compress(~CLOSED, axis=order.index(HEADS)).ravel()
+    np.testing.assert_array_equal(constant(_cut(model), "qkv.w"), constant(model, "qkv.w")[:, left])
+
+
+def test_a_scale_that_is_told_by_the_shape_of_the_queries() -> None:
+    """As PyTorch exports scaled_dot_product_attention; the number of dimensions is read, that of heads is not."""
+    net = Attention()
+    q, k, v = net.queries()
+    size = net.node("Shape", [q], "sizes")
+    size = net.node("Slice", [size, net.shape(-1), net.shape(1 << 40)], "size")
+    root = net.node("Sqrt", [net.node("Cast", [size], "real", to=1)], "root")
+    y = net.attend(net.node("Div", [q, root], "small"), k, v)
+    model = net.done(y, rows=np.repeat(~CLOSED, DIMS))
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+@pytest.mark.parametrize("way", ["Split", "Slice", "pairs"])
+def test_heads_that_nodes_rotate_go_as_a_whole(way: str) -> None:
+    """Rotary embeddings: halves are exchanged (Llama), every second dimension (GPT-J), or pairs."""
+    net, dims = Attention(), DIMS - 1
+    cos, sin = (net.random.standard_normal((1, 1, LENGTH, dims)).astype(np.float32) for _ in range(2))
+    net.constant("cos", cos if way != "pairs" else cos[..., :2, None])
+    net.constant("sin", sin if way != "pairs" else sin[..., :2, None])
+
+    def heads(name: str) -> str:
+        x = net.linear(net.stream, WIDTH, HEADS * dims, name)
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, dims)], f"{name}.split")
+        return net.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
+
+    def halves(x: str) -> tuple[str, str]:
+        if way == "Slice":
+            bounds = [net.shape(1 << 40), net.shape(3), net.shape(2)]
+            even, odd = (net.node("Slice", [x, net.shape(at), *bounds], f"{x}.{at}") for at in range(2))
+            return even, odd
+        net.nodes.append(onnx.helper.make_node("Split", [x], [f"{x}.0", f"{x}.1"], f"{x}.halves", axis=-1))
+        return f"{x}.0", f"{x}.1"
+
+    def rotated(x: str) -> str:
+        if way == "pairs":
+            pairs = net.node("Reshape", [x, net.shape(0, HEADS, LENGTH, dims // 2, 2)], f"{x}.pairs")
+            a, b = halves(pairs)
+            parts = [
+                net.node(
+                    op, [net.node("Mul", [u, "cos"], f"{u}{op}.cos"), net.node("Mul", [w, "sin"], f"{w}{op}.sin")], name
+                )
+                for op, u, w, name in (("Sub", a, b, f"{x}.real"), ("Add", b, a, f"{x}.imaginary"))
+            ]
+            joined = net.node("Concat", parts, f"{x}.turned", axis=-1)
+            return net.node("Reshape", [joined, net.shape(0, HEADS, LENGTH, dims)], f"{x}.joined")
+        a, b = halves(x)
+        b = net.node("Neg", [b], f"{x}.minus")
+        if way == "Slice":
+            last = [net.node("Unsqueeze", [part, net.shape(4)], f"{part}.last") for part in (b, a)]
+            pairs = net.node("Concat", last, f"{x}.stacked", axis=-1)
+            turned = net.node("Reshape", [pairs, net.shape(0, HEADS, LENGTH, dims)], f"{x}.turned")
+        else:
+            turned = net.node("Concat", [b, a], f"{x}.turned", axis=-1)
+        cosine, sine = net.node("Mul", [x, "cos"], f"{x}.cos"), net.node("Mul", [turned, "sin"], f"{x}.sin")
+        return net.node("Add", [cosine, sine], f"{x}.rotated")
+
+    q, k = rotated(heads("q")), rotated(heads("k"))
+    model = net.done(net.attend(q, k, net.split(net.linear(net.stream, WIDTH, INNER, "v"), "v")), mask=~CLOSED)
+    left = np.flatnonzero(~np.repeat(CLOSED, dims))
+    smaller = _cut(model)
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, left])
+
+
+def test_heads_go_with_what_is_one_number_for_all_of_their_dimensions() -> None:
+    """Queries of length one, as in cosine attention."""
+    net = Attention()
+    q, k, v = net.queries()
+    length = net.node("ReduceL2", [q], "length", axes=[-1], keepdims=1)
+    model = net.done(net.attend(net.node("Div", [q, length], "unit"), k, v), mask=~CLOSED)
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+def test_a_mask_in_front_of_the_scores() -> None:
+    """A mask [batch, tokens] that comes in has its channels along the tokens, and is the first input of a Where."""
+    net = Attention()
+    net.inputs.append(onnx.helper.make_tensor_value_info("real tokens", onnx.TensorProto.BOOL, ["batch", LENGTH]))
+    q, k, v = net.queries()
+    scores = net.node("MatMul", [q, net.node("Transpose", [k], "k.turned", perm=[0, 1, 3, 2])], "scores")
+    keys = net.node("Unsqueeze", ["real tokens", net.shape(1, 2)], "keys")
+    scores = net.node("Where", [keys, scores, net.constant("low", np.float32(-1e4))], "masked")
+    y = net.node("MatMul", [net.node("Softmax", [scores], "softmax", axis=-1), v], "weighed")
+    model = net.done(y, mask=~CLOSED)
+    smaller = compress(model).model
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+
+
 def test_heads_that_are_an_output_stay() -> None:
     net = Attention()
     y = net.attend(*net.queries())
