@@ -136,6 +136,15 @@ def _one_sample(net: Trunk) -> str:
     return net.gemm(x, 4 * 32 * 32, 5, "head")
 
 
+def _two_samples(net: Trunk) -> str:
+    return net.node("Concat", [net.end, net.constant("more", images(2, 1, 32, 32))], "joined", axis=1)
+
+
+def _five_samples(net: Trunk) -> str:
+    x = net.node("Reshape", [net.end, net.constant("shape", np.array([5, 4 * 32 * 32]))], "flat")
+    return net.gemm(x, 4 * 32 * 32, 5, "head")
+
+
 @pytest.mark.parametrize("verify", [True, False], ids=["proven", "not proven"])
 @pytest.mark.parametrize(
     ("grow", "shape"),
@@ -144,6 +153,8 @@ def _one_sample(net: Trunk) -> str:
         (_reshaped_head, (2, 3, 32, 32)),
         (_u_net, (1, 3, 128, 64)),
         (_one_sample, (1, 3, 32, 32)),
+        (_two_samples, (2, 3, 32, 32)),
+        (_five_samples, (5, 3, 32, 32)),
     ],
 )
 def test_sizes_that_a_model_takes_are_found(grow: Any, shape: tuple[int, ...], verify: bool) -> None:
