@@ -33,9 +33,9 @@ AXIS = {  # where operators want the channels
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization"), 1),
 }
 PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout"}
-PASSING |= {"Add", "Sub", "Neg", "Concat", "Unsqueeze", "Expand", "RotaryEmbedding"}  # of rotated heads
+PASSING |= {"Softmax", "Add", "Sub", "Neg", "Concat", "Unsqueeze", "Expand", "RotaryEmbedding"}  # of rotated heads
 PASSING |= {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
-PRODUCTS = ("MatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention")
+PRODUCTS = ("MatMul", "FusedMatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 MOST_STEPS = 30  # tensors that are looked at behind a reshape
 ALONG_ONE = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")  # parameters lie along axis 1
 

@@ -292,6 +292,77 @@ def test_a_mask_in_front_of_the_scores() -> None:
         np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
 
 
+@pytest.mark.parametrize("way", ["Einsum", "Einsum of tokens", "FusedMatMul", "values first"])
+def test_products_in_other_words(way: str) -> None:
+    net = Attention()
+    if way == "Einsum of tokens":  # [batch, tokens, heads, dimensions]
+        q, k, v = (
+            net.node(
+                "Reshape", [net.linear(net.stream, WIDTH, INNER, n), net.shape(0, LENGTH, HEADS, DIMS)], f"{n}.view"
+            )
+            for n in ("q", "k", "v")
+        )
+        scores = net.node("Einsum", [q, k], "scores", equation="blhd,bmhd->bhlm")
+        weights = net.node("Softmax", [scores], "softmax", axis=-1)
+        y = net.node("Einsum", [weights, v], "weighed", equation="bhlm,bmhd->bhld")
+    else:
+        q, k, v = net.queries()
+        if way == "FusedMatMul":
+            scores = net.node("FusedMatMul", [q, k], "scores", "com.microsoft", transB=1, alpha=0.4)
+        else:
+            scores = net.node("Einsum", [q, k], "scores", equation="bhid,bhjd->bhij")
+        weights = net.node("Softmax", [scores], "softmax", axis=-1)
+        if way == "values first":
+            turned = net.node("Transpose", [weights], "turned", perm=[0, 1, 3, 2])
+            y = net.node("MatMul", [net.node("Transpose", [v], "v.turned", perm=[0, 1, 3, 2]), turned], "columns")
+            y = net.node("Transpose", [y], "weighed", perm=[0, 1, 3, 2])
+        else:
+            y = net.node("MatMul", [weights, v], "weighed")
+    model = net.done(y, mask=~CLOSED)
+    smaller = _cut(model)
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[OPEN])
+
+
+@pytest.mark.parametrize("zeros", ["none", "values"])
+def test_linear_attention(zeros: str) -> None:
+    """Keys weigh values first, which makes a matrix of dimensions for each head; queries are weighed by it."""
+    net, dead = Attention(), np.zeros((HEADS, DIMS), bool)
+    dead[:, [0, 3]] = zeros == "values"
+    q, k, v = net.queries({"v": dead.ravel()})
+    k = net.node("Transpose", [net.node("Softmax", [k], "k.softmax", axis=2)], "k.turned", perm=[0, 1, 3, 2])
+    context = net.node("MatMul", [k, v], "context")
+    model = net.done(net.node("MatMul", [q, context], "weighed"), mask=~CLOSED)
+    smaller = _cut(model)
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+    left = np.flatnonzero(~(np.repeat(CLOSED, DIMS) | dead.ravel()))
+    np.testing.assert_array_equal(constant(smaller, "v.w"), constant(model, "v.w")[:, left])
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[left])
+
+
+def test_queries_that_share_one_head_of_keys_and_values() -> None:
+    """Multi-query attention; dimension 1 is zero in the keys, and goes from every head of the queries."""
+    net = Attention()
+    dead = np.arange(DIMS) == 1
+    q = net.split(net.linear(net.stream, WIDTH, INNER, "q"), "q")
+    k, v = (
+        net.node(
+            "Unsqueeze",
+            [net.linear(net.stream, WIDTH, DIMS, name, dead if name == "k" else None), net.shape(1)],
+            f"{name}.head",
+        )
+        for name in ("k", "v")
+    )
+    model = net.done(net.attend(q, k, v), mask=~CLOSED)
+    smaller = _cut(model)
+    left = np.flatnonzero(~(np.repeat(CLOSED, DIMS) | np.tile(dead, HEADS)))
+    np.testing.assert_array_equal(constant(smaller, "q.w"), constant(model, "q.w")[:, left])
+    np.testing.assert_array_equal(constant(smaller, "k.w"), constant(model, "k.w")[:, ~dead])
+    assert constant(smaller, "v.w").shape == (WIDTH, DIMS)
+
+
 def test_heads_that_are_an_output_stay() -> None:
     net = Attention()
     y = net.attend(*net.queries())
