@@ -65,7 +65,7 @@ class Terms:
         """[channels] of one tensor for which any of the pairs that they are in is true."""
         order = list(self.sizes)
         full = np.broadcast_to(pairs, list(self.sizes.values()))
-        array = full.any(axis=tuple(at for at, label in enumerate(order) if label not in labels))
+        array: Array = np.any(full, axis=tuple(at for at, label in enumerate(order) if label not in labels))
         inside = [label for label in order if label in labels]
         return np.asarray(array.transpose([inside.index(label) for label in labels]).ravel())
 
@@ -74,7 +74,7 @@ def follow(step: Step, left: Sequence[Hashable], right: Sequence[Hashable], resu
     """Couples a product of two computed tensors, given the labels of all of their axes. Raises Unsupported."""
     step.plan = _terms(step, (left, right), result)
     step.handler = PRODUCT
-    PRODUCT.couple(step)
+    step.handler.couple(step)
 
 
 def _terms(step: Step, factors: tuple[Sequence[Hashable], Sequence[Hashable]], result: Sequence[Hashable]) -> Terms:
@@ -196,4 +196,4 @@ class Product(Operator[Terms]):
         return found[0], found[1]
 
 
-PRODUCT = Product()
+PRODUCT: Operator = Product()

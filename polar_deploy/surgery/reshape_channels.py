@@ -32,9 +32,10 @@ AXIS = {  # where operators want the channels
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "LRN"), 1),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization"), 1),
 }
-PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout"}
-PASSING |= {"Softmax", "Add", "Sub", "Neg", "Concat", "Unsqueeze", "Expand", "RotaryEmbedding"}  # of rotated heads
+PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout", "Softmax"}
+PASSING |= {"Add", "Sub", "Neg", "Concat", "Unsqueeze", "Expand", "Tile", "RotaryEmbedding"}  # of rotated heads
 PASSING |= {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+PASSING |= {"QuantizeLinear", "DequantizeLinear"}
 PRODUCTS = ("MatMul", "FusedMatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 MOST_STEPS = 30  # tensors that are looked at behind a reshape
 ALONG_ONE = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")  # parameters lie along axis 1
@@ -259,7 +260,7 @@ def feeds_heads(graph: Graph, tensor: Tensor) -> bool:
 def _joins_repeated(reader: Node) -> bool:
     """Whether a Reshape makes one axis of heads of what was repeated for several of them."""
     makers = reader.inputs[0].inputs
-    return reader.op == "Reshape" and bool(makers) and makers[0].op == "Expand"
+    return reader.op == "Reshape" and bool(makers) and makers[0].op in ("Expand", "Tile")
 
 
 def _regroups_last(graph: Graph, reader: Node) -> bool:

@@ -325,6 +325,43 @@ def test_products_in_other_words(way: str) -> None:
     np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[OPEN])
 
 
+def test_quantised_attention() -> None:
+    net = Attention()
+    net.constant("step", np.float32(0.05))
+    net.constant("middle", np.int8(0))
+
+    def rounded(x: str) -> str:
+        stored = net.node("QuantizeLinear", [x, "step", "middle"], f"{x}.stored")
+        return net.node("DequantizeLinear", [stored, "step", "middle"], f"{x}.rounded")
+
+    q, k, v = net.queries()
+    y = net.attend(rounded(q), rounded(k), rounded(v))
+    model = net.done(rounded(y), mask=~CLOSED)
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+@pytest.mark.parametrize("repeat", ["Expand", "Tile"])
+def test_groups_of_queries_that_share_keys_and_values(repeat: str) -> None:
+    """Two heads of keys and values, each repeated for two of the queries; the second one is not read."""
+    net = Attention()
+    q = net.split(net.linear(net.stream, WIDTH, INNER, "q"), "q")
+
+    def repeated(name: str) -> str:
+        x = net.linear(net.stream, WIDTH, INNER // 2, name)
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, 2, DIMS)], f"{name}.split")
+        x = net.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
+        x = net.node("Unsqueeze", [x, net.shape(2)], f"{name}.groups")
+        sizes = net.shape(1, 1, 2, 1, 1) if repeat == "Tile" else net.shape(1, 2, 2, LENGTH, DIMS)
+        x = net.node(repeat, [x, sizes], f"{name}.repeated")
+        return net.node("Reshape", [x, net.shape(0, HEADS, LENGTH, DIMS)], f"{name}.joined")
+
+    model = net.done(net.attend(q, repeated("k"), repeated("v")), mask=np.array([True, True, False, False]))
+    smaller = _cut(model)
+    np.testing.assert_array_equal(constant(smaller, "q.w"), constant(model, "q.w")[:, : 2 * DIMS])
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, :DIMS])
+
+
 @pytest.mark.parametrize("zeros", ["none", "values"])
 def test_linear_attention(zeros: str) -> None:
     """Keys weigh values first, which makes a matrix of dimensions for each head; queries are weighed by it."""

@@ -32,7 +32,7 @@ class Gather(Operator[Ints | None]):
             indices = step.parameter(1, "list of indices")
             if len(step.require().axes) > 1:
                 step.handler = ALONG_ONE
-                ALONG_ONE.pick(step, axis, indices)
+                step.handler.couple(step)
             else:
                 self.pick(step, axis, indices)
         else:
@@ -103,9 +103,10 @@ class GatherAlongOne(Operator[int]):
     The plan is the axis.
     """
 
-    def pick(self, step: Step[int], axis: int, indices: Ints) -> None:
+    def couple(self, step: Step[int]) -> None:
         """Couples a single index, whose axis goes, or a list of different ones."""
-        source = step.require()
+        source, indices = step.require(), step.parameter(1, "list of indices")
+        axis = step.node.attrs.get("axis", 0) % step.rank()
         picked = indices.ravel() % source.dims[source.axes.index(axis)]
         if indices.ndim > 1 or len(np.unique(picked)) < len(picked):
             raise Unsupported("its channels lie on several axes")
@@ -181,7 +182,7 @@ class ReverseSequence(Operator):
         step.carry()
 
 
-ALONG_ONE = GatherAlongOne()
+ALONG_ONE: Operator = GatherAlongOne()
 HANDLERS: dict[str, Operator] = {
     "Gather": Gather(),
     "GatherND": GatherND(),
