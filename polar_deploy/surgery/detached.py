@@ -25,6 +25,7 @@ from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.ir import BODIES, has_body
+from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.validation import SMALL, check_text
 from polar_deploy.workspace import atomic_path
 
@@ -203,6 +204,7 @@ def _detach(
     check_text(model, name)
     shell = onnx_files.without_weights(model) if weights is None else model
     weights = weights or {}
+    _name_standard(shell)
     sort_nodes(shell.graph)
     detached = DetachedModel(shell)
     files: dict[str, Array] = {}
@@ -234,6 +236,17 @@ def _detach(
     if check:
         detached.skeleton.check(name)
     return detached
+
+
+def _name_standard(model: onnx.ModelProto) -> None:
+    """Calls the domain of ONNX's own operators "", which is how onnx knows "ai.onnx", at every node."""
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        if node.domain and node.domain in STANDARD:
+            node.ClearField("domain")
+        if has_body(node):
+            pending += [inner for body in bodies(node) for inner in body.node]
 
 
 def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

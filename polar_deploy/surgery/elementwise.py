@@ -6,6 +6,7 @@ goes with the branch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, TypeAlias
@@ -76,22 +77,33 @@ class Elementwise(Operator[Operands]):
         self.steady = steady
 
     def couple(self, step: Step[Operands]) -> None:
-        lead = next((i for i, x in enumerate(step.inputs) if x is not None and len(x) > 1), None)
-        if lead is None:
-            lead = next((i for i, x in enumerate(step.inputs) if x is not None), None)
-        if lead is None:
-            raise Unsupported("the channels of its inputs are not known")
         step.plan = {}
-        leader = step.require(lead)
-        offset = len(step.result_shape()) - len(step.graph.shape(step.original[lead]) or ())
-        target = step.create(tuple(axis + offset for axis in leader.axes))
+        target = step.create(self._axes(step))
         for index, source in enumerate(step.inputs):
             if source is not None:
                 self._join(step, index, source, target)
             elif (values := step.constant(index)) is not None:
                 _check(values)
-            elif not _is_broadcast(step, index, target):
+            elif not _is_broadcast(step, index, target.axes):
                 self._go_whole(step, index, target, f"the channels of {step.original[index].name} are not known")
+
+    def _axes(self, step: Step) -> tuple[int, ...]:
+        """Where the output's channels lie: where those of an input do, of the first one that the others go along with.
+
+        A mask has its channels along the tokens, the scores that it is for along the heads.
+        """
+        found, rank = {i: x for i, x in enumerate(step.inputs) if x is not None}, len(step.result_shape())
+        axes = {
+            i: tuple(axis + rank - len(step.graph.shape(step.original[i]) or ()) for axis in x.axes)
+            for i, x in found.items()
+        }
+        wide = [i for i, x in found.items() if len(x) > 1] or list(found)
+        if not wide:
+            raise Unsupported("the channels of its inputs are not known")
+        return next(
+            (axes[i] for i in wide if all(_goes_along(step, j, axes[j], axes[i]) for j in found)),
+            axes[wide[0]],
+        )
 
     def _go_whole(self, step: Step, index: int, target: Channels, reason: str) -> None:
         """What differs along some of several axes of channels, and stays as it is: along those, all go or none.
@@ -110,9 +122,18 @@ class Elementwise(Operator[Operands]):
     def _join(self, step: Step, index: int, source: Channels, target: Channels) -> None:
         numbers = every(len(target))
         offset = len(step.result_shape()) - len(step.graph.shape(step.original[index]) or ())
-        if tuple(axis + offset for axis in source.axes) != target.axes:
-            if not _is_broadcast(step, index, target):
+        own = tuple(axis + offset for axis in source.axes)
+        if own != target.axes:
+            if _is_broadcast(step, index, target.axes):
+                return
+            if not _is_spread(step, index, own, target.axes):
                 self._go_whole(step, index, target, "its inputs have their channels on different axes")
+                return
+            dims = [size if axis in own else 1 for axis, size in zip(target.axes, target.dims, strict=True)]
+            if math.prod(dims) != len(source):
+                raise Unsupported("its inputs have different numbers of channels")
+            spread = np.broadcast_to(np.arange(len(source)).reshape(dims), target.dims).ravel()
+            step.link(source, target, spread, numbers)  # a number for all dimensions of a head
         elif source.dims == target.dims:
             step.link(source, target, numbers, numbers)
         elif len(source) == 1:
@@ -310,12 +331,23 @@ def _check(values: Array) -> None:
         raise Unsupported("one of its inputs has no elements")
 
 
-def _is_broadcast(step: Step, index: int, target: Channels) -> bool:
-    """Whether an input has no extent along the channels."""
+def _is_broadcast(step: Step, index: int, axes: tuple[int, ...]) -> bool:
+    """Whether an input has no extent along the output's `axes`."""
     shape, rank = step.graph.shape(step.original[index]), len(step.result_shape())
     if shape is None:
         return False
-    return all(axis < rank - len(shape) or shape[axis - rank] == 1 for axis in target.axes)
+    return all(axis < rank - len(shape) or shape[axis - rank] == 1 for axis in axes)
+
+
+def _is_spread(step: Step, index: int, own: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether an input has channels along some of the output's `axes`, its `own`, and no extent along the others."""
+    rest = tuple(axis for axis in axes if axis not in own)
+    return len(rest) + len(own) == len(axes) and len(rest) > 0 and _is_broadcast(step, index, rest)
+
+
+def _goes_along(step: Step, index: int, own: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether the channels of an input, on `own` axes of the output, can be followed to `axes`."""
+    return own == axes or _is_broadcast(step, index, axes) or _is_spread(step, index, own, axes)
 
 
 def _spread(values: Array, rank: int, target: Channels) -> Operand:

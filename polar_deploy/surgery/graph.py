@@ -351,7 +351,7 @@ class Graph:
                     elif variant is not own:
                         node.set_input(index, variant)
             original = self._originals.get(name)
-            free = not original.outputs if original is not None else name not in taken
+            free = name not in taken if original is None else not original.outputs and self.is_private(name)
             for constant in variants:
                 constant.name = name if free else _free_name(name, taken)
                 free = False

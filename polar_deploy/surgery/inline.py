@@ -25,7 +25,7 @@ def inlined(detached: DetachedModel) -> DetachedModel:
 
     model = detached.model
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = onnx.inliner.inline_local_functions(_in_one_opset(model))
         sort_nodes(model.graph)
     for _ in range(DEEPEST):
         decided = _decided(model.graph, opset_of(model))
@@ -36,6 +36,31 @@ def inlined(detached: DetachedModel) -> DetachedModel:
             model.CopyFrom(detached.model)
         _put(model.graph, decided)
     return detached if model is detached.model else replace(detached, model=model)
+
+
+def _in_one_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with functions that import its own opset, where their operators mean the same in it as in theirs."""
+    import onnx
+
+    opset, copy = opset_of(model), onnx.ModelProto()
+    copy.CopyFrom(model)
+    for function in copy.functions:
+        for entry in function.opset_import:
+            if entry.domain in STANDARD and all(_is_same(node, entry.version, opset) for node in function.node):
+                entry.version = opset
+    return copy
+
+
+def _is_same(node: onnx.NodeProto, one: int, other: int) -> bool:
+    """Whether the standard operators of a node and of its bodies have one definition in two opsets."""
+    import onnx
+
+    if node.domain in STANDARD:
+        known = all(onnx.defs.has(node.op_type, opset) for opset in (one, other))
+        versions = {onnx.defs.get_schema(node.op_type, opset).since_version for opset in (one, other)} if known else ()
+        if one != other and len(versions) != 1:
+            return False
+    return all(_is_same(inner, one, other) for body in bodies(node) for inner in body.node)
 
 
 def _decided(graph: onnx.GraphProto, opset: int) -> dict[int, onnx.GraphProto]:

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 Group = tuple[range, range]  # dimensions before, dimensions after
 MOST = 1 << 24  # elements of a group that are numbered one by one
 AXIS = {  # where operators want the channels
-    **dict.fromkeys(("MatMul", "Gemm", "LayerNormalization", "RMSNormalization", "Softmax"), -1),
+    **dict.fromkeys(("MatMul", "Gemm", "Softmax", "LayerNormalization"), -1),
+    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization"), -1),
     **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool", "LpPool"), 1),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "LRN"), 1),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization"), 1),
 }
-PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout"}
-PASSING |= {"Add", "Neg", "Concat", "Unsqueeze", "Expand", "RotaryEmbedding", "RMSNormalization"}  # of rotated heads
-PRODUCTS = ("MatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention")
+PASSING = {"Transpose", "Slice", "Squeeze", "Split", "Gather", "Identity", "Cast", "Mul", "Div", "Dropout", "Softmax"}
+PASSING |= {"Add", "Sub", "Neg", "Concat", "Unsqueeze", "Expand", "Tile", "RotaryEmbedding"}  # of rotated heads
+PASSING |= {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+PASSING |= {"QuantizeLinear", "DequantizeLinear"}
+PRODUCTS = ("MatMul", "FusedMatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 MOST_STEPS = 30  # tensors that are looked at behind a reshape
 ALONG_ONE = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")  # parameters lie along axis 1
 
@@ -90,23 +93,29 @@ def apart(before: Shape, after: Shape, axes: tuple[int, ...]) -> Places | None:
     return Places(tuple(outside), every, every, split=True) if len(every) == before[axes[0]] else None
 
 
-def each(before: Shape, after: Shape, axes: tuple[int, ...]) -> Places | None:
-    """Several axes of channels that go their own ways, each to one axis; None where one of them does not.
+def each(before: Shape, after: Shape, axes: tuple[int, ...], *, apart: bool = False) -> Places | None:
+    """Several axes of channels that go their own ways, one by one or joined; None where one of them does not.
 
     Heads of keys that were repeated for several heads of queries come out as so many heads.
+
+    Args:
+        apart: whether one axis may become several, as the pairs of dimensions that rotary embeddings turn.
     """
     places, order = np.zeros(1, np.int64), list[int]()
-    for axis in axes:
-        inside, outside = next(group for group in groups(before, after) if axis in group[0])
+    for inside, outside in groups(before, after):
+        mine = [axis for axis in axes if axis in inside]
+        if not mine:
+            continue
         sizes = [dim for i in inside if isinstance(dim := before[i], int)]
         wide = [i for i in outside if after[i] != 1]
+        alone = all(axis in mine or before[axis] == 1 for axis in inside)
         fixed = len(sizes) == len(inside) and all(isinstance(after[i], int) for i in outside)
-        if not fixed or not outside or len(wide) > 1 or len({*inside} & {*axes}) > 1:
+        if not fixed or not outside or (len(mine) > 1 and not alone) or (len(wide) > 1 and not (apart and alone)):
             return None
-        size = sizes[axis - inside.start]
-        numbers = np.arange(size).reshape([size if i == axis else 1 for i in inside])
-        places = (places[:, None] * size + np.broadcast_to(numbers, sizes).ravel()).ravel()
-        order.append(wide[0] if wide else outside[0])
+        own = [size if i in mine else 1 for i, size in zip(inside, sizes, strict=True)]
+        numbers = np.arange(math.prod(own)).reshape(own)
+        places = (places[:, None] * numbers.size + np.broadcast_to(numbers, sizes).ravel()).ravel()
+        order += wide or outside[:1]
     return Places(tuple(order), places, np.arange(len(places))) if order == sorted({*order}) else None
 
 
@@ -243,7 +252,7 @@ def feeds_heads(graph: Graph, tensor: Tensor) -> bool:
             if reader.op in PRODUCTS:
                 if not any(graph.is_constant(factor) for factor in reader.inputs[:2]):
                     return True
-            elif reader.outputs and (reader.op in PASSING or _joins_repeated(reader)):
+            elif reader.outputs and (reader.op in PASSING or _joins_repeated(reader) or _regroups_last(graph, reader)):
                 pending += reader.outputs
     return False
 
@@ -251,7 +260,15 @@ def feeds_heads(graph: Graph, tensor: Tensor) -> bool:
 def _joins_repeated(reader: Node) -> bool:
     """Whether a Reshape makes one axis of heads of what was repeated for several of them."""
     makers = reader.inputs[0].inputs
-    return reader.op == "Reshape" and bool(makers) and makers[0].op == "Expand"
+    return reader.op == "Reshape" and bool(makers) and makers[0].op in ("Expand", "Tile")
+
+
+def _regroups_last(graph: Graph, reader: Node) -> bool:
+    """Whether a Reshape makes one axis of the last ones, or several of the last, as of pairs that are rotated."""
+    before, after = (graph.shape(tensors[0]) if tensors else None for tensors in (reader.inputs, reader.outputs))
+    if reader.op != "Reshape" or before is None or after is None:
+        return False
+    return len(after) != len(before) and same_head(before, after) == min(len(before), len(after)) - 1
 
 
 def _moved(graph: Graph, reader: Node, marks: list[int]) -> tuple[list[int], list[set[int]]] | None:

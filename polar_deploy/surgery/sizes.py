@@ -29,6 +29,9 @@ PAIRS = ((224, 379, 32), (224, 384, 32), (224, 384, 0))
 USUAL = 224
 # What networks are made for, and small ones.
 COMMON = (32, 64, 128, 16, 256, 8, 512, 96, 160, 192, 320, 384, 448, 640, 48, 28, 80, 112, 24, 40, 56, 72, 299, 4, 2, 1)
+FIXED_BATCHES = (2, 4, 8, 16, 32, 64, 3, 5, 6, 7, 9, 10, 12, 24)  # that were baked into a graph
+LARGEST_BATCH = 64
+MOST_AT_ONCE = 2048  # of a baked batch times another size
 LARGEST = 640  # of the sizes that are tried one by one when all else fails
 LARGEST_HINT = 4096  # a constant's dimension above is no size of an input
 MOST_NODES = 1 << 19  # looked at in a search: larger graphs get fewer tries
@@ -88,8 +91,16 @@ def candidates(model: onnx.ModelProto, batches: tuple[int, ...]) -> Iterator[Siz
         if len(set(each)) > 1
         for batch in batches
     )
+    baked = dict.fromkeys((*(hint for hint in hints if hint <= LARGEST_BATCH), *FIXED_BATCHES))
+    likely = dict.fromkeys((USUAL, *hints[:4], *COMMON[:6]) if others else (USUAL,))
+    in_batches = (
+        assign(shapes, batch, size)
+        for batch, size in product(baked, likely)
+        if batch not in batches and (not others or batch * size <= MOST_AT_ONCE)
+    )
     tries = min(MOST_TRIES, max(MOST_NODES // max(len(model.graph.node), 1) // 8, 40))
     yield from islice(alike, len(batches) * (1 + len(hints) + len(COMMON)))
+    yield from islice(in_batches, tries)
     yield from islice(unlike, tries)
     yield from islice(alike, tries)
 

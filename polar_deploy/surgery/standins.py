@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 MICROSOFT = "com.microsoft"
+# Operators that ONNX Runtime has in the standard domain, and since which opset ONNX has them there; None: in none.
+OF_RUNTIME = {"LayerNormalization": 17, "SimplifiedLayerNormalization": None}
 AS_INPUT = {  # results, by their numbers, that have the shape and type of the first input
     **dict.fromkeys([("", "GroupNormalization"), ("", "MeanVarianceNormalization")], (0,)),
     **dict.fromkeys([(MICROSOFT, name) for name in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasSoftmax")], (0,)),
@@ -40,6 +42,17 @@ def stand_ins(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
     ):
         return [_kin(node, *KIN[key])]
     return None
+
+
+def is_of_runtime(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether a node is of ONNX Runtime's own operators in the standard domain, which onnx does not know in `opset`."""
+    since = OF_RUNTIME.get(node.op_type, 0)
+    return node.domain in STANDARD and (since is None or opset < since)
+
+
+def known(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
+    """The node, or what onnx knows in its place."""
+    return list(_copies(node, (0,))) if is_of_runtime(node, opset) else [node]
 
 
 def _copies(node: onnx.NodeProto, results: tuple[int, ...]) -> Iterator[onnx.NodeProto]:

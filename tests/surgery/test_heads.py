@@ -171,6 +171,235 @@ def test_one_layer_for_queries_keys_and_values() -> None:
     np.testing.assert_array_equal(constant(smaller, "qkv.w"), constant(model, "qkv.w")[:, columns])
 
 
+def _leading(net: Attention, how: str) -> list[str]:
+    """Queries, keys and values along an axis of their own: first as timm has it, or third as Bloom does."""
+    x = net.linear(net.stream, WIDTH, 3 * INNER, "qkv")
+    if how == "bloom":
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, 3, DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[3, 0, 2, 1, 4])
+    else:
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, 3, HEADS, DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[2, 0, 3, 1, 4])
+    if how != "split":
+        return [net.node("Gather", [x, net.constant(f"index{i}", np.array(i))], f"part{i}", axis=0) for i in (0, 1, -1)]
+    net.nodes.append(onnx.helper.make_node("Split", [x], ["a", "b", "c"], "split", axis=0))
+    return [net.node("Squeeze", [part, net.shape(0)], f"squeezed {part}") for part in "abc"]
+
+
+@pytest.mark.parametrize("how", ["timm", "split", "bloom", "neox"])
+def test_one_layer_for_queries_keys_and_values_in_every_order(how: str) -> None:
+    net = Attention()
+    if how == "neox":  # [heads, queries and keys and values]
+        x = net.linear(net.stream, WIDTH, 3 * INNER, "qkv")
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, 3 * DIMS)], "view")
+        x = net.node("Transpose", [x], "permuted", perm=[0, 2, 1, 3])
+        net.nodes.append(onnx.helper.make_node("Split", [x], ["a", "b", "c"], "split", axis=-1))
+        parts = ["a", "b", "c"]
+    else:
+        parts = _leading(net, how)
+    model = net.done(net.attend(parts[0], parts[1], parts[2]), mask=~CLOSED)
+    columns = np.arange(3 * INNER)
+    order = (HEADS, 3, DIMS) if how in ("bloom", "neox") else (3, HEADS, DIMS)
+    left = columns.reshape(order).compress(~CLOSED, axis=order.index(HEADS)).ravel()
+    np.testing.assert_array_equal(constant(_cut(model), "qkv.w"), constant(model, "qkv.w")[:, left])
+
+
+def test_a_scale_that_is_told_by_the_shape_of_the_queries() -> None:
+    """As PyTorch exports scaled_dot_product_attention; the number of dimensions is read, that of heads is not."""
+    net = Attention()
+    q, k, v = net.queries()
+    size = net.node("Shape", [q], "sizes")
+    size = net.node("Slice", [size, net.shape(-1), net.shape(1 << 40)], "size")
+    root = net.node("Sqrt", [net.node("Cast", [size], "real", to=1)], "root")
+    y = net.attend(net.node("Div", [q, root], "small"), k, v)
+    model = net.done(y, rows=np.repeat(~CLOSED, DIMS))
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+@pytest.mark.parametrize("way", ["Split", "Slice", "pairs"])
+def test_heads_that_nodes_rotate_go_as_a_whole(way: str) -> None:
+    """Rotary embeddings: halves are exchanged (Llama), every second dimension (GPT-J), or pairs."""
+    net, dims = Attention(), DIMS - 1
+    cos, sin = (net.random.standard_normal((1, 1, LENGTH, dims)).astype(np.float32) for _ in range(2))
+    net.constant("cos", cos if way != "pairs" else cos[..., :2, None])
+    net.constant("sin", sin if way != "pairs" else sin[..., :2, None])
+
+    def heads(name: str) -> str:
+        x = net.linear(net.stream, WIDTH, HEADS * dims, name)
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, HEADS, dims)], f"{name}.split")
+        return net.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
+
+    def halves(x: str) -> tuple[str, str]:
+        if way == "Slice":
+            bounds = [net.shape(1 << 40), net.shape(3), net.shape(2)]
+            even, odd = (net.node("Slice", [x, net.shape(at), *bounds], f"{x}.{at}") for at in range(2))
+            return even, odd
+        net.nodes.append(onnx.helper.make_node("Split", [x], [f"{x}.0", f"{x}.1"], f"{x}.halves", axis=-1))
+        return f"{x}.0", f"{x}.1"
+
+    def rotated(x: str) -> str:
+        if way == "pairs":
+            pairs = net.node("Reshape", [x, net.shape(0, HEADS, LENGTH, dims // 2, 2)], f"{x}.pairs")
+            a, b = halves(pairs)
+            parts = [
+                net.node(
+                    op, [net.node("Mul", [u, "cos"], f"{u}{op}.cos"), net.node("Mul", [w, "sin"], f"{w}{op}.sin")], name
+                )
+                for op, u, w, name in (("Sub", a, b, f"{x}.real"), ("Add", b, a, f"{x}.imaginary"))
+            ]
+            joined = net.node("Concat", parts, f"{x}.turned", axis=-1)
+            return net.node("Reshape", [joined, net.shape(0, HEADS, LENGTH, dims)], f"{x}.joined")
+        a, b = halves(x)
+        b = net.node("Neg", [b], f"{x}.minus")
+        if way == "Slice":
+            last = [net.node("Unsqueeze", [part, net.shape(4)], f"{part}.last") for part in (b, a)]
+            pairs = net.node("Concat", last, f"{x}.stacked", axis=-1)
+            turned = net.node("Reshape", [pairs, net.shape(0, HEADS, LENGTH, dims)], f"{x}.turned")
+        else:
+            turned = net.node("Concat", [b, a], f"{x}.turned", axis=-1)
+        cosine, sine = net.node("Mul", [x, "cos"], f"{x}.cos"), net.node("Mul", [turned, "sin"], f"{x}.sin")
+        return net.node("Add", [cosine, sine], f"{x}.rotated")
+
+    q, k = rotated(heads("q")), rotated(heads("k"))
+    model = net.done(net.attend(q, k, net.split(net.linear(net.stream, WIDTH, INNER, "v"), "v")), mask=~CLOSED)
+    left = np.flatnonzero(~np.repeat(CLOSED, dims))
+    smaller = _cut(model)
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, left])
+
+
+def test_heads_go_with_what_is_one_number_for_all_of_their_dimensions() -> None:
+    """Queries of length one, as in cosine attention."""
+    net = Attention()
+    q, k, v = net.queries()
+    length = net.node("ReduceL2", [q], "length", axes=[-1], keepdims=1)
+    model = net.done(net.attend(net.node("Div", [q, length], "unit"), k, v), mask=~CLOSED)
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+def test_a_mask_in_front_of_the_scores() -> None:
+    """A mask [batch, tokens] that comes in has its channels along the tokens, and is the first input of a Where."""
+    net = Attention()
+    net.inputs.append(onnx.helper.make_tensor_value_info("real tokens", onnx.TensorProto.BOOL, ["batch", LENGTH]))
+    q, k, v = net.queries()
+    scores = net.node("MatMul", [q, net.node("Transpose", [k], "k.turned", perm=[0, 1, 3, 2])], "scores")
+    keys = net.node("Unsqueeze", ["real tokens", net.shape(1, 2)], "keys")
+    scores = net.node("Where", [keys, scores, net.constant("low", np.float32(-1e4))], "masked")
+    y = net.node("MatMul", [net.node("Softmax", [scores], "softmax", axis=-1), v], "weighed")
+    model = net.done(y, mask=~CLOSED)
+    smaller = compress(model).model
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+
+
+@pytest.mark.parametrize("way", ["Einsum", "Einsum of tokens", "FusedMatMul", "values first"])
+def test_products_in_other_words(way: str) -> None:
+    net = Attention()
+    if way == "Einsum of tokens":  # [batch, tokens, heads, dimensions]
+        q, k, v = (
+            net.node(
+                "Reshape", [net.linear(net.stream, WIDTH, INNER, n), net.shape(0, LENGTH, HEADS, DIMS)], f"{n}.view"
+            )
+            for n in ("q", "k", "v")
+        )
+        scores = net.node("Einsum", [q, k], "scores", equation="blhd,bmhd->bhlm")
+        weights = net.node("Softmax", [scores], "softmax", axis=-1)
+        y = net.node("Einsum", [weights, v], "weighed", equation="bhlm,bmhd->bhld")
+    else:
+        q, k, v = net.queries()
+        if way == "FusedMatMul":
+            scores = net.node("FusedMatMul", [q, k], "scores", "com.microsoft", transB=1, alpha=0.4)
+        else:
+            scores = net.node("Einsum", [q, k], "scores", equation="bhid,bhjd->bhij")
+        weights = net.node("Softmax", [scores], "softmax", axis=-1)
+        if way == "values first":
+            turned = net.node("Transpose", [weights], "turned", perm=[0, 1, 3, 2])
+            y = net.node("MatMul", [net.node("Transpose", [v], "v.turned", perm=[0, 1, 3, 2]), turned], "columns")
+            y = net.node("Transpose", [y], "weighed", perm=[0, 1, 3, 2])
+        else:
+            y = net.node("MatMul", [weights, v], "weighed")
+    model = net.done(y, mask=~CLOSED)
+    smaller = _cut(model)
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[OPEN])
+
+
+def test_quantised_attention() -> None:
+    net = Attention()
+    net.constant("step", np.float32(0.05))
+    net.constant("middle", np.int8(0))
+
+    def rounded(x: str) -> str:
+        stored = net.node("QuantizeLinear", [x, "step", "middle"], f"{x}.stored")
+        return net.node("DequantizeLinear", [stored, "step", "middle"], f"{x}.rounded")
+
+    q, k, v = net.queries()
+    y = net.attend(rounded(q), rounded(k), rounded(v))
+    model = net.done(rounded(y), mask=~CLOSED)
+    np.testing.assert_array_equal(constant(_cut(model), "q.w"), constant(model, "q.w")[:, OPEN])
+
+
+@pytest.mark.parametrize("repeat", ["Expand", "Tile"])
+def test_groups_of_queries_that_share_keys_and_values(repeat: str) -> None:
+    """Two heads of keys and values, each repeated for two of the queries; the second one is not read."""
+    net = Attention()
+    q = net.split(net.linear(net.stream, WIDTH, INNER, "q"), "q")
+
+    def repeated(name: str) -> str:
+        x = net.linear(net.stream, WIDTH, INNER // 2, name)
+        x = net.node("Reshape", [x, net.shape(0, LENGTH, 2, DIMS)], f"{name}.split")
+        x = net.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
+        x = net.node("Unsqueeze", [x, net.shape(2)], f"{name}.groups")
+        sizes = net.shape(1, 1, 2, 1, 1) if repeat == "Tile" else net.shape(1, 2, 2, LENGTH, DIMS)
+        x = net.node(repeat, [x, sizes], f"{name}.repeated")
+        return net.node("Reshape", [x, net.shape(0, HEADS, LENGTH, DIMS)], f"{name}.joined")
+
+    model = net.done(net.attend(q, repeated("k"), repeated("v")), mask=np.array([True, True, False, False]))
+    smaller = _cut(model)
+    np.testing.assert_array_equal(constant(smaller, "q.w"), constant(model, "q.w")[:, : 2 * DIMS])
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, :DIMS])
+
+
+@pytest.mark.parametrize("zeros", ["none", "values"])
+def test_linear_attention(zeros: str) -> None:
+    """Keys weigh values first, which makes a matrix of dimensions for each head; queries are weighed by it."""
+    net, dead = Attention(), np.zeros((HEADS, DIMS), bool)
+    dead[:, [0, 3]] = zeros == "values"
+    q, k, v = net.queries({"v": dead.ravel()})
+    k = net.node("Transpose", [net.node("Softmax", [k], "k.softmax", axis=2)], "k.turned", perm=[0, 1, 3, 2])
+    context = net.node("MatMul", [k, v], "context")
+    model = net.done(net.node("MatMul", [q, context], "weighed"), mask=~CLOSED)
+    smaller = _cut(model)
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(constant(smaller, f"{name}.w"), constant(model, f"{name}.w")[:, OPEN])
+    left = np.flatnonzero(~(np.repeat(CLOSED, DIMS) | dead.ravel()))
+    np.testing.assert_array_equal(constant(smaller, "v.w"), constant(model, "v.w")[:, left])
+    np.testing.assert_array_equal(constant(smaller, "out.w"), constant(model, "out.w")[left])
+
+
+def test_queries_that_share_one_head_of_keys_and_values() -> None:
+    """Multi-query attention; dimension 1 is zero in the keys, and goes from every head of the queries."""
+    net = Attention()
+    dead = np.arange(DIMS) == 1
+    q = net.split(net.linear(net.stream, WIDTH, INNER, "q"), "q")
+    k, v = (
+        net.node(
+            "Unsqueeze",
+            [net.linear(net.stream, WIDTH, DIMS, name, dead if name == "k" else None), net.shape(1)],
+            f"{name}.head",
+        )
+        for name in ("k", "v")
+    )
+    model = net.done(net.attend(q, k, v), mask=~CLOSED)
+    smaller = _cut(model)
+    left = np.flatnonzero(~(np.repeat(CLOSED, DIMS) | np.tile(dead, HEADS)))
+    np.testing.assert_array_equal(constant(smaller, "q.w"), constant(model, "q.w")[:, left])
+    np.testing.assert_array_equal(constant(smaller, "k.w"), constant(model, "k.w")[:, ~dead])
+    assert constant(smaller, "v.w").shape == (WIDTH, DIMS)
+
+
 def test_heads_that_are_an_output_stay() -> None:
     net = Attention()
     y = net.attend(*net.queries())

@@ -90,6 +90,19 @@ def test_local_functions() -> None:
     assert [weight(surgery.model, layer).shape[0] for layer in ("one", "two")] == [3, 3]
 
 
+@pytest.mark.parametrize(("operator", "opset", "left"), [("Relu", 16, 4), ("Softmax", 12, 6)])
+def test_a_function_in_another_opset(operator: str, opset: int, left: int) -> None:
+    """Its nodes take its place where they mean the same in the model's opset; Softmax does not."""
+    net = Net(opset=18)
+    x = net.gate(net.node("Own", [net.conv("input", 6, "one")], "own", "local"), (1, 4), "gate")
+    model = net.model(net.conv(x, 4, "two"))
+    node = helper.make_node(operator, ["x"], ["y"])
+    model.functions.append(helper.make_function("local", "Own", ["x"], ["y"], [node], [helper.make_opsetid("", opset)]))
+    surgery = compress(model)
+    assert_same(model, surgery.model)
+    assert weight(surgery.model, "one").shape[0] == left
+
+
 def test_a_model_with_functions_and_nothing_to_cut_comes_back_as_it_is() -> None:
     net = Net()
     function = helper.make_function(

@@ -317,7 +317,7 @@ def test_a_mixer_loses_channels_through_its_mixing_of_tokens() -> None:
     assert surgery.report["unsupported"] == []
 
 
-def test_products_of_two_computed_tensors_are_walls() -> None:
+def test_dimensions_that_are_closed_on_both_sides_of_a_product() -> None:
     net = tokens(7, 8)
     parts = [
         closed(net, product(net, "input", matrix(net, name, 8, 6), f"to.{name}", 6), CLOSED, name=f"g.{name}")
@@ -327,9 +327,20 @@ def test_products_of_two_computed_tensors_are_walls() -> None:
     scores = net.node("MatMul", [parts[0], turned], "scores")
     net.width[scores] = 7
     surgery = cut(finished(net, scores))
-    assert constant(surgery.model, "q").shape == constant(surgery.model, "k").shape == (8, 6)
+    assert constant(surgery.model, "q").shape == constant(surgery.model, "k").shape == (8, 4)
+
+
+def test_products_of_two_computed_tensors_are_walls_where_channels_meet_positions() -> None:
+    net = tokens(7, 8)
+    q = closed(net, product(net, "input", matrix(net, "q", 8, 6), "to.q", 6), CLOSED)
+    bounds = [net.constant(name, np.array([at])) for name, at in (("start", 0), ("end", 6), ("axis", 1))]
+    six = product(net, net.node("Slice", ["input", *bounds], "six"), matrix(net, "v", 8, 5), "to.v", 5)
+    x = net.node("MatMul", [q, six], "tested")
+    net.width[x] = 7
+    surgery = cut(finished(net, x))
+    assert constant(surgery.model, "q").shape == (8, 6)
     reason = "both of its factors are computed, and their channels are not those of attention heads"
-    assert surgery.report["unsupported"] == [{"node": "scores", "operator": "MatMul", "reason": reason}]
+    assert surgery.report["unsupported"] == [{"node": "tested", "operator": "MatMul", "reason": reason}]
     assert {entry["reason"] for entry in surgery.report["cuts_not_made"]} == {reason}
 
 

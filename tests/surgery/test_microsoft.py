@@ -159,6 +159,28 @@ def test_fused_matrix_products(turned: int) -> None:
     np.testing.assert_array_equal(weight(surgery.model, "two"), kept.T if turned else kept)
 
 
+@pytest.mark.parametrize(("operator", "parameters"), [("LayerNormalization", 2), ("SimplifiedLayerNormalization", 1)])
+@pytest.mark.parametrize("opset", [11, 14, 21])
+def test_normalisations_that_the_optimiser_writes_in_the_standard_domain(
+    operator: str, parameters: int, opset: int
+) -> None:
+    """ONNX has the first one since opset 17, the second one never; what lies behind them is followed all the same."""
+    net = Net(opset=opset)
+    net.inputs = [onnx.helper.make_tensor_value_info("input", 1, ["batch", 5, 6])]
+    x = net.linear("input", 6, 6, "stem")
+    vectors = [net.constant(f"p{i}", np.linspace(0.5, 1, 6).astype(np.float32)) for i in range(parameters)]
+    y = net.node(operator, [x, *vectors], "norm", axis=-1, epsilon=1e-5)
+    factor = net.constant("factor", np.repeat(np.float32([0, 1]), 4))
+    y = net.node("Mul", [net.relu(net.linear(y, 6, 8, "wide"), "act"), factor], "gate")
+    net.width["sum"] = 6
+    model = net.model(net.node("Add", [net.linear(y, 8, 6, "narrow"), x], "sum"), ranks=[3])
+    surgery = compress(model)
+    feeds = {"input": images(2, 5, 6)}
+    np.testing.assert_allclose(run_on(model, feeds)[0], run_on(surgery.model, feeds)[0], atol=1e-5)
+    np.testing.assert_array_equal(weight(surgery.model, "wide"), weight(model, "wide")[:, 4:])
+    np.testing.assert_array_equal(weight(surgery.model, "narrow"), weight(model, "narrow")[4:])
+
+
 @pytest.mark.parametrize("free", [False, True], ids=["fixed size", "free size"])
 def test_shapes_behind_an_operator_that_nobody_knows_are_seen_by_running_it(free: bool) -> None:
     net = Net(channels=6)

@@ -136,6 +136,15 @@ def _one_sample(net: Trunk) -> str:
     return net.gemm(x, 4 * 32 * 32, 5, "head")
 
 
+def _two_samples(net: Trunk) -> str:
+    return net.node("Concat", [net.end, net.constant("more", images(2, 1, 32, 32))], "joined", axis=1)
+
+
+def _five_samples(net: Trunk) -> str:
+    x = net.node("Reshape", [net.end, net.constant("shape", np.array([5, 4 * 32 * 32]))], "flat")
+    return net.gemm(x, 4 * 32 * 32, 5, "head")
+
+
 @pytest.mark.parametrize("verify", [True, False], ids=["proven", "not proven"])
 @pytest.mark.parametrize(
     ("grow", "shape"),
@@ -144,6 +153,8 @@ def _one_sample(net: Trunk) -> str:
         (_reshaped_head, (2, 3, 32, 32)),
         (_u_net, (1, 3, 128, 64)),
         (_one_sample, (1, 3, 32, 32)),
+        (_two_samples, (2, 3, 32, 32)),
+        (_five_samples, (5, 3, 32, 32)),
     ],
 )
 def test_sizes_that_a_model_takes_are_found(grow: Any, shape: tuple[int, ...], verify: bool) -> None:
@@ -250,6 +261,48 @@ def test_operators_imported_as_ai_onnx() -> None:
     model.opset_import[0].domain = "ai.onnx"
     surgery = halved(model, IMAGE)
     assert surgery.model.opset_import == model.opset_import
+
+
+@pytest.mark.parametrize("imported", ["", "ai.onnx"])
+def test_nodes_that_name_ai_onnx(imported: str) -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.opset_import[0].domain = imported
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+    halved(model, IMAGE)
+
+
+def test_an_input_that_is_an_output() -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.graph.output.append(model.graph.input[0])
+    assert halved(model, IMAGE).report["macs"][0] > 0
+
+
+def test_a_weight_that_is_an_output() -> None:
+    net = Trunk()
+    model = net.done(net.end)
+    model.graph.output.append(helper.make_tensor_value_info("one.weight", FLOAT, [8, 3, 3, 3]))
+    halved(model, IMAGE)
+
+
+def test_a_weight_that_a_body_reads_as_well() -> None:
+    net = Trunk()
+    body = [
+        helper.make_graph(
+            [helper.make_node(operator, ["one.weight"], [operator], operator)],
+            operator,
+            [],
+            [helper.make_tensor_value_info(operator, FLOAT, [8, 3, 3, 3])],
+        )
+        for operator in ("Neg", "Abs")
+    ]
+    net.input("which", [], TensorProto.BOOL)
+    net.nodes.append(helper.make_node("If", ["which"], ["weights"], "choice", then_branch=body[0], else_branch=body[1]))
+    model = net.done(net.end)
+    model.graph.output.append(helper.make_tensor_value_info("weights", FLOAT, [8, 3, 3, 3]))
+    halved(model, IMAGE | {"which": np.array(True)})
 
 
 def test_nodes_out_of_order() -> None:

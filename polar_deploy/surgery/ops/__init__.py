@@ -55,4 +55,4 @@ def is_newer(operator: str, opset: int) -> bool:
 
     if opset > onnx.defs.onnx_opset_version():
         return True
-    return bool(onnx.defs.get_schema(operator, opset).since_version > NEWEST_OPSET)
+    return onnx.defs.has(operator, opset) and onnx.defs.get_schema(operator, opset).since_version > NEWEST_OPSET

@@ -1,4 +1,4 @@
-"""Einsum of one computed tensor and a constant matrix: a matrix product along any axis."""
+"""Einsum of a computed tensor and a constant matrix, a matrix product along any axis; or of two computed tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polar_deploy.surgery.facts import Unsupported
-from polar_deploy.surgery.heads import NOT_FOLLOWED
-from polar_deploy.surgery.mixing import Mixing, MixingWeights, Trim, per_filter
+from polar_deploy.surgery.heads import NOT_FOLLOWED, follow
+from polar_deploy.surgery.mixing import Mixing, MixingWeights, Plan, Trim, per_filter
 from polar_deploy.surgery.quantization import Weight, is_stored, weight
 
 if TYPE_CHECKING:
@@ -39,11 +39,24 @@ class Einsum(Mixing):
 
     bias_input = None
 
+    def couple(self, step: Step[Plan]) -> None:
+        terms, result = self.equation(step)
+        if result is None or len(terms) != 2 or any(is_stored(step, index) for index in (0, 1)):
+            super().couple(step)
+        elif REST in "".join(terms) or any(len(set(term)) < len(term) for term in (*terms, result)):
+            raise Unsupported(NOT_FOLLOWED)
+        else:
+            follow(step, terms[0], terms[1], result)
+
+    def equation(self, step: Step) -> tuple[list[str], str | None]:
+        """The terms of the inputs, and of the result where it is given."""
+        left, arrow, result = step.node.attrs["equation"].replace(" ", "").partition("->")
+        return left.split(","), result if arrow else None
+
     def product(self, step: Step) -> Product:
         """What the equation says. Raises Unsupported where it is another one."""
-        left, arrow, result = step.node.attrs["equation"].replace(" ", "").partition("->")
-        terms = left.split(",")
-        if not arrow or len(terms) != 2 or len(step.node.inputs) != 2:
+        terms, result = self.equation(step)
+        if result is None or len(terms) != 2 or len(step.node.inputs) != 2:
             raise Unsupported("its equation is no product of two tensors")
         matrix = next((index for index in (1, 0) if is_stored(step, index)), None)
         if matrix is None:

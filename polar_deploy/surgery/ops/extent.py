@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.ir import Node, Tensor
     from polar_deploy.surgery.shape_origin import Size
 
+READ = "its shape is read"
+
 
 @dataclass
 class ShapeInput:
@@ -60,32 +62,46 @@ class ShapeDriven(Operator[ShapeInputT]):
         step.ties.append(Link(other, target, numbers, numbers))
 
 
-class Shape(Operator):
-    """Shape and Size: whoever uses the number of channels keeps the channels."""
+class Shape(Operator[tuple[int, ...]]):
+    """Shape and Size: whoever uses the number of channels keeps the channels.
 
-    def couple(self, step: Step) -> None:
+    The plan is the axes of the channels whose sizes are used: of heads by dimensions, heads may go if only the number
+    of dimensions is.
+    """
+
+    def couple(self, step: Step[tuple[int, ...]]) -> None:
         """What comes out has no channels."""
+        step.plan = ()
 
-    def need(self, step: Step) -> None:
+    def need(self, step: Step[tuple[int, ...]]) -> None:
         source = step.inputs[0]
-        if source is not None and self._is_told(step, source):
+        if source is None:
+            return
+        step.plan = tuple(axis for axis in source.axes if self._is_told(step, axis))
+        if step.plan == source.axes:
             source.pinned[:] = True
-            source.notes.append(step.note("its shape is read"))
+        if step.plan:
+            source.notes.append(step.note(READ))
 
-    def _is_told(self, step: Step, source: Channels) -> bool:
-        """Whether the number of channels reaches somebody who cannot do without it."""
+    def _is_told(self, step: Step, axis: int) -> bool:
+        """Whether the size of an axis reaches somebody who cannot do without it."""
         if step.node.op == "Size":
             return True
         rank = len(step.graph.shape(step.original[0]) or ())
         first, last, _ = slice(step.node.attrs.get("start", 0), step.node.attrs.get("end", rank)).indices(rank)
-        inside = [axis - first for axis in source.axes if first <= axis < last]
-        return any(_is_used(step.facts, step.made[0], position) for position in inside)
+        return first <= axis < last and _is_used(step.facts, step.made[0], axis - first)
 
-    def retain(self, step: Step) -> list[Retained]:
-        """The tensor must be there, with at least one channel."""
+    def retain(self, step: Step[tuple[int, ...]]) -> list[Retained]:
+        """The tensor must be there, with at least one channel, and as large as it was along what is used."""
         source = step.inputs[0]
-        removed = source is not None and source.is_removed
-        return [Retained(source, np.zeros(1, np.int64), "its shape is read")] if removed and source is not None else []
+        if source is None:
+            return []
+        wanted = source.kept.reshape(source.dims)
+        if source.is_removed:
+            wanted = np.arange(len(source)).reshape(source.dims) == 0
+        along = tuple(source.axes.index(axis) for axis in step.plan)
+        missing = wanted.any(axis=along, keepdims=True) & ~source.kept.reshape(source.dims)
+        return [Retained(source, np.flatnonzero(missing), READ)] if missing.any() else []
 
 
 def _is_used(facts: Facts, tensor: Tensor, position: int) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from polar_deploy.surgery.arrays import every
 from polar_deploy.surgery.facts import Ints, Unsupported
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.slicing import by_channel, only_axis
+from polar_deploy.surgery.ops.slicing import along, by_channel, only_axis, renumbered
 
 if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Step
@@ -29,7 +29,12 @@ class Gather(Operator[Ints | None]):
                 raise Unsupported("what it picks from is no table")
             step.create((added + 1,))
         elif axis in step.require().axes:
-            self.pick(step, axis, step.parameter(1, "list of indices"))
+            indices = step.parameter(1, "list of indices")
+            if len(step.require().axes) > 1:
+                step.handler = ALONG_ONE
+                step.handler.couple(step)
+            else:
+                self.pick(step, axis, indices)
         else:
             step.carry(tuple(at + added if at > axis else at for at in step.require().axes))
 
@@ -92,6 +97,33 @@ class Gather(Operator[Ints | None]):
             step.graph.set_constant(step.node, 1, left.astype(indices.dtype))
 
 
+class GatherAlongOne(Operator[int]):
+    """Gather along one of several axes of channels: queries, keys or values of a layer that makes all three of them.
+
+    The plan is the axis.
+    """
+
+    def couple(self, step: Step[int]) -> None:
+        """Couples a single index, whose axis goes, or a list of different ones."""
+        source, indices = step.require(), step.parameter(1, "list of indices")
+        axis = step.node.attrs.get("axis", 0) % step.rank()
+        picked = indices.ravel() % source.dims[source.axes.index(axis)]
+        if indices.ndim > 1 or len(np.unique(picked)) < len(picked):
+            raise Unsupported("its channels lie on several axes")
+        step.plan = axis
+        left = [at for at in source.axes if indices.ndim or at != axis]
+        target = step.create(tuple(at - (at > axis and not indices.ndim) for at in left))
+        step.link(source, target, along(source, axis, picked), every(len(target)))
+
+    def slice(self, step: Step[int]) -> None:
+        source, axis, indices = step.require(), step.plan, step.parameter(1, "list of indices")
+        dims = source.dims[source.axes.index(axis)]
+        picked = indices % dims if not indices.ndim else (indices % dims)[step.output.keep(axis)]
+        left = renumbered(source, axis)[picked]
+        if not np.array_equal(left, indices):
+            step.graph.set_constant(step.node, 1, left.astype(indices.dtype))
+
+
 class GatherND(Gather):
     """GatherND: where its tuples are of one index along the channels it is a Gather, other tuples let channels pass."""
 
@@ -150,6 +182,7 @@ class ReverseSequence(Operator):
         step.carry()
 
 
+ALONG_ONE: Operator = GatherAlongOne()
 HANDLERS: dict[str, Operator] = {
     "Gather": Gather(),
     "GatherND": GatherND(),

@@ -56,7 +56,7 @@ class MatMulInteger(MatMul):
     """MatMul of integers by a constant matrix on the right; the sums come out. Inputs as ConvInteger's."""
 
     sides = (RIGHT,)
-    across = False
+    pairs = across = False
 
     def matrix(self, step: Step) -> Weight:
         return stored_weight(step, 1, scale=None, zero=3, axis=-1)

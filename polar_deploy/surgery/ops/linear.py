@@ -80,6 +80,7 @@ class MatMul(Mixing):
     bias_input = None
     factors = (0, 1)  # which inputs are multiplied, on the left and on the right
     sides: tuple[int, ...] = (RIGHT, LEFT)  # where weights may be
+    pairs = True  # whether both factors may be computed
     across = True  # whether channels on an axis that is not multiplied are followed
 
     def is_transposed(self, step: Step) -> bool:
@@ -89,6 +90,19 @@ class MatMul(Mixing):
     def alpha(self, step: Step) -> float:
         """A factor on the product."""
         return 1.0
+
+    def is_turned(self, step: Step) -> tuple[bool, bool]:
+        """Whether the last two axes of the factors are exchanged before they are multiplied."""
+        return False, False
+
+    def labels(self, step: Step) -> tuple[heads.Labels, heads.Labels, heads.Labels]:
+        """Labels of the axes of both factors and of the result, see `heads`."""
+        batch = tuple(range(len(step.result_shape()) - 2))
+        left, right = (
+            (*batch, *(reversed(pair) if turned else pair))
+            for turned, pair in zip(self.is_turned(step), (("row", "sum"), ("sum", "column")), strict=True)
+        )
+        return left, right, (*batch, "row", "column")
 
     def _is_by_column(self, step: Step) -> bool:
         """Whether the outputs are the last axis of the weight."""
@@ -116,9 +130,8 @@ class MatMul(Mixing):
         return len(shape or ()) - (1 if self.side(step) == RIGHT else 2)
 
     def couple(self, step: Step[Plan]) -> None:
-        if self.across and not any(is_stored(step, factor) for factor in self.factors):
-            step.handler = heads.handler(step)
-            step.handler.couple(step)
+        if self.pairs and not any(is_stored(step, factor) for factor in self.factors):
+            heads.follow(step, *self.labels(step))
             return
         source = step.inputs[self.data(step)]
         elsewhere = source is not None and self.input_axis(step) not in source.axes

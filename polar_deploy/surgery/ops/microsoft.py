@@ -100,6 +100,12 @@ class FusedMatMul(MatMul):
     def is_transposed(self, step: Step) -> bool:
         return bool(step.node.attrs.get("transB", 0))
 
+    def is_turned(self, step: Step) -> tuple[bool, bool]:
+        attrs = step.node.attrs
+        if attrs.get("transBatchA", 0) or attrs.get("transBatchB", 0):
+            raise Unsupported("its batch is transposed")
+        return bool(attrs.get("transA", 0)), bool(attrs.get("transB", 0))
+
     def alpha(self, step: Step) -> float:
         return float(step.node.attrs.get("alpha", 1.0))
 

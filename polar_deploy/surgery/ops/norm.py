@@ -246,6 +246,6 @@ HANDLERS: dict[str, Operator] = {
     "InstanceNormalization": InstanceNormalization("its statistics run over several channels"),
     "GroupNormalization": GroupNormalization("the statistics of its group run over it"),
     "LayerNormalization": LayerNormalization(SHARED),
-    "RMSNormalization": RMSNormalization(),
+    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization"), RMSNormalization()),
     "MeanVarianceNormalization": MeanVarianceNormalization(SHARED, nothing),
 }

@@ -50,7 +50,7 @@ class Regroup(Moving[PlanT]):
 
         places = reshape_channels.apart(before, after, source.axes) if heads else None
         if places is None and len(source.axes) > 1:
-            places = reshape_channels.each(before, after, source.axes)
+            places = reshape_channels.each(before, after, source.axes, apart=heads)
         if places is None:
             places, heads = reshape_channels.follow(before, after, source.axes, choose), False
         target = step.create(places.axes)
@@ -63,14 +63,17 @@ class Regroup(Moving[PlanT]):
 
 def _ones_moved(step: Step, source: Channels) -> tuple[int, ...] | None:
     """Where several axes of channels lie once axes of size 1 have come or gone; None where it does something else."""
-    if step.node.op != "Squeeze":
+    if step.node.op not in ("Squeeze", "Unsqueeze"):
         return None
-    before, after = step.graph.shape(step.original[0]) or (), step.graph.shape(step.made[0]) or ()
-    left = [axis for axis, dim in enumerate(before) if dim != 1]
-    if tuple(before[axis] for axis in left) != after:
+    told = step.constant(1) if step.has(1) else step.node.attrs.get("axes")
+    if told is None:
         return None
-    axes = tuple(left.index(axis) for axis in source.axes if axis in left)
-    return axes or None
+    rank = len(step.graph.shape(step.original[0] if step.node.op == "Squeeze" else step.made[0]) or ())
+    ones = {int(axis) % rank for axis in np.ravel(told)}
+    others = [axis for axis in range(rank) if axis not in ones]
+    if step.node.op == "Unsqueeze":
+        return tuple(others[axis] for axis in source.axes)
+    return tuple(others.index(axis) for axis in source.axes if axis in others) or None
 
 
 def _origins(facts: Facts, channels: Channels) -> Ints:

@@ -74,12 +74,11 @@ class Slice(Operator[Cutting | None]):
         plan.axis, plan.taken = axis, np.arange(source.dims[source.axes.index(axis)])[slice(start, end, plan.stride)]
         target = step.create(source.axes)
         step.link(source, target, along(source, axis, plan.taken), np.arange(len(target)))
-        if len(source.axes) > 1 and plan.stride != 1:
-            raise Unsupported("it steps over channels that lie on several axes")
         taken = plan.taken
         if (width := abs(plan.stride)) > 1:
             between = np.arange(taken.min(), taken.max() + 1)
-            step.tie(source, between, between - between % width + taken[0] % width)
+            taking = between - between % width + taken[0] % width
+            step.tie(source, along(source, axis, between), along(source, axis, taking))
 
     def _axes(self, step: Step) -> list[int]:
         """The axes that are cut."""

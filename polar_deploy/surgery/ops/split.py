@@ -1,4 +1,4 @@
-"""Split: each output takes a part of the channels; along another axis, every output has all of them."""
+"""Split: each output takes a part of the channels along an axis; along another one, every output has all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from polar_deploy.surgery.arrays import every
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator
-from polar_deploy.surgery.ops.slicing import only_axis
+from polar_deploy.surgery.ops.slicing import along
 from polar_deploy.surgery.shape_origin import whole_numbers, write_numbers
 
 if TYPE_CHECKING:
@@ -24,21 +24,25 @@ class Split(Operator[list[int] | None]):
 
     def couple(self, step: Step[list[int] | None]) -> None:
         source = step.require()
-        axis = step.node.attrs.get("axis", 0) % step.rank()
-        numbers = every(len(source))
+        axis, numbers = self._axis(step), every(len(source))
         if axis not in source.axes:
             for index, tensor in enumerate(step.made):
                 if tensor.name:
                     step.link(source, step.create(source.axes, index), numbers, numbers)
             return
-        only_axis(source)
-        step.plan = sizes = self._sizes(step, len(source))
-        if len(sizes) != len(step.made) or sum(sizes) != len(source):
-            raise ValueError(f"it splits {len(source)} channels into {sizes}")
+        width = source.dims[source.axes.index(axis)]
+        step.plan = sizes = self._sizes(step, width)
+        if len(sizes) != len(step.made) or sum(sizes) != width:
+            raise ValueError(f"it splits {width} channels into {sizes}")
         ends = np.cumsum(sizes)
         for index, (tensor, size, end) in enumerate(zip(step.made, sizes, ends, strict=True)):
             if tensor.name and size:
-                step.link(source, step.create(source.axes, index), numbers[end - size : end], np.arange(size))
+                target = step.create(source.axes, index)
+                step.link(source, target, along(source, axis, np.arange(end - size, end)), every(len(target)))
+
+    def _axis(self, step: Step) -> int:
+        axis: int = step.node.attrs.get("axis", 0) % step.rank()
+        return axis
 
     def _sizes(self, step: Step, width: int) -> list[int]:
         if step.has(1):
@@ -58,8 +62,8 @@ class Split(Operator[list[int] | None]):
         source, node = step.require(), step.node
         if step.plan is None or (source.kept.all() and not step.replaced):
             return
-        ends = np.cumsum(step.plan)
-        sizes = [int(source.kept[end - size : end].sum()) for size, end in zip(step.plan, ends, strict=True)]
+        parts = np.arange(len(step.plan)).repeat(step.plan)[source.keep(self._axis(step))]
+        sizes = np.bincount(parts, minlength=len(step.plan)).tolist()
         for index in reversed(range(len(sizes))):
             if step.plan[index] and not sizes[index]:
                 step.graph.drop_output(node, index)
