@@ -81,7 +81,7 @@ def read(folder: Path) -> Bundle:
         ContentError: it is damaged, hostile, of a later version, or no bundle.
     """
     if not folder.is_dir():
-        raise UsageError(f"there is no bundle {folder}", "give the folder, or the .zip, that you were sent")
+        raise UsageError(f"there is no bundle at {folder}", "give the folder, or the .zip, that you were sent")
     sizes = _sizes(folder)
     if MANIFEST not in sizes:
         raise refused(folder, f"has no {MANIFEST}, so it is no bundle")

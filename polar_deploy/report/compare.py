@@ -21,8 +21,8 @@ from polar_deploy.report import formats
 if TYPE_CHECKING:
     from rich.table import Table
 
-# What accuracy is held against: key of a run -> what it is called
 _STEADY = 1.1  # by which times of one network may differ between runs before speed-ups alone are comparable
+# What accuracy is held against: key of a run -> what it is called
 COSTS: dict[What, str] = {"latency_ms": "latency", "macs": "MACs", "energy_mj": "energy"}
 
 
