@@ -215,7 +215,8 @@ def table(compared: Comparison) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=star, caption_justify="left")
     grid.add_column("#", justify="right", no_wrap=True)
     grid.add_column("run", overflow="fold", min_width=12)
-    for heading in ("verdict", score_name(compared.runs), "change", "latency", "speed-up", "MACs"):
+    change = "points" if all(run.metric.unit == "%" for run in compared.runs) else "change"
+    for heading in ("verdict", score_name(compared.runs), change, "latency", "speed-up", "MACs"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for run in compared.runs:
         cells = (
