@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy.config import LOCAL_PATHS
@@ -84,12 +85,28 @@ def _import_function(reference: str) -> Callable[..., object]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             problem = f"'{reference}': there is no module {error.name} here ({Path.cwd()}), and none is installed"
-            raise UsageError(problem, "start in the folder that holds it, or install it") from error
+            plain = module_name.removesuffix(".py")
+            todo = "start in the folder that holds it, or install it"
+            if plain != module_name:
+                todo = f"write {plain}:{function_name}"
+            raise UsageError(problem, todo) from error
         raise _failed(reference, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"'{reference}': {module_name} has no function {function_name}", "name one that it defines")
+        place = getattr(module, "__file__", None) or "a part of Python"  # perhaps not the file that was meant
+        known = ", ".join(_functions(module)) or "none"
+        problem = f"'{reference}': {module_name} has no function {function_name}"
+        raise UsageError(problem, f"name one that it defines ({place} has {known})")
     return function  # type: ignore[no-any-return]
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """The functions and classes that a module defines itself, and does not hide."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    ]
 
 
 def _require_signature(reference: str, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
