@@ -145,6 +145,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(plan, indent=1))
         return
     from polar_deploy.config import Settings
+    from polar_deploy.report.formats import short
 
     gates, full, least = plan["gates"], plan["full"], plan["smallest"]
     print(recipes.dump(Settings.model_validate(plan["settings"])), end="")
@@ -154,7 +155,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         f"{gates['blocks']} blocks; {_layers(len(gates['ungated']))} without"
     )
     _print_ungated(gates["ungated"])
-    print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
+    print(f"full      {short(full['macs'])} MACs, {short(full['params'])} parameters")
     print(f"smallest  {', '.join(f'{name}={share:.3f}' for name, share in least.items())} of the full network")
     if device := plan["device"]:
         widths = ", ".join(map(str, device["widths"]))

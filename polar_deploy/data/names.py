@@ -29,9 +29,17 @@ def is_reference(name: str) -> bool:
 
 
 def folder_of(name: str, kind: str = FOLDER) -> Path | None:
-    """DIR, if `name` has the form "folder:DIR", or that of another `kind`."""
+    """DIR, if `name` has the form "folder:DIR", or that of another `kind`.
+
+    Raises:
+        UsageError: nothing stands behind the colon, which as a path would be the current folder.
+    """
     word, colon, place = name.partition(":")
-    return Path(place).expanduser() if colon and word == kind else None
+    if not colon or word != kind:
+        return None
+    if not place.strip():
+        raise UsageError(f"'{name}' names no folder", f"write {kind}:DIR; {kind}:. is the current folder")
+    return Path(place).expanduser()
 
 
 def without_place(name: str) -> str:
