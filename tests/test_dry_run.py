@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,16 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
     assert plan["target"]["align"] == 8
+
+
+def test_a_plan_looks_at_the_weights_that_are_given(tmp_path: Path) -> None:
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--budget", "0.5", "--dry-run")
+    outcome = polar(*command, "--full-weights", tmp_path / "none.npz")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "none.npz" in outcome.err
+    np.savez(tmp_path / "other.npz", elsewhere=np.zeros(3, np.float32))
+    outcome = polar(*command, "--full-weights", tmp_path / "other.npz")
+    assert (outcome.code, outcome.out) == (4, "")
 
 
 def test_the_default_budget_is_that_of_gates_that_were_trained_elsewhere(tmp_path: Path) -> None:
