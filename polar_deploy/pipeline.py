@@ -208,7 +208,7 @@ def _print_report(report: Report, *, as_json: bool) -> None:
     from polar_deploy.progress import console
     from polar_deploy.report import table
 
-    table(report, console())
+    table(report, console(least=80))
 
 
 def _print_bundle(folder: Path) -> None:

@@ -112,7 +112,7 @@ def _print(found: Examined) -> None:
     if found.timed is not None:
         _print_times(found.timed, page)
     for install in dict.fromkeys(each.install for each in found.targets.values() if _installable(each)):
-        page.print(f"to install     {install}")
+        page.print(f"to install     {install}", soft_wrap=True)
     page.print(f"--target auto  means {found.auto} here")
 
 

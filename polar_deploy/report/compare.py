@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from polar_deploy.progress import console
 
-    terminal = console()
+    terminal = console(least=72)
     terminal.print(table(compared))
     for note in compared.notes:
         terminal.print(note, markup=False, highlight=False)
