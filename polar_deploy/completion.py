@@ -2,6 +2,8 @@
 
 bash:  polar-deploy completion bash > ~/.local/share/bash-completion/completions/polar-deploy
 zsh:   polar-deploy completion zsh > ~/.zfunc/_polar-deploy     (a folder of $fpath)
+
+Make the folder first, if there is none (mkdir -p); the next shell has it. In bash it takes the package bash-completion.
 """
 
 from __future__ import annotations

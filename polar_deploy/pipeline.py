@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy import __version__, cli, recipes
-from polar_deploy.errors import UsageError
+from polar_deploy.errors import UsageError, printable
 from polar_deploy.settings import Setting, every
 from polar_deploy.stages import NAMES, between
 from polar_deploy.tracking import LIBRARIES, require
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
     from polar_deploy.stages.distributed import Team
 
+_REASONS = 8  # why layers have no gates: so many lines of it in a plan
 _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text says more than one value
     "budget": lambda text: {"budget": recipes.parse_budget(text)},
     "build.batches": lambda text: {"build.batches": recipes.parse_batches(text)},
@@ -144,15 +145,17 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(plan, indent=1))
         return
     from polar_deploy.config import Settings
+    from polar_deploy.report.formats import short
 
     gates, full, least = plan["gates"], plan["full"], plan["smallest"]
     print(recipes.dump(Settings.model_validate(plan["settings"])), end="")
     print(f"---\nfolder    {plan['folder']}\nstages    {' → '.join(plan['stages'])}")
     print(
         f"gates     {gates['channels']} channels at {gates['channel_sites']} sites ({gates['streams']} streams), "
-        f"{gates['blocks']} blocks; {len(gates['ungated'])} layers without"
+        f"{gates['blocks']} blocks; {_layers(len(gates['ungated']))} without"
     )
-    print(f"full      {full['macs'] / 1e6:.2f} M MACs, {full['params'] / 1e6:.3f} M parameters")
+    _print_ungated(gates["ungated"])
+    print(f"full      {short(full['macs'])} MACs, {short(full['params'])} parameters")
     print(f"smallest  {', '.join(f'{name}={share:.3f}' for name, share in least.items())} of the full network")
     if device := plan["device"]:
         widths = ", ".join(map(str, device["widths"]))
@@ -160,6 +163,25 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     name, missing, not_run = (plan["target"][key] for key in ("name", "missing", "not_run"))
     can = f"{name}: can be built here, not run ({not_run})" if not_run else f"{name}: can be built and run here"
     print(f"target    {missing or can}")
+
+
+def _print_ungated(reasons: Mapping[str, str]) -> None:
+    """Why layers have no gates: a line for each reason, with the first layer that it holds for."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in reasons.items():
+        layers.setdefault(reason, []).append(layer)
+    lines = [
+        f"no gate   {names[0]}{f' and {_layers(len(names) - 1)} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in layers.items()
+    ]
+    for line in lines[:_REASONS]:
+        print(printable(line))
+    if rest := lines[_REASONS:]:
+        print(f"no gate   for {len(rest)} other reasons: see --json")
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _print_result(run: RunContext, names: set[str], arguments: argparse.Namespace) -> int:
@@ -186,7 +208,7 @@ def _print_report(report: Report, *, as_json: bool) -> None:
     from polar_deploy.progress import console
     from polar_deploy.report import table
 
-    table(report, console())
+    table(report, console(least=80))
 
 
 def _print_bundle(folder: Path) -> None:

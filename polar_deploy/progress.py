@@ -19,15 +19,24 @@ if TYPE_CHECKING:
 _BAR = 8  # characters
 
 
-def console(**options: Any) -> Console:
-    """A console of rich; of its own it ends a process whose reader has enough with exit code 1, "parity failed"."""
+def console(least: int = 0, **options: Any) -> Console:
+    """A console of rich; of its own it ends a process whose reader has enough with exit code 1, "parity failed".
+
+    Args:
+        least: columns that are written even where the terminal has fewer: it breaks the lines of a table of figures, in
+            which rich would cut off digits.
+        options: of rich's own console.
+    """
     from rich.console import Console
 
     class Quiet(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Quiet(**options)
+    made = Quiet(**options)
+    if made.width < least:
+        made.width = least
+    return made
 
 
 class Progress:

@@ -248,11 +248,12 @@ def _sentence(detail: ErrorDetails) -> str:
     """Say in one sentence what pydantic complains about."""
     key = ".".join(str(name) for name in detail["loc"])
     if detail["type"] == "missing":
-        return f"{key} is missing"
+        return f"{key} is missing: give it in the recipe, or as --set {key}=VALUE"
     if detail["type"] == "extra_forbidden":
         return _unknown(key)
     if detail["type"] == "model_type":
         return f"{key} is a group of settings ({', '.join(GROUPS[key].model_fields)}), not {detail['input']!r}"
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, ")
-    return f"{key} is {detail['input']!r} but {detail['msg'].removeprefix('Input ')}"
+    asked = detail["msg"].removeprefix("Input ").partition(", unable to parse")[0]
+    return f"{key} is {detail['input']!r} but {asked}"

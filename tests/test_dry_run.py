@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from tests.conftest import polar
 # go on in the second, whose other 16 go on in the third with 32 more. A ResNet-50 has 64 in its stem, 7552 inside, and
 # 256 + 512 + 1024 + 2048 in its streams; convolutions on shortcuts can go instead of their blocks.
 PIPELINES = {
-    "cifar10-resnet56": (32, 10, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layers without"),
-    "cifar100-resnet56": (32, 100, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layers without"),
-    "digits": (16, 10, "400 channels at 12 sites (3 streams), 9 blocks; 1 layers without"),
-    "imagenet-resnet50": (224, 1000, "11456 channels at 37 sites (4 streams), 20 blocks; 1 layers without"),
-    "tiny-imagenet-resnet18": (64, 200, "2880 channels at 12 sites (4 streams), 11 blocks; 1 layers without"),
+    "cifar10-resnet56": (32, 10, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layer without"),
+    "cifar100-resnet56": (32, 100, "1072 channels at 30 sites (3 streams), 27 blocks; 1 layer without"),
+    "digits": (16, 10, "400 channels at 12 sites (3 streams), 9 blocks; 1 layer without"),
+    "imagenet-resnet50": (224, 1000, "11456 channels at 37 sites (4 streams), 20 blocks; 1 layer without"),
+    "tiny-imagenet-resnet18": (64, 200, "2880 channels at 12 sites (4 streams), 11 blocks; 1 layer without"),
 }
 
 
@@ -66,7 +67,10 @@ def test_the_plan_of_each_pipeline(name: str, tmp_path: Path) -> None:
     macs = count_macs(models.build(model[1], classifier(classes, pixels)), pixels)
     assert plan["stages"] == " → ".join(NAMES)
     assert plan["gates"] == gates
-    assert plan["full"].startswith(f"{macs / 1e6:.2f} M MACs, ")
+    assert "no gate   linear: its channels are an output" in outcome.out or "no gate   fc: its" in outcome.out
+    counted = re.match(r"([\d.]+) ([MG]) MACs, [\d.]+ [kM] parameters$", plan["full"])
+    assert counted
+    assert float(counted[1]) * {"M": 1e6, "G": 1e9}[counted[2]] == pytest.approx(macs, rel=0.005)
     least = re.fullmatch(r"macs=([\d.]+), params=([\d.]+) of the full network", plan["smallest"])
     assert least
     assert 0 < float(least[1]) < 0.1
@@ -91,6 +95,16 @@ def test_the_plan_as_json_names_every_default_and_the_stages_asked_for() -> None
     settings = plan["settings"]
     assert (settings["align"], settings["input_size"], settings["training"]["full_epochs"]) == (8, 16, 30)
     assert plan["target"]["align"] == 8
+
+
+def test_a_plan_looks_at_the_weights_that_are_given(tmp_path: Path) -> None:
+    command = ("--model", "tests.support.tiny:net", "--data", "digits", "--budget", "0.5", "--dry-run")
+    outcome = polar(*command, "--full-weights", tmp_path / "none.npz")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "none.npz" in outcome.err
+    np.savez(tmp_path / "other.npz", elsewhere=np.zeros(3, np.float32))
+    outcome = polar(*command, "--full-weights", tmp_path / "other.npz")
+    assert (outcome.code, outcome.out) == (4, "")
 
 
 def test_the_default_budget_is_that_of_gates_that_were_trained_elsewhere(tmp_path: Path) -> None:

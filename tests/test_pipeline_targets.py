@@ -112,7 +112,7 @@ def test_int8_on_the_cpu_runs_and_is_judged(target: str, miniature: Miniature, t
         assert 480 <= precision["calibration"]["images"] <= 512  # some are held out, to see what layers lose
         assert 90 < parity["precision"][name]["agreement"] <= 100
         assert 0 < parity["precision"][name]["relative_difference"] < 0.5
-    assert "int8 for fp32" in outcome.out
+    assert "int8 vs fp32" in outcome.out
     for name in ("engines/build.json", "parity.json", "report.json"):
         valid(Path(name).stem, read_json(folder / name))
     verified = bundle("verify", folder / "bundle", "--no-timing")

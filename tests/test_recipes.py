@@ -162,7 +162,7 @@ def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: P
     )
     assert sorted(lines) == [
         "--epochs: training.epochs is 0 but should be greater than or equal to 1",
-        "--set accept.batch: accept.batch is 'x' but should be a valid integer, unable to parse string as an integer",
+        "--set accept.batch: accept.batch is 'x' but should be a valid integer",
         "r.yaml:2: seed is -1 but should be greater than or equal to 0",
         "r.yaml:4: training.lr is nan but should be a finite number",
         "r.yaml:5: training.init_from is 'half' but should be 'full' or 'scratch'",
@@ -173,13 +173,16 @@ def test_wrong_values_are_named_with_their_place_and_what_is_allowed(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("seed: 1", "model is missing"),
+        ("seed: 1", "model is missing: give it in the recipe, or as --set model=VALUE"),
         ("model: 12", "r.yaml:1: model is 12 but should be a valid string"),
         (
             "model: a\ntraining: {momentum: yes}",
             "r.yaml:2: training.momentum takes no true or false (YAML reads yes, no, on and off as such)",
         ),
-        ("model: a\nnormalize:\n  mean: [0, 0, 0]", "r.yaml:3: normalize.std is missing"),
+        (
+            "model: a\nnormalize:\n  mean: [0, 0, 0]",
+            "r.yaml:3: normalize.std is missing: give it in the recipe, or as --set normalize.std=VALUE",
+        ),
         (
             "model: a\n\ngates: {close_from: 0.6, freeze_at: 0.3}",
             "r.yaml:3: gates.close_from (0.6) must lie before gates.freeze_at (0.3)",

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from polar_deploy.bundle import format1, graphs
 from polar_deploy.bundle.manifest import CLASSIFICATION, SCHEMA, Manifest, Tensor
 from polar_deploy.bundle.refusal import refused
-from polar_deploy.errors import ContentError, UsageError, first_problem, one_line, printable
+from polar_deploy.errors import ContentError, PolarDeployError, UsageError, first_problem, one_line, printable
 from polar_deploy.tensors import TensorSpec
 from polar_deploy.workspace import sha256
 
@@ -68,7 +68,11 @@ def opened(path: Path) -> Iterator[Bundle]:
 
     if path.is_file():
         with archive.unpacked(path) as folder:
-            yield read(folder)
+            try:
+                yield read(folder)
+            except PolarDeployError as error:  # whoever reads it knows the archive, and not where that was unpacked
+                error.what = error.what.replace(str(folder), str(path))
+                raise
     else:
         yield read(path)
 
@@ -81,7 +85,7 @@ def read(folder: Path) -> Bundle:
         ContentError: it is damaged, hostile, of a later version, or no bundle.
     """
     if not folder.is_dir():
-        raise UsageError(f"there is no bundle {folder}", "give the folder, or the .zip, that you were sent")
+        raise UsageError(f"there is no bundle at {folder}", "give the folder, or the .zip, that you were sent")
     sizes = _sizes(folder)
     if MANIFEST not in sizes:
         raise refused(folder, f"has no {MANIFEST}, so it is no bundle")

@@ -201,7 +201,7 @@ def _lines(bundle: Bundle, found: Verified) -> list[str]:
 def _makers_accuracy(bundle: Bundle) -> str:
     """What the maker measured."""
     from polar_deploy.report import formats
-    from polar_deploy.tasks.metric import difference_unit
+    from polar_deploy.tasks.metric import difference_unit, signed
 
     metrics, metric = bundle.manifest.metrics, bundle.manifest.task.metric
     counted = metrics.accuracy or metrics.fp32_graphs
@@ -213,6 +213,6 @@ def _makers_accuracy(bundle: Bundle) -> str:
     which = "" if metrics.accuracy else " of the FP32 graphs"
     return (
         f"{metric.name:<9} its maker's figure{which}, not measured here: {compressed}, the full network's "
-        f"{full} (drop {counted.drop:+.2f} {points}, 95 %: {low:+.2f} to {high:+.2f}, "
+        f"{full} (drop {signed(counted.drop)} {points}, 95 %: {signed(low)} to {signed(high)}, "
         f"{counted.samples:,} samples)"
     )

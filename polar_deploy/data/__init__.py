@@ -59,7 +59,9 @@ def spec(name: str, data_dir: Path | None = None) -> DataSpec:
         if folder_of(name, kind) is not None:
             raise UsageError(f"'{name}' is pictures and {holds}, which classify nothing", f"give --task {task}, too")
     if name not in _TABLE:
-        raise unknown("data set", name, _TABLE)
+        if Path(name).is_dir():
+            raise UsageError(f"there is no data set called '{name}', which is a folder", f"give --data folder:{name}")
+        raise unknown("data set", name, [*_TABLE, "folder:DIR"])
     return _TABLE[name][0]
 
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy.config import LOCAL_PATHS
@@ -28,9 +29,17 @@ def is_reference(name: str) -> bool:
 
 
 def folder_of(name: str, kind: str = FOLDER) -> Path | None:
-    """DIR, if `name` has the form "folder:DIR", or that of another `kind`."""
+    """DIR, if `name` has the form "folder:DIR", or that of another `kind`.
+
+    Raises:
+        UsageError: nothing stands behind the colon, which as a path would be the current folder.
+    """
     word, colon, place = name.partition(":")
-    return Path(place).expanduser() if colon and word == kind else None
+    if not colon or word != kind:
+        return None
+    if not place.strip():
+        raise UsageError(f"'{name}' names no folder", f"write {kind}:DIR; {kind}:. is the current folder")
+    return Path(place).expanduser()
 
 
 def without_place(name: str) -> str:
@@ -84,12 +93,28 @@ def _import_function(reference: str) -> Callable[..., object]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             problem = f"'{reference}': there is no module {error.name} here ({Path.cwd()}), and none is installed"
-            raise UsageError(problem, "start in the folder that holds it, or install it") from error
+            plain = module_name.removesuffix(".py")
+            todo = "start in the folder that holds it, or install it"
+            if plain != module_name:
+                todo = f"write {plain}:{function_name}"
+            raise UsageError(problem, todo) from error
         raise _failed(reference, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"'{reference}': {module_name} has no function {function_name}", "name one that it defines")
+        place = getattr(module, "__file__", None) or "a part of Python"  # perhaps not the file that was meant
+        known = ", ".join(_functions(module)) or "none"
+        problem = f"'{reference}': {module_name} has no function {function_name}"
+        raise UsageError(problem, f"name one that it defines ({place} has {known})")
     return function  # type: ignore[no-any-return]
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """The functions and classes that a module defines itself, and does not hide."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    ]
 
 
 def _require_signature(reference: str, function: Callable[..., object], arguments: Mapping[str, object]) -> None:

@@ -41,7 +41,7 @@ def _print_staircase(device: Device, precision: Precision) -> None:
     """Two 3 x 3 convolutions with so many channels between them; * marks a width that is worth choosing."""
     costs, offered = device.staircase(precision), device.offered(precision)
     dearest = max(costs.values())
-    print(f"\n{precision}: two 3 x 3 convolutions with so many channels between them, {device.unit}")
+    print(f"\n{precision}: two 3 x 3 convolutions with so many channels between them, {device.unit}; *: worth choosing")
     for width, cost in costs.items():
         mark = "*" if width in offered else " "
         print(f"{width:5} {mark} {cost:12.6g} {'#' * round(BAR * cost / dearest)}")

@@ -107,12 +107,12 @@ def _print(found: Examined) -> None:
         table.add_row(name, *answers, "\n".join(target.missing), style="" if target.missing else "green")
     page.print(table)
     if unproven := [name for name, target in found.targets.items() if not target.proves_types]:
-        words = "in which types their layers run is asked for, and told by nobody"
+        words = "which types their layers really run in is not proven (docs/targets.md)"
         page.print(f"types          {', '.join(unproven)}: {words}", soft_wrap=True)
     if found.timed is not None:
         _print_times(found.timed, page)
     for install in dict.fromkeys(each.install for each in found.targets.values() if _installable(each)):
-        page.print(f"to install     {install}")
+        page.print(f"to install     {install}", soft_wrap=True)
     page.print(f"--target auto  means {found.auto} here")
 
 

@@ -11,6 +11,7 @@ from polar_deploy.documents.parity import NOISE, Judged, Judgement, Percentile, 
 from polar_deploy.engines import timing
 from polar_deploy.parity.paired import Paired
 from polar_deploy.tasks.accuracy import Z95
+from polar_deploy.tasks.metric import signed
 
 
 def judge(
@@ -62,13 +63,25 @@ def judge_accuracy(
             return Judgement("fail", f"the {name} engine gives NaN or Inf on {samples} of {pair.samples} test samples")
     pruning = _within_drop(pair, _change(pair), criteria, rises=pair.drop < 0)
     parts = [pruning, *_better_than_chance(pair)]
-    for name, loss in (precision or {}).items():
-        if loss is not None:
-            lost = f"{loss.drop:.2f} {loss.metric.difference_unit}".rstrip()
-            cost = f"its precision costs the {name} engine {lost} against its own FP32 graph"
-            parts.append(_within_drop(loss, cost, criteria))
+    parts.extend(_precision(precision or {}, criteria))
     judged = combine(*parts)
     return pruning if judged.result == "pass" else judged
+
+
+def _precision(losses: Mapping[str, Paired | None], criteria: AcceptanceCriteria) -> list[Judgement]:
+    """Hold what the precision costs each engine against the bound; what is the same for both is said once."""
+    alike: dict[tuple[float, tuple[float, float], int], list[str]] = {}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    for name, loss in known.items():
+        alike.setdefault((loss.drop, loss.interval, loss.samples), []).append(name)
+    judgements = []
+    for names in alike.values():
+        loss = known[names[0]]
+        engines = f"the {names[0]} engine" if len(names) == 1 else "either engine"
+        lost = f"{loss.drop:.2f} {loss.metric.difference_unit}".rstrip()
+        cost = f"the precision costs {engines} {lost} against its own FP32 graph"
+        judgements.append(_within_drop(loss, cost, criteria))
+    return judgements
 
 
 def _within_drop(pair: Paired, change: str, criteria: AcceptanceCriteria, *, rises: bool = False) -> Judgement:
@@ -79,7 +92,7 @@ def _within_drop(pair: Paired, change: str, criteria: AcceptanceCriteria, *, ris
         low = high = pair.drop
     else:
         ends = (-high, -low) if rises else (low, high)
-        change = f"{change} (95 %: {0 + ends[0]:+.2f} to {0 + ends[1]:+.2f})"
+        change = f"{change} (95 %: {signed(ends[0])} to {signed(ends[1])})"
     if not math.isfinite(pair.drop):
         return Judgement("undecided", f"{pair.metric.name} is not known of these {pair.samples:,} test samples")
     if high <= asked:

@@ -21,8 +21,8 @@ from polar_deploy.report import formats
 if TYPE_CHECKING:
     from rich.table import Table
 
-# What accuracy is held against: key of a run -> what it is called
 _STEADY = 1.1  # by which times of one network may differ between runs before speed-ups alone are comparable
+# What accuracy is held against: key of a run -> what it is called
 COSTS: dict[What, str] = {"latency_ms": "latency", "macs": "MACs", "energy_mj": "energy"}
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from polar_deploy.progress import console
 
-    terminal = console()
+    terminal = console(least=72)
     terminal.print(table(compared))
     for note in compared.notes:
         terminal.print(note, markup=False, highlight=False)
@@ -215,7 +215,8 @@ def table(compared: Comparison) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=star, caption_justify="left")
     grid.add_column("#", justify="right", no_wrap=True)
     grid.add_column("run", overflow="fold", min_width=12)
-    for heading in ("verdict", score_name(compared.runs), "change", "latency", "speed-up", "MACs"):
+    change = "points" if all(run.metric.unit == "%" for run in compared.runs) else "change"
+    for heading in ("verdict", score_name(compared.runs), change, "latency", "speed-up", "MACs"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for run in compared.runs:
         cells = (

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from polar_deploy.documents.parity import Judged, Loss, Metric, known_drop
+from polar_deploy.documents.parity import Loss, Metric, known_drop
 from polar_deploy.documents.part import Pair
 from polar_deploy.documents.report import EngineLayers, Predicted, Report, Timed, Trained, Trainings
+from polar_deploy.report.advice import advise
 from polar_deploy.report.formats import milliseconds, relative, score, short
-from polar_deploy.tasks.metric import difference_unit
+from polar_deploy.tasks.metric import difference_unit, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,7 @@ def table(report: Report, console: Console) -> None:
     from rich.table import Table
 
     title = f"{report.model} on {report.data}, {report.target}, full network {report.full}"
-    grid = Table(title=title, caption=_verdict(report.verdict), caption_style="", caption_justify="left")
+    grid = Table(title=title, caption=_verdict(report), caption_style="", caption_justify="left")
     grid.add_column("")
     for heading in ("full", "compressed"):
         grid.add_column(heading, justify="right", no_wrap=True)
@@ -50,10 +51,11 @@ def _rows(report: Report) -> list[Row]:
     if report.latency:
         rows.extend(_at_largest(report.latency[-1]))
     rows.extend(_layers(report.layers))
-    kept = blocks.total - blocks.removed
     if trained := _training(report.training):
         rows.append(trained)
-    rows.append(("gated blocks", str(blocks.total), str(kept), f"{blocks.removed} of {blocks.total} removed"))
+    if blocks.total:
+        kept = blocks.total - blocks.removed
+        rows.append(("gated blocks", str(blocks.total), str(kept), f"{blocks.removed} of {blocks.total} removed"))
     return rows
 
 
@@ -64,14 +66,14 @@ def _accuracy(report: Report) -> list[Row]:
         change = ""
         if known := known_drop(scores):
             drop, low, high = known
-            change = f"{-drop:+.2f} {difference_unit(metric.unit)} ({-high:+.2f} to {-low:+.2f})"
+            change = f"{signed(-drop)} {difference_unit(metric.unit)} ({signed(-high)} to {signed(-low)})"
         label = metric.name if report.accuracy else f"{metric.name}, graphs"
         rows.append((label, score(scores.full, metric.unit), score(scores.compressed, metric.unit), change))
     elif report.outputs:
         rows.append(("outputs", "", "", f"differ by {relative(report.outputs.relative_difference)}"))
     full, compressed = report.precision.full, report.precision.compressed
     if full.loss and compressed.loss:
-        label = "engine for graph" if full.asked == "fp32" else f"{full.asked} for fp32"
+        label = "engine vs graph" if full.asked == "fp32" else f"{full.asked} vs fp32"
         rows.append((label, *_losses(full.loss, compressed.loss, metric)))
     rows.extend(_graphs(report))
     wider, pruned = len(full.high_precision_layers), len(compressed.high_precision_layers)
@@ -85,18 +87,18 @@ def _losses(full: Loss, compressed: Loss, metric: Metric | None) -> tuple[str, s
     if metric is None or full.drop is None or compressed.drop is None:
         return relative(full.relative_difference), relative(compressed.relative_difference), "of the outputs"
     agree = f"; {compressed.agreement:.2f} % agree" if compressed.agreement is not None else ""
-    return f"{0 - full.drop:+.2f}", f"{0 - compressed.drop:+.2f}", f"{difference_unit(metric.unit)}{agree}"
+    return signed(-full.drop), signed(-compressed.drop), f"{difference_unit(metric.unit)}{agree}"
 
 
 def _graphs(report: Report) -> list[Row]:
     """What pruning costs in FP32, and what export and surgery changed: the losses that no engine makes."""
     rows, graphs, metric = [], report.graphs, report.metric
     if report.accuracy and graphs and metric and report.precision.full.asked != "fp32":
-        change = "" if graphs.drop is None else f"{-graphs.drop:+.2f} {difference_unit(metric.unit)}"
+        change = "" if graphs.drop is None else f"{signed(-graphs.drop)} {difference_unit(metric.unit)}"
         rows.append(("as FP32 graphs", score(graphs.full, metric.unit), score(graphs.compressed, metric.unit), change))
     if report.export:
-        surgery = f"surgery {relative(report.surgery.relative_difference)}" if report.surgery else ""
-        rows.append(("export, largest", relative(report.export.full), relative(report.export.gated), surgery))
+        surgery = f"surgery: {relative(report.surgery.relative_difference)}" if report.surgery else ""
+        rows.append(("export differs by", relative(report.export.full), relative(report.export.gated), surgery))
     return rows
 
 
@@ -160,12 +162,16 @@ def _latency(measured: Timed) -> list[Row]:
     ]
 
 
-def _verdict(verdict: Judged) -> Text:
-    """The overall result, then each part with its reason, on lines of their own."""
+def _verdict(report: Report) -> Text:
+    """The overall result, then each part with its reason, then what helps most, on lines of their own."""
     from rich.text import Text
 
+    verdict = report.verdict
     overall = verdict.overall.result
     text = Text.assemble("verdict: ", (overall.upper(), _STYLES[overall]))
     for each in (verdict.accuracy, verdict.latency):
         text.append("\n").append(each.result, _STYLES[each.result]).append(f": {each.reason}")
-    return text if overall == "pass" else text.append("\nwhat to do: report.html, and docs/what-now.md")
+    if overall == "pass":
+        return text
+    step = advise(report).steps[0].text
+    return text.append(f"\nwhat to do: {step} More in report.html, and in docs/what-now.md.")

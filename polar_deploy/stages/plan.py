@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
+from polar_deploy.stages import full
 from polar_deploy.stages.gates import known_latency, limits
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
     """The resolved settings, stages, gates, cost of the full network, smallest reachable cost, the target's needs.
 
     Raises:
-        UsageError: the model has no place for a gate, or the budget is below the smallest reachable cost.
-        ContentError: the network cannot be exported, or what surgery makes of it is not what is promised.
+        UsageError: the model has no place for a gate, the budget is below the smallest reachable cost, or the full
+            network's weights are not where they should be.
+        ContentError: these weights are of another network; or the network cannot be exported, or what surgery makes of
+            it is not what is promised.
     """
+    from polar_deploy import models
     from polar_deploy.gating import budgets
 
+    if run.settings.full_weights is not None and full.STAGE in stages:
+        models.load_weights(run.network(), run.settings.full_weights)
     settings, choices, latency, allowed = run.settings, run.analysis.choices, known_latency(run), limits(run)
     budgets.require_reachable(choices, allowed, run.budget, latency)
     return {

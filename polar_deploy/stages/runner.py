@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets, tasks
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
@@ -80,6 +80,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
     told = run.settings.model_dump(mode="json")
     with run.workspace.locked(), run.progress, tracked(run.track, run.folder, told, run.progress) as run.trackers:
+        _tell_changes(run, told)
         write_text(run.path(SETTINGS), recipes.dump(run.settings))
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_reachable(run, measure=True)  # before an epoch is trained
@@ -87,6 +88,23 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
             run_stage(run, stage)
         if report.STAGE in stages:
             run.trackers.result()
+
+
+def _tell_changes(run: RunContext, told: Mapping[str, Any]) -> None:
+    """Tell which settings are not those that the folder was last worked with: what depends on them is made anew."""
+    from polar_deploy import recipes
+    from polar_deploy.tracking import flat
+
+    path = run.path(SETTINGS)
+    if not path.is_file():
+        return
+    try:
+        before = dict(flat(recipes.load(path, {}).model_dump(mode="json")))
+    except UsageError:  # of another version, whose settings had other names: there is nothing to compare with
+        return
+    changes = [f"{key} {before[key]} → {value}" for key, value in flat(told) if key in before and before[key] != value]
+    if changes:
+        run.progress.note(f"other settings than the last time in this folder: {', '.join(changes)}")
 
 
 def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:

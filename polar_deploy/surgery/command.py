@@ -49,5 +49,5 @@ def run(arguments: argparse.Namespace) -> int:
     from polar_deploy.progress import console
     from polar_deploy.surgery.report import show
 
-    show(report, console(width=None if sys.stdout.isatty() else WIDTH))
+    show(report, console(least=72, width=None if sys.stdout.isatty() else WIDTH))
     return 0

@@ -266,7 +266,10 @@ def show(report: dict[str, Any], console: Console) -> None:
         return
     tell(f"work lost where a device rounds widths up to 8/16/32: {_shares(report['padding'])} %")
     outcomes = Counter(gate["outcome"] for gate in report["gates"])
-    tell(f"blocks removed: {len(report['blocks_removed'])}; gates: {dict(outcomes)}")
+    gates = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none"
+    tell(f"blocks removed: {len(report['blocks_removed'])}; gates: {gates}")
+    if not outcomes and not report["cuts_not_made"] and report["params"][0] == report["params"][1]:
+        tell("nothing to cut: no channel is closed, by a gate or by a filter of zeros")
     for entry in report["cuts_not_made"]:
         tell(
             f"kept: {entry['channels']} closed channels of {entry['layer']}: {entry['reason']} "

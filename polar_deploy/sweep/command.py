@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
-        terminal = console()
+        terminal = console(least=72)
         terminal.print(table(found))
         for note in found.notes:
             terminal.print(note, markup=False, highlight=False)

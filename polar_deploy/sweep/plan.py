@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +18,9 @@ from polar_deploy.errors import UsageError, first_line
 from polar_deploy.resolved import ResolvedSettings
 from polar_deploy.settings import GROUPS
 from polar_deploy.stages.resolve import choose_target, default_folder, resolve
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Sweep(BaseModel):
@@ -66,9 +70,24 @@ def read(path: Path) -> Sweep:
     try:
         return Sweep.model_validate(values)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
+        lines = [f"{path}: {_sentence(each)}" for each in error.errors()]
         known = ", ".join(Sweep.model_fields)
         raise UsageError("\n".join(lines), f"a sweep has {known}; budgets have to be there") from error
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """Say in one sentence what pydantic complains about."""
+    key, found, kind = ".".join(map(str, detail["loc"])), detail["input"], detail["type"]
+    if not key:
+        return "the file is no mapping of keys to values"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "extra_forbidden":
+        near = get_close_matches(key, Sweep.model_fields, n=1)
+        return f"unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+    if kind == "list_type":
+        return f"{key} is {found!r} but should be a list, such as [{found}]"
+    return f"{key} is {found!r} but {detail['msg'].removeprefix('Input ').replace('List should', 'should')}"
 
 
 def planned(path: Path, folder: Path) -> list[Planned]:

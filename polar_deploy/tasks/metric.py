@@ -115,6 +115,11 @@ class Metric(ABC):
         return np.array([self.scores(statistics[index : index + 1], ones)[0] for index in range(len(statistics))])
 
 
+def signed(value: float) -> str:
+    """A difference with its sign; what rounds to zero has a plus: 1.875 -> "+1.88", -0.001 -> "+0.00"."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
 def difference_unit(unit: str) -> str:
     """Of a difference of scores that have a unit: points, where that is "%"."""
     return "points" if unit == "%" else unit

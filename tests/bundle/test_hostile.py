@@ -495,7 +495,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "too many members": (lambda f: zipped(f, {f"x{i}": b"" for i in range(200)}), "a bundle has at most"),
     "a folder": (lambda f: zipped(f, {"empty/": b""}), "a member with the name 'empty/'"),
     "changed after it was zipped": (patched(b"polar_deploy.bundle", b"polar_deploy.bungle"), "Bad CRC-32"),
-    "a file too many": (lambda f: zipped(f, {"run.sh": b"x"}), "run.sh is not listed"),
+    "a file too many": (lambda f: zipped(f, {"run.sh": b"x"}), ".zip/run.sh is not listed"),
 }
 
 

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,18 @@ def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(UsageError) as error:
         data.load("zzz")
     assert "digits, cifar10, cifar100, tiny-imagenet, imagenet" in error.value.todo
+
+
+def test_a_folder_without_its_word_and_a_word_without_its_folder_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my pets").mkdir()
+    with pytest.raises(UsageError, match=r"'my pets', which is a folder\n.*give --data folder:my pets"):
+        data.spec("my pets")
+    for word in ("folder", "pairs", "coco"):
+        with pytest.raises(UsageError, match=f"'{word}:' names no folder\n.*write {word}:DIR"):
+            data.spec(f"{word}:")
 
 
 def test_the_import_is_light() -> None:

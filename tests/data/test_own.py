@@ -102,7 +102,12 @@ def test_images_may_be_lazy() -> None:
         ),
         ("my_pets.code:other_argument", ContentError, r"as other_argument\(folder, \*, shuffle=False\), which cannot"),
         ("my_pets.code:one_more", ContentError, "missing a required argument: 'split'"),
-        ("my_pets.code:absent", UsageError, "my_pets.code has no function absent"),
+        (
+            "my_pets.code:absent",
+            UsageError,
+            r"code has no function absent\n.*it defines \(\S+code\.py has .*wrong_size, ",
+        ),
+        ("my_pets.code.py:absent", UsageError, "no module my_pets.code.py here.*\n.*write my_pets.code:absent"),
         ("my_pets.code:value", UsageError, "my_pets.code has no function value"),
         ("my_pets.absent:make", UsageError, "there is no module my_pets.absent here"),
         ("absent.code:make", UsageError, "there is no module absent here"),

@@ -214,6 +214,13 @@ def test_precision_is_held_against_the_bound_of_its_own() -> None:
     )  # none makes up for the other
 
 
+def test_what_the_precision_costs_both_engines_alike_is_said_once() -> None:
+    few = answered(200, lost=0, gained=0, right=180)
+    reason = parity.judge_accuracy(few, VERDICT, precision={"full": few, "compressed": few}).reason
+    assert reason.count("costs either engine 0.00 points against its own FP32 graph") == 1
+    assert reason.count("too few to tell") == 2  # for the drop, and for the precision
+
+
 def test_throttling_is_said() -> None:
     cool = Conditions(name="a GPU", throttle=[], energy_mj=None)
     hot = Conditions(name="a GPU", throttle=["thermal slowdown"], energy_mj=None)

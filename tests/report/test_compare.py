@@ -79,6 +79,14 @@ def test_the_terminal_has_a_table_of_eighty_columns(sweep: Path, monkeypatch: py
     assert row[2:] == ["pass", "98.00", "%", "−0.56", "0.5", "ms", "2.40×", "49.0", "%"]
 
 
+def test_a_narrow_terminal_breaks_lines_and_no_figures(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    outcome = called(main, "compare", sweep / "b", sweep / "a")
+    row = next(line.split() for line in outcome.out.splitlines() if line.split()[:2] == ["1*", "b"])
+    assert row[2:] == ["pass", "98.00", "%", "−0.56", "0.5", "ms", "2.40×", "49.0", "%"]
+    assert "…" not in outcome.out
+
+
 def test_the_page_has_both_plots_and_every_run(sweep: Path, tmp_path: Path) -> None:
     page = tmp_path / "compared.html"
     assert called(main, "compare", sweep, "--html", page).code == 0

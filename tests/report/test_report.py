@@ -93,7 +93,19 @@ def test_table_shows_other_verdicts(answer: str, folder: Path) -> None:
     assert row(text, "parameters")[2] == "999"
     assert f"verdict: {answer.upper()}" in text
     assert f"{answer}: the speed-up" in text
-    assert "what to do: report.html, and docs/what-now.md" in text
+    said = " ".join(printed(document, 1000).split())
+    step = {"fail": "Ask for latency, which is measured before training", "undecided": "Measure again"}[answer]
+    assert f"what to do: {step}" in said
+    assert "More in report.html, and in docs/what-now.md." in said
+
+
+def test_zeros_have_no_minus_and_no_block_no_row(folder: Path) -> None:
+    document = built(folder)
+    document["accuracy"] |= {"drop": 0.0, "interval": [-1.875, 0.001]}
+    document["blocks"] = {"removed": 0, "total": 0}
+    text = printed(document)
+    assert row(text, "accuracy")[3] == "+0.00 points (+0.00 to +1.88)"
+    assert "gated blocks" not in text
 
 
 def test_what_training_took_is_told(folder: Path) -> None:
@@ -184,7 +196,7 @@ def test_what_the_precision_cost_is_a_line_of_its_own(folder: Path) -> None:
         {"layer": "stem", "operator": "Conv", "error": 0.2, "type": "fp32", "why": "it is off"}
     ]
     text = printed(document)
-    assert row(text, "int8 for fp32") == ["int8 for fp32", "-0.28", "+0.56", "points; 98.50 % agree"]
+    assert row(text, "int8 vs fp32") == ["int8 vs fp32", "-0.28", "+0.56", "points; 98.50 % agree"]
     assert row(text, "layers kept wider") == ["layers kept wider", "0", "1", "see build.json"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from polar_deploy import recipes
 from polar_deploy.progress import Progress
 from polar_deploy.settings import GROUPS, every
-from polar_deploy.stages import NAMES, STAGES, gates, stage
+from polar_deploy.stages import NAMES, STAGES, gates, runner, stage
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.resolve import resolve
 from tests.conftest import ROOT
@@ -152,6 +152,27 @@ def test_a_setting_makes_those_stages_run_again_that_depend_on_it(
 ) -> None:
     value, stages = SETTINGS[setting]
     assert changed(before, fingerprints(context(tmp_path, **{setting: value}))) == stages | ALWAYS
+
+
+def test_what_changed_since_the_last_time_in_a_folder_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(written: str | None, **changes: object) -> str:
+        run = context(tmp_path, **changes)
+        if written is not None:
+            (tmp_path / "run.yaml").write_text(written)
+        run.progress = Progress()
+        runner._tell_changes(run, run.settings.model_dump(mode="json"))
+        return capsys.readouterr().err
+
+    settings = recipes.dump(context(tmp_path).settings)
+    assert told(None, seed=7) == ""
+    assert told(settings) == ""
+    changes = "seed 0 → 7, training.lr 0.1 → 0.2, training.gated_lr 0.05 → 0.1"
+    assert told(settings, **{"seed": 7, "training.lr": 0.2}) == (
+        f"other settings than the last time in this folder: {changes}\n"
+    )
+    assert told("setting_of_old: 1\n") == told("model: [\n") == ""
 
 
 def test_int8_is_calibrated_on_the_data(tmp_path: Path) -> None:

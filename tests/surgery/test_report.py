@@ -141,6 +141,17 @@ def test_names_from_strangers_are_shown_as_they_are(capsys: pytest.CaptureFixtur
     assert "\x1b" not in shown
 
 
+def test_gates_are_counted_in_words_and_a_graph_without_any_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for closed, told in (([1, 2], "gates: 1 removed\n"), ([], "gates: none\nnothing to cut: no channel is closed")):
+        net = Net()
+        x = net.relu(net.conv("input", 4, "one"), "act")
+        x = net.gate(x, closed, "gate") if closed else x
+        show(compress(net.model(net.head(net.conv(x, 4, "two")))).report, Console(width=200))
+        shown = capsys.readouterr().out
+        assert told in shown
+        assert ("nothing to cut" in shown) is (not closed)
+
+
 def test_a_graph_without_inputs_to_feed() -> None:
     """Everything is constant: nothing to cut, nothing to fail on."""
     value = helper.make_tensor_value_info("y", 1, [2])

@@ -46,10 +46,11 @@ def test_seeds_and_targets_are_those_of_the_settings_where_they_are_left_out(tmp
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (TINY, "mine.yaml: budgets: Field required"),
-        (f"{TINY}budgets: []\n", "mine.yaml: budgets: List should have at least 1 item"),
-        (f"{TINY}budgets: [0.5]\nseed: [1]\n", "mine.yaml: seed: Extra inputs are not permitted"),
-        (f"{TINY}budgets: [0.5]\nseeds: [one]\n", "mine.yaml: seeds.0: Input should be a valid integer"),
+        (TINY, "mine.yaml: budgets is missing"),
+        (f"{TINY}budgets: []\n", "mine.yaml: budgets is [] but should have at least 1 item"),
+        (f"{TINY}budgets: [0.5]\nseed: [1]\n", "mine.yaml: unknown key 'seed'; did you mean 'seeds'?"),
+        (f"{TINY}budgets: [0.5]\nseeds: 3\n", "mine.yaml: seeds is 3 but should be a list, such as [3]"),
+        (f"{TINY}budgets: [0.5]\nseeds: [one]\n", "mine.yaml: seeds.0 is 'one' but should be a valid integer"),
         (f"{TINY}budgets: [1.5]\n", "--budget 1.5"),
         (
             f"{TINY}budgets: [0.5, macs=0.5]\n",
@@ -58,7 +59,7 @@ def test_seeds_and_targets_are_those_of_the_settings_where_they_are_left_out(tmp
         (f"{TINY}budgets: [0.5]\ntargets: [toaster]\n", "toaster"),
         ("settings: {model: resnet20, training: {epoch: 3}}\nbudgets: [0.5]\n", "settings.training.epoch: unknown key"),
         ("recipe: digitz\nbudgets: [0.5]\n", "no recipe of that name"),
-        ("- 1\n", "mine.yaml: the file: "),
+        ("- 1\n", "mine.yaml: the file is no mapping of keys to values"),
         ("a: [\n", "mine.yaml: not valid YAML"),
     ],
 )
