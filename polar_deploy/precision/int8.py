@@ -113,7 +113,7 @@ class _Writer:
     def _quantised(self, wide: Collection[str]) -> onnx.ModelProto:
         plain = {*wide, *(name for name, layer in self.main.items() if layer in wide)}
         chosen = [node for node in self.chosen if node.name not in plain]
-        typed = qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between)
+        typed = qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between, plain)
         if self.scheme.rounds_weights:
             shield(typed)
         return typed

@@ -204,6 +204,26 @@ def weights_far_smaller_than_their_bias() -> onnx.ModelProto:
     return net.classifier(net.conv("r", "c", 8, 8), 8)
 
 
+def read_by(*operators: str) -> Callable[[], onnx.ModelProto]:
+    """A convolution that others read than layers, sums and pooling; of two of them the second joins both."""
+
+    def build() -> onnx.ModelProto:
+        net = Net()
+        source = first = net.conv("input", "a", 3, 8)
+        for operator in operators:
+            inputs = [source, first] if operator == "Mul" else [source]
+            source = net.node(operator, inputs, f"a.{operator}")
+        return net.classifier(net.conv(source, "c", 8, 8), 8)
+
+    return build
+
+
+KINDS |= {
+    "read_by_" + "_and_".join(names): read_by(*names)
+    for names in (("HardSwish",), ("LeakyRelu",), ("Sigmoid", "Mul"), ("Relu", "Tanh"), ("Relu", "Softplus", "Mul"))
+}
+
+
 @kind
 def what_lies_between() -> onnx.ModelProto:
     """Padding with a number, bounds that are not 0, pooling, a slice: none may be computed with others' scales."""
