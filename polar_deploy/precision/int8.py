@@ -94,7 +94,8 @@ class _Writer:
         self.between = {name: tensor for name, (tensor, _) in sums.items()}
         self.main = {name: layer for name, (_, layer) in sums.items()}
         tensors = qdq.activations(model, self.chosen, scheme)
-        self.ranges = calibration.ranges(model, tensors, samples, options.calibration, path)
+        required = {*qdq.activations(model, self.layers, scheme)}
+        self.ranges = calibration.ranges(model, tensors, samples, options.calibration, path, required)
         self.reference = Reference.of(model, proof.spread(samples), path)
 
     def run(self) -> onnx.ModelProto:

@@ -223,12 +223,12 @@ class _Inserter:
     def _absorb(self, node: onnx.NodeProto) -> None:
         """Drop a Relu or Clip whose pair cuts off the same values: the layer in front is then fused with the pair.
 
-        Nothing else may read what it reads, or read what it gives without the pair. Where it has to stay, and no
-        integers arrive, there is no reason to round what it reads.
+        Nothing else may read what it reads, or read what it gives without the pair; of two in a row the first one goes.
+        Where it has to stay, and no integers arrive, there is no reason to round what it reads.
         """
         source, result = node.input[0], node.output[0]
         alone = self.readers[source] == [node] and source not in self.outputs
-        if not alone or result not in self.rounded:
+        if not alone or result not in self.rounded or source in self.absorbed:
             return
         if source in self.whole and self._may_be_whole(result):
             self.whole.add(result)

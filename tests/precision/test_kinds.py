@@ -13,12 +13,13 @@ from tests.conftest import OLD_RUNTIME
 from tests.precision.kinds import KINDS, images
 from tests.support.residual import written
 
-# Layers that have no integer kernel, or no constants of their own.
+# Layers that have no integer kernel, or no constants of their own; norms that need FP32 inside.
 WIDE = {
     ("transposed", "ort-int8"): ["t/ConvTranspose"],
     ("transposed_in_groups", "ort-int8"): ["t/ConvTranspose"],
     ("convolution_with_a_computed_bias", "ort-int8"): ["c/Conv"],
     ("convolution_with_a_computed_bias", "rtx-int8"): ["c/Conv"],
+    **{("squares_beyond_fp16", target): ["n/MeanVarianceNormalization"] for target in ("rtx-int8", "rtx-fp16")},
 }
 LEVELS = onnxruntime.GraphOptimizationLevel
 
