@@ -78,6 +78,7 @@ class _Caster:
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == _FLOAT}
         self.floats -= set(self.constants)
         self.casts: dict[str, onnx.NodeProto] = {}
+        self.names, self.given = graph.Names(model), dict[str, str]()
 
     def run(self, keep_io_types: bool) -> None:
         """Convert the graph in place."""
@@ -94,14 +95,14 @@ class _Caster:
         if not keep:
             value.type.tensor_type.elem_type = _BF16
             return None
-        inner = f"{value.name}/bf16"
+        inner = self._name(f"{value.name}/bf16")
         for node in self.graph.node:
             for names in (node.input, node.output):
                 names[:] = [inner if name == value.name else name for name in names]
         self.floats.add(inner)
         if value in self.graph.input:
-            return _cast_node(value.name, inner, _BF16)
-        return _cast_node(inner, value.name, _FLOAT)
+            return self._cast(value.name, inner, _BF16)
+        return self._cast(inner, value.name, _FLOAT)
 
     def _round_constants(self) -> None:
         """What an operator needs in FP32 keeps its exact value there: no cast, and a copy if others want BF16."""
@@ -109,7 +110,9 @@ class _Caster:
         narrow = {name for node in self.graph.node for name, narrow in self._inputs(node) if narrow}
         for name, tensor in self.constants.items():
             if name in wide & narrow:
-                self.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensor), f"{name}/fp32"))
+                self.graph.initializer.append(
+                    numpy_helper.from_array(numpy_helper.to_array(tensor), self._name(f"{name}/fp32"))
+                )
             if name not in wide - narrow:
                 tensor.CopyFrom(_rounded(tensor))
 
@@ -122,18 +125,28 @@ class _Caster:
     def _convert(self, node: onnx.NodeProto) -> None:
         for index, (name, narrow) in enumerate(self._inputs(node)):
             if name in self.floats and not narrow:
-                node.input[index] = f"{name}/fp32"
-                self.casts[f"{name}/fp32"] = _cast_node(name, f"{name}/fp32", _FLOAT)
+                node.input[index] = self._name(f"{name}/fp32")
+                if node.input[index] not in self.casts:
+                    self.casts[node.input[index]] = self._cast(name, node.input[index], _FLOAT)
             elif name in self.constants and not narrow and self.constants[name].data_type == _BF16:
-                node.input[index] = f"{name}/fp32"
+                node.input[index] = self._name(f"{name}/fp32")
         schema = self._schema(node)
         for index, name in enumerate(node.output):
             if name in self.floats:
                 if schema is not None and _allows(schema.outputs, index):
                     _narrow_attributes(node)
                 else:
-                    node.output[index] = f"{name}/made"
-                    self.casts[node.output[index]] = _cast_node(node.output[index], name, _BF16)
+                    node.output[index] = self._name(f"{name}/made")
+                    self.casts[node.output[index]] = self._cast(node.output[index], name, _BF16)
+
+    def _name(self, wanted: str) -> str:
+        """The name of a tensor that is written: the one that is wanted, or a new one where the network has that."""
+        if wanted not in self.given:
+            self.given[wanted] = self.names.fresh(wanted)
+        return self.given[wanted]
+
+    def _cast(self, source: str, result: str, kind: int) -> onnx.NodeProto:
+        return helper.make_node("Cast", [source], [result], name=self.names.fresh(f"{result}/cast"), to=kind)
 
     def _schema(self, node: onnx.NodeProto) -> onnx.defs.OpSchema | None:
         """What ONNX says of an operator; None for those of others, and for nodes of `wide`: they stay FP32."""
@@ -156,10 +169,6 @@ def _narrow_attributes(node: onnx.NodeProto) -> None:
 def _allows(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:
     """Whether BF16 may stand there. The last parameter may stand for many (Concat)."""
     return "tensor(bfloat16)" in parameters[min(index, len(parameters) - 1)].types
-
-
-def _cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [source], [result], name=f"{result}/cast", to=kind)
 
 
 def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:

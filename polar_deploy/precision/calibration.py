@@ -6,7 +6,7 @@ method in its default setting tries one threshold only, the largest value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,24 +64,37 @@ def require_samples(inputs: Arrays | None, model: onnx.ModelProto, path: Path) -
 
 
 def ranges(
-    model: onnx.ModelProto, tensors: list[str], inputs: Arrays, settings: Calibration, path: Path
+    model: onnx.ModelProto,
+    tensors: list[str],
+    inputs: Arrays,
+    settings: Calibration,
+    path: Path,
+    required: Collection[str] = (),
 ) -> dict[str, Range]:
-    """The range of each tensor over all samples, by the method that `settings` names.
+    """The range of each tensor over all samples, by the method that `settings` names; of one without values 0 to 0.
+
+    A tensor that is NaN or infinite for some sample, such as an attention's mask, has none.
 
     minmax: from the smallest to the largest value. percentile: what encloses that share of the values, with equal
     shares left out below and above. entropy: the threshold at which 128 levels lose least of the distribution of
     magnitudes (Kullback-Leibler divergence; Migacz, 8-bit inference with TensorRT, GTC 2017).
 
     Raises:
-        ContentError: a tensor is NaN or infinite for some sample.
+        ContentError: one of the tensors `required` has none.
     """
-    run = _Run(model, tensors, path)
-    extremes = dict.fromkeys(tensors, (np.inf, -np.inf))
-    for name, values in run.over(inputs):
-        low, high = float(values.min()), float(values.max())
+    extremes: dict[str, Range] = {}
+    endless: set[str] = set()
+    for name, values in _Run(model, tensors, path).over(inputs):
+        low, high = (float(values.min()), float(values.max())) if values.size else extremes.get(name, (0.0, 0.0))
         if not np.isfinite([low, high]).all():
-            raise _not_finite(model, name, path)
-        extremes[name] = (min(low, extremes[name][0]), max(high, extremes[name][1]))
+            if name in required:
+                raise _not_finite(model, name, path)
+            endless.add(name)
+        before = extremes.get(name, (low, high))
+        extremes[name] = (min(low, before[0]), max(high, before[1]))
+    tensors = [name for name in tensors if name not in endless]
+    extremes = {name: extremes[name] for name in tensors}
+    run = _Run(model, tensors, path)
     if settings.method == "minmax":
         return extremes
     counts = {name: np.zeros(BINS, np.int64) for name in tensors}
@@ -157,7 +170,8 @@ class _Run:
         start, size = 0, 1
         while start < count(inputs):
             batch = take(inputs, slice(start, start + size))
-            found = dict(zip(self.inner, self.session.run(self.inner, batch), strict=True)) | batch
+            computed = self.session.run(self.inner, batch) if self.inner else []  # without names it is an error
+            found = dict(zip(self.inner, computed, strict=True)) | batch
             yield from ((name, found[name]) for name in self.tensors)
             start += size
             size = max(1, _BYTES // (sum(values.nbytes for values in found.values()) // count(batch)))

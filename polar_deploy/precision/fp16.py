@@ -56,13 +56,26 @@ def _converted(model: onnx.ModelProto, wide: Sequence[str], *, keep_io_types: bo
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    blocked = [*wide, *_without_fp16(model)]
     copy = convert_float_to_float16(
-        copy, keep_io_types=keep_io_types, disable_shape_infer=True, node_block_list=[*wide]
+        copy, keep_io_types=keep_io_types, disable_shape_infer=True, node_block_list=blocked
     )
     if wide:
         graph.join_casts(copy)
     sort_nodes(copy.graph)  # the converter appends its casts
     return graph.inferred(copy)
+
+
+def _without_fp16(model: onnx.ModelProto) -> list[str]:
+    """The nodes of ONNX's operators that know no FP16, in the graph's opset, where they read or write floats."""
+    opset, found = graph.opset_of(model), []
+    for node in model.graph.node:
+        if not node.domain:
+            schema = onnx.defs.get_schema(node.op_type, opset)
+            kinds = [{*parameter.types} for parameter in (*schema.inputs, *schema.outputs)]
+            if any("tensor(float)" in each and "tensor(float16)" not in each for each in kinds):
+                found.append(node.name)
+    return found
 
 
 def _require_range(model: onnx.ModelProto, path: Path) -> None:

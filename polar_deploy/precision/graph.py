@@ -36,7 +36,8 @@ NAMES: dict[int, str] = {
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """Read a valid FP32 network, made plain: no local functions, constants as initializers, every node with a name.
+    """Read a valid FP32 network, made plain: no local functions, constants as initializers that are no inputs, ONNX's
+    own operators under one name of their domain, every node with a name.
 
     Raises:
         ContentError: a tensor has another float type, or one that ONNX cannot tell; the message names it, its node
@@ -46,6 +47,9 @@ def load(path: Path) -> onnx.ModelProto:
     if model.functions:
         model = _by_onnx(model, inliner.inline_local_functions)
     _store_constants(model.graph)
+    _close_constants(model)
+    for part in (*model.opset_import, *model.graph.node):
+        part.domain = "" if part.domain in STANDARD else part.domain
     model = inferred(named(model))
     require_fp32(model.graph, path)
     _require_known(model.graph, path)
@@ -338,6 +342,13 @@ def _store_constants(graph: onnx.GraphProto) -> None:
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
+
+
+def _close_constants(model: onnx.ModelProto) -> None:
+    """Constants that are listed as inputs, too, as all were before version 4 of ONNX's format, are constants only."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    _keep(model.graph.input, lambda value: value.name not in constants)
+    model.ir_version = max(model.ir_version, 4)
 
 
 def require_fp32(graph: onnx.GraphProto, path: Path) -> None:

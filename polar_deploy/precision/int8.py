@@ -94,7 +94,8 @@ class _Writer:
         self.between = {name: tensor for name, (tensor, _) in sums.items()}
         self.main = {name: layer for name, (_, layer) in sums.items()}
         tensors = qdq.activations(model, self.chosen, scheme)
-        self.ranges = calibration.ranges(model, tensors, samples, options.calibration, path)
+        required = {*qdq.activations(model, self.layers, scheme)}
+        self.ranges = calibration.ranges(model, tensors, samples, options.calibration, path, required)
         self.reference = Reference.of(model, proof.spread(samples), path)
 
     def run(self) -> onnx.ModelProto:
@@ -113,7 +114,7 @@ class _Writer:
     def _quantised(self, wide: Collection[str]) -> onnx.ModelProto:
         plain = {*wide, *(name for name, layer in self.main.items() if layer in wide)}
         chosen = [node for node in self.chosen if node.name not in plain]
-        typed = qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between)
+        typed = qdq.quantised(self.model, chosen, self.ranges, self.scheme, self.between, plain)
         if self.scheme.rounds_weights:
             shield(typed)
         return typed

@@ -12,9 +12,12 @@ from onnx import numpy_helper
 from polar_deploy.documents.build import WiderLayer
 from polar_deploy.precision import graph
 
-_WHY = "it and what follows are a norm written out, which needs FP32 inside as ONNX's own norms do"
+_WHY = "it is a norm, or begins one that is written out, which needs FP32 inside as ONNX's own norms do"
 _MEANS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
 _NORMS = frozenset({"ReduceL2", "ReduceSumSquare"})
+_STASHLESS = frozenset(
+    {"LpNormalization", "MeanVarianceNormalization"}
+)  # one node, and no `stash_type` to ask for FP32
 _SHAPES = frozenset({"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _MEETS = frozenset({"Add", "Div", "Mul", "Sub"})
 _ARITHMETIC = _SHAPES | _MEETS | {"Abs", "Clip", "Max", "Neg", "Pow", "Reciprocal", "Sqrt", "Where"}
@@ -23,7 +26,7 @@ _ARITHMETIC = _SHAPES | _MEETS | {"Abs", "Clip", "Max", "Neg", "Pow", "Reciproca
 def written_out(model: onnx.ModelProto) -> tuple[set[str], list[WiderLayer]]:
     """Find norms that are written out: LayerNorm before opset 17, RMSNorm, GRN, division by a vector's length.
 
-    A norm that is one node is none of them.
+    A norm that is one node is none of them, unless ONNX leaves open in which type it computes inside.
 
     Args:
         model: as `graph.load` gives it.
@@ -51,6 +54,10 @@ class _Search:
     def run(self) -> None:
         """Find `squares` and `wide`, by name."""
         for node in self.nodes:
+            if node.op_type in _STASHLESS:
+                self.squares.add(node.name)
+                self.wide.add(node.name)
+                continue
             operands = node.input[:1] if node.op_type in _SHAPES | _MEANS | _NORMS else node.input
             variable = [name for name in operands if name and name not in self.constants]
             of_squares = [self.averages[name] for name in variable if name in self.averages]

@@ -1,8 +1,9 @@
 """Pairs of QuantizeLinear and DequantizeLinear (Q/DQ) in a graph, in the dialects that runtimes fuse.
 
 ONNX Runtime on a CPU: activations unsigned with a zero point, and the outputs of layers rounded, too, as well as what
-lies between (Add, Concat, pooling, shapes), so that integers flow from layer to layer; biases in int32. OpenVINO: the
-same, and it has integer kernels for transposed convolutions without groups.
+lies between (Add, Concat, pooling, shapes), so that integers flow from layer to layer; biases in int32. Its integer
+convolution writes integers only, so that all who read one read it rounded, whatever they are (Sigmoid, HardSwish).
+OpenVINO: the same, but its kernels write floats as well, and it has them for transposed convolutions without groups.
 
 TensorRT: activations signed and symmetric, at the inputs of layers only; biases stay float. The sum of a residual
 block is fused with the convolution in front of it if its OTHER input is rounded (TensorRT's guide: "quantize the
@@ -15,7 +16,7 @@ beta, and it confuses tensors with names of its own making.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from polar_deploy.onnx_files import attribute_value
 from polar_deploy.precision import graph
 from polar_deploy.surgery.detached import put_nodes
+from polar_deploy.surgery.ir import has_body
 
 Range = tuple[float, float]  # the smallest and the largest value that is represented
 
@@ -49,6 +51,7 @@ class Scheme:
         transposed_groups: whether it has kernels for transposed convolutions in groups, whose weights have one scale.
         largest: what the largest weight of a channel becomes.
         rounds_weights: whether the runtime rounds weights unasked that stand between pairs (`shield`).
+        whole: whether its integer convolution writes integers only, so that nothing may read one as it is.
     """
 
     symmetric: bool
@@ -59,6 +62,7 @@ class Scheme:
     transposed_groups: bool = False
     largest: int = 127
     rounds_weights: bool = False
+    whole: bool = False
 
     def has_kernel(self, layer: onnx.NodeProto) -> bool:
         """Whether the runtime computes a layer in integers."""
@@ -77,9 +81,10 @@ ORT = Scheme(
     wider="fp32",
     opset=13,
     rounds_weights=True,
+    whole=True,
 )
 TRT = Scheme(symmetric=True, layers=graph.LAYERS, between=(), wider="fp16", opset=19, transposed_groups=True)
-OPENVINO = replace(ORT, layers=graph.LAYERS, rounds_weights=False)
+OPENVINO = replace(ORT, layers=graph.LAYERS, rounds_weights=False, whole=False)
 SCHEMES = {"onnxruntime": ORT, "openvino": OPENVINO, "tensorrt": TRT}  # as `backends.Backend.int8` names them
 
 
@@ -127,6 +132,7 @@ def quantised(
     ranges: Mapping[str, Range],
     scheme: Scheme,
     sums: Mapping[str, str] | None = None,
+    wide: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A copy of a network in which nodes read, and in ONNX Runtime's dialect write, rounded numbers.
 
@@ -136,8 +142,9 @@ def quantised(
         ranges: of each of their `activations`.
         scheme: the dialect.
         sums: by the name of a sum, the one tensor that it reads as it is.
+        wide: names of nodes that INT8 would hurt: they read no rounded numbers, even where the scheme is `whole`.
     """
-    return _Inserter(model, nodes, ranges, scheme, sums or {}).run()
+    return _Inserter(model, nodes, ranges, scheme, sums or {}, wide).run()
 
 
 class _Inserter:
@@ -150,16 +157,18 @@ class _Inserter:
         ranges: Mapping[str, Range],
         scheme: Scheme,
         sums: Mapping[str, str],
+        wide: Collection[str],
     ) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
-        self.scheme, self.ranges, self.sums = scheme, ranges, sums
+        self.scheme, self.ranges, self.sums, self.wide = scheme, ranges, sums, wide
         self.chosen = {node.name for node in nodes}
         self.names, self.constants = graph.Names(model), graph.weights(model)
         self.outputs = {value.name for value in model.graph.output}
         self.makers = graph.makers(self.model)
         self.readers = graph.readers(self.model)
         self.rounded: dict[str, Rounding] = {}
+        self.whole: set[str] = set()  # what all readers read rounded
         self.absorbed: dict[str, str] = {}  # what a Relu or Clip gave that its pair makes needless -> what it read
         self.pairs: dict[str, str] = {}  # activation -> the same, rounded
         self.raw: dict[str, str] = {}  # output of the graph that is rounded -> the tensor in front of its pair
@@ -189,15 +198,22 @@ class _Inserter:
         result = node.output[0]
         if not self.scheme.outputs or node.op_type in _LOGITS or result not in self.ranges:
             return
+        if self.scheme.whole and node.op_type in self.scheme.layers and self._may_be_whole(result):
+            self.whole.add(result)
         moves = node.op_type in _MOVING and (node.op_type != "Pad" or self._pads_with_zeros(node))
         if moves and node.input[0] in self.rounded:
             self.rounded[result] = self.rounded[node.input[0]]
         else:
             self.rounded[result] = Rounding.of(self.ranges[result], self.scheme.symmetric)
 
+    def _may_be_whole(self, tensor: str) -> bool:
+        """Whether none of its readers has to have a tensor as it is; a body reads it by its name."""
+        return not any(reader.name in self.wide or has_body(reader) for reader in self.readers[tensor])
+
     def _reads_rounded(self, node: onnx.NodeProto) -> Iterator[str]:
         if node.name in self.chosen:
             yield from (name for name in reads(node) if name in self.ranges and name != self.sums.get(node.name))
+        yield from self.whole.intersection(node.input)
 
     def _pads_with_zeros(self, node: onnx.NodeProto) -> bool:
         mode = attribute_value(node, "mode", b"constant")
@@ -207,13 +223,15 @@ class _Inserter:
     def _absorb(self, node: onnx.NodeProto) -> None:
         """Drop a Relu or Clip whose pair cuts off the same values: the layer in front is then fused with the pair.
 
-        Nothing else may read what it reads, or read what it gives without the pair. Where it has to stay, and no
-        integers arrive, there is no reason to round what it reads.
+        Nothing else may read what it reads, or read what it gives without the pair; of two in a row the first one goes.
+        Where it has to stay, and no integers arrive, there is no reason to round what it reads.
         """
         source, result = node.input[0], node.output[0]
         alone = self.readers[source] == [node] and source not in self.outputs
-        if not alone or result not in self.rounded:
+        if not alone or result not in self.rounded or source in self.absorbed:
             return
+        if source in self.whole and self._may_be_whole(result):
+            self.whole.add(result)
         if all(result in self._reads_rounded(reader) for reader in self.readers[result]) and self._cuts_off(node):
             self.absorbed[result] = source
             self.rounded.pop(source, None)

@@ -204,6 +204,103 @@ def weights_far_smaller_than_their_bias() -> onnx.ModelProto:
     return net.classifier(net.conv("r", "c", 8, 8), 8)
 
 
+def read_by(*operators: str) -> Callable[[], onnx.ModelProto]:
+    """A convolution that others read than layers, sums and pooling; of two of them the second joins both."""
+
+    def build() -> onnx.ModelProto:
+        net = Net()
+        source = first = net.conv("input", "a", 3, 8)
+        for operator in operators:
+            inputs = [source, first] if operator == "Mul" else [source]
+            source = net.node(operator, inputs, f"a.{operator}")
+        return net.classifier(net.conv(source, "c", 8, 8), 8)
+
+    return build
+
+
+KINDS |= {
+    "read_by_" + "_and_".join(names): read_by(*names)
+    for names in (("HardSwish",), ("LeakyRelu",), ("Sigmoid", "Mul"), ("Relu", "Tanh"), ("Relu", "Softplus", "Mul"))
+}
+
+
+@kind
+def bounds_twice_in_a_row() -> onnx.ModelProto:
+    net = stem()
+    bounds = [net.constant(f"bound{number}", value=np.float32(number)) for number in (0, 6)]
+    net.node("Relu", [net.node("Clip", ["r", *bounds], "clipped")], "again")
+    return net.classifier(net.conv("again", "c", 8, 8), 8)
+
+
+@kind
+def squares_beyond_fp16() -> onnx.ModelProto:
+    """MeanVarianceNormalization of numbers above 256, whose function in ONNX has constants of FP32."""
+    net = stem()
+    net.constants["a.w"] *= 300
+    net.node("MeanVarianceNormalization", ["r"], "n", axes=[2, 3])
+    return net.classifier(net.conv("n", "c", 8, 8), 8)
+
+
+@kind
+def operators_without_fp16() -> onnx.ModelProto:
+    net = stem()
+    net.node("IsInf", [net.node("Celu", ["r"], "bent")], "endless")
+    net.node("Where", ["endless", net.constant("zero", value=np.float32(0)), "bent"], "finite")
+    return net.classifier(net.conv("finite", "c", 8, 8), 8)
+
+
+@kind
+def a_layer_that_reads_the_input() -> onnx.ModelProto:
+    net = Net()
+    net.node("Gemm", [net.node("Flatten", ["input"], "flat"), net.constant("o.w", 5, 3 * SIDE**2)], "logits", transB=1)
+    return net.model()
+
+
+@kind
+def joined_with_nothing() -> onnx.ModelProto:
+    net = stem()
+    for name, value in (("first", 0), ("last", 0), ("axis", 1)):
+        net.constant(name, value=np.array([value]))
+    net.node("Slice", ["r", "first", "last", "axis"], "nothing")
+    net.node("Concat", ["r", "nothing"], "all", axis=1)
+    return net.classifier(net.conv("all", "c", 8, 8), 8)
+
+
+@kind
+def attention_with_a_mask() -> onnx.ModelProto:
+    """What is masked gets minus infinity before Softmax, by a tensor that is computed: its range has no end."""
+    net = stem()
+    net.constant("rows", value=np.array([0, 8, SIDE**2]))
+    net.node("Reshape", ["r", "rows"], "keys")
+    net.node("MatMul", [net.node("Transpose", ["keys"], "tokens", perm=[0, 2, 1]), "keys"], "products")
+    net.node("Div", ["products", net.constant("root", value=np.float32(8**0.5))], "scores")
+    net.node("Mul", ["scores", net.constant("zero", value=np.float32(0))], "open")
+    net.constant("masked", value=np.arange(SIDE**2) % 3 == 0)
+    net.node("Where", ["masked", net.constant("no", value=np.float32(-np.inf)), "open"], "mask")
+    net.node("Softmax", [net.node("Add", ["scores", "mask"], "allowed")], "shares", axis=-1)
+    net.node("MatMul", ["keys", "shares"], "mixed")
+    net.node("Reshape", ["mixed", net.constant("image", value=np.array([0, 8, SIDE, SIDE]))], "back")
+    return net.classifier(net.conv("back", "c", 8, 8), 8)
+
+
+@kind
+def constants_that_are_inputs_too() -> onnx.ModelProto:
+    made = stem().classifier("r", 8, 12)
+    made.ir_version = 3  # the format before constants could stand alone
+    for tensor in made.graph.initializer:
+        made.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+@kind
+def operators_of_a_domain_by_its_name() -> onnx.ModelProto:
+    made = stem().classifier("r", 8)
+    made.opset_import[0].domain = "ai.onnx"
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
 @kind
 def what_lies_between() -> onnx.ModelProto:
     """Padding with a number, bounds that are not 0, pooling, a slice: none may be computed with others' scales."""

@@ -223,3 +223,21 @@ def test_residual_network(tmp_path: Path) -> None:
     assert {name for name, kind in kinds(result).items() if kind == FLOAT} == {"input", "logits"}
     exact, found = run(network), run(result)
     assert np.abs(found - exact).max() / np.abs(exact).max() < 3e-2
+
+
+def test_tensors_with_the_names_of_casts_stay_what_they_are(tmp_path: Path) -> None:
+    """Celu knows no BF16, so that casts stand around it; two constants and a node have their names already."""
+    ones, twos = np.ones((1, 3, 8, 8), np.float32), np.full((1, 3, 8, 8), 2, np.float32)
+    nodes = [
+        helper.make_node("Add", ["input", "input/bf16"], ["a"], name="a/fp32/cast"),
+        helper.make_node("Celu", ["a"], ["e"], name="celu"),
+        helper.make_node("Mul", ["e", "a/fp32"], ["m"], name="mul"),
+        helper.make_node("ReduceSum", ["m", "axes"], ["logits"], name="sum", keepdims=0),
+    ]
+    constants = {"input/bf16": ones, "a/fp32": twos, "axes": np.array([2, 3])}
+    network = model(nodes, constants, 3, 8)
+    batch = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    exact, found = (
+        ReferenceEvaluator(each).run(None, {"input": batch})[0] for each in (network, converted(network, tmp_path))
+    )
+    np.testing.assert_allclose(found, exact, rtol=0.03, atol=0.5)

@@ -38,6 +38,39 @@ def test_error_of_a_layer_is_that_of_rounding_by_hand(tmp_path: Path) -> None:
     assert sensitivity.errors(network, typed, reference) == {"fc": pytest.approx(expected, rel=0.02)}
 
 
+def test_what_a_convolution_writes_counts_as_well_where_no_layer_reads_it(tmp_path: Path) -> None:
+    """By hand: 8 bits for what it reads and what it writes, 7 with a sign for its weights, a scale a channel."""
+    batch = images(proof.SAMPLES)
+    weight = (np.random.default_rng(0).normal(size=(4, 3)) * [[30], [1], [1], [1]]).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "weight"], ["convolved"], name="conv"),
+        helper.make_node("Tanh", ["convolved"], ["bent"], name="tanh"),
+        helper.make_node("ReduceMean", ["bent", "axes"], ["logits"], name="mean", keepdims=0),
+    ]
+    network = model(nodes, {"weight": weight[:, :, None, None], "axes": np.array([2, 3])}, 4, SIZE)
+
+    def convolved(samples: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.einsum("nchw,oc->nohw", samples, weights)
+
+    def stepped(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+        step = (like.max() - like.min()) / 255
+        zero = np.round(-like.min() / step)
+        return (np.clip(np.round(values / step) + zero, 0, 255) - zero) * step
+
+    def off(found: np.ndarray) -> float:
+        logits, exact = (np.tanh(each).mean(axis=(2, 3)) for each in (found, convolved(batch, weight)))
+        logits, exact = (each - each.mean(axis=1, keepdims=True) for each in (logits, exact))
+        return float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+
+    rows = np.abs(weight).max(axis=1, keepdims=True) / 64
+    read = convolved(stepped(batch, batch), np.round(weight / rows) * rows)
+    whole = off(stepped(read, convolved(batch, weight)))
+    typed, _ = written(network, "ort-int8", tmp_path, batch, reduce_range=True, **MINMAX)
+    found = sensitivity.errors(network, typed, Reference.of(network, {"input": batch}, PATH))
+    assert found == {"conv": pytest.approx(whole, rel=0.02)}
+    assert abs(off(read) / whole - 1) > 0.1
+
+
 def test_errors_of_single_layers_add_up_to_that_of_the_network(tmp_path: Path) -> None:
     """As squares do, nearly: roundings are independent."""
     network, batch = residual(), images(proof.SAMPLES)
