@@ -21,7 +21,7 @@ from typing import Any
 from polar_deploy import limits
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `_aside` gives
+_LEFTOVER = re.compile(r"\.(.*)\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `_aside` gives
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
@@ -229,12 +229,20 @@ def _full_disk_noticed(path: Path) -> Iterator[None]:
         raise
 
 
+def _meant(path: Path) -> Path:
+    """What a file that is written inside a folder aside is a part of, by the name that people know."""
+    for each in reversed((path, *path.parents)):  # the outermost one
+        if aside := _LEFTOVER.fullmatch(each.name):
+            return each.with_name(f"{aside[1]}{aside[2] or ''}")
+    return path
+
+
 def _disk_full(path: Path) -> MachineError:
     folder = path
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    what = f"no space left to write {path}: {free:,} bytes are free there (or a quota is used up)"
+    what = f"no space left to write {_meant(path)}: {free:,} bytes are free there (or a quota is used up)"
     return MachineError(what, "free some space or choose another place, then give the same command again")
 
 

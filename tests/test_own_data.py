@@ -1,4 +1,4 @@
-"""docs/own-data.md: each of its blocks runs, and what it defines goes where the page says."""
+"""docs/own-data.md, and the network of own-network.md: each block runs, and what it defines goes where it says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from polar_deploy.tasks.detection import detector
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NETWORK_PAGE = (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8")
+BLOCKS, (NETWORK, *_) = (
+    re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for page in (PAGE, NETWORK_PAGE)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +36,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "mypackage").mkdir()
     (tmp_path / "mypackage" / "detectors.py").write_text(BLOCKS[0], encoding="utf-8")
-    (tmp_path / "mypackage" / "nets.py").write_text(BLOCKS[1], encoding="utf-8")
-    (tmp_path / "mypackage" / "sets.py").write_text("\n".join(BLOCKS[2:]), encoding="utf-8")
+    (tmp_path / "mypackage" / "nets.py").write_text(NETWORK, encoding="utf-8")
+    (tmp_path / "mypackage" / "sets.py").write_text("\n".join(BLOCKS[1:]), encoding="utf-8")
     own.load.cache_clear()
     yield tmp_path
     own.load.cache_clear()
@@ -43,10 +46,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_all_blocks_are_taken() -> None:
-    assert PAGE.count("```python") == len(BLOCKS) == 5
+    assert PAGE.count("```python") == len(BLOCKS) == 4
     assert [re.findall(r"^(?:def|class) (\w+)", block, re.MULTILINE) for block in BLOCKS] == [
         ["Fcos", "fcos"],
-        ["small"],
         ["parts"],
         ["Tiles", "tiles"],
         ["signs"],
@@ -54,8 +56,8 @@ def test_all_blocks_are_taken() -> None:
 
 
 def test_the_commands_are_commands() -> None:
-    lines = re.findall(r"`(--(?:model|data) [^`]+)`", PAGE)
-    assert len(lines) == 2
+    lines = re.findall(r"`(--(?:model|data) [^`]+)`", PAGE + NETWORK_PAGE)
+    assert lines
     for line in lines:
         parser = argparse.ArgumentParser(exit_on_error=False)
         pipeline.add_arguments(parser)

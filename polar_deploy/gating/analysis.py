@@ -106,10 +106,13 @@ def require_patterns(patterns: Sequence[str]) -> Sequence[str]:
     return patterns
 
 
-def require_float32(network: nn.Module) -> None:
-    """Raise UsageError where no parameter is in float32, the type of graphs and of what they are compared with."""
+def require_float32(network: nn.Module, *, or_wider: bool = False) -> None:
+    """Raise UsageError where no parameter is in float32, the type of graphs and of what they are compared with.
+
+    or_wider: whether float64 will do, too.
+    """
     kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
-    if kinds and torch.float32 not in kinds:
+    if kinds and torch.float32 not in kinds and not (or_wider and torch.float64 in kinds):
         raise UsageError(
             f"the parameters of {type(network).__name__} are {min(map(str, kinds))}",
             "give it in float32, by its `float()`: autocast can compute in less",

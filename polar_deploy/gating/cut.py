@@ -32,9 +32,13 @@ _DEPLOY = "deploy the ONNX graph (Gates.export, then surgery), or leave that lay
 
 def cut(model: nn.Module, analysis: Analysis, opened: Bools) -> nn.Module:
     """A copy of `model` without what is closed in bool [gates], in the same mode, without gates; see `Gates.cut`."""
-    require_float32(model)
+    require_float32(model, or_wider=True)
     small = masking.stripped(model)
     example = analysis.example.to(device_of(model))
+    if all(parameter.dtype is torch.float64 for parameter in model.parameters()):
+        example = example.mapped(
+            lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
+        )
     calls = watch(small, example)
     closed = _closed(analysis, opened)
     left = slices(closed, set(own_tensors(small)))

@@ -22,8 +22,8 @@ from polar_deploy.surgery.sizes import (
     symbols,
     two_probes,
 )
-from polar_deploy.surgery.standins import STANDARD, stand_ins
-from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred
+from polar_deploy.surgery.standins import STANDARD, known, stand_ins
+from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred, opset_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -167,7 +167,8 @@ class Skeleton:
         model = self.model
         custom = set(not_inferred(model))
         graph = onnx.GraphProto(name=model.graph.name or "graph")
-        graph.node.extend(model.graph.node)
+        opset = opset_of(model)
+        graph.node.extend(each for node in model.graph.node for each in known(node, opset))
         for node in graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")

@@ -273,7 +273,7 @@ def attention_with_a_mask() -> onnx.ModelProto:
     net.constant("rows", value=np.array([0, 8, SIDE**2]))
     net.node("Reshape", ["r", "rows"], "keys")
     net.node("MatMul", [net.node("Transpose", ["keys"], "tokens", perm=[0, 2, 1]), "keys"], "products")
-    net.node("Div", ["products", net.constant("root", value=np.float32(8**0.5))], "scores")
+    net.node("Div", ["products", net.constant("root", value=np.float32(8))], "scores")
     net.node("Mul", ["scores", net.constant("zero", value=np.float32(0))], "open")
     net.constant("masked", value=np.arange(SIDE**2) % 3 == 0)
     net.node("Where", ["masked", net.constant("no", value=np.float32(-np.inf)), "open"], "mask")

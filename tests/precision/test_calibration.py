@@ -24,10 +24,12 @@ def doubler() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def ranges(values: np.ndarray, method: str, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
+def ranges(
+    values: np.ndarray, method: str, percentile: float = 99.99, required: tuple[str, ...] = ()
+) -> dict[str, tuple[float, float]]:
     images = values.astype(np.float32).reshape(-1, 1, 16, 16)
     how = Calibration(method=method, percentile=percentile)
-    return calibration.ranges(doubler(), ["input", "doubled"], {"input": images}, how, PATH)
+    return calibration.ranges(doubler(), ["input", "doubled"], {"input": images}, how, PATH, required)
 
 
 UNIFORM = np.random.default_rng(0).uniform(-1, 3, 400 * 256)
@@ -81,4 +83,9 @@ def test_overflow_inside_names_tensor_and_node() -> None:
     with pytest.raises(
         ContentError, match=r"a\.onnx: tensor 'doubled' of node 'doubled' \(operator Add\) is NaN or inf"
     ):
-        ranges(np.full(256, 3e38), "minmax")
+        ranges(np.full(256, 3e38), "minmax", required=("doubled",))
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_what_overflows_and_is_not_required_has_no_range(method: str) -> None:
+    assert list(ranges(np.full(256, 3e38), method, required=("input",))) == ["input"]
