@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import ROOT, SHARED, run_pipeline, write_result
+from benchmarks.common import ROOT, SHARED, report_of, run_pipeline, write_result
 from tests.support.shared import cifar_folder
 
 SPEEDUP = 1.4  # the bar
@@ -27,9 +27,7 @@ def main() -> int:
         given = ("--recipe", str(ROOT / "benchmarks/cifar10-resnet20.yaml"), "--target", "ort-int8")
         weights = ("--full-weights", str(SHARED / "models/resnet20.npz"))
         run = run_pipeline(folder / "run", *given, *weights, "--data-dir", str(cifar_folder(folder, "cifar10")))
-    if run["report"] is None:
-        raise SystemExit(f"the run ended with exit code {run['exit_code']} and without a report")
-    speedup = run["report"]["latency"]["speedup"]
+    speedup = report_of(run)["latency"]["speedup"]
     bars = {
         f"ort-int8, ResNet-20, default budget: >= {SPEEDUP}x at batch 1: {speedup['median']:.2f}x": (
             speedup["median"] >= SPEEDUP

@@ -50,6 +50,14 @@ def run_pipeline(folder: Path, *arguments: str) -> dict[str, Any]:
     }
 
 
+def report_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The report.json of what `run_pipeline` gave; SystemExit where the run ended without one."""
+    if run["report"] is None:
+        raise SystemExit(f"the run ended with exit code {run['exit_code']} and without a report")
+    report: dict[str, Any] = run["report"]
+    return report
+
+
 def resnet20_run(folder: Path, data: Path, epochs: int = 6) -> Path:
     """A run of the public ResNet-20 on CIFAR-10, which lies in `data`, as far as surgery: 6 minutes an epoch."""
     recipe, weights = ROOT / "benchmarks/cifar10-resnet20.yaml", SHARED / "models/resnet20.npz"

@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.common import ROOT, SHARED, run_pipeline, write_result
+from benchmarks.common import ROOT, SHARED, report_of, run_pipeline, write_result
 from tests.support.shared import cifar_folder
 
 WEIGHTS = {"cifar10": SHARED / "models" / "resnet20.npz"}
@@ -42,7 +42,7 @@ def main() -> int:
     seeds = arguments.seeds.split(",")
     folders = {seed: arguments.work / f"{arguments.data}-{seed}" for seed in seeds}
     runs = {seed: run_pipeline(folder, *given, "--seed", seed) for seed, folder in folders.items()}
-    reports = [run["report"] for run in runs.values()]
+    reports = [report_of(run) for run in runs.values()]
     drop = statistics.mean(each["accuracy"]["drop"] for each in reports)
     bars = {
         f"{SEEDS} seeds or more": len(runs) >= SEEDS,

@@ -15,9 +15,8 @@ from polar_deploy.precision import graph
 _WHY = "it is a norm, or begins one that is written out, which needs FP32 inside as ONNX's own norms do"
 _MEANS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
 _NORMS = frozenset({"ReduceL2", "ReduceSumSquare"})
-_STASHLESS = frozenset(
-    {"LpNormalization", "MeanVarianceNormalization"}
-)  # one node, and no `stash_type` to ask for FP32
+# Norms of one node that have no `stash_type` to ask for FP32.
+_STASHLESS = frozenset({"LpNormalization", "MeanVarianceNormalization"})
 _SHAPES = frozenset({"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _MEETS = frozenset({"Add", "Div", "Mul", "Sub"})
 _ARITHMETIC = _SHAPES | _MEETS | {"Abs", "Clip", "Max", "Neg", "Pow", "Reciprocal", "Sqrt", "Where"}

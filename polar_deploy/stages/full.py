@@ -29,21 +29,33 @@ def _run(run: RunContext) -> None:
 
 def train(run: RunContext) -> tuple[nn.Module, Epoch | None]:
     """The full network, and what is to be logged of one that was given; every process of a run does this."""
-    from polar_deploy import models
     from polar_deploy.documents.training_log import Epoch
     from polar_deploy.stages.training import training_job
     from polar_deploy.training.full import train_full
     from polar_deploy.training.loop import evaluate
 
     given, network = run.settings.full_weights, run.network()
-    if given is not None and run.leads:
-        models.load_weights(network, given)
+    if run.leads:
+        load_given(run, network)
     fit = training_job(run, "full", "full", network, run.settings.training.full_epochs, _fingerprint(run))
     if given is None:
         train_full(fit, run.progress)
         return network, None
     score = evaluate(run.task, fit.network, fit.validation)
     return network, Epoch(epoch=0, given=True, val_score=score)
+
+
+def load_given(run: RunContext, network: nn.Module) -> None:
+    """Put the weights that were given into a network, if any were.
+
+    Raises:
+        UsageError: they are not where they should be.
+        ContentError: they are of another network.
+    """
+    from polar_deploy import models
+
+    if run.settings.full_weights is not None:
+        models.load_weights(network, run.settings.full_weights)
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:

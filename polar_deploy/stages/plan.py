@@ -24,11 +24,10 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
         ContentError: these weights are of another network; or the network cannot be exported, or what surgery makes of
             it is not what is promised.
     """
-    from polar_deploy import models
     from polar_deploy.gating import budgets
 
-    if run.settings.full_weights is not None and full.STAGE in stages:
-        models.load_weights(run.network(), run.settings.full_weights)
+    if full.STAGE in stages and run.settings.full_weights is not None:  # else no network is built for it
+        full.load_given(run, run.network())
     settings, choices, latency, allowed = run.settings, run.analysis.choices, known_latency(run), limits(run)
     budgets.require_reachable(choices, allowed, run.budget, latency)
     return {

@@ -118,10 +118,8 @@ def _preflight(run: RunContext, stages: Sequence[Stage]) -> None:
     stale = [stage for stage in builds if not is_current(run, stage)]
     if stale:  # else PyTorch is not even imported
         network = run.network()
-        if full.STAGE in stages and run.settings.full_weights is not None:
-            from polar_deploy import models
-
-            models.load_weights(network, run.settings.full_weights)
+        if full.STAGE in stages:
+            full.load_given(run, network)
     if gates.STAGE in stale:
         gates.require_reachable(run)  # last: it takes an export
 
