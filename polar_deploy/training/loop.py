@@ -29,6 +29,9 @@ from polar_deploy.training.energy import Meter
 from polar_deploy.training.passes import Passes
 
 
+VECTOR = 16  # float32 values in the widest vectors of x86: with fewer channels oneDNN has rests to care for
+
+
 class Method(Protocol):
     """What is particular to one way of training; `done` is the share of the run that is over.
 
@@ -292,4 +295,23 @@ def prepare(network: nn.Module, settings: ResolvedSettings, device: torch.device
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
     layout = torch.channels_last if settings.training.channels_last else torch.contiguous_format
-    return network.to(device=device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+    network = network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if device.type == "cpu":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and _is_pointwise_strided(module) and module.in_channels < VECTOR:
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+                module.register_forward_pre_hook(_contiguous)
+    return network
+
+
+def _is_pointwise_strided(module: nn.Conv2d) -> bool:
+    return module.kernel_size == (1, 1) and max(module.stride) > 1
+
+
+def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In channels_last memory oneDNN writes past the end of this layer's gradient (uxlfoundation/oneDNN#6035).
+
+    Copied, as the weights are, and not asked for `contiguous`: of a side of 1 both layouts are, by other strides.
+    """
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in args)

@@ -101,6 +101,26 @@ def test_preparing_sets_layout_and_threads() -> None:
         torch.set_num_threads(threads)
 
 
+class Shortcut(nn.Sequential):
+    """Reads few channels at every second place, and tells how they lie in memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 24, 1, stride=2))
+        self[1].register_forward_hook(self._look)
+
+    def _look(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        """Called after what `prepare` hooks in, which changes what the layer is given."""
+        self.strides = [each.stride()[-1] for each in (args[0], self[1].weight)]
+
+
+@pytest.mark.parametrize(("channels", "strides"), [(4, [1, 1]), (15, [1, 1]), (16, [16, 16])])
+def test_what_onednn_would_write_past_the_end_of_is_kept_from_it(channels: int, strides: list[int]) -> None:
+    """Not tried with the kernel itself, which damages memory: uxlfoundation/oneDNN#6035."""
+    shortcut = loop.prepare(Shortcut(channels), settings(), CPU)
+    shortcut(torch.zeros(2, 3, 10, 10).to(memory_format=torch.channels_last))
+    assert shortcut.strides == strides
+
+
 def test_the_device_is_the_gpu_where_there_is_one() -> None:
     assert loop.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
