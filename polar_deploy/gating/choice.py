@@ -1,6 +1,7 @@
 """The choice of a sub-network: which gates of each site stay, given what they are worth, under budgets.
 
-How many stay where is a small integer program (`solver`); which ones is an order: the most useful first.
+How many stay where is a small integer program (`solver`) of what was measured (`sensitivity`), or of what gradients say
+where nothing was; which ones is an order: the most useful first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from polar_deploy.costs import Cost, Floats, State
 from polar_deploy.errors import UsageError
 from polar_deploy.gating import solver
 from polar_deploy.gating.schedule import is_number
+from polar_deploy.gating.sensitivity import Sensitivity
 from polar_deploy.gating.solver import Problem
 from polar_deploy.surgery.choices import Choices, Site
 from polar_deploy.surgery.facts import Bools
@@ -69,21 +71,54 @@ class Limits:
 
 
 def problem(
-    choices: Choices, limits: Limits, costs: Mapping[str, Cost], asked: Mapping[str, float], worth: Floats
+    choices: Choices,
+    limits: Limits,
+    costs: Mapping[str, Cost],
+    asked: Mapping[str, float],
+    worth: Floats,
+    sensitivity: Sensitivity | None = None,
 ) -> Problem:
-    """The integer program. worth: float [gates] >= 0, what each gate is worth.
+    """The integer program. worth: float [gates] >= 0, what each gate is worth by its gradients.
 
-    A block is worth at least what its gates are together: its own gradient says too little of so large a step.
+    What is kept is worth the error of the outputs that it saves, or without a `sensitivity` what its gates are
+    together. A block is worth what it is itself, but not less than what is inside of it: its own gradient says too
+    little of so large a step.
     """
-    sites = tuple(
-        solver.Site(allowed, np.concatenate([[0.0], np.cumsum(-np.sort(-worth[_of(site)]))]), site.blocks)
-        for site, allowed in zip(choices.sites, limits.widths, strict=True)
-    )
-    beyond = [
-        max(0.0, float(worth[block.gate]) - sum(float(s.utility[-1]) for s in sites if index in s.blocks))
-        for index, block in enumerate(choices.blocks)
+    if sensitivity is None:
+        curves = [np.concatenate([[0.0], np.cumsum(-np.sort(-worth[_of(site)]))]) for site in choices.sites]
+        blocks = worth[[block.gate for block in choices.blocks]]
+    else:
+        curves, blocks = _saved(choices, limits, sensitivity), sensitivity.blocks
+    given = zip(choices.sites, limits.widths, curves, strict=True)
+    sites = tuple(solver.Site(allowed, curve, site.blocks) for site, allowed, curve in given)
+    inside = [sum(float(site.utility[-1]) for site in sites if index in site.blocks) for index in range(len(blocks))]
+    beyond = np.maximum(0.0, blocks - inside)
+    return Problem(sites, beyond, {name: costs[name] for name in asked}, dict(asked), choices.alive)
+
+
+def _saved(choices: Choices, limits: Limits, sensitivity: Sensitivity) -> list[Floats]:
+    """For each site float [gates + 1]: the error that the n most useful ones save, against the least width allowed.
+
+    Where narrowing all of a block's sites costs more than closing the block, they are worth as much less: a block
+    that is hardly missed is not kept for the sake of its width.
+    """
+    curves = [
+        np.interp(np.arange(site.width + 1), allowed, errors[0] - errors)
+        for site, allowed, errors in zip(choices.sites, limits.widths, sensitivity.sites, strict=True)
     ]
-    return Problem(sites, np.array(beyond), {name: costs[name] for name in asked}, dict(asked), choices.alive)
+    for block, error in sorted(enumerate(sensitivity.blocks), key=lambda each: _sites_in(choices, each[0])):
+        inside = [index for index, site in enumerate(choices.sites) if block in site.blocks]
+        excess = sum(float(curves[index][-1]) for index in inside) - float(error)
+        if excess > 0:
+            for index in inside:
+                curves[index] = np.maximum(0.0, curves[index] - excess / len(inside))
+    # Of two states that save the same, the larger one is the better.
+    least = max([float(curve[-1]) for curve in curves] + [1e-300]) * 1e-9
+    return [curve + least * np.arange(len(curve)) for curve in curves]
+
+
+def _sites_in(choices: Choices, block: int) -> int:
+    return sum(block in site.blocks for site in choices.sites)
 
 
 def choose(
@@ -92,6 +127,7 @@ def choose(
     costs: Mapping[str, Cost],
     asked: Mapping[str, float],
     worth: Floats,
+    sensitivity: Sensitivity | None = None,
 ) -> Bools:
     """The state bool [gates] of most worth within the budgets.
 
@@ -101,7 +137,7 @@ def choose(
     # No gate is worth nothing: of two states that keep the same, the larger one is the better.
     floor = max(float(worth.max()), 1e-300) * 1e-9
     worth = np.maximum(worth, floor)
-    return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth)).state, worth)
+    return opened(choices, solver.solve(problem(choices, limits, costs, asked, worth, sensitivity)).state, worth)
 
 
 def choose_measured(
@@ -110,6 +146,7 @@ def choose_measured(
     costs: Mapping[str, Cost],
     asked: Mapping[str, float],
     worth: Floats,
+    sensitivity: Sensitivity | None,
     measured: Measured,
 ) -> Bools:
     """The same, where what is chosen turns out to be within the latency budget when it runs.
@@ -120,7 +157,7 @@ def choose_measured(
     Raises:
         UsageError: no state is within the budgets as `costs` have them.
     """
-    best, aim = choose(choices, limits, costs, asked, worth), dict(asked)
+    best, aim = choose(choices, limits, costs, asked, worth, sensitivity), dict(asked)
     for _ in range(ATTEMPTS):
         found = measured(counts(choices, best))
         if found <= (1 + TOLERANCE) * asked["latency"]:
@@ -128,7 +165,7 @@ def choose_measured(
         aim["latency"] *= asked["latency"] / found
         if not is_reachable(choices, limits, costs, aim):
             break
-        best = choose(choices, limits, costs, aim, worth)
+        best = choose(choices, limits, costs, aim, worth, sensitivity)
     return best
 
 

@@ -6,8 +6,8 @@
         optimizer.zero_grad(); loss.backward(); optimizer.step(); gates.step()
     gates.export("gated.onnx"); small = gates.cut()
 
-`step` watches what each gate is worth while all are open, chooses at `close_from` what stays within the budget, closes
-the rest little by little, and fixes them at `freeze_at`.
+`step` watches what each gate is worth while all are open, and at `close_from` tries what the outputs miss where layers
+are narrower; it chooses what stays within the budget, closes the rest little by little, and fixes all at `freeze_at`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from polar_deploy.gating.choice import Limits, Measured, choose, choose_measured
 from polar_deploy.gating.latency import latency_cost
 from polar_deploy.gating.sampling import SampleGates
 from polar_deploy.gating.schedule import Schedule, closing
+from polar_deploy.gating.sensitivity import Call, measure
 from polar_deploy.gating.utility import Begin, Observer
 from polar_deploy.latency import LatencyTable
 from polar_deploy.surgery.choices import Block, Site
@@ -127,10 +128,11 @@ class Gates:
         self._step = 0
         self._stance: Any = None  # what torch.compile is to do while a step is watched
         self.phase: Phase = "open"
-        self.opened: Bools = np.ones(self.analysis.choices.gates, bool)
-        self._stay: Bools = self.opened.copy()  # what was chosen
-        self._observer = Observer(self._carriers(), self.analysis.gate_of(device_of(model)), len(self.opened))
-        self._sampler = SampleGates(self._carriers(), self.analysis, self._observer) if mode == "sample" else None
+        self.opened = np.ones(self.analysis.choices.gates, bool)
+        self._stay = self.opened.copy()  # what was chosen
+        carriers = masking.carriers(model, self.analysis.places)
+        self._observer = Observer(carriers, self.analysis.gate_of(device_of(model)), len(self.opened))
+        self._sampler = SampleGates(carriers, self.analysis, self._observer) if mode == "sample" else None
         self._handles.append(model.register_forward_pre_hook(Begin(self._observer), with_kwargs=True))
         self._watch()
         if rehearse:
@@ -206,13 +208,13 @@ class Gates:
     def step(self) -> None:
         """To be called after each step of the optimizer."""
         self._step += 1
-        seen = self._observer.conclude()
+        seen, calls = self._observer.conclude(), self._observer.calls()
         if self.phase == "frozen":
             return
         if self.phase == "open":
             self._learn(seen)
             if self._step >= self.schedule.chosen_at and self._observer.observations:
-                self._stay, self.phase = self._choose(), "learning"
+                self._stay, self.phase = self._choose(calls), "learning"
         elif self._sampler is not None:
             self._sampler.step(self.schedule.progress(self._step))
         if self._step >= self.schedule.frozen_at:
@@ -225,6 +227,7 @@ class Gates:
     def discard(self) -> None:
         """Forget the passes since the last `step`, which failed and are made again."""
         self._observer.conclude()
+        self._observer.calls()
         if self._sampler is not None:
             self._sampler.discard()
 
@@ -336,11 +339,6 @@ class Gates:
     def _signature(self) -> list[list[Any]]:
         return [[name, kind, len(gates)] for gates, name, kind in self.analysis.choices.owners()]
 
-    def _carriers(self) -> list[tuple[int, str]]:
-        """For each mask the module that carries it, and the name of its buffer there."""
-        places = self.analysis.places
-        return [(id(self.model.get_submodule(place.module)), masking.buffer(place)) for place in places]
-
     def _learn(self, seen: Tensor | None) -> None:
         """Take in what the step before showed."""
         if self._is_watched(self._step - 1):
@@ -348,11 +346,12 @@ class Gates:
         if seen is not None:
             self._observer.learn(seen)
 
-    def _choose(self) -> Bools:
-        """The best state within the budget, in all processes the same."""
+    def _choose(self, calls: Sequence[Call] | None = None) -> Bools:
+        """The best state within the budget, in all processes the same; `calls`: passes to measure sensitivities on."""
         self._observer.warn_of_unseen(self.analysis.choices.owners())
         worth = self._worth if self._observer.observations else np.ones(len(self.opened))
-        given = self.analysis.choices, self._limits, self._costs, self.budget, worth
+        tried = None if calls is None else measure(self.model, self.analysis, calls, self._limits.widths, worth)
+        given = self.analysis.choices, self._limits, self._costs, self.budget, worth, tried
         if self._measured is None:
             return processes.of_the_first(choose(*given))
         return processes.of_the_first(choose_measured(*given, self._measured) if processes.is_first() else self.opened)
@@ -372,21 +371,22 @@ class Gates:
         masking.write(self.model, self.analysis, self._values)
 
     def _is_watched(self, step: int) -> bool:
-        """Whether the step after `step` steps is watched: only while all gates are open, since the gradients inside of
-        what closes vanish with it."""
+        """Whether the step after `step` steps is watched: while all are open, since gradients vanish in what closes."""
         return self.phase == "open" and step % (2 if step < 2 * WATCH_FIRST else WATCH_EVERY) == 0
 
     def _watch(self) -> None:
         """Look at the next step, or not."""
         watched = self._is_watched(self._step)
         sampling = self._sampler is not None and self.phase == "learning"
+        chooses = self.phase == "open" and self._step + 1 >= self.schedule.chosen_at
+        self._observer.keeps_calls = chooses
         masking.listen(self._observer, on=watched)
         if self._sampler is not None:
             masking.listen(self._sampler, on=sampling)
-        self._run_eagerly((watched or sampling) and masking.is_compiled())
+        self._run_eagerly((watched or sampling or chooses) and masking.is_compiled())
 
     def _run_eagerly(self, on: bool) -> None:
-        """The next step as it is written, or compiled again: compiled code shows nothing to the observer."""
+        """The next step as written, or compiled again: compiled code shows nothing."""
         if on and self._stance is None:
             self._stance = torch.compiler.set_stance("force_eager")
         elif not on and self._stance is not None:

@@ -284,6 +284,11 @@ def require_bare(network: nn.Module) -> None:
             )
 
 
+def carriers(network: nn.Module, places: Sequence[Place]) -> list[tuple[int, str]]:
+    """For each place the module that carries its mask, as `id` has it, and the name of the mask's buffer there."""
+    return [(id(network.get_submodule(place.module)), buffer(place)) for place in places]
+
+
 def buffer(place: Place) -> str:
     """The name of the buffer that holds a place's mask."""
     return OUTPUT if place.argument is None else INPUT

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy.errors import UsageError
-from polar_deploy.export import Example
+from polar_deploy.export import Example, device_of
+from polar_deploy.gating.sensitivity import Call
 
 LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
 MOST_NAMES = 5  # of sites, in a warning
+MOST_CALLS = 2  # of a step that can be made again: they hold their inputs
 MOST_PASSES = 64  # that a step may consist of; older ones belong to nobody who calls `step`
 _Key = tuple[int, str]
 
@@ -45,8 +47,10 @@ class Observer:
         self.observations = 0
         self._gate_of = dict(zip(carriers, gate_of, strict=True))
         self._passes: list[_Pass] = []
+        self._calls: list[Call] = []
         self._has_seen = False  # any gradient, be it finite or not
         self._looks = True  # at the pass that is under way
+        self.keeps_calls = False  # whether passes can be made again, for as long as they are not concluded
         self.number = 0  # of forward passes so far
 
     @property
@@ -59,11 +63,12 @@ class Observer:
         if self._passes:
             self._passes[-1].put(first, gradient)
 
-    def begin(self, batch: int) -> None:
-        """A forward pass of `batch` samples starts."""
+    def begin(self, call: Call) -> None:
+        """A forward pass starts."""
         self._looks = True
         self.number += 1
-        self._passes = [*self._passes[1 - MOST_PASSES :], _Pass(batch, self.gates)]
+        self._passes = [*self._passes[1 - MOST_PASSES :], _Pass(call.example.batch, self.gates)]
+        self._calls = [*self._calls[1 - MOST_CALLS :], call] if self.keeps_calls else []
 
     def look_away(self) -> None:
         """A forward pass starts that is not to be learned from: one of an evaluation in the middle of a step."""
@@ -83,6 +88,11 @@ class Observer:
         now, held = self._passes[-1], x.detach()
         masked.register_hook(lambda gradient: now.add(held, gradient, gates, axes))  # type: ignore[no-untyped-call]
         return masked
+
+    def calls(self) -> list[Call]:
+        """The last passes since the last time, where they are kept; then they are forgotten."""
+        calls, self._calls = self._calls, []
+        return calls
 
     def conclude(self) -> Tensor | None:
         """The utilities of the passes since the last time, float [gates]; None where nothing finite was seen."""
@@ -171,7 +181,7 @@ class Begin:
         if observer is None or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            observer.begin(Example(args, kwargs).batch)
+            observer.begin(Call.of(Example(args, kwargs), device_of(module)))
         else:
             observer.look_away()
 
