@@ -115,6 +115,8 @@ def count(
     for position, node in enumerate(model.graph.node):
         names, operator = list(node.input), node.op_type
         own = [name for name in names if name in sizes]
+        if not own and operator not in WEIGHTS:
+            continue
         if position in folding:
             own = own[:1] if folding[position] else []
         new = 0
@@ -171,8 +173,13 @@ def parameters(model: onnx.ModelProto) -> dict[str, int]:
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    every = {name: math.prod(tensor.dims) for name, tensor in constants}
-    sizes = {name: every[name] for name, tensor in constants if tensor.data_type in floats and tensor.dims}
+    every: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name, tensor in constants:
+        dims = list(tensor.dims)
+        every[name] = math.prod(dims)
+        if dims and tensor.data_type in floats:
+            sizes[name] = every[name]
     for node in model.graph.node:
         operator = node.op_type
         if operator == "DequantizeLinear" and node.input[0] in every:

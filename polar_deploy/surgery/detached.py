@@ -265,7 +265,7 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
     """Puts nodes behind those that they read from, and otherwise leaves their order; cycles stay, the checker tells."""
     made, missed = set[str](), set[str]()
     for node in graph.node:
-        missed.update(name for name in reads(node) if name not in made)
+        missed.update({*reads(node)} - made)
         made.update(node.output)
     if missed.isdisjoint(made - {""}):  # as in nearly every graph
         return

@@ -93,6 +93,10 @@ class Elementwise(Operator[Operands]):
         A mask has its channels along the tokens, the scores that it is for along the heads.
         """
         found, rank = {i: x for i, x in enumerate(step.inputs) if x is not None}, len(step.result_shape())
+        if len(found) == 1:  # as at every gate
+            ((index, x),) = found.items()
+            offset = rank - len(step.graph.shape(step.original[index]) or ())
+            return tuple([axis + offset for axis in x.axes]) if offset else x.axes
         axes = {
             i: tuple(axis + rank - len(step.graph.shape(step.original[i]) or ()) for axis in x.axes)
             for i, x in found.items()

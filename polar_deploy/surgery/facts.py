@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic
 import numpy as np
 import numpy.typing as npt
 
-from polar_deploy.surgery.arrays import all_of, any_of, every
+from polar_deploy.surgery.arrays import all_of, any_of, every, yes
 from polar_deploy.surgery.detached import Array
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.ir import Node, Tensor
@@ -81,9 +81,8 @@ class Channels:
 
     def __post_init__(self) -> None:
         size = self.size = math.prod(self.dims)
-        facts = np.zeros((5, size), bool)
-        facts[4] = True
-        self.constant, self.nonnegative, self.needed, self.pinned, self.kept = facts
+        self.constant, self.nonnegative, self.needed, self.pinned = np.zeros((4, size), bool)
+        self.kept = yes(size)  # until `Facts.keep`
         self.value = np.zeros(size)
 
     def __len__(self) -> int:
@@ -294,15 +293,15 @@ class Facts:
     def create(self, step: Step | None, tensor: Tensor, axes: tuple[int, ...]) -> Channels:
         """Opens the facts about `tensor`. Raises Unsupported where the size of an axis is not known."""
         shape = self.graph.shape(tensor)
-        dims = tuple(shape[axis] for axis in axes) if shape is not None and max(axes) < len(shape) else (None,)
-        sizes = tuple(dim for dim in dims if isinstance(dim, int))
+        dims = [shape[axis] for axis in axes] if shape is not None and max(axes) < len(shape) else [None]
+        sizes = tuple([dim for dim in dims if isinstance(dim, int)])
         if len(sizes) != len(dims) or 0 in sizes:
             raise Unsupported(f"the number of channels of {tensor.name} is not known")
         if math.prod(sizes) > MAX_CHANNELS:
             raise Unsupported(f"{tensor.name} has {math.prod(sizes)} channels, more than surgery looks at")
         channels = Channels(tensor.name, step.label if step is not None else tensor.name, axes, sizes, self.total)
         self._channels[tensor.name] = channels
-        self.total += len(channels)
+        self.total += channels.size
         return channels
 
     def inner(self, step: Step, name: str, width: int) -> Channels:

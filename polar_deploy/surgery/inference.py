@@ -22,7 +22,7 @@ from polar_deploy.surgery.sizes import (
     symbols,
     two_probes,
 )
-from polar_deploy.surgery.standins import STANDARD, known, stand_ins
+from polar_deploy.surgery.standins import OF_RUNTIME, STANDARD, known, stand_ins
 from polar_deploy.surgery.validation import EXPORT_AGAIN, SMALL, NotUnderstoodError, not_inferred, opset_of
 
 if TYPE_CHECKING:
@@ -168,7 +168,10 @@ class Skeleton:
         custom = set(not_inferred(model))
         graph = onnx.GraphProto(name=model.graph.name or "graph")
         opset = opset_of(model)
-        graph.node.extend(each for node in model.graph.node for each in known(node, opset))
+        if OF_RUNTIME.keys().isdisjoint([node.op_type for node in model.graph.node]):
+            graph.node.extend(model.graph.node)
+        else:
+            graph.node.extend(each for node in model.graph.node for each in known(node, opset))
         for node in graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from polar_deploy.surgery.detached import Array
 
-BODIES = (5, 10)  # the numbers of attribute types that hold nodes
+BODIES = frozenset((5, 10))  # the numbers of attribute types that hold nodes
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +88,7 @@ class Node:
 
 def has_body(proto: onnx.NodeProto) -> bool:
     """Whether other nodes stand in an attribute: that of an If, Loop or Scan."""
-    return any(entry.type in BODIES for entry in proto.attribute)
+    return not BODIES.isdisjoint([entry.type for entry in proto.attribute])
 
 
 def attributes(proto: onnx.NodeProto) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def inside(tensor: onnx.TensorProto, where: str, weights: Array | None) -> Array
     """
     import onnx
 
-    if any(dim < 0 for dim in tensor.dims):
-        raise ContentError(f"{where} has the shape {list(tensor.dims)}", EXPORT_AGAIN)
+    dims = tuple(tensor.dims)
+    if dims and min(dims) < 0:
+        raise ContentError(f"{where} has the shape {list(dims)}", EXPORT_AGAIN)
     is_raw = weights is not None or tensor.HasField("raw_data")
     filled = [name for name in FIELDS if len(getattr(tensor, name))] if is_raw else []
     if filled:
@@ -51,10 +52,10 @@ def inside(tensor: onnx.TensorProto, where: str, weights: Array | None) -> Array
             return None if is_packed(tensor) or values.dtype == object else values
         data = tensor.raw_data if weights is None else weights
         dtype = dtype_of(tensor.data_type)
-        wanted = math.prod(tensor.dims) * dtype.itemsize
+        wanted = math.prod(dims) * dtype.itemsize
         if len(data) != wanted:
-            raise ValueError(f"{len(data)} bytes of data, the shape {list(tensor.dims)} wants {wanted}")
-        return np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
+            raise ValueError(f"{len(data)} bytes of data, the shape {list(dims)} wants {wanted}")
+        return np.frombuffer(data, dtype).reshape(dims)
     except (ValueError, TypeError, KeyError) as error:
         raise ContentError(f"{where} is damaged: {first_line(error)}", EXPORT_AGAIN) from error
 

@@ -45,7 +45,7 @@ def _texts(message: Message, found: list[Any], *, decoded: bool = True) -> list[
     decoded: whether text in fields for bytes is decoded, which raises UnicodeError.
     """
     kind: Any = message
-    name = message.DESCRIPTOR.name
+    name = type(message).__name__
     if name == "TensorProto":  # touching the data would copy it
         found += (kind.name, kind.doc_string)
     elif name == "NodeProto":  # there are many

@@ -28,7 +28,6 @@ from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
 from polar_deploy.training.passes import Passes
 
-
 VECTOR = 16  # float32 values in the widest vectors of x86: with fewer channels oneDNN has rests to care for
 
 

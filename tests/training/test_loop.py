@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import ContentError
