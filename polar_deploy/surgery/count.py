@@ -120,10 +120,11 @@ def count(
         if position in folding:
             own = own[:1] if folding[position] else []
         new = 0
-        if own:
-            new = sum(sizes[name] for name in {*own} - counted)
-            counted.update(own)
-            params += new
+        for name in own:
+            if name not in counted:
+                counted.add(name)
+                new += sizes[name]
+        params += new
         if operator in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, operator, shape_of)
             macs += done
@@ -197,8 +198,8 @@ def _multiply(
     inputs = list(node.input)
     if operator == "Einsum":
         return _einsum(node, [_sizes(shape_of(name)) for name in inputs])
-    names = (inputs[0], inputs[WEIGHTS[operator]], node.output[0])
-    first, second, result = (_sizes(shape_of(name)) for name in names)
+    first, second = _sizes(shape_of(inputs[0])), _sizes(shape_of(inputs[WEIGHTS[operator]]))
+    result = _sizes(shape_of(node.output[0]))
     if first is None or second is None or result is None:
         return 0, (0, 0)
     if operator == "ConvTranspose":
