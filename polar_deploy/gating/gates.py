@@ -121,8 +121,7 @@ class Gates:
         if "latency" in self.budget:
             self._costs["latency"] = latency_cost(budgets.latency_source(latency_table, chosen), self.analysis.choices)
         require_reachable(self.analysis.choices, self._limits, self._costs, self.budget)
-        widths = [mask.width for mask in self.analysis.choices.masks]
-        self._handles = masking.attach(model, self.analysis.places, widths)
+        self._handles = masking.attach(model, self.analysis.places, [m.width for m in self.analysis.choices.masks])
         self._values = torch.ones(self.analysis.choices.gates, device="cpu")  # of the masks, 0 to 1 while gates close
         self._measured = measured if "latency" in self.budget else None
         self._step = 0
@@ -240,8 +239,7 @@ class Gates:
         if opened is None:
             opened = self._choose() if self.phase == "open" else self._stay
         self.analysis.choices.require_possible(np.asarray(opened, bool))
-        self.opened = np.asarray(opened, bool).copy()
-        self.phase = "frozen"
+        self.opened, self.phase = np.array(opened, bool), "frozen"
         self._values = torch.from_numpy(self.opened).float()
         self._write()
         self._watch()
@@ -261,10 +259,11 @@ class Gates:
 
         Raises:
             ContentError: PyTorch cannot export the model, or the graph does not do what the model does.
-            UsageError: there are not as many names as tensors.
+            UsageError: there are not as many names as tensors, or gates are closing.
         """
         from polar_deploy.gating.deploy import export_checked
 
+        self.schedule.require_fixed(self.phase, self._step)
         export_checked(self.model, self.analysis, Path(path), **names)
 
     def cut(self) -> nn.Module:
@@ -272,9 +271,11 @@ class Gates:
 
         Raises:
             ContentError: it cannot be cut as a module; the message names the layer. Its ONNX graph still can.
+            UsageError: gates are closing.
         """
         from polar_deploy.gating.cut import cut
 
+        self.schedule.require_fixed(self.phase, self._step)
         return cut(self.model, self.analysis, self.opened)
 
     def merge(self, small: nn.Module) -> None:
@@ -378,8 +379,7 @@ class Gates:
         """Look at the next step, or not."""
         watched = self._is_watched(self._step)
         sampling = self._sampler is not None and self.phase == "learning"
-        chooses = self.phase == "open" and self._step + 1 >= self.schedule.chosen_at
-        self._observer.keeps_calls = chooses
+        self._observer.keeps_calls = chooses = self.phase == "open" and self._step + 1 >= self.schedule.chosen_at
         masking.listen(self._observer, on=watched)
         if self._sampler is not None:
             masking.listen(self._sampler, on=sampling)

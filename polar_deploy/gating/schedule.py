@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -67,6 +68,18 @@ class Schedule:
     def frozen_at(self) -> int:
         """The step after which the gates are fixed."""
         return max(1, round(self.freeze_at * self.steps))
+
+    def require_fixed(self, phase: str, step: int) -> None:
+        """Warn where all gates are open: nothing would be removed.
+
+        Raises:
+            UsageError: gates are closing, so that masks are neither 0 nor 1.
+        """
+        done = f"step() was called {step} times, of {self.steps}, and fixes them at {self.frozen_at}"
+        if phase == "learning":
+            raise UsageError(f"the gates are closing: {done}", "go on until they are fixed, or call freeze()")
+        if phase == "open":
+            warnings.warn(f"all gates are open, so that nothing will be removed: {done}", stacklevel=3)
 
     def progress(self, step: int) -> float:
         """Share of the closing phase that is over, in [0, 1]."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from polar_deploy import Gates
+from polar_deploy.errors import UsageError
 from polar_deploy.gating import masking
 from polar_deploy.gating.places import Place
 
@@ -258,3 +259,26 @@ def test_layers_under_an_autocast_of_their_own_have_gates(on: bool, tmp_path: Pa
     torch.testing.assert_close(torch.from_numpy(given), model(x))
     with torch.autocast("cpu", torch.bfloat16):  # works as it did
         assert model.two(torch.randn(1, 16)).dtype == torch.bfloat16
+
+
+def test_who_takes_the_network_before_the_gates_are_fixed_hears_of_it(tmp_path: Path) -> None:
+    """While they close, masks lie between 0 and 1, and what is cut would compute something else."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    gates = Gates(model, EXAMPLE, budget="macs=0.5", steps=20, close_from=0.2, freeze_at=0.8)
+
+    def step() -> None:
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        gates.step()
+
+    step()
+    with pytest.warns(UserWarning, match=r"all gates are open.*called 1 times, of 20, and fixes them at 16"):
+        assert gates.cut()[0].out_channels == 16
+    while gates.phase == "open":
+        step()
+    for take in (gates.cut, lambda: gates.export(tmp_path / "gated.onnx")):
+        with pytest.raises(UsageError, match=r"the gates are closing: step\(\) was called 4 times"):
+            take()
+    assert not any(tmp_path.iterdir())
+    gates.freeze()
+    gates.export(tmp_path / "gated.onnx")
+    assert gates.cut()[0].out_channels < 16
