@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_deploy import targets, tasks
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
-from polar_deploy.stages import full, gates, report
+from polar_deploy.stages import STAGES, full, gates, report
 from polar_deploy.stages.artefacts import SETTINGS
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.stage import Stage
@@ -84,10 +84,19 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
         write_text(run.path(SETTINGS), recipes.dump(run.settings))
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_reachable(run, measure=True)  # before an epoch is trained
-        for stage in stages:
-            run_stage(run, stage)
+        ran = [stage for stage in stages if run_stage(run, stage)]
+        if ran:
+            _tell_left(run, stages)
         if report.STAGE in stages:
             run.trackers.result()
+
+
+def _tell_left(run: RunContext, stages: Sequence[Stage]) -> None:
+    """Tell which files are left of a run before, whose stages come after those that were run now."""
+    later = STAGES[STAGES.index(stages[-1]) + 1 :]
+    left = [stage.name for stage in later if any(path.is_file() for path in stage.outputs(run))]
+    if left:
+        run.progress.note(f"{', '.join(left)}: what is there is of the run before; it is made anew without --until")
 
 
 def _tell_changes(run: RunContext, told: Mapping[str, Any]) -> None:
@@ -134,12 +143,11 @@ def is_current(run: RunContext, stage: Stage) -> bool:
         return False
 
 
-def run_stage(run: RunContext, stage: Stage) -> None:
-    """Run a stage unless all that it wrote is up to date, and clear its scratch files away."""
+def run_stage(run: RunContext, stage: Stage) -> bool:
+    """Run a stage unless all that it wrote is up to date, and clear its scratch files away. Returns whether it ran."""
     fingerprint, inputs = stage.fingerprint(run), stage.inputs(run)
-    if run.workspace.is_current(stage.name, fingerprint, inputs, stage.outputs(run)):
-        run.progress.up_to_date(stage.name)
-    else:
+    is_due = not run.workspace.is_current(stage.name, fingerprint, inputs, stage.outputs(run))
+    if is_due:
         run.progress.stage(stage.name)
         if before := run.workspace.other_program(stage.name, fingerprint):
             run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {fingerprint.program}")
@@ -148,8 +156,11 @@ def run_stage(run: RunContext, stage: Stage) -> None:
             stage.run(run)
         if stage.cacheable(run):
             run.workspace.stamp(stage.name, fingerprint, inputs, stage.outputs(run))
+    else:
+        run.progress.up_to_date(stage.name)
     for artefact in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
         run.path(artefact).unlink(missing_ok=True)
+    return is_due
 
 
 @contextmanager

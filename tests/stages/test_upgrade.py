@@ -61,6 +61,21 @@ def test_a_bundle_of_what_another_version_exported_is_made(
     assert (folder / "bundle/manifest.json").is_file()
 
 
+def test_what_is_left_of_the_run_before_is_told(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = miniature.copy(tmp_path / "run")
+    newer(monkeypatch)
+    until = (*MINIATURE, "--out", folder, "--until", "surgery")
+    outcome = polar(*until)
+    assert outcome.ran == ["export", "surgery"]
+    assert (
+        "build, parity, bundle, report: what is there is of the run before; it is made anew without --until"
+        in outcome.err
+    )
+    assert "of the run before" not in polar(*until).err
+
+
 def test_a_half_trained_network_goes_on(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = miniature.copy(tmp_path / "run", *NAMES[1:])
     assert interrupted("gates", *MINIATURE, "--out", folder).code == 130
