@@ -267,7 +267,7 @@ def test_inputs_that_follow_from_the_shape_of_the_result(kind: int) -> None:
 
 def test_what_no_inputs_are_found_for_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime loads it, so that it is no invalid model; the cut is to be had without a proof."""
-    net = Net(size=300)
+    net = Net(size=70)
     bounds = ("first", "last", "axis")
     net.inputs += [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]) for name in bounds]
     x = net.conv(net.gate(net.conv("input", 6, "one"), [1], "gate"), 6, "middle")
