@@ -16,10 +16,11 @@ anywhere and name the place,
     PYTHONPATH=/tmp/rivals python -m benchmarks.bar_surgery_speed
 
 else their figures are null; the last of these is what the earlier build needs. There are none of a vision transformer,
-whose hidden layers are closed by half, and of the longest chain. Figures are medians of five runs, or of as many as
-begin within half a minute; builds are compared run by run, by the processor time that they take. Memory is the peak of
-what the system holds for the process (VmHWM, with pages mapped from files) above what it held after the imports. A
-quarter of an hour on two cores.
+whose hidden layers are closed by half, and of the longest chain. Figures are medians of five rounds, or of as many as
+begin within half a minute. Builds are compared round by round, by the processor time that they take: this one before
+and after the earlier one, because a machine may change its speed within seconds, and the earlier one runs for longer.
+Memory is the peak of what the system holds for the process (VmHWM, with pages mapped from files) above what it held
+after the imports. Twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -294,15 +295,15 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=names, help="only these; no result is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        # In turns, so that whatever else the machine does slows all of them alike.
-        builds = {"before": args.before, "ours": ROOT} if args.before else {"ours": ROOT}
+        builds = {"ours": ROOT, "before": args.before} if args.before else {"ours": ROOT}
+        turns = [*builds, "ours"] if args.before else list(builds)
         rows = {}
         for name in args.names:
             subject = prepare(name, args.cache or Path(place), Path(place, name))
             answers: dict[str, list[dict[str, Any]]] = {who: [] for who in builds}
             for _ in range(RUNS):
-                for who, checkout in builds.items():
-                    answers[who].append(ask("ours", subject, checkout))
+                for who in turns:
+                    answers[who].append(ask("ours", subject, builds[who]))
                     if "reason" not in answers[who][-1]:
                         (subject.folder / "out.onnx").replace(subject.folder / f"{who}.onnx")
             rows[subject.name] = {who: judge(subject, each, f"{who}.onnx") for who, each in answers.items()}
@@ -317,9 +318,12 @@ def main() -> int:
 
 
 def _share(row: Mapping[str, Any]) -> float:
-    """Processor time of this build, as a share of the earlier one's: median over the rounds."""
-    runs = [row.get(who, {}).get("processor_runs", []) for who in ("ours", "before")]
-    return statistics.median(ours / before for ours, before in zip(*runs, strict=True)) if all(runs) else math.nan
+    """Processor time of this build as a share of the earlier one's: the median over rounds of two runs to one."""
+    ours, before = (row.get(who, {}).get("processor_runs", []) for who in ("ours", "before"))
+    if not ours or not before:
+        return math.nan
+    rounds = zip(ours[::2], ours[1::2], before, strict=True)
+    return statistics.median((first + last) / 2 / between for first, last, between in rounds)
 
 
 def _import() -> float:
