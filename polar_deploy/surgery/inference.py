@@ -167,10 +167,10 @@ class Skeleton:
         model = self.model
         custom = set(not_inferred(model))
         graph = onnx.GraphProto(name=model.graph.name or "graph")
-        opset = opset_of(model)
-        if OF_RUNTIME.keys().isdisjoint([node.op_type for node in model.graph.node]):
+        if OF_RUNTIME.keys().isdisjoint([node.op_type for node in model.graph.node]):  # as in nearly every graph
             graph.node.extend(model.graph.node)
         else:
+            opset = opset_of(model)
             graph.node.extend(each for node in model.graph.node for each in known(node, opset))
         for node in graph.node:
             node.ClearField("metadata_props")
