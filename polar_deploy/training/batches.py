@@ -200,9 +200,13 @@ class ImageBatches(Batches):
 
     def _plain(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
         for plan, images in self._read(_Plan(part) for part in parts):
-            yield self._batch(self._normal(images).permute(0, 3, 1, 2), plan)
+            yield self._batch(self._normal(images), plan)
 
     def _batch(self, images: Tensor, plan: _Plan) -> Batch:
+        """float [B, H, W, 3] to [B, 3, H, W], in memory as it lies or with the channels first, as the settings say."""
+        images = images.permute(0, 3, 1, 2)
+        if not self.settings.training.channels_last:
+            images = images.contiguous()
         return Batch({INPUT: images}, {TARGET: self._labels[plan.chosen.to(self.device)]})
 
     def _read(self, plans: Iterable[_Plan]) -> Iterator[tuple[_Plan, Tensor]]:
@@ -260,13 +264,13 @@ class ImageBatches(Batches):
     def _augment(self, images: Tensor, plan: _Plan) -> Tensor:
         """Flip, shifted crop and cutout in one gather; what lies outside becomes the mean colour.
 
-        uint8 [B, H, W, 3] to float [B, 3, H, W] in channels_last memory. Random resized crops come flipped already.
+        uint8 [B, H, W, 3] to float [B, H, W, 3]. Random resized crops come flipped already.
         """
         if plan.crops is not None:
             normal = self._normal(images)
             if plan.square is not None:
                 normal *= ~plan.square.to(self.device).unsqueeze(3)
-            return normal.permute(0, 3, 1, 2)
+            return normal
         assert plan.shift is not None
         assert plan.flip is not None
         (batch, height, width, _), device = images.shape, self.device
@@ -279,7 +283,7 @@ class ImageBatches(Batches):
             inside &= ~plan.square.to(device)
         index = torch.arange(batch, device=device)[:, None, None]
         picked = images[index, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)]
-        return (self._normal(picked) * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+        return self._normal(picked) * inside.unsqueeze(3)
 
     def _normal(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] to float [B, H, W, 3]."""

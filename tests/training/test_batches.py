@@ -129,11 +129,13 @@ def test_an_incomplete_batch_is_left_out_unless_it_is_the_only_one() -> None:
     assert [len(labels) for _, labels in map(pair, _batches(9).epoch(0))] == [9]
 
 
-def test_batches_lie_in_channels_last_memory() -> None:
-    images, _ = pair(next(_batches(flip=True, crop_padding=1, cutout=2).epoch(0)))
-    assert images.shape == (16, 3, SIZE, SIZE)
-    assert images.dtype == torch.float32
-    assert images.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_batches_lie_in_memory_as_the_settings_say(layout: torch.memory_format) -> None:
+    batches = _batches(flip=True, crop_padding=1, cutout=2, channels_last=layout == torch.channels_last)
+    for images, _ in map(pair, (next(batches.epoch(0)), next(batches.plain()))):
+        assert images.shape[1:] == (3, SIZE, SIZE)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=layout)
 
 
 def test_evaluation_sees_all_images_in_order_as_they_are() -> None:
