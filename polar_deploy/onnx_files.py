@@ -197,8 +197,10 @@ def attribute_value(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """The value of one attribute, text as bytes; `default` where the node does not have it."""
     import onnx
 
-    found = next((entry for entry in node.attribute if entry.name == name and not entry.ref_attr_name), None)
-    return default if found is None else onnx.helper.get_attribute_value(found)
+    for entry in node.attribute:
+        if entry.name == name and not entry.ref_attr_name:
+            return onnx.helper.get_attribute_value(entry)
+    return default
 
 
 def described(node: onnx.NodeProto) -> str:

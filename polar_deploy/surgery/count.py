@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polar_deploy.onnx_files import attribute_value
 from polar_deploy.surgery.inference import Skeleton
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 LIKE = 1 << 12  # shapes and layers that are kept in mind
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One convolution, matrix product or recurrent layer with constant weights. Widths are channels, (inputs, outputs).
 
     groups: blocks of a convolution in which inputs and outputs are connected.
@@ -113,8 +112,7 @@ def count(
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
-        names, operator = list(node.input), node.op_type
-        own = [name for name in names if name in sizes]
+        operator, own = node.op_type, [name for name in node.input if name in sizes]
         if not own and operator not in WEIGHTS:
             continue
         if position in folding:
@@ -128,7 +126,7 @@ def count(
         if operator in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, operator, shape_of)
             macs += done
-            if own if operator == "Einsum" else names[WEIGHTS[operator]] in sizes:
+            if own if operator == "Einsum" else node.input[WEIGHTS[operator]] in sizes:
                 groups = attribute_value(node, "group", 1)
                 layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
     return Cost(macs, params, tuple(layers), inputs)
@@ -177,7 +175,7 @@ def parameters(model: onnx.ModelProto) -> dict[str, int]:
     every: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for name, tensor in constants:
-        dims = list(tensor.dims)
+        dims = tuple(tensor.dims)
         every[name] = math.prod(dims)
         if dims and tensor.data_type in floats:
             sizes[name] = every[name]

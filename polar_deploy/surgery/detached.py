@@ -24,7 +24,7 @@ from polar_deploy import onnx_files
 from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.surgery import tensor_data, wire
 from polar_deploy.surgery.inference import Skeleton
-from polar_deploy.surgery.ir import BODIES, has_body
+from polar_deploy.surgery.ir import BODIES, PLAIN, has_body
 from polar_deploy.surgery.standins import STANDARD
 from polar_deploy.surgery.validation import SMALL, check_text
 from polar_deploy.workspace import atomic_path
@@ -58,6 +58,16 @@ class DetachedModel:
     def skeleton(self) -> Skeleton:
         """What onnx says about it. The graph must not change any more."""
         return Skeleton(self.model, strict=self.strict)
+
+    @cached_property
+    def attribute_types(self) -> frozenset[int]:
+        """The types of all attributes: in most graphs those of numbers and text alone."""
+        return frozenset(entry.type for node in self.model.graph.node for entry in node.attribute)
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether a node holds others, as an If, Loop or Scan does."""
+        return not BODIES.isdisjoint(self.attribute_types)
 
     @property
     def sparse(self) -> set[str]:
@@ -204,9 +214,9 @@ def _detach(
     check_text(model, name)
     shell = onnx_files.without_weights(model) if weights is None else model
     weights = weights or {}
-    _name_standard(shell)
-    sort_nodes(shell.graph)
     detached = DetachedModel(shell)
+    _name_standard(shell, nested=detached.has_bodies or bool(shell.functions))
+    sort_nodes(shell.graph, nested=detached.has_bodies)
     files: dict[str, Array] = {}
     for index, (tensor, own) in enumerate(zip(model.graph.initializer, shell.graph.initializer, strict=True)):
         where = f"initializer {tensor.name} of {name}"
@@ -226,7 +236,7 @@ def _detach(
             detached.arrays[tensor.name] = values
             for part in tensor_data.DATA:
                 own.ClearField(part)
-    for tensor in _other_tensors(shell.graph):
+    for tensor in () if detached.attribute_types <= PLAIN else _other_tensors(shell.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(
                 tensor_data.inline(
@@ -238,14 +248,17 @@ def _detach(
     return detached
 
 
-def _name_standard(model: onnx.ModelProto) -> None:
-    """Calls the domain of ONNX's own operators "", which is how onnx knows "ai.onnx", at every node."""
+def _name_standard(model: onnx.ModelProto, *, nested: bool) -> None:
+    """Calls the domain of ONNX's own operators "", which is how onnx knows "ai.onnx", at every node.
+
+    nested: whether any node holds others.
+    """
     pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     while pending:
         node = pending.pop()
         if node.domain and node.domain in STANDARD:
             node.ClearField("domain")
-        if has_body(node):
+        if nested and has_body(node):
             pending += [inner for body in bodies(node) for inner in body.node]
 
 
@@ -261,16 +274,16 @@ def _other_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from _other_tensors(body)
 
 
-def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Puts nodes behind those that they read from, and otherwise leaves their order; cycles stay, the checker tells."""
-    made, missed = set[str](), set[str]()
-    for node in graph.node:
-        missed.update({*reads(node)} - made)
-        made.update(node.output)
-    if missed.isdisjoint(made - {""}):  # as in nearly every graph
-        return
+def sort_nodes(graph: onnx.GraphProto, *, nested: bool = True) -> None:
+    """Puts nodes behind those that they read from, and otherwise leaves their order; cycles stay, the checker tells.
+
+    nested: whether any node may hold others.
+    """
+    read = [reads(node) if nested else node.input for node in graph.node]
     makers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
-    needs = [{makers[name] for name in reads(node) if name in makers} for node in graph.node]
+    if all(makers.get(name, -1) < position for position, names in enumerate(read) for name in names):
+        return  # as in nearly every graph
+    needs = [{makers[name] for name in names if name in makers} for names in read]
     readers: list[list[int]] = [[] for _ in needs]
     for position, before in enumerate(needs):
         for maker in before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Generic
 
 import numpy as np
@@ -35,6 +35,7 @@ else:
     PlanT_co = TypeVar("PlanT_co", covariant=True)
 
 MAX_CHANNELS = 1 << 22  # of one tensor; the largest networks have thousands, a flattened picture a million
+LIKE = 1 << 12  # shapes that are kept in mind
 OLDEST_OPSET = 7  # before, broadcasting had attributes of its own
 
 Bools = npt.NDArray[np.bool_]
@@ -137,6 +138,8 @@ class Step(Generic[PlanT_co]):
     """One node with the facts about its inputs and outputs: what handlers work on.
 
     plan: what the handler found out when it coupled channels, for the phases after that; None: nothing.
+    output: channels of the first output, where it has any.
+    outputs: of all outputs that have any.
     """
 
     node: Node
@@ -146,6 +149,8 @@ class Step(Generic[PlanT_co]):
     ties: list[Link] = field(default_factory=list)  # channels that go together, none made of the other
     plan: PlanT_co = None  # type: ignore[assignment]
     replaced: dict[int, Floats] = field(default_factory=dict)  # inputs that become constants: values a channel
+    output: Channels = field(init=False, repr=False)
+    outputs: list[Channels] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.original = list(self.node.inputs)  # the tensors read before any cut
@@ -156,18 +161,6 @@ class Step(Generic[PlanT_co]):
     @property
     def label(self) -> str:
         return self.graph.label(self.node)
-
-    @cached_property
-    def output(self) -> Channels:
-        """Channels of the first output."""
-        channels = self.facts.of(self.made[0])
-        assert channels is not None
-        return channels
-
-    @cached_property
-    def outputs(self) -> list[Channels]:
-        """Channels of the outputs that have any."""
-        return [channels for tensor in self.made if (channels := self.facts.of(tensor)) is not None]
 
     def require(self, index: int = 0) -> Channels:
         """Channels of an input that the handler cannot do without."""
@@ -231,6 +224,16 @@ class Step(Generic[PlanT_co]):
         return Note(self.label, self.node.op, reason, channels)
 
 
+@lru_cache(LIKE)
+def _sizes_along(shape: Shape | None, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The sizes of some axes; None where one is not known, or nothing."""
+    if shape is None or max(axes) >= len(shape):
+        return None
+    sizes = [shape[axis] for axis in axes]
+    known = tuple(size for size in sizes if isinstance(size, int) and size)
+    return known if len(known) == len(sizes) else None
+
+
 class Facts:
     """All facts about a graph. Building it runs both analyses, forward and backward; `update_after_cut` comes later."""
 
@@ -292,16 +295,18 @@ class Facts:
 
     def create(self, step: Step | None, tensor: Tensor, axes: tuple[int, ...]) -> Channels:
         """Opens the facts about `tensor`. Raises Unsupported where the size of an axis is not known."""
-        shape = self.graph.shape(tensor)
-        dims = [shape[axis] for axis in axes] if shape is not None and max(axes) < len(shape) else [None]
-        sizes = tuple([dim for dim in dims if isinstance(dim, int)])
-        if len(sizes) != len(dims) or 0 in sizes:
-            raise Unsupported(f"the number of channels of {tensor.name} is not known")
+        name, sizes = tensor.name, _sizes_along(self.graph.shape(tensor), axes)
+        if sizes is None:
+            raise Unsupported(f"the number of channels of {name} is not known")
         if math.prod(sizes) > MAX_CHANNELS:
-            raise Unsupported(f"{tensor.name} has {math.prod(sizes)} channels, more than surgery looks at")
-        channels = Channels(tensor.name, step.label if step is not None else tensor.name, axes, sizes, self.total)
-        self._channels[tensor.name] = channels
+            raise Unsupported(f"{name} has {math.prod(sizes)} channels, more than surgery looks at")
+        channels = Channels(name, step.label if step is not None else name, axes, sizes, self.total)
+        self._channels[name] = channels
         self.total += channels.size
+        if step is not None:
+            step.outputs.append(channels)
+            if tensor is step.made[0]:
+                step.output = channels
         return channels
 
     def inner(self, step: Step, name: str, width: int) -> Channels:
@@ -346,14 +351,14 @@ class Facts:
         for name, channels in self._channels.items():
             if self.graph.is_output(name):
                 channels.pin(Note(name, "output", "it reaches a graph output"))
-            if self.graph.is_used_inside(name):
+            if name in self.graph.used_inside:
                 channels.pin(Note(name, "body", "the body of a control-flow operator reads it"))
 
     def _backward(self) -> None:
         """Asks what is needed, from the outputs on. Steps that nothing reads have no say."""
-        read = {tensor.name for tensor in self.graph.outputs}
+        read = {tensor.name for tensor in self.graph.outputs} | self.graph.used_inside
         for step in reversed(self.steps):
-            if any(tensor.name in read or self.graph.is_used_inside(tensor.name) for tensor in step.made):
+            if not read.isdisjoint([tensor.name for tensor in step.made]):
                 step.handler.need(step)
                 self.alive.append(step)
                 read.update([tensor.name for index, tensor in enumerate(step.original) if index not in step.replaced])

@@ -54,9 +54,10 @@ class Graph:
         self.original_nodes = list(self._nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self._nodes}
         self._outputs = {tensor.name for tensor in self.outputs}
-        self._bodies = {id(node): set(names_in_bodies([node.proto])) for node in self._nodes if has_body(node.proto)}
-        self._inner = set[str]().union(*self._bodies.values())
-        self._names = self._inner | self._tensors.keys()
+        holders = self._nodes if detached.has_bodies else []
+        self._bodies = {id(node): set(names_in_bodies([node.proto])) for node in holders if has_body(node.proto)}
+        self.used_inside = frozenset[str]().union(*self._bodies.values())  # names that bodies refer to
+        self._names = self.used_inside | self._tensors.keys()
         self._edited: dict[str, list[tuple[Node, int]]] = {}  # a constant's name -> inputs that got a new value
         self._originals: dict[str, Tensor] = {}
         self._touched: dict[int, set[str]] = {}
@@ -74,7 +75,8 @@ class Graph:
         return self._tensors[name]
 
     def _node(self, proto: onnx.NodeProto, label: str) -> Node:
-        inputs, outputs = ([self._tensor(name) for name in names] for names in (proto.input, proto.output))
+        inputs = [self._tensor(name) for name in proto.input]
+        outputs = [self._tensor(name) for name in proto.output]
         node = Node(proto.op_type, proto.domain, attributes(proto), inputs, outputs, proto, label)
         for tensor in inputs:
             tensor.outputs.append(node)
@@ -115,10 +117,6 @@ class Graph:
     def is_output(self, name: str) -> bool:
         """Whether the tensor of that name is an output of the graph."""
         return name in self._outputs
-
-    def is_used_inside(self, name: str) -> bool:
-        """Whether the body of an If, Loop or Scan refers to the tensor of that name."""
-        return name in self._inner
 
     def constant(self, node: Node, index: int) -> Array | None:
         """The value of an input as it stands; None where it is absent or computed."""
@@ -181,7 +179,7 @@ class Graph:
 
     def is_private(self, name: str) -> bool:
         """Whether only nodes of the main graph read the tensor of that name."""
-        return not self.is_output(name) and not self.is_used_inside(name)
+        return not self.is_output(name) and name not in self.used_inside
 
     def contains(self, node: Node) -> bool:
         """Whether `node` has not been removed."""
@@ -268,9 +266,6 @@ class Graph:
         for node in self.original_nodes:
             node.inputs.clear()
             node.outputs.clear()
-        for tensor in self._tensors.values():
-            tensor.inputs.clear()
-            tensor.outputs.clear()
 
     def _write_node(self, node: Node, proto: onnx.NodeProto) -> None:
         import onnx
@@ -289,7 +284,7 @@ class Graph:
         """Writes the constants that are read, in the order that they had. Returns the values of large ones."""
         source = self.model.graph
         used = {tensor.name: tensor for node in self._nodes for tensor in node.inputs if tensor.name}
-        named = self._inner | self._outputs | annotated(source)  # not by nodes of the main graph
+        named = self.used_inside | self._outputs | annotated(source)  # not by nodes of the main graph
         arrays: dict[str, Array] = {}
         left = dict.fromkeys(used)
         for given in source.initializer:

@@ -149,8 +149,10 @@ class Skeleton:
         if symbols(self.inputs)[1] or first is None or second is None:
             return None
 
+        low, high = first.first, second.first
+
         def shape(name: str) -> Shape | None:
-            one, other = first.shape(name), second.shape(name)
+            one, other = low.get(name, UNKNOWN)[1], high.get(name, UNKNOWN)[1]
             if one == other:
                 return one
             if one is None or other is None or len(one) != len(other):

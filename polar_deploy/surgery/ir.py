@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.detached import Array
 
 BODIES = frozenset((5, 10))  # the numbers of attribute types that hold nodes
+PLAIN = frozenset((1, 2, 3, 6, 7, 8))  # those of numbers and text
 
 
 @dataclass(eq=False, slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_deploy.surgery.arrays import all_of, any_of, every
+from polar_deploy.surgery.arrays import all_of, any_of, every, no, yes
 from polar_deploy.surgery.dtype_limits import fits, only
 from polar_deploy.surgery.operator import Operator, Retained
 
@@ -72,17 +72,17 @@ class MixingWeights:
             constant[group, inputs[group]] = (block[..., self.sometimes_padded] == self._zero(group)).all(axis=(0, 2))
         return constant
 
-    def bias_shift(self, inputs: Bools, value: Floats) -> Floats:
-        """[groups, filters] what constant inputs ([groups, inputs], with their value) add to each filter's output."""
+    def sums(self, inputs: Bools, value: Floats) -> Floats:
+        """[groups, filters] the bias, and what constant inputs ([groups, inputs], with their value) add to it."""
         used = inputs & (value != 0)
-        shift = np.zeros(self.shape[:2])
         if not any_of(used):
-            return shift
+            return self.offset
+        shift = np.zeros(self.shape[:2])
         for group, block in self._columns(used):
             inside = block[..., self.always_inside]
             sums = inside.sum(axis=2, dtype=np.float64) - self._zero(group)[:, 0].astype(np.float64) * inside.shape[2]
             shift[group] = sums @ value[group, used[group]]
-        return shift * self.scale
+        return self.offset + shift * self.scale
 
     def _columns(self, inputs: Bools) -> list[tuple[int, Array]]:
         """Group by group, the weights that read `inputs`: [filters, inputs, taps]."""
@@ -209,8 +209,8 @@ class Mixing(Operator[Plan]):
         mix, source = self.read(step), self.source(step)
         target = step.create((self.output_axis(step),))
         groups, filters, inputs = mix.shape
-        if mix.offset.shape != (groups, filters):
-            raise ValueError(f"a bias of {mix.offset.size} numbers for {groups * filters} filters")
+        if mix.bias is not None and mix.bias.shape != (groups, filters):
+            raise ValueError(f"a bias of {mix.bias.size} numbers for {groups * filters} filters")
         present = mix.present()
         bits = None if present is None else np.packbits(present, axis=2)
         step.plan = Plan(mix, bits, np.zeros((groups, inputs), bool), np.zeros((groups, inputs)), filters)
@@ -239,7 +239,7 @@ class Mixing(Operator[Plan]):
                 elif all_of(plan.reached(~constant)):  # zeros alone, and some of the rest in every sum
                     plan.absorbed = constant.copy()
                     return
-            sums = mix.offset + mix.bias_shift(constant, plan.value)
+            sums = mix.sums(constant, plan.value)
             plan.bias_locked_because = mix.bias_locked_because
             if plan.bias_locked_because is None and any_of(constant) and not fits(sums, self.bias_type(step)).all():
                 plan.bias_locked_because = "a bias that cannot hold it"
@@ -302,9 +302,8 @@ class Mixing(Operator[Plan]):
             zero = _taken(np.broadcast_to(mix.zero, rows.shape), kept_out, alive)
             removed = _taken(rows, kept_out, alive)[:, :, None] | _taken(columns, kept_in, alive)[:, None, :]
             np.copyto(weight, zero[:, :, None, None], where=removed[..., None])
-        bias = mix.offset + mix.bias_shift(plan.absorbed, plan.value)
-        bias[unneeded] = 0
-        changed = (mix.bias is not None and not all_of(kept_out)) or not np.array_equal(bias, mix.offset)
+        bias = np.where(unneeded, 0.0, mix.sums(plan.absorbed, plan.value))
+        changed = (mix.bias is not None and not all_of(kept_out)) or any_of(bias != mix.offset)
         if weight is not None or changed:
             self.rewrite(step, Trim(weight, bias.ravel() if changed else None, target.kept, int(alive.sum())))
 
@@ -332,9 +331,9 @@ class Mixing(Operator[Plan]):
 
 
 def _spread(channels: Bools, width: int) -> Bools:
-    """[groups, width] whether any of the `channels` [groups, …] of a group is there."""
+    """[groups, width] whether any of the `channels` [groups, …] of a group is there; not to be written to."""
     if len(channels) == 1:
-        return np.full((1, width), any_of(channels))
+        return (yes(width) if any_of(channels) else no(width))[None]
     return np.repeat(channels.any(axis=1, keepdims=True), width, axis=1)
 
 

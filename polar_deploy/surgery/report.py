@@ -179,7 +179,8 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
     """Closed channels that stay, by the layer or gate that they are seen at first, and why."""
     asked = np.zeros(facts.total, bool)
     found: list[tuple[str, Ints]] = []
-    for step in facts.alive:
+    stay = facts.total and any_of(facts.kept & (facts.gathered("constant") | ~facts.needed))
+    for step in facts.alive if stay else ():
         if not (isinstance(step.handler, Mixing) or step.node.op == "Mul") or not step.outputs:
             continue
         channels = step.output

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.surgery.arrays import all_of
+from polar_deploy.surgery.arrays import all_of, any_of
 from polar_deploy.surgery.dtype_limits import is_half
 from polar_deploy.surgery.elementwise import Absorbing, Elementwise, Operand, Operands, keeps_shape
 from polar_deploy.surgery.ops.activation import swish
@@ -27,19 +27,20 @@ class Multiply(Absorbing):
 
     def operands(self, step: Step[Operands]) -> list[Operand]:
         operands = super().operands(step)
-        index = self._factor(step, operands) if step.facts.after_cut else None
-        if index is not None:
-            operands[index] = self._opened(step, index, operands)
+        found = self._factor(step) if step.facts.after_cut else None
+        if found is not None:
+            index, factor = found
+            value = self._opened(step, index, factor)
+            operands[index] = Operand(factor.constant, value, value >= 0, factor.finite)
         return operands
 
-    def _opened(self, step: Step[Operands], index: int, operands: list[Operand]) -> Operand:
-        """The factor `index`, one where that makes no difference."""
-        factor = operands[index]
-        free = ~step.output.needed | operands[1 - index].zero
+    def _opened(self, step: Step[Operands], index: int, factor: Operand) -> Floats:
+        """[output channels] the factor `index`, one where that makes no difference."""
+        free = ~step.output.needed | self._operand(step, 1 - index).zero
         if step.parameter(index, "factor").size == 1 and not all_of(free):  # one for all
-            return factor
-        value = np.where(free, 1.0, factor.value)
-        return Operand(factor.constant, value, value >= 0, factor.finite)
+            return factor.value
+        opened: Floats = np.where(free, 1.0, factor.value)
+        return opened
 
     def conclude(self, step: Step, operands: list[Operand]) -> Operand:
         if len(operands) != 2 or any(operand.finite is not None for operand in operands):
@@ -51,20 +52,19 @@ class Multiply(Absorbing):
         return Operand((one.constant & other.constant) | zero, value, one.nonnegative & other.nonnegative)
 
     def gate(self, step: Step[Operands]) -> Floats | None:
-        operands = super().operands(step)
-        index = self._factor(step, operands)
-        return None if index is None else operands[index].value
+        found = self._factor(step)
+        return None if found is None else found[1].value
 
-    def _factor(self, step: Step[Operands], operands: list[Operand]) -> int | None:
+    def _factor(self, step: Step[Operands]) -> tuple[int, Operand] | None:
         """The input that is a constant factor a channel, or zero or one for all; None where this Mul is no gate."""
         left, right = step.constant(0), step.constant(1)
         index, values = (0, left) if right is None else (1, right)
         one_only, width = (left is None) is not (right is None), step.output.size
         if values is None or not one_only or step.inputs[1 - index] is None or values.size not in (1, width):
             return None
-        factor = operands[index]
+        factor = self._operand(step, index)
         switch = values.size == 1 and factor.value[0] in (0, 1)
-        return index if all_of(factor.constant) and (values.size == width or switch) else None
+        return (index, factor) if all_of(factor.constant) and (values.size == width or switch) else None
 
     def nonfinite_risk(self, step: Step[Operands]) -> Bools:
         """Two tensors in half precision overflow; a factor that is constant does not, unless it is infinite itself."""
@@ -79,13 +79,13 @@ class Multiply(Absorbing):
         return risk
 
     def slice(self, step: Step[Operands]) -> None:
-        operands = super().operands(step)
-        if (index := self._factor(step, operands)) is not None:
-            values, opened = step.parameter(index, "factor"), self._opened(step, index, operands).value
-            opened = opened[: values.size]
+        if (found := self._factor(step)) is not None:
+            index, factor = found
+            values = step.parameter(index, "factor")
+            opened = self._opened(step, index, factor)[: values.size]
             if all_of(opened == 1) and keeps_shape(step, 1 - index) and step.graph.bypass(step.node, 1 - index):
                 return
-            if not np.array_equal(opened, values.ravel()):
+            if any_of(opened != values.ravel()):
                 step.graph.set_constant(step.node, index, opened.reshape(values.shape).astype(values.dtype))
         super().slice(step)
 
