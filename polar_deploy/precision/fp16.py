@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,12 @@ from polar_deploy.precision.proof import BOUNDS, Kernels, Reference, kept_wide
 from polar_deploy.surgery.detached import sort_nodes
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
+# In place of numbers that stand for no end: what a mask adds to scores leaves room for these, and for a second mask, so
+# that where all is masked nothing becomes infinite, and then no number.
+MASK = LARGEST / 2
+MASKING = frozenset({"Add", "Sub", "Where"})
+BOUNDING = frozenset({"Clip", "Max", "Min", "Pad"})
+VIEWS = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
 
 
@@ -39,11 +45,11 @@ def to_fp16(
         bound: on the error of each output.
 
     Raises:
-        ContentError: a constant does not fit into FP16's range.
+        ContentError: a constant does not fit into FP16's range, and is neither in a mask nor a bound.
     """
     if any(node.op_type == "BatchNormalization" for node in model.graph.node):
         model = graph.folded(model, path)
-    _require_range(model, path)
+    model = _within_range(model, path, is_proven=reference is not None)
 
     def convert(wide: Sequence[str]) -> onnx.ModelProto:
         return _converted(model, wide, keep_io_types=keep_io_types)
@@ -78,19 +84,59 @@ def _without_fp16(model: onnx.ModelProto) -> list[str]:
     return found
 
 
-def _require_range(model: onnx.ModelProto, path: Path) -> None:
-    """The converter clamps without a word what FP16 cannot hold: find it before."""
+def _within_range(model: onnx.ModelProto, path: Path, *, is_proven: bool) -> onnx.ModelProto:
+    """The graph with ends that FP16 has, in masks and as bounds; what else it lacks, the converter clamps unasked.
+
+    is_proven: whether the result is compared; else every constant beyond FP16 may be a quantity.
+
+    Raises:
+        ContentError: a constant that is none of these does not fit, or the weights of a layer are too small.
+    """
     layers = {node.input[1]: node for node in model.graph.node if node.op_type in graph.LAYERS}
-    users = {name: node for node in reversed(model.graph.node) for name in node.input}
+    readers, held = graph.readers(model), dict[str, np.ndarray]()
     for name, value in graph.weights(model).items():
-        node = layers.get(name) or users.get(name)
-        if node is None or not value.size:
+        node = layers.get(name) or next(iter(readers[name]), None)
+        finite = np.isfinite(value)
+        if node is None or not finite.any():
             continue
-        largest = float(np.abs(value).max())
-        if np.isfinite(largest) and largest > LARGEST:
-            raise _misfit(path, name, node, f"holds {largest:g}, and FP16 ends at {LARGEST:g}")
-        if name in layers and (loss := _loss(value)) > MAX_LOSS:
+        largest = float(np.abs(value[finite]).max())
+        if largest > LARGEST:
+            end = min((_end(name, reader, readers) for reader in readers[name] if is_proven), default=0.0)
+            if not end:
+                raise _misfit(path, name, node, f"holds {largest:g}, and FP16 ends at {LARGEST:g}")
+            held[name] = np.where(finite, np.clip(value, -end, end), value)
+        elif name in layers and (loss := _loss(value)) > MAX_LOSS:
             raise _misfit(path, name, node, f"is too small for FP16 ({largest:g} at most): {loss:.0%} would be lost")
+    return _with_constants(model, held) if held else model
+
+
+def _end(name: str, reader: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> float:
+    """What a number beyond all ends may become where `reader` reads it as the constant `name`; 0: it is a quantity."""
+    if reader.domain:
+        return 0.0
+    if reader.op_type in BOUNDING and (reader.op_type in ("Max", "Min") or name != reader.input[0]):
+        return LARGEST
+    if reader.op_type in MASKING or (reader.op_type == "Mul" and _becomes_mask(reader.output[0], readers)):
+        return MASK
+    return 0.0
+
+
+def _becomes_mask(tensor: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether all that a tensor is for is to be added or chosen, as `(1 - mask) * lowest` is."""
+    return bool(readers[tensor]) and all(
+        node.op_type in MASKING or (node.op_type in VIEWS and _becomes_mask(node.output[0], readers))
+        for node in readers[tensor]
+    )
+
+
+def _with_constants(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The graph with other values of some constants."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
+    return copy
 
 
 def _loss(value: np.ndarray) -> float:

@@ -284,6 +284,30 @@ def attention_with_a_mask() -> onnx.ModelProto:
 
 
 @kind
+def attention_with_masks_beyond_fp16() -> onnx.ModelProto:
+    """What is masked gets the lowest number of FP32, in the ways of exporters; one row is masked throughout."""
+    lowest = np.finfo(np.float32).min
+    net = stem()
+    net.constant("rows", value=np.array([0, 8, SIDE**2]))
+    net.node("Reshape", ["r", "rows"], "keys")
+    net.node("MatMul", [net.node("Transpose", ["keys"], "tokens", perm=[0, 2, 1]), "keys"], "products")
+    net.node("Div", ["products", net.constant("root", value=np.float32(8))], "raw")
+    net.node("Clip", ["raw", net.constant("low", value=lowest), net.constant("high", value=-lowest)], "scores")
+    masked = np.arange(SIDE**2) % 3 == 0
+    net.node("Cast", [net.constant("masked", value=masked)], "ones", to=TensorProto.FLOAT)
+    net.node("Mul", ["ones", net.constant("lowest", value=lowest)], "row")
+    net.node("Unsqueeze", ["row", net.constant("axes", value=np.array([0, 1]))], "added")
+    net.node("Add", ["scores", "added"], "padded")
+    triangle = np.where(np.tri(SIDE**2, dtype=bool), 0, lowest).astype(np.float32)
+    triangle[1] = lowest
+    net.node("Add", ["padded", net.constant("triangle", value=triangle)], "causal")
+    net.node("Where", ["masked", net.constant("no", value=lowest), "causal"], "allowed")
+    net.node("MatMul", ["keys", net.node("Softmax", ["allowed"], "shares", axis=-1)], "mixed")
+    net.node("Reshape", ["mixed", net.constant("image", value=np.array([0, 8, SIDE, SIDE]))], "back")
+    return net.classifier(net.conv("back", "c", 8, 8), 8)
+
+
+@kind
 def constants_that_are_inputs_too() -> onnx.ModelProto:
     made = stem().classifier("r", 8, 12)
     made.ir_version = 3  # the format before constants could stand alone

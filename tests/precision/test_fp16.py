@@ -98,6 +98,23 @@ def test_weights_that_fp16_cannot_hold(factor: float, says: str, tmp_path: Path)
     assert not (tmp_path / "typed.onnx").exists()
 
 
+@pytest.mark.parametrize("between", [(), ("Relu",)])
+def test_quantities_that_fp16_cannot_hold_are_no_masks(between: tuple[str, ...], tmp_path: Path) -> None:
+    """A factor of a million is one, be it added to something at once or not; and so is what is added to round."""
+    network = residual()
+    network.graph.initializer.append(numpy_helper.from_array(np.float32(1e6), "million"))
+    network.graph.node.insert(2, helper.make_node("Mul", ["relu0.out", "million"], ["large"], name="large"))
+    for name in between:
+        network.graph.node.insert(3, helper.make_node(name, ["large"], ["larger"], name="larger"))
+    network.graph.node.insert(
+        4, helper.make_node("Add", ["larger" if between else "large", "relu0.out"], ["sum"], name="sum")
+    )
+    nodes(network)["conv1"].input[0] = "sum"
+    with pytest.raises(ContentError):
+        written(network, "rtx-fp16", tmp_path, images(4))
+    assert not (tmp_path / "typed.onnx").exists()
+
+
 def test_fp32_stays_as_it_is(tmp_path: Path) -> None:
     typed, said = written(residual(), "ort-fp32", tmp_path)
     assert said == {"io_dtype": "fp32", "types": {"fp32": 7}, "high_precision_layers": [], "calibration": None}
