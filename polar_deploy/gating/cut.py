@@ -161,13 +161,17 @@ class Absent(nn.Module):
 
     Args:
         module: what was removed; asked for shapes alone, on the meta device.
-        shape: of what it read in the whole network, [B, ...].
+        argument: the position or keyword of what it read.
+        shape: of that in the whole network, [B, ...].
         axis: of the channels in that.
         made: axis and number of the channels that it gives back from now on; None, inside of a branch: as before.
     """
 
-    def __init__(self, module: nn.Module, shape: Sequence[int], axis: int, made: tuple[int, int] | None) -> None:
+    def __init__(
+        self, module: nn.Module, argument: int | str, shape: Sequence[int], axis: int, made: tuple[int, int] | None
+    ) -> None:
         super().__init__()
+        self._argument = argument
         self._asked = [copy.deepcopy(module).to("meta").eval()]  # in a list: it is no part of this network
         self._given, self._made = (axis, shape[axis]), made
         self._known: dict[torch.Size, list[int]] = {}
@@ -176,8 +180,9 @@ class Absent(nn.Module):
             self._asked = []
 
     @torch.no_grad()
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        """Zeros [B, ...] like `x`."""
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        """Zeros [B, ...] like the argument."""
+        x: Tensor = named[self._argument] if isinstance(self._argument, str) else args[self._argument]
         if self._lengths is not None:
             return x.new_zeros([x.shape[at] if size is None else size for at, size in enumerate(self._lengths)])
         if torch.compiler.is_compiling():  # lengths may be symbols, which are no keys
@@ -191,7 +196,8 @@ class Absent(nn.Module):
         axis, width = self._given
         (module,) = self._asked
         given = [width if at == axis else size for at, size in enumerate(shape)]
-        made = list(module(torch.empty(given, device="meta", dtype=next(module.parameters()).dtype)).shape)
+        x = torch.empty(given, device="meta", dtype=next(module.parameters()).dtype)
+        made = list((module(**{self._argument: x}) if isinstance(self._argument, str) else module(x)).shape)
         if self._made is not None:
             made[self._made[0]] = self._made[1]
         return made
@@ -252,7 +258,7 @@ def _has_parameters(network: nn.Module, path: str) -> bool:
 def _absent(
     module: nn.Module, path: str, calls: Calls, block: Block | None, analysis: Analysis, opened: Bools
 ) -> Absent:
-    given = calls.inputs[0][0] if calls.inputs and calls.inputs[0] else None
+    argument, given = next(iter(calls.inputs[0].items()), (0, None)) if calls.inputs else (0, None)
     made = calls.outputs[0] if calls.outputs else None
     if given is None or made is None or len(calls.outputs) != 1:
         raise ContentError(f"{path} went with its branch, but is no module of one tensor in and one out", _DEPLOY)
@@ -262,7 +268,7 @@ def _absent(
     if block is not None:
         axis = analysis.places[block.mask].axis
         ends = axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
-    return Absent(module, given, axis_in, ends)
+    return Absent(module, argument, given, axis_in, ends)
 
 
 def _follow(network: nn.Module) -> list[str]:
@@ -288,11 +294,12 @@ def _recount(running: nn.Module, small: nn.Module) -> None:
     """
     for path, module in running.named_modules():
         if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)) and not own_tensors(module):
-            module.register_forward_pre_hook(partial(_count_channels, small.get_submodule(path)))
+            count = partial(_count_channels, small.get_submodule(path))
+            module.register_forward_pre_hook(count, with_kwargs=True)
 
 
-def _count_channels(other: nn.Module, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    channels = args[0].shape[1]
+def _count_channels(other: nn.Module, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    channels = next(iter((*args, *kwargs.values()))).shape[1]
     for each in (module, other):
         if isinstance(each, nn.GroupNorm):  # its groups go whole
             each.num_groups = each.num_groups * channels // each.num_channels

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from polar_deploy.gating.analysis import Analysis
 from polar_deploy.gating.places import Place
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
+_Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COMPUTING = ("forward", "_conv_forward")  # the methods in which layers compute, which subclasses replace
 
@@ -109,33 +110,36 @@ class _Masking:
 
 
 class MaskInput(_Masking):
-    """Forward pre-hook: one positional argument is multiplied by the module's mask, or the weight that reads it is."""
+    """Forward pre-hook, with keywords: one argument is multiplied by the module's mask, or the weight that reads it."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(place, INPUT)
         assert place.argument is not None
         self._argument = place.argument
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x, mask = args[self._argument], getattr(module, INPUT)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+        x = kwargs[self._argument] if isinstance(self._argument, str) else args[self._argument]
+        mask = getattr(module, INPUT)
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling():
                 _note_compiled()
-            return self._with(args, self._product(x, mask))
+            return self._with(args, kwargs, self._product(x, mask))
         _take_back(module)  # after an interrupt no hook is called: it would still be there
         replaced = self._heard(module, x, mask) if _listeners else None
         if replaced is not None:
-            return self._with(args, replaced)
+            return self._with(args, kwargs, replaced)
         if self._open(mask):
             return None
         weight = module._parameters.get("weight")
         if weight is not None and weight.numel() < x.numel() and _is_plain(module):
             vars(module)["weight"] = _masked_weight(module, mask)  # found before the parameter of that name
             return None
-        return self._with(args, self._product(x, mask))
+        return self._with(args, kwargs, self._product(x, mask))
 
-    def _with(self, args: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
-        return (*args[: self._argument], x, *args[self._argument + 1 :])
+    def _with(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> _Arguments:
+        if isinstance(self._argument, str):
+            return args, kwargs | {self._argument: x}
+        return (*args[: self._argument], x, *args[self._argument + 1 :]), kwargs
 
 
 def restore_weight(module: nn.Module, args: object, output: object) -> None:
@@ -194,7 +198,7 @@ def attach(network: nn.Module, places: Sequence[Place], widths: Sequence[int]) -
         if place.argument is None:
             handles.append(module.register_forward_hook(MaskOutput(place)))
         else:
-            handles.append(module.register_forward_pre_hook(MaskInput(place)))
+            handles.append(module.register_forward_pre_hook(MaskInput(place), with_kwargs=True))
             handles.append(module.register_forward_hook(restore_weight, always_call=True))
     return handles
 

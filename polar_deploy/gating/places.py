@@ -26,9 +26,11 @@ from polar_deploy.surgery.survey import depending, is_writer
 
 @dataclass
 class Calls:
-    """How a module was called: the shapes of its tensors in each call, and whether it gave back one tensor."""
+    """How a module was called: in each call the shapes of its tensors, by their positions or keywords, and whether it
+    gave back one tensor.
+    """
 
-    inputs: list[list[tuple[int, ...] | None]] = field(default_factory=list)
+    inputs: list[dict[int | str, tuple[int, ...] | None]] = field(default_factory=list)
     outputs: list[tuple[int, ...] | None] = field(default_factory=list)
 
 
@@ -80,10 +82,13 @@ def is_ignored(path: str, patterns: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A module that carries a mask. argument: which of its positional arguments is masked; None: what it gives back."""
+    """A module that carries a mask.
+
+    argument: which of its arguments is masked, by position or keyword; None: what it gives back.
+    """
 
     module: str
-    argument: int | None
+    argument: int | str | None
     axis: int  # of the channels, from the front
     rank: int
     batch: int = 0  # axis of the samples: not the first one where tokens are in front, as PyTorch's attention has them
@@ -97,11 +102,12 @@ def watch(network: nn.Module, example: Example) -> dict[str, Calls]:
     for name, module in network.named_modules():
         calls = seen[name] = Calls()
 
-        def note(module: nn.Module, args: Any, output: Any, calls: Calls = calls) -> None:
-            calls.inputs.append([tuple(x.shape) if isinstance(x, Tensor) else None for x in args])
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, calls: Calls = calls) -> None:
+            given = (*enumerate(args), *kwargs.items())
+            calls.inputs.append({key: tuple(x.shape) if isinstance(x, Tensor) else None for key, x in given})
             calls.outputs.append(tuple(output.shape) if isinstance(output, Tensor) else None)
 
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
         with evaluating(network):
             network(*example.args, **example.kwargs)
@@ -240,14 +246,14 @@ class Places:
         own = self._module[id(node)]
         return own is not None and is_within(own, path)
 
-    def _argument(self, path: str, rank: int, axis: int, width: int) -> int | None:
-        """The only positional argument of a module that has `width` channels on `axis`, in every call."""
+    def _argument(self, path: str, rank: int, axis: int, width: int) -> int | str | None:
+        """The only argument of a module that has `width` channels on `axis`, in every call."""
         calls = self._calls[path].inputs if path in self._calls else []
         fitting = []
-        for index in range(max(map(len, calls), default=0)):
-            shapes = [given[index] if index < len(given) else None for given in calls]
+        for key in dict.fromkeys(key for given in calls for key in given):
+            shapes = [given.get(key) for given in calls]
             if all(shape is not None and len(shape) == rank and shape[axis] == width for shape in shapes):
-                fitting.append(index)
+                fitting.append(key)
         return fitting[0] if len(fitting) == 1 else None
 
     def _upwards(self, tensor: Any) -> Iterator[Any]:

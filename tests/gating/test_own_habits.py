@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -282,3 +283,46 @@ def test_who_takes_the_network_before_the_gates_are_fixed_hears_of_it(tmp_path: 
     gates.freeze()
     gates.export(tmp_path / "gated.onnx")
     assert gates.cut()[0].out_channels < 16
+
+
+class ByKeyword(nn.Module):
+    """Calls all that it is made of by keyword."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, *, x: Tensor, scale: float = 0.5) -> Tensor:
+            return scale * self.outer(input=self.inner(input=x).relu())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16, affine=False)
+        self.branch, self.last = self.Branch(), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(input=self.first(input=x)).relu()
+        return self.last(input=x + self.branch(x=x))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_layers_that_are_called_by_keyword_have_gates(is_open: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = ByKeyword().eval(), torch.randn(2, 3, 8, 8)
+    gates = Gates(model, x, rehearse=0)
+    assert {site.name: site.width for site in gates.sites} == {"first": 4, "branch.inner": 16}  # the norm has 4 groups
+    assert gates.ungated.keys() == {"last"}
+    (branch,) = gates.blocks
+    opened = np.arange(21) % 4 > 0
+    opened[branch.gate] = is_open
+    before = model(x)
+    gates.freeze(opened)
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    small = gates.cut()
+    assert tuple(small.first.weight.shape) == (12, 3, 3, 3)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    gates.export(tmp_path / "gated.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "gated.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)

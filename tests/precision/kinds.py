@@ -285,14 +285,18 @@ def attention_with_a_mask() -> onnx.ModelProto:
 
 @kind
 def attention_with_masks_beyond_fp16() -> onnx.ModelProto:
-    """What is masked gets the lowest number of FP32, in the ways of exporters; one row is masked throughout."""
+    """What is masked gets the lowest number of FP32, in the ways of exporters; one row is masked throughout.
+
+    Scores lie below -16: added to FP16's lowest number, they make it infinite.
+    """
     lowest = np.finfo(np.float32).min
     net = stem()
     net.constant("rows", value=np.array([0, 8, SIDE**2]))
     net.node("Reshape", ["r", "rows"], "keys")
     net.node("MatMul", [net.node("Transpose", ["keys"], "tokens", perm=[0, 2, 1]), "keys"], "products")
     net.node("Div", ["products", net.constant("root", value=np.float32(8))], "raw")
-    net.node("Clip", ["raw", net.constant("low", value=lowest), net.constant("high", value=-lowest)], "scores")
+    net.node("Clip", ["raw", net.constant("low", value=lowest), net.constant("high", value=-lowest)], "bounded")
+    net.node("Sub", ["bounded", net.constant("twenty", value=np.float32(20))], "scores")
     masked = np.arange(SIDE**2) % 3 == 0
     net.node("Cast", [net.constant("masked", value=masked)], "ones", to=TensorProto.FLOAT)
     net.node("Mul", ["ones", net.constant("lowest", value=lowest)], "row")
@@ -300,9 +304,9 @@ def attention_with_masks_beyond_fp16() -> onnx.ModelProto:
     net.node("Add", ["scores", "added"], "padded")
     triangle = np.where(np.tri(SIDE**2, dtype=bool), 0, lowest).astype(np.float32)
     triangle[1] = lowest
-    net.node("Add", ["padded", net.constant("triangle", value=triangle)], "causal")
-    net.node("Where", ["masked", net.constant("no", value=lowest), "causal"], "allowed")
-    net.node("MatMul", ["keys", net.node("Softmax", ["allowed"], "shares", axis=-1)], "mixed")
+    net.node("Where", ["masked", net.constant("no", value=lowest), "padded"], "allowed")
+    net.node("Add", ["allowed", net.constant("triangle", value=triangle)], "causal")
+    net.node("MatMul", ["keys", net.node("Softmax", ["causal"], "shares", axis=-1)], "mixed")
     net.node("Reshape", ["mixed", net.constant("image", value=np.array([0, 8, SIDE, SIDE]))], "back")
     return net.classifier(net.conv("back", "c", 8, 8), 8)
 

@@ -10,6 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from polar_deploy.errors import ContentError
+from tests.precision import kinds
+from tests.precision.kinds import KINDS
 from tests.support.residual import constants, difference, element_types, evaluated, images, nodes, residual, written
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -96,6 +98,14 @@ def test_weights_that_fp16_cannot_hold(factor: float, says: str, tmp_path: Path)
     with pytest.raises(ContentError, match=says):
         written(network, "rtx-fp16", tmp_path)
     assert not (tmp_path / "typed.onnx").exists()
+
+
+def test_masks_are_numbers_in_fp16s_own_arithmetic(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU kernels, which the proof asks, compute in FP32 in between: there no sum becomes infinite."""
+    network, batch = KINDS["attention_with_masks_beyond_fp16"](), kinds.images(2)
+    typed, _ = written(network, "rtx-fp16", tmp_path)
+    with np.errstate(over="ignore", invalid="raise"):
+        assert difference(evaluated(typed, batch), evaluated(network, batch)) < 5e-3
 
 
 @pytest.mark.parametrize("between", [(), ("Relu",)])
