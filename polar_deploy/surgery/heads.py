@@ -166,8 +166,9 @@ class Product(Operator[Terms]):
             return []
         left = {label: np.zeros(size, bool) for label, size in terms.sizes.items()}
         for channels, labels in self._tensors(step):
-            for label, axis in zip(labels, channels.axes, strict=True):
-                left[label][channels.keep(axis)] = True
+            kept = channels.kept.reshape([terms.sizes[label] for label in labels])
+            for at, label in enumerate(labels):
+                left[label] |= kept.any(axis=tuple(other for other in range(len(labels)) if other != at))
         for kept in left.values():
             kept[0] |= not kept.any()
         found = []

@@ -107,6 +107,27 @@ def test_a_closed_dimension_of_one_head_stays_and_one_of_all_heads_goes() -> Non
     assert constant(smaller, "q.w").shape == (WIDTH, INNER), "the scores of every head are in use"
 
 
+def test_dimensions_of_one_head_go_where_only_keys_and_values_have_an_axis_for_it() -> None:
+    """As in networks whose first stage has one head (PVT): an axis of one channel is no axis to follow in queries."""
+    net, closed = Attention(), np.array([True, False, False, True, False])
+    q = net.linear(net.stream, WIDTH, DIMS, "q")
+    q = net.node(
+        "Transpose", [net.node("Reshape", [q, net.shape(0, LENGTH, 1, DIMS)], "q.split")], "q.head", perm=[0, 2, 1, 3]
+    )
+    both = net.linear(net.stream, WIDTH, 2 * DIMS, "kv", np.tile(closed, 2))
+    both = net.node("Reshape", [both, net.shape(0, LENGTH, 2, 1, DIMS)], "kv.split")
+    both = net.node("Transpose", [both], "kv.heads", perm=[2, 0, 3, 1, 4])
+    k, v = (net.node("Gather", [both, net.constant(f"which{i}", np.array(i))], f"kv.{i}") for i in (0, 1))
+    k = net.node("Transpose", [k], "k.turned", perm=[0, 1, 3, 2])
+    shares = net.node("Softmax", [net.node("MatMul", [q, k], "scores")], "softmax", axis=-1)
+    y = net.node("Transpose", [net.node("MatMul", [shares, v], "weighed")], "tokens", perm=[0, 2, 1, 3])
+    y = net.linear(net.node("Reshape", [y, net.shape(0, LENGTH, DIMS)], "joined"), DIMS, WIDTH, "out")
+    model = net.model(net.node("Add", [y, net.stream], "end"), ranks=[3])
+    smaller = _cut(model)
+    np.testing.assert_array_equal(constant(smaller, "q.w"), constant(model, "q.w")[:, ~closed])
+    np.testing.assert_array_equal(constant(smaller, "kv.w"), constant(model, "kv.w")[:, np.tile(~closed, 2)])
+
+
 @pytest.mark.parametrize("which", [("q",), ("k",), ("q", "k")])
 def test_dimensions_of_queries_or_keys_that_are_zero_go_from_both(which: tuple[str, ...]) -> None:
     zeros = np.zeros((HEADS, DIMS), bool)
