@@ -21,7 +21,10 @@ LARGEST = float(np.finfo(np.float16).max)  # 65504
 MASK = LARGEST / 2
 MASKING = frozenset({"Add", "Sub", "Where"})
 BOUNDING = frozenset({"Clip", "Max", "Min", "Pad"})
-VIEWS = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
+ON_THE_WAY = frozenset(  # from a number to the mask that is made of it
+    {"Cast", "Concat", "Expand", "Gather", "Identity", "Mul", "Reshape", "ScatterND", "Slice", "Squeeze", "Tile"}
+    | {"Transpose", "Trilu", "Unsqueeze"}
+)
 MAX_LOSS = 0.01  # of a layer's weights, RMS; rounding costs 0.0002, only numbers below 6e-5 lose more
 
 
@@ -116,17 +119,15 @@ def _end(name: str, reader: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.
         return 0.0
     if reader.op_type in BOUNDING and (reader.op_type in ("Max", "Min") or name != reader.input[0]):
         return LARGEST
-    if reader.op_type in MASKING or (reader.op_type == "Mul" and _becomes_mask(reader.output[0], readers)):
-        return MASK
-    return 0.0
+    return MASK if _is_mask(reader, readers) else 0.0
 
 
-def _becomes_mask(tensor: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
-    """Whether all that a tensor is for is to be added or chosen, as `(1 - mask) * lowest` is."""
-    return bool(readers[tensor]) and all(
-        node.op_type in MASKING or (node.op_type in VIEWS and _becomes_mask(node.output[0], readers))
-        for node in readers[tensor]
-    )
+def _is_mask(reader: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether a node adds what it reads, or chooses it, or all that read its result do: `(1 - mask) * lowest`."""
+    if reader.op_type in MASKING:
+        return True
+    behind = readers[reader.output[0]] if reader.op_type in ON_THE_WAY else ()
+    return bool(behind) and all(_is_mask(node, readers) for node in behind)
 
 
 def _with_constants(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:

@@ -299,7 +299,8 @@ def attention_with_masks_beyond_fp16() -> onnx.ModelProto:
     net.node("Sub", ["bounded", net.constant("twenty", value=np.float32(20))], "scores")
     masked = np.arange(SIDE**2) % 3 == 0
     net.node("Cast", [net.constant("masked", value=masked)], "ones", to=TensorProto.FLOAT)
-    net.node("Mul", ["ones", net.constant("lowest", value=lowest)], "row")
+    net.node("Expand", [net.constant("lowest", value=lowest), net.constant("length", value=np.array([SIDE**2]))], "all")
+    net.node("Mul", ["ones", "all"], "row")
     net.node("Unsqueeze", ["row", net.constant("axes", value=np.array([0, 1]))], "added")
     net.node("Add", ["scores", "added"], "padded")
     triangle = np.where(np.tri(SIDE**2, dtype=bool), 0, lowest).astype(np.float32)
