@@ -295,12 +295,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=names, help="only these; no result is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        builds = {"ours": ROOT, "before": args.before} if args.before else {"ours": ROOT}
-        turns = [*builds, "ours"] if args.before else list(builds)
+        builds = {"ours": ROOT, "before": args.before}
+        turns = ["ours", "before", "ours"] if args.before else ["ours"]
         rows = {}
         for name in args.names:
             subject = prepare(name, args.cache or Path(place), Path(place, name))
-            answers: dict[str, list[dict[str, Any]]] = {who: [] for who in builds}
+            answers: dict[str, list[dict[str, Any]]] = {who: [] for who in dict.fromkeys(turns)}
             for _ in range(RUNS):
                 for who in turns:
                     answers[who].append(ask("ours", subject, builds[who]))

@@ -7,7 +7,8 @@
 #   three or four such outputs nothing is off.
 # Versions: openvino 2026.4.1, onnx 1.23.2, numpy 2.4.6, Python 3.11.
 # For users of polar_deploy: OpenVINO targets deliver the ONNX file, and no IR. FP16 targets refuse a constant that FP16
-#   cannot hold, and name it, unless it stands for no end in a mask or as a bound. Who writes an IR: compress_to_fp16=False (docs/openvino.md).
+#   cannot hold, and name it, unless it stands for no end in a mask or as a bound. Who writes an IR:
+#   compress_to_fp16=False (docs/openvino.md).
 
 set -euo pipefail
 work=$(mktemp -d)

@@ -19,7 +19,7 @@ from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, require_float32
-from polar_deploy.gating.places import Calls, is_within, watch
+from polar_deploy.gating.places import Calls, argument_of, is_within, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.detached import DetachedModel
@@ -182,7 +182,7 @@ class Absent(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **named: Any) -> Tensor:
         """Zeros [B, ...] like the argument."""
-        x: Tensor = named[self._argument] if isinstance(self._argument, str) else args[self._argument]
+        x: Tensor = argument_of(args, named, self._argument)
         if self._lengths is not None:
             return x.new_zeros([x.shape[at] if size is None else size for at, size in enumerate(self._lengths)])
         if torch.compiler.is_compiling():  # lengths may be symbols, which are no keys

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from polar_deploy.errors import UsageError
 from polar_deploy.export import device_of
 from polar_deploy.gating.analysis import Analysis
-from polar_deploy.gating.places import Place
+from polar_deploy.gating.places import Place, argument_of
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
 _Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
@@ -118,8 +118,7 @@ class MaskInput(_Masking):
         self._argument = place.argument
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
-        x = kwargs[self._argument] if isinstance(self._argument, str) else args[self._argument]
-        mask = getattr(module, INPUT)
+        x, mask = argument_of(args, kwargs, self._argument), getattr(module, INPUT)
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling():
                 _note_compiled()

@@ -7,7 +7,7 @@ the module that ends it hands it out. Graph and modules are brought together by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,6 +32,11 @@ class Calls:
 
     inputs: list[dict[int | str, tuple[int, ...] | None]] = field(default_factory=list)
     outputs: list[tuple[int, ...] | None] = field(default_factory=list)
+
+
+def argument_of(args: Sequence[Any], kwargs: Mapping[str, Any], key: int | str) -> Any:
+    """What a module was given at a position, or by a keyword."""
+    return kwargs[key] if isinstance(key, str) else args[key]
 
 
 def aliases(network: nn.Module) -> dict[str, str]:
