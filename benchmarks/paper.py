@@ -1,6 +1,6 @@
 """The paper's claim: half of the connections go, in MACs and in parameters, for less than a point of accuracy.
 
-    python -m benchmarks.paper cifar10 --seeds 0,1 --work FOLDER
+    python -m benchmarks.paper cifar10 --seeds 0,1 --work FOLDER [--set training.amp=bf16]
 
 Reads ../shared. ResNet-20, 40 epochs, one thread: from the public weights on CIFAR-10, from a full network that trains
 as long on CIFAR-100. A run is the command itself, as far as its verdict. It takes two hours of a core without bfloat16,
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("data", choices=("cifar10", "cifar100"))
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
+    parser.add_argument("--set", action="append", default=[], help="settings of all runs")
     arguments = parser.parse_args()
     if not SHARED.is_dir():
         print("skipped: no data and weights in ../shared")
@@ -37,6 +38,8 @@ def main() -> int:
     if not (data / "test.npz").is_file():
         cifar_folder(arguments.work, arguments.data)
     given = ("--recipe", str(ROOT / "benchmarks" / f"paper-{arguments.data}.yaml"), "--data-dir", str(data))
+    for each in arguments.set:
+        given += ("--set", each)
     if arguments.data in WEIGHTS:
         given += ("--full-weights", str(WEIGHTS[arguments.data]))
     seeds = arguments.seeds.split(",")
