@@ -72,6 +72,7 @@ class Epoch(Curves, Open):
         open: gates that are open at each site.
         freeze: where gates were fixed in this epoch.
         cost, budget: of the tightest budget: share of the full network's that the gates leave, and what was asked.
+        bf16: whether training computed in it, where it can.
         data_seconds: waiting for data; joules: what the machine counted; None: it counts nothing.
     """
 
@@ -82,6 +83,7 @@ class Epoch(Curves, Open):
     freeze: LoggedFreeze | None = None
     cost: NonNegative | None = None
     budget: Share | None = None
+    bf16: bool | None = None
     data_seconds: NonNegative | None = None
     joules: NonNegative | None = None
 

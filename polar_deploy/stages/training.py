@@ -9,6 +9,7 @@ from polar_deploy.gating import processes
 from polar_deploy.tasks.classification import PictureData
 from polar_deploy.training.batches import Batches, ImageBatches, SampleBatches
 from polar_deploy.training.loop import TrainingJob, choose_device, prepare
+from polar_deploy.training.mixed import MixedPrecision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,5 +53,7 @@ def training_job(
         folder=run.path(folder),
         key=str(fingerprint),
         device=device,
+        mixed=MixedPrecision(run.settings.training.amp, device),
+        fresh=lambda: prepare(run.network(), run.settings, device),
         on_epoch=partial(run.trackers.epoch, stage) if run.trackers else None,
     )

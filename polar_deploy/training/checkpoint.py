@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from polar_deploy.documents.training_log import Epoch, LoggedFreeze
 from polar_deploy.workspace import atomic_path
 
-FORMAT = 1  # raised when what ways of training keep has another form: a checkpoint of before is none then
+FORMAT = 2  # raised when what ways of training keep has another form: a checkpoint of before is none then
 _TENSOR = "tensor of the name"
 
 
@@ -25,11 +25,13 @@ class State:
     """Where a training run is: after `epoch` epochs, with one record an epoch for training.jsonl.
 
     method: what the way of training keeps besides weights and optimizers: nested dictionaries, lists, tensors, numbers.
+    bf16: whether it computes in bf16.
     """
 
     epoch: int = 0
     records: list[Epoch] = field(default_factory=list)
     method: dict[str, Any] = field(default_factory=dict)
+    bf16: bool = False
 
     @property
     def freeze(self) -> LoggedFreeze | None:
@@ -43,7 +45,8 @@ def save(path: Path, key: str, state: State, network: nn.Module, optimizers: lis
     for number, optimizer in enumerate(optimizers):
         tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
     method = _detach(state.method, tensors, "method")
-    held = json.dumps({"epoch": state.epoch, "records": [each.as_json() for each in state.records], "method": method})
+    records = [each.as_json() for each in state.records]
+    held = json.dumps({"epoch": state.epoch, "records": records, "method": method, "bf16": state.bf16})
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"key": _stored_key(key), "state": held})
 
@@ -63,7 +66,7 @@ def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
         return State(), {}
     held = json.loads(metadata["state"])
     records = [Epoch.model_validate_json(json.dumps(each)) for each in held["records"]]
-    return State(held["epoch"], records, _attach(held["method"], tensors)), tensors
+    return State(held["epoch"], records, _attach(held["method"], tensors), held["bf16"]), tensors
 
 
 def fits(path: Path, key: str) -> bool:

@@ -11,7 +11,7 @@ from polar_deploy.documents.training_log import Epoch
 from polar_deploy.progress import Progress
 from polar_deploy.tasks import Batch, Tensors
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import TrainingJob, autocast, fit, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, fit, set_rate, sgd
 
 
 class Plain:
@@ -37,7 +37,7 @@ class Plain:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensors]:
         """Loss and outputs."""
-        with autocast(self.job.settings, self.job.device):
+        with self.job.mixed.autocast():
             outputs = self.job.task.forward(self.job.network, batch.inputs)
         return self.job.task.loss(outputs, batch), outputs
 

@@ -27,7 +27,7 @@ from polar_deploy.tasks import Batch, Task, Tensors
 from polar_deploy.tensors import count, take
 from polar_deploy.training.batch_norm import of_whole_batch
 from polar_deploy.training.checkpoint import State
-from polar_deploy.training.loop import TrainingJob, autocast, evaluate, fit, prepare, set_rate, sgd
+from polar_deploy.training.loop import TrainingJob, evaluate, fit, prepare, set_rate, sgd
 
 NORM_BATCHES = 20  # that statistics are estimated from
 FREEZE_SAMPLES = 2000  # of the validation set, that show what the freeze changed
@@ -78,7 +78,7 @@ class OnePass:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensors]:
         """Loss and outputs."""
         task = self.job.task
-        with autocast(self.job.settings, self.job.device):
+        with self.job.mixed.autocast():
             outputs = task.forward(self.network, batch.inputs)
             loss = task.loss(outputs, batch)
             if self.teacher is not None:
@@ -174,7 +174,7 @@ class OnePass:
         inputs = (batch.inputs for batch in islice(self.job.train.epoch(0), NORM_BATCHES))
         frozen = [each for each in self.network.modules() if isinstance(each, _BatchNorm) and not each.training]
         if not frozen:  # who keeps them fixed wants them fixed
-            with autocast(self.job.settings, self.job.device), of_whole_batch():
+            with self.job.mixed.autocast(), of_whole_batch():
                 update_bn(inputs, _ByName(self.network, self.job.task))
 
     def _taught(self, loss: Tensor, outputs: Tensors, batch: Batch) -> Tensor:

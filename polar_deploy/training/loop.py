@@ -26,7 +26,8 @@ from polar_deploy.training import checkpoint
 from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
-from polar_deploy.training.passes import Passes
+from polar_deploy.training.mixed import MixedPrecision
+from polar_deploy.training.passes import Passes, some
 
 VECTOR = 16  # float32 values in the widest vectors of x86: with fewer channels oneDNN has rests to care for
 
@@ -64,7 +65,12 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run: what it needs besides its method; `on_epoch` is given the record of each epoch."""
+    """One training run: what it needs besides its method.
+
+    Attributes:
+        fresh: makes such a network anew, without gates and on the device, to measure steps with.
+        on_epoch: is given the record of each epoch.
+    """
 
     stage: str
     task: Task
@@ -76,6 +82,8 @@ class TrainingJob:
     folder: Path
     key: str
     device: torch.device
+    mixed: MixedPrecision
+    fresh: Callable[[], nn.Module]
     on_epoch: Callable[[Epoch], None] | None = None
 
 
@@ -109,6 +117,9 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
             Epoch.write_all(
                 job.folder / "training.jsonl", state.records
             )  # the kill can have come between checkpoint and log
+        job.mixed.bf16 = state.bf16
+    elif job.mixed.bf16 is None:
+        progress.note(f"{job.stage}: {job.mixed.settle(job.fresh(), job.task, some(next(job.train.epoch(0))))}")
     progress.stage(job.stage, total_epochs=job.epochs, done=state.epoch)
     meter = Meter(job.device, processors=processes.is_first_here())
     while state.epoch < job.epochs:
@@ -120,6 +131,7 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
             loss=round(losses, 5),
             train_score=None if score is None else round(score, 3),
             samples=job.train.samples_an_epoch,
+            bf16=bool(job.mixed.bf16),
         )
         trained = method.after_epoch(trained)
         validated, joules = evaluate(job.task, method.network, job.validation), _of_all(meter.read())
@@ -128,7 +140,7 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
         spent["seconds"] = round(time.monotonic() - started, 2)
         record = trained.model_copy(update={"val_score": validated, **spent})
         state.records.append(record)
-        state.method = method.state_dict()
+        state.method, state.bf16 = method.state_dict(), bool(job.mixed.bf16)
         if writes:
             checkpoint.save(path, job.key, state, method.network, method.optimizers())
             Epoch.write_all(job.folder / "training.jsonl", state.records)
@@ -197,21 +209,6 @@ def set_rate(optimizer: Optimizer, peak: float, warmup: float, done: float) -> N
         rate = peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def autocast(settings: ResolvedSettings, device: torch.device) -> torch.autocast:
-    """Mixed precision as the settings ask: bf16 where the device multiplies matrices in it, else FP32."""
-    amp = settings.training.amp
-    wanted = amp == "bf16" or (amp == "auto" and _multiplies_bf16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster there: on a CPU it takes AMX; with AVX512-BF16 alone a step takes 1.3 times as long."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(able.get("amx_bf16"))
 
 
 @torch.no_grad()

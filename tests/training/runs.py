@@ -25,6 +25,7 @@ from polar_deploy.training.checkpoint import State
 from polar_deploy.training.full import train_full
 from polar_deploy.training.gated import train_gated
 from polar_deploy.training.loop import TrainingJob, prepare
+from polar_deploy.training.mixed import MixedPrecision
 from tests.support.tiny import Tiny
 
 CPU = torch.device("cpu")
@@ -139,6 +140,8 @@ def fit(run_settings: ResolvedSettings, folder: Path, *, gated: bool, epochs: in
         folder=folder,
         key=key,
         device=CPU,
+        mixed=MixedPrecision(run_settings.training.amp, CPU),
+        fresh=lambda: prepare(network(), run_settings, CPU),
     )
 
 

@@ -1,0 +1,84 @@
+"""Mixed precision: bf16, where a step of this very network takes less time in it on this device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from polar_deploy.errors import first_line
+from polar_deploy.gating import processes
+from polar_deploy.tasks import Batch, Task
+
+WORTHWHILE = 0.85  # of a step's time in FP32, at most: what is nearer to it than the noise shall not decide
+_ROUNDS, _SECONDS = 3, 10.0  # of measuring, whichever is over first
+
+
+class MixedPrecision:
+    """Whether a training run computes in bf16: as it was asked, or measured once, before its first step.
+
+    What a device gains depends on the network: AVX512-BF16 halves the time of convolutions, and takes several times as
+    long for what follows Hardswish and SiLU backward. So `auto` tries both on a CPU that has any unit for bf16. A GPU
+    that has one is not asked: it gains.
+
+    Attributes:
+        bf16: None: not known yet.
+    """
+
+    def __init__(self, amp: str, device: torch.device) -> None:
+        self._device = device
+        self.bf16: bool | None = amp == "bf16"
+        if amp == "auto":
+            self.bf16 = None if device.type == "cpu" and _has_unit() else _gpu_has_unit(device)
+
+    def autocast(self) -> torch.autocast:
+        """For a forward pass and its loss."""
+        return _autocast(self._device, bool(self.bf16))
+
+    def settle(self, network: nn.Module, task: Task, batch: Batch) -> str:
+        """Measure steps in both; what was found, in words. The first of several processes decides.
+
+        Args:
+            network: of the kind that is going to be trained; its gradients and statistics change.
+            batch: what a step is made with: some samples are enough.
+        """
+        try:
+            with torch.random.fork_rng([]):
+                share = self._share(network, task, batch)
+            found = f"takes {share:.2f} of its time"
+        except RuntimeError as error:  # an operation that torch has not got in bf16; one that fails in FP32 fails later
+            share, found = float("inf"), f"fails: {first_line(error)}"
+        share, found = processes.of_the_first((share, found))
+        self.bf16 = share <= WORTHWHILE
+        return f"computes in {'bf16' if self.bf16 else 'FP32'}; in bf16 a step {found}"
+
+    def _share(self, network: nn.Module, task: Task, batch: Batch) -> float:
+        """Seconds of a step in bf16, over those in FP32: the fastest of each, by turns."""
+        fastest, end = {False: float("inf"), True: float("inf")}, time.monotonic() + _SECONDS
+        for turn in range(1 + _ROUNDS):
+            for bf16 in fastest:
+                started = time.perf_counter()
+                with _autocast(self._device, bf16):
+                    loss = task.loss(task.forward(network, batch.inputs), batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if turn:  # the first one has to prepare itself
+                    fastest[bf16] = min(fastest[bf16], time.perf_counter() - started)
+            if turn and time.monotonic() > end:
+                break
+        return fastest[True] / fastest[False]
+
+
+def _autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def _has_unit() -> bool:
+    """Whether this CPU has instructions for bf16."""
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has it, 2.6 has not
+    return any(has for name, has in able.items() if "bf16" in name)
+
+
+def _gpu_has_unit(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
