@@ -129,7 +129,7 @@ class Gates:
         self.phase: Phase = "open"
         self.opened = np.ones(self.analysis.choices.gates, bool)
         self._stay = self.opened.copy()  # what was chosen
-        carriers = masking.carriers(model, self.analysis.places)
+        carriers = masking.Carriers(model, self.analysis.places)
         self._observer = Observer(carriers, self.analysis.gate_of(device_of(model)), len(self.opened))
         self._sampler = SampleGates(carriers, self.analysis, self._observer) if mode == "sample" else None
         self._handles.append(model.register_forward_pre_hook(Begin(self._observer), with_kwargs=True))

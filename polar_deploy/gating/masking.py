@@ -287,9 +287,20 @@ def require_bare(network: nn.Module) -> None:
             )
 
 
-def carriers(network: nn.Module, places: Sequence[Place]) -> list[tuple[int, str]]:
-    """For each place the module that carries its mask, as `id` has it, and the name of the mask's buffer there."""
-    return [(id(network.get_submodule(place.module)), buffer(place)) for place in places]
+class Carriers:
+    """Which place a mask is of, by the module that carries it.
+
+    Modules are known by their ids, and held: an id that was given back would soon be that of somebody else's module.
+    """
+
+    def __init__(self, network: nn.Module, places: Sequence[Place]) -> None:
+        self._modules = [network.get_submodule(place.module) for place in places]
+        numbered = zip(self._modules, places, range(len(places)), strict=True)
+        self._index = {(id(module), buffer(place)): index for module, place, index in reversed([*numbered])}
+
+    def place(self, module: nn.Module, name: str) -> int | None:
+        """The first place whose mask is the buffer `name` of this very module; None: there is none."""
+        return self._index.get((id(module), name))
 
 
 def buffer(place: Place) -> str:

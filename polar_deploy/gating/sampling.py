@@ -7,7 +7,7 @@ formulas are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polar_deploy.gating import processes
 from polar_deploy.gating.analysis import Analysis
+from polar_deploy.gating.masking import Carriers
 from polar_deploy.gating.utility import Observer
 
 HIDDEN = 16  # units of the light network's hidden layer
@@ -47,17 +48,17 @@ class SampleGates:
     """Decisions a sample for all gates of a network; sees what passes the masks (`masking.Listener`).
 
     Args:
-        carriers: for each mask, the module (its id) and the name of its buffer.
+        carriers: of the masks.
         analysis: the network's gates.
         observer: is told the gradients at the gates.
     """
 
-    def __init__(self, carriers: Sequence[tuple[int, str]], analysis: Analysis, observer: Observer) -> None:
+    def __init__(self, carriers: Carriers, analysis: Analysis, observer: Observer) -> None:
         choices = analysis.choices
         spans = [gates for gates, _, _ in choices.owners()]
         gate_of = analysis.gate_of(next(iter(analysis.example.tensors)).device)
         self._gates, self._spans, self._observer = choices.gates, spans, observer
-        self._mask_of = {carrier: index for index, carrier in reversed(list(enumerate(carriers)))}
+        self._carriers = carriers
         self._gate_of = gate_of
         first = {}  # each site is decided at the first mask that closes its gates
         for index, gates in enumerate(gate_of):
@@ -84,7 +85,7 @@ class SampleGates:
 
     def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axes: tuple[int, int]) -> Tensor | None:
         """The activations, B * k samples on the first of `axes`, times each sample's own mask."""
-        index, batch = self._mask_of.get((id(module), name)), self._observer.batch
+        index, batch = self._carriers.place(module, name), self._observer.batch
         if index is None or not batch or not x.numel() or x.shape[axes[0]] % batch:
             return None
         if self._decisions is None or self._fresh():

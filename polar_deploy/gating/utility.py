@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from polar_deploy.errors import UsageError
 from polar_deploy.export import Example, device_of
+from polar_deploy.gating.masking import Carriers
 from polar_deploy.gating.sensitivity import Call
 
 LEAST_WEIGHT = 0.05  # of the newest observation in the running mean: it looks back over about 20
 MOST_NAMES = 5  # of sites, in a warning
 MOST_CALLS = 2  # of a step that can be made again: they hold their inputs
 MOST_PASSES = 64  # that a step may consist of; older ones belong to nobody who calls `step`
-_Key = tuple[int, str]
 
 
 class Observer:
     """Sees what passes the masks of a network, forward and backward, and keeps a running mean of each gate's utility.
 
     Args:
-        carriers: for each mask, the module and the name of its buffer.
+        carriers: of the masks.
         gate_of: for each mask, int64 [width], the gate of each channel, or -1.
         gates: how many there are.
 
@@ -41,11 +41,11 @@ class Observer:
         observations: how many steps were seen.
     """
 
-    def __init__(self, carriers: Sequence[_Key], gate_of: Sequence[Tensor], gates: int) -> None:
+    def __init__(self, carriers: Carriers, gate_of: Sequence[Tensor], gates: int) -> None:
         self.gates = gates
         self.utility = torch.zeros(gates, device="cpu")
         self.observations = 0
-        self._gate_of = dict(zip(carriers, gate_of, strict=True))
+        self._carriers, self._gate_of = carriers, gate_of
         self._passes: list[_Pass] = []
         self._calls: list[Call] = []
         self._has_seen = False  # any gradient, be it finite or not
@@ -76,9 +76,10 @@ class Observer:
 
     def passes(self, module: nn.Module, name: str, x: Tensor, mask: Tensor, axes: tuple[int, int]) -> Tensor | None:
         """The masked activations, whose gradient will be looked at; see `masking.Listener`."""
-        gates = self._gate_of.get((id(module), name))
-        if gates is None or not self._passes or not torch.is_grad_enabled():
+        place = self._carriers.place(module, name)
+        if place is None or not self._passes or not torch.is_grad_enabled():
             return None
+        gates = self._gate_of[place]
         factor = mask.to(x.dtype)
         if not x.requires_grad:  # behind frozen layers, whose gates are worth something, too
             if not x.is_floating_point():

@@ -55,16 +55,16 @@ class MixedPrecision:
         return f"computes in {'bf16' if self.bf16 else 'FP32'}; in bf16 a step {found}"
 
     def _share(self, network: nn.Module, task: Task, batch: Batch) -> float:
-        """Seconds of a step in bf16, over those in FP32: the fastest of each, by turns."""
+        """Seconds of a step in bf16, over those in FP32: the fastest of each, by turns, whatever else runs here."""
         fastest, end = {False: float("inf"), True: float("inf")}, time.monotonic() + _SECONDS
         for turn in range(1 + _ROUNDS):
             for bf16 in fastest:
-                started = time.perf_counter()
+                started = time.process_time()
                 with _autocast(self._device, bf16):
                     loss = task.loss(task.forward(network, batch.inputs), batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if turn:  # the first one has to prepare itself
-                    fastest[bf16] = min(fastest[bf16], time.perf_counter() - started)
+                    fastest[bf16] = min(fastest[bf16], time.process_time() - started)
             if turn and time.monotonic() > end:
                 break
         return fastest[True] / fastest[False]

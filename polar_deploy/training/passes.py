@@ -73,7 +73,7 @@ class Passes:
         return told
 
 
-def some(batch: Batch, most: int = 16) -> Batch:
+def some(batch: Batch, most: int = 32) -> Batch:
     """The first samples of a batch."""
     return Batch(*({name: each[:most] for name, each in tensors.items()} for tensors in batch))
 

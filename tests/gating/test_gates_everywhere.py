@@ -8,7 +8,9 @@ the gated one compared with a network whose weights were set to zero by hand.
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -373,6 +375,17 @@ def test_a_rehearsal_that_fails_leaves_no_hook(analysis: Any, monkeypatch: pytes
         Gates(model, EXAMPLE, analysis=analysis)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert masking._listeners == others
+
+
+def test_who_listens_does_not_take_other_modules_for_its_own(analysis: Any) -> None:
+    """Modules are known by their ids, which Python gives to others when a module is gone."""
+    gates = Gates(Chain(), EXAMPLE, analysis=analysis, mode="sample", **QUICK)
+    listening, module = (gates._observer, gates._sampler), weakref.ref(gates.model.get_submodule("two"))
+    gates.detach()
+    del gates
+    gc.collect()
+    assert all(listening)
+    assert module() is not None
 
 
 # ---- ways to train

@@ -30,7 +30,7 @@ def _has(monkeypatch: pytest.MonkeyPatch, **units: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **units}, raising=False)
 
 
-class Sleeping(nn.Module):
+class Slow(nn.Module):
     """A classifier whose passes take longer in one type than in the other."""
 
     def __init__(self, slow: torch.dtype) -> None:
@@ -39,7 +39,9 @@ class Sleeping(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         made: Tensor = self.layer(images.flatten(1))
-        time.sleep(0.02 if made.dtype == self.slow else 0)
+        end = time.process_time() + (0.02 if made.dtype == self.slow else 0)
+        while time.process_time() < end:
+            pass
         return {"logits": made}
 
 
@@ -71,7 +73,7 @@ def test_on_a_cpu_with_a_unit_for_bf16_steps_are_measured(
     _has(monkeypatch, **{name: True})
     mixed = MixedPrecision("auto", CPU)
     assert mixed.bf16 is None
-    said = mixed.settle(Sleeping(slow), TASK, TWO)
+    said = mixed.settle(Slow(slow), TASK, TWO)
     assert _dtype(mixed) == dtype
     assert said.startswith(f"computes in {'bf16' if dtype == torch.bfloat16 else 'FP32'}; in bf16 a step takes ")
 
