@@ -78,7 +78,7 @@ def train(package: Path, out: Path, data: Path, stage: str, *arguments: str) -> 
         "epochs": seconds,
         "frozen_in_epoch": frozen,
         "epoch_after_freeze": statistics.median(later) if later else None,
-        "val_score": records[-1]["val_score"],
+        "val_score": records[-1]["val_accuracy" if package != ROOT else "val_score"],  # as that build names it
     }
 
 
