@@ -5,12 +5,14 @@
 
 All start from the same full weights and see the same batches, with the same teacher and as many steps. The floors
 (`floors.py`) are cut before the first one. A variant is a name, and settings that it changes. Each run can be killed
-and goes on; a row that is there is not made again. Losers stay in the table: `benchmarks/results/ablation-NAME.json`.
+and goes on; a row that is there, in FOLDER or in the result, is not made again, so that seeds can come from several
+machines. Losers stay in the table: `benchmarks/results/ablation-NAME.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import math
 import sys
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks import floors
-from benchmarks.common import write_result
+from benchmarks.common import COMMIT, RESULTS, write_result
 from polar_deploy import engines, export, models, recipes
 from polar_deploy.engines import timing
 from polar_deploy.gating.gates import Gates
@@ -94,7 +96,8 @@ def row(
         "variant": name,
         "settings": {key: str(value) for key, value in changes.items()},
         "seed": seed,
-        "correct": _correct(run, network),
+        "commit": COMMIT,
+        "correct": _packed(_correct(run, network)),
         "cost": {key: round(value, 5) for key, value in gates.cost().items()},
         "speedup": _speedup(run, gates, teacher),
         "freeze": {key: value for key, value in state.freeze.as_json().items() if key != "share"}
@@ -108,6 +111,16 @@ def row(
         "steps": job.epochs * job.train.steps,
         "threads": torch.get_num_threads(),
     }
+
+
+def _packed(correct: list[int]) -> str:
+    """A bit an image, as text that a result can hold; their number is a multiple of 8."""
+    return base64.b64encode(np.packbits(correct)).decode()
+
+
+def correct_of(row: dict[str, Any]) -> np.ndarray:
+    """Which images a row gets right, as 0 and 1."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(row["correct"]), np.uint8)).astype(int)
 
 
 def _correct(run: RunContext, network: torch.nn.Module) -> list[int]:
@@ -158,8 +171,8 @@ def paired(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, 
     The interval is that of the mean over test images, each with its mean over seeds (normal: there are thousands): what
     another test set would change. What other seeds would change, `by_seed` tells.
     """
-    theirs = {each["seed"]: np.array(each["correct"]) for each in other}
-    differences = [np.array(each["correct"]) - theirs[each["seed"]] for each in one if each["seed"] in theirs]
+    theirs = {each["seed"]: correct_of(each) for each in other}
+    differences = [correct_of(each) - theirs[each["seed"]] for each in one if each["seed"] in theirs]
     if not differences:
         return {}
     by_image = np.mean(differences, axis=0)
@@ -180,7 +193,7 @@ def summary(rows: list[dict[str, Any]], full: float) -> list[dict[str, Any]]:
         by_name.setdefault(each["variant"], []).append(each)
     lines = []
     for name, own in by_name.items():
-        accuracies = [100 * float(np.mean(each["correct"])) for each in own]
+        accuracies = [100 * float(np.mean(correct_of(each))) for each in own]
         lines.append(
             {
                 "variant": name,
@@ -198,6 +211,14 @@ def summary(rows: list[dict[str, Any]], full: float) -> list[dict[str, Any]]:
             }
         )
     return sorted(lines, key=lambda line: -line["accuracy"])
+
+
+def known_rows(under_way: Path, result: Path, asked: dict[str, str]) -> list[dict[str, Any]]:
+    """What is there already, in the folder or in a result of what is asked, in the order of seeds."""
+    before = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    found = before.get("rows", []) if before.items() >= asked.items() else []
+    found += [json.loads(line) for line in under_way.read_text().splitlines()] if under_way.is_file() else []
+    return sorted({(each["variant"], each["seed"]): each for each in found}.values(), key=lambda each: each["seed"])
 
 
 def _variant(text: str) -> tuple[str, dict[str, object]]:
@@ -222,7 +243,8 @@ def main() -> int:
     rows_file = arguments.work / f"rows-{arguments.name}.jsonl"
     variants = [_variant(text) for text in arguments.variant or ["gates", *FLOORS]]
     analysed = make_table(arguments)
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.is_file() else []
+    asked = {"recipe": arguments.recipe.name, "budget": arguments.budget}
+    rows = known_rows(rows_file, RESULTS / f"ablation-{arguments.name}.json", asked)
     known = {(each["variant"], each["seed"]) for each in rows}
     for seed in map(int, arguments.seeds.split(",")):
         for name, changes in variants:
@@ -238,7 +260,7 @@ def main() -> int:
     lines = summary(rows, full)
     for line in lines:
         print(json.dumps(line))
-    figures = {"recipe": arguments.recipe.name, "budget": arguments.budget, "full": round(full, 3), "variants": lines}
+    figures = {**asked, "full": round(full, 3), "variants": lines, "rows": rows}
     best = max((line for line in lines if line["variant"] in FLOORS), key=lambda x: x["accuracy"], default=None)
     gates = [line for line in lines if line["variant"] not in FLOORS]
     bars = {

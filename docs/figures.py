@@ -28,7 +28,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def demo() -> str:
     """The demo's runs, one column each."""
-    runs = result("demo")["runs"]
+    found = result("demo")
+    seconds = ("whole run", *(f"{run['seconds']:.0f} s" for run in found["runs"]))
+    return _runs("demo", found, found["runs"], seconds)
+
+
+def paper() -> str:
+    """Half of MACs and parameters, as the paper claims it, one column a seed."""
+    parts = []
+    for path in sorted(RESULTS.glob("paper-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_runs(path.stem, found, list(found["runs"].values())))
+    return "\n\n".join(parts)
+
+
+def _runs(name: str, found: dict[str, Any], runs: Sequence[dict[str, Any]], *more: tuple[str, ...]) -> str:
+    """Runs of the command, one column each, as their reports have them; and more rows."""
     reports = [run["report"] for run in runs]
 
     def row(label: str, show: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
@@ -54,11 +69,11 @@ def demo() -> str:
         row("ONNX file", pair("bytes", 1e3, "kB")),
         row("blocks removed", lambda r: f"{r['blocks']['removed']} of {r['blocks']['total']}"),
         row("verdict", lambda r: r["verdict"]["overall"]["result"]),
-        ("whole run", *(f"{run['seconds']:.0f} s" for run in runs)),
+        *more,
     ]
-    first, cpu = reports[0], result("demo")["machine"]
+    first, cpu = reports[0], found["machine"]
     head = (f"{first['model']} on {first['data']}, {first['target']}", *(f"seed {r['seed']}" for r in reports))
-    return f"{table(head, rows)}\n\n{_from('demo')}: {cpu['cpu']}, {cpu['cores']} cores, no GPU."
+    return f"{table(head, rows)}\n\n{_from(name)}: {cpu['cpu']}, {cpu['cores']} cores, no GPU."
 
 
 def _short(value: float) -> str:
@@ -278,6 +293,7 @@ def _scripts(stem: str) -> Iterator[Path]:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "paper": paper,
     "ablation": ablation,
     "surgery-speed": surgery_speed,
     "surgery-proofs": surgery_proofs,
