@@ -97,6 +97,7 @@ def row(
         "settings": {key: str(value) for key, value in changes.items()},
         "seed": seed,
         "commit": COMMIT,
+        "bf16": job.mixed.bf16,
         "correct": _packed(_correct(run, network)),
         "cost": {key: round(value, 5) for key, value in gates.cost().items()},
         "speedup": _speedup(run, gates, teacher),
