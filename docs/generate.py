@@ -139,8 +139,15 @@ def backends() -> str:
     return table(("targets", "library", "extra", "runs on", "its engine is", "widths are multiples of"), rows)
 
 
+def decisions() -> str:
+    """Every decision, by its page's title."""
+    found = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    return "\n".join(f"- [{page.read_text(encoding='utf-8').splitlines()[0][2:]}]({page.name})" for page in found)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "decisions": decisions,
     "targets": backends,
     "commands": commands,
     "options": options,
