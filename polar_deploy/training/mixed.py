@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -30,8 +31,10 @@ class MixedPrecision:
     def __init__(self, amp: str, device: torch.device) -> None:
         self._device = device
         self.bf16: bool | None = amp == "bf16"
-        if amp == "auto":
-            self.bf16 = None if device.type == "cpu" and _has_unit() else _gpu_has_unit(device)
+        if amp == "auto":  # as the first of several processes has it: all have to compute alike
+            on_gpu = device.type == "cuda"
+            has_unit = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_unit()
+            self.bf16 = processes.of_the_first(None if has_unit and not on_gpu else has_unit)
 
     def autocast(self) -> torch.autocast:
         """For a forward pass and its loss."""
@@ -49,14 +52,14 @@ class MixedPrecision:
                 share = self._share(network, task, batch)
             found = f"takes {share:.2f} of its time"
         except RuntimeError as error:  # an operation that torch has not got in bf16; one that fails in FP32 fails later
-            share, found = float("inf"), f"fails: {first_line(error)}"
+            share, found = math.inf, f"fails: {first_line(error)}"
         share, found = processes.of_the_first((share, found))
         self.bf16 = share <= WORTHWHILE
         return f"computes in {'bf16' if self.bf16 else 'FP32'}; in bf16 a step {found}"
 
     def _share(self, network: nn.Module, task: Task, batch: Batch) -> float:
         """Seconds of a step in bf16, over those in FP32: the fastest of each, by turns, whatever else runs here."""
-        fastest, end = {False: float("inf"), True: float("inf")}, time.monotonic() + _SECONDS
+        fastest, end = {False: math.inf, True: math.inf}, time.monotonic() + _SECONDS
         for turn in range(1 + _ROUNDS):
             for bf16 in fastest:
                 started = time.process_time()
@@ -67,18 +70,14 @@ class MixedPrecision:
                     fastest[bf16] = min(fastest[bf16], time.process_time() - started)
             if turn and time.monotonic() > end:
                 break
-        return fastest[True] / fastest[False]
+        return fastest[True] / fastest[False] if fastest[False] else math.inf  # some clocks are coarse
 
 
 def _autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def _has_unit() -> bool:
+def _cpu_has_unit() -> bool:
     """Whether this CPU has instructions for bf16."""
-    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has it, 2.6 has not
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones have not
     return any(has for name, has in able.items() if "bf16" in name)
-
-
-def _gpu_has_unit(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
