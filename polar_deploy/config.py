@@ -218,7 +218,7 @@ class Training(_Frozen):
     ] = 0.5
     distill_temperature: Annotated[Positive, About("of the teacher's and the student's logits")] = 4.0
     amp: Annotated[
-        Literal["auto", "off", "bf16"], About("mixed precision; auto: bf16 where a step takes less time in it")
+        Literal["auto", "fp32", "bf16"], About("what training computes in; auto: bf16 where a step is faster in it")
     ] = "auto"
     channels_last: Annotated[bool, About("whether tensors lie in memory with their channels last")] = True
     train_on_validation: Annotated[

@@ -78,8 +78,15 @@ def test_json_has_the_same() -> None:
         "choices": None,
         "option": "--max-drop",
     }
-    assert entries["training.amp"]["choices"] == ["auto", "off", "bf16"]
+    assert entries["training.amp"]["choices"] == ["auto", "fp32", "bf16"]
     assert entries["model"]["required"]
+
+
+def test_every_choice_can_be_given_as_it_is_listed() -> None:
+    """YAML has words of its own: off, no, null."""
+    choices = [word for entry in json.loads(listed("--json").out) for word in entry["choices"] or ()]
+    assert choices
+    assert [yaml.safe_load(str(word)) for word in choices] == choices
 
 
 def test_words_choose(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_fp32_is_not_computed_in_what_openvino_would_choose(tmp_path: Path) -> N
     path = saved(residual(), tmp_path / "a.onnx")
     core = openvino._core()
     chosen = core.compile_model(core.read_model(str(path)), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    types = {openvino._layer(node)["type"] for node in openvino._running(chosen.get_runtime_model().get_ordered_ops())}
+    types = {openvino._layer(node).type for node in openvino._running(chosen.get_runtime_model().get_ordered_ops())}
     assert "bf16" in types
     assert {layer.type for layer in openvino.OvEngine(path).layers(8)} == {"fp32"}
 

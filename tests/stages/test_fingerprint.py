@@ -74,7 +74,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.distill_temperature": (2.0, GATED),
     "training.accumulate": (2, BOTH),
     "training.deterministic": (True, BOTH),
-    "training.amp": ("off", BOTH),
+    "training.amp": ("fp32", BOTH),
     "training.channels_last": (False, BOTH),
     "training.train_on_validation": (True, BOTH),
     "training.threads": (1, BOTH),

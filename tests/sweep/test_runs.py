@@ -107,7 +107,7 @@ def test_means_are_over_seeds_and_a_failed_run_is_none_of_them() -> None:
 
 SWEEP = """
 settings:
-  {model: "tests.support.tiny:net", data: digits, training: {epochs: 2, threads: 1},
+  {model: "tests.support.tiny:net", data: digits, training: {epochs: 2, threads: 1, amp: fp32},
    accept: {max_drop: 90, min_speedup: 0.1}}
 budgets: [0.6, 0.5, 0.001]
 """

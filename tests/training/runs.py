@@ -56,7 +56,7 @@ def settings(
     *, training: dict[str, Any] | None = None, gates: dict[str, Any] | None = None, **other: Any
 ) -> ResolvedSettings:
     """Settings of a miniature run."""
-    trained = {"epochs": 1, "full_epochs": 1, "batch_size": 32, "lr": 0.05, "gated_lr": 0.05, "amp": "off"}
+    trained = {"epochs": 1, "full_epochs": 1, "batch_size": 32, "lr": 0.05, "gated_lr": 0.05, "amp": "fp32"}
     augmented = {"flip": True, "crop_padding": 1, "crop_scale": 1.0, "cutout": 3}
     held = {"budget": Budget(macs=0.5), "align": 1, "seed": 7, "input_size": SIZE} | other
     return ResolvedSettings(

@@ -60,7 +60,7 @@ def _dtype(mixed: MixedPrecision) -> torch.dtype:
         return F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype
 
 
-@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("amp", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_it_is_what_was_asked_for(amp: str, dtype: torch.dtype) -> None:
     assert _dtype(MixedPrecision(amp, CPU)) == dtype
 
@@ -113,12 +113,12 @@ def test_a_resumed_run_computes_as_it_began(tmp_path: Path, monkeypatch: pytest.
 
 def test_full_precision_and_bf16_give_nearly_the_same_loss(tmp_path: Path) -> None:
     losses = []
-    for amp in ("off", "bf16"):
+    for amp in ("fp32", "bf16"):
         run = fit(settings(training={"amp": amp}), tmp_path, gated=False, epochs=1)
         images = torch.randn(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         run.network.eval()
         loss, outputs = Plain(run).loss(Batch({"input": images}, {"label": torch.arange(8) % 4}))
-        assert outputs["logits"].dtype == (torch.float32 if amp == "off" else torch.bfloat16)
+        assert outputs["logits"].dtype == (torch.float32 if amp == "fp32" else torch.bfloat16)
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
