@@ -325,7 +325,7 @@ class Settings(_Frozen):
         About(
             "share of the full cost to keep: 0.5, or macs=0.5,params=0.6",
             "",
-            "latency=0.6 where the target can be measured here, else macs=0.5",
+            "latency=0.6 where the target can be measured here and the network reaches that, else macs=0.5",
             "--budget B",
         ),
     ] = None

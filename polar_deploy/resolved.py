@@ -16,6 +16,8 @@ from polar_deploy.config import (
     Training,
 )
 
+HALF = Budget(macs=0.5)  # the default budget where latency cannot be one
+
 
 class ResolvedTraining(Training):
     """Training with every default filled in."""

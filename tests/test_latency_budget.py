@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from polar_deploy import gpu, latency
 from polar_deploy.documents.latency_table import MeasuredTable
@@ -182,6 +183,33 @@ def test_a_budget_out_of_reach_of_the_table_made_here_ends_the_run_before_the_ga
     assert outcome.code == 2
     assert "budget latency=0.2 cannot be reached" in outcome.err
     assert "gates 1/" not in outcome.err
+
+
+def test_a_default_budget_out_of_reach_gives_way_to_half_of_the_macs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for it."""
+    measured = []
+    saves_little = [site | {"ms": [9.5 + ms / 20 for ms in site["ms"]]} for site in _document()["sites"]]
+
+    def measure(*_: object, **__: object) -> MeasuredTable:
+        measured.append(_measured(sites=saves_little))
+        return measured[-1]
+
+    monkeypatch.setattr(table, "measure", measure)
+    where = TINY.index("--budget")
+    command = (*TINY[:where], *TINY[where + 2 :], "--out", str(tmp_path / "run"))
+    for until, stages in (("gates", ["full", "gates"]), ("export", ["export"])):
+        outcome = polar(*command, "--until", until)
+        assert outcome.code == 0, outcome.err
+        assert outcome.ran == stages
+        assert ("the default budget latency=0.6 cannot be reached" in outcome.err) == (until == "gates")
+    assert read_json(tmp_path / "run/gated/gates.json")["budget"] == {"macs": 0.5}
+    assert yaml.safe_load((tmp_path / "run/run.yaml").read_text(encoding="utf-8"))["budget"]["latency"] is None
+    assert len(measured) == 1
+    asked = polar(*command, "--budget", "latency=0.6", "--until", "gates")
+    assert asked.code == 2
+    assert "budget latency=0.6 cannot be reached" in asked.err
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ def smallest(choices: Choices, limits: Limits, latency: LatencyTable | Chosen | 
 def likely(choices: Choices, limits: Limits, budget: Mapping[str, float], table: LatencyTable) -> list[dict[str, int]]:
     """Sub-networks as they will be chosen by a latency table: open gates by site. What gates are worth is drawn.
 
-    Raises:
-        UsageError: no sub-network is within the budgets.
+    [] where no sub-network is within the budgets: the table is good for others, all the same.
     """
     costs = _costs(choices, table)
-    choice.require_reachable(choices, limits, costs, budget)
+    if not choice.is_reachable(choices, limits, costs, budget):
+        return []
     draws = np.random.default_rng(0).gamma(0.5, size=(LIKELY, choices.gates))
     return [choice.counts(choices, choice.choose(choices, limits, costs, budget, worth)) for worth in draws]
 

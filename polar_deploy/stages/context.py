@@ -32,6 +32,7 @@ class RunContext:
     """One run: its settings, its folder (made when first needed), and what is read or found only once.
 
     Attributes:
+        default_budget: whether nobody asked for its budget; another may take its place.
         leads: whether this process runs the stages; else it helps to train, and its folder has no weights.
         team: the others, if there are any.
         track: services that are told of the run, see `polar_deploy.tracking`.
@@ -41,6 +42,7 @@ class RunContext:
     settings: ResolvedSettings
     folder: Path
     progress: Progress
+    default_budget: bool = False
     leads: bool = True
     team: Team | None = None
     track: Sequence[str] = ()

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from polar_deploy.errors import UsageError
+from polar_deploy.resolved import HALF
 from polar_deploy.stages.artefacts import (
     FULL_WEIGHTS,
     GATED_CHECKPOINT,
@@ -92,7 +94,7 @@ def limits(run: RunContext) -> Limits:
 
 
 def require_reachable(run: RunContext, *, measure: bool = False) -> None:
-    """Raise UsageError where no sub-network is within the budgets.
+    """Raise UsageError where no sub-network is within the budgets; of the default ones, half of the MACs comes last.
 
     Args:
         run: to `measure`, its folder has to be locked.
@@ -101,7 +103,14 @@ def require_reachable(run: RunContext, *, measure: bool = False) -> None:
     from polar_deploy.gating import budgets
 
     latency = latency_table(run) if measure else known_latency(run)
-    budgets.require_reachable(run.analysis.choices, limits(run), run.budget, latency)
+    try:
+        budgets.require_reachable(run.analysis.choices, limits(run), run.budget, latency)
+    except UsageError as error:
+        if not run.default_budget or run.settings.budget == HALF:
+            raise
+        run.settings = run.settings.model_copy(update={"budget": HALF})
+        run.progress.note(f"gates: half of the MACs is the budget: the default {error.what}")
+        require_reachable(run)
 
 
 def known_latency(run: RunContext) -> LatencyTable | Chosen | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from polar_deploy import targets
 from polar_deploy.errors import MachineError
 from polar_deploy.stages import full
-from polar_deploy.stages.gates import known_latency, limits
+from polar_deploy.stages.gates import known_latency, limits, require_reachable
 
 if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
@@ -28,8 +28,8 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
 
     if full.STAGE in stages and run.settings.full_weights is not None:  # else no network is built for it
         full.load_given(run, run.network())
+    require_reachable(run)
     settings, choices, latency, allowed = run.settings, run.analysis.choices, known_latency(run), limits(run)
-    budgets.require_reachable(choices, allowed, run.budget, latency)
     return {
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from polar_deploy import targets, tasks
 from polar_deploy.config import CLOSING, Budget, Settings, fixed_at
 from polar_deploy.errors import ContentError, UsageError
-from polar_deploy.resolved import ResolvedSettings
+from polar_deploy.resolved import HALF, ResolvedSettings
 from polar_deploy.stages.artefacts import GATES
 from polar_deploy.workspace import read_json
 
@@ -97,4 +97,4 @@ def _default_budget(settings: Settings, target: targets.Target, folder: Path) ->
     except (UsageError, ContentError, ValidationError, KeyError, TypeError):  # none, or none that could be used
         measurable = not targets.lacks_to_build(target) + targets.lacks_to_run(target)
         known = settings.latency_table is not None or settings.device is not None
-        return Budget(latency=0.6) if measurable or known else Budget(macs=0.5)
+        return Budget(latency=0.6) if measurable or known else HALF

@@ -78,17 +78,18 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     if run.settings.full_weights is None:
         epochs["full"] = training.full_epochs
     run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
-    told = run.settings.model_dump(mode="json")
-    with run.workspace.locked(), run.progress, tracked(run.track, run.folder, told, run.progress) as run.trackers:
-        _tell_changes(run, told)
-        write_text(run.path(SETTINGS), recipes.dump(run.settings))
+    with run.workspace.locked(), run.progress:
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_reachable(run, measure=True)  # before an epoch is trained
-        ran = [stage for stage in stages if run_stage(run, stage)]
-        if ran:
-            _tell_left(run, stages)
-        if report.STAGE in stages:
-            run.trackers.result()
+        told = run.settings.model_dump(mode="json")
+        _tell_changes(run, told)
+        write_text(run.path(SETTINGS), recipes.dump(run.settings))
+        with tracked(run.track, run.folder, told, run.progress) as run.trackers:
+            ran = [stage for stage in stages if run_stage(run, stage)]
+            if ran:
+                _tell_left(run, stages)
+            if report.STAGE in stages:
+                run.trackers.result()
 
 
 def _tell_left(run: RunContext, stages: Sequence[Stage]) -> None:
