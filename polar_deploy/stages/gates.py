@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from polar_deploy.errors import UsageError
-from polar_deploy.resolved import HALF
 from polar_deploy.stages.artefacts import (
     FULL_WEIGHTS,
     GATED_CHECKPOINT,
@@ -101,6 +100,7 @@ def require_reachable(run: RunContext, *, measure: bool = False) -> None:
         measure: whether a latency table is measured if need be; else latency counts only where it is known.
     """
     from polar_deploy.gating import budgets
+    from polar_deploy.resolved import HALF
 
     latency = latency_table(run) if measure else known_latency(run)
     try:
