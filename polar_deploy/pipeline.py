@@ -114,8 +114,14 @@ def _lead(arguments: argparse.Namespace, team: Team) -> int:
     require_machine(settings, stages, builds=not arguments.dry_run)
     folder = arguments.out or default_folder(settings)
     quiet = arguments.quiet or arguments.dry_run
-    resolved, given = resolve(settings, folder), {"default_budget": settings.budget is None, "track": arguments.track}
-    context = RunContext(resolved, folder, Progress(quiet=quiet), team=team, **given)
+    context = RunContext(
+        resolve(settings, folder),
+        folder,
+        Progress(quiet=quiet),
+        default_budget=settings.budget is None,
+        team=team,
+        track=arguments.track,
+    )
     if arguments.dry_run:
         _print_plan(plan(context, stages), as_json=arguments.json)
         return 0

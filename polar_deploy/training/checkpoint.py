@@ -25,13 +25,16 @@ class State:
     """Where a training run is: after `epoch` epochs, with one record an epoch for training.jsonl.
 
     method: what the way of training keeps besides weights and optimizers: nested dictionaries, lists, tensors, numbers.
-    bf16: whether it computes in bf16.
     """
 
     epoch: int = 0
     records: list[Epoch] = field(default_factory=list)
     method: dict[str, Any] = field(default_factory=dict)
-    bf16: bool = False
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in bf16: as in its last epoch."""
+        return bool(self.records[-1].bf16)
 
     @property
     def freeze(self) -> LoggedFreeze | None:
@@ -45,8 +48,7 @@ def save(path: Path, key: str, state: State, network: nn.Module, optimizers: lis
     for number, optimizer in enumerate(optimizers):
         tensors |= _optimizer_tensors(f"optimizer{number}", optimizer)
     method = _detach(state.method, tensors, "method")
-    records = [each.as_json() for each in state.records]
-    held = json.dumps({"epoch": state.epoch, "records": records, "method": method, "bf16": state.bf16})
+    held = json.dumps({"epoch": state.epoch, "records": [each.as_json() for each in state.records], "method": method})
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"key": _stored_key(key), "state": held})
 
@@ -66,7 +68,7 @@ def load(path: Path, key: str) -> tuple[State, dict[str, Tensor]]:
         return State(), {}
     held = json.loads(metadata["state"])
     records = [Epoch.model_validate_json(json.dumps(each)) for each in held["records"]]
-    return State(held["epoch"], records, _attach(held["method"], tensors), held["bf16"]), tensors
+    return State(held["epoch"], records, _attach(held["method"], tensors)), tensors
 
 
 def fits(path: Path, key: str) -> bool:

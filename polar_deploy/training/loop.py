@@ -27,7 +27,7 @@ from polar_deploy.training.batches import Batches
 from polar_deploy.training.checkpoint import State
 from polar_deploy.training.energy import Meter
 from polar_deploy.training.mixed import MixedPrecision
-from polar_deploy.training.passes import Passes, some
+from polar_deploy.training.passes import Passes
 
 VECTOR = 16  # float32 values in the widest vectors of x86: with fewer channels oneDNN has rests to care for
 
@@ -119,7 +119,7 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
             )  # the kill can have come between checkpoint and log
         job.mixed.bf16 = state.bf16
     elif job.mixed.bf16 is None:
-        progress.note(f"{job.stage}: {job.mixed.settle(job.fresh(), job.task, some(next(job.train.epoch(0))))}")
+        progress.note(f"{job.stage}: {job.mixed.settle(job.fresh(), job.task, next(job.train.epoch(0)))}")
     progress.stage(job.stage, total_epochs=job.epochs, done=state.epoch)
     meter = Meter(job.device, processors=processes.is_first_here())
     while state.epoch < job.epochs:
@@ -140,7 +140,7 @@ def _fit(job: TrainingJob, method: Method, progress: Progress) -> State:
         spent["seconds"] = round(time.monotonic() - started, 2)
         record = trained.model_copy(update={"val_score": validated, **spent})
         state.records.append(record)
-        state.method, state.bf16 = method.state_dict(), bool(job.mixed.bf16)
+        state.method = method.state_dict()
         if writes:
             checkpoint.save(path, job.key, state, method.network, method.optimizers())
             Epoch.write_all(job.folder / "training.jsonl", state.records)

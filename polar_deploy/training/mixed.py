@@ -12,8 +12,10 @@ from torch import nn
 from polar_deploy.errors import first_line
 from polar_deploy.gating import processes
 from polar_deploy.tasks import Batch, Task
+from polar_deploy.tensors import take
 
 WORTHWHILE = 0.85  # of a step's time in FP32, at most: what is nearer to it than the noise shall not decide
+SAMPLES = 32  # of a batch, at most, that a step is measured with
 _ROUNDS, _SECONDS = 3, 10.0  # of measuring, whichever is over first
 
 
@@ -45,7 +47,7 @@ class MixedPrecision:
 
         Args:
             network: of the kind that is going to be trained; its gradients and statistics change.
-            batch: what a step is made with: some samples are enough.
+            batch: of the training set; its first samples are enough.
         """
         try:
             with torch.random.fork_rng([]):
@@ -59,6 +61,7 @@ class MixedPrecision:
 
     def _share(self, network: nn.Module, task: Task, batch: Batch) -> float:
         """Seconds of a step in bf16, over those in FP32: the fastest of each, by turns, whatever else runs here."""
+        batch = Batch(*(take(tensors, slice(SAMPLES)) for tensors in batch))
         fastest, end = {False: math.inf, True: math.inf}, time.monotonic() + _SECONDS
         for turn in range(1 + _ROUNDS):
             for bf16 in fastest:

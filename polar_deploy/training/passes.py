@@ -73,11 +73,6 @@ class Passes:
         return told
 
 
-def some(batch: Batch, most: int = 32) -> Batch:
-    """The first samples of a batch."""
-    return Batch(*({name: each[:most] for name, each in tensors.items()} for tensors in batch))
-
-
 def _split(batch: Batch, parts: int) -> Iterator[Batch]:
     """A batch in so many parts."""
     split = [{name: each.tensor_split(parts) for name, each in tensors.items()} for tensors in batch]
