@@ -1,15 +1,17 @@
-"""Does a device's file pay? Networks cut to the same MACs with widths chosen by it, and by MACs alone, and their speed.
+"""Does a device's file pay? Networks cut to the same MACs, chosen by it, and by MACs alone, and their speed.
 
     python -m benchmarks.bar_device_choice [NAME ...]     # some of the runtimes and compilers; all by default
 
-The utilities of gates are random and the same for all ways of choosing: any width (MACs alone), multiples of 8, and
-what the device's file offers. Whole blocks may go as well; `kept` is the share of all utility that a way keeps. Each
-runtime, or compiler, works in an environment with its own packages, made with pip unless this one has them: it needs
-a package index, and a quiet machine for a quarter of an hour.
+The utilities of gates are random and the same for all ways of choosing. By the device's file: the widths that it
+offers, under the largest latency budget, counted by it, that leaves half of the MACs at most. Against it, under a
+budget of as many MACs: any width, and multiples of 8. Whole blocks may go; `kept` is the share of all utility that a
+way keeps. Each runtime, or compiler, works in an environment with its own packages, made with pip unless this one has
+them: it needs a package index, and a quiet machine for a quarter of an hour.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -26,15 +28,22 @@ import torch
 from benchmarks.common import ROOT, write_result
 from benchmarks.devices.compare import TOOLS
 from polar_deploy import devices, models
+from polar_deploy.costs import Floats
+from polar_deploy.errors import UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.choice import Limits, choose
+from polar_deploy.gating.latency import latency_cost
 from polar_deploy.surgery import detached, rounds
+from polar_deploy.surgery.choices import Choices
 from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 64, 200))  # name, pixels, classes
 SEEDS = range(2)
 MACS = 0.5
+MIN_WIDTH = 0.25
+FINE = 1e-3  # of the full network's latency, to find the budget with
+WAYS = ("macs", "eights", "device")
 RUNTIMES = 4  # that have to be measured, at least
 BETTER = 1.15  # in the median
 
@@ -70,9 +79,7 @@ def main(names: list[str]) -> int:
 
 
 def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) -> list[dict[str, Any]]:
-    """Write ONNX graphs NETWORK/full.onnx and NETWORK/WAY-SEED.onnx; return what was chosen."""
-    ways: dict[str, Any] = {"macs": (1, None), "eights": (8, None)}
-    ways |= {tool: (1, devices.choose(TOOLS[tool].file, TOOLS[tool].precision).offers) for tool in tools}
+    """Write ONNX graphs NETWORK/full.onnx and NETWORK/TOOL-SEED-WAY.onnx; return what was chosen."""
     torch.manual_seed(0)
     network = models.build(name, classifier(classes, pixels)).eval()
     choices = analyse(network, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
@@ -84,18 +91,44 @@ def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) 
 
     save(folder / name / "full.onnx", np.ones(choices.gates, bool))
     rows = []
-    for seed in SEEDS:
+    for seed, tool in itertools.product(SEEDS, tools):
         worth = np.random.default_rng(seed).gamma(1, size=choices.gates)
-        for way, (align, offers) in ways.items():
-            limits = Limits.of(choices.sites, align, 0.25, offers)
-            opened = choose(choices, limits, choices.costs, {"macs": MACS}, worth)
-            save(folder / name / f"{way}-{seed}.onnx", opened)
+        by_file = by_device(choices, devices.choose(TOOLS[tool].file, TOOLS[tool].precision), worth)
+        share = choices.costs["macs"].share(choices.state(by_file))
+        ways = {way: by_macs(choices, worth, share, align) for way, align in (("macs", 1), ("eights", 8))}
+        for way, opened in (ways | {"device": by_file}).items():
+            save(folder / name / f"{tool}-{seed}-{way}.onnx", opened)
             state = choices.state(opened)
-            found = {"network": name, "way": way, "seed": seed, "macs": round(choices.costs["macs"].share(state), 4)}
-            kept = round(float(worth[opened].sum() / worth.sum()), 4)
-            rows.append(found | {"kept": kept, "widths": list(state.widths), "blocks": int(sum(state.blocks))})
+            found = {"network": name, "on": tool, "seed": seed, "way": way}
+            found["macs"] = round(choices.costs["macs"].share(state), 4)
+            found["kept"] = round(float(worth[opened].sum() / worth.sum()), 4)
             print(found, flush=True)
+            rows.append(found | {"widths": list(state.widths), "blocks": int(sum(state.blocks))})
     return rows
+
+
+def by_macs(choices: Choices, worth: Floats, share: float, align: int) -> np.ndarray:
+    """The gates that stay under a budget of MACs."""
+    return choose(choices, Limits.of(choices.sites, align, MIN_WIDTH), choices.costs, {"macs": share}, worth)
+
+
+def by_device(choices: Choices, device: devices.Chosen, worth: Floats) -> np.ndarray:
+    """The gates that stay under the largest budget of the device's cost that leaves at most `MACS`."""
+    limits = Limits.of(choices.sites, 1, MIN_WIDTH, device.offers)
+    costs = {"latency": latency_cost(device, choices)}
+    least, most, found = 0.0, 1.0, None
+    while found is None or most - least > FINE:
+        share = (least + most) / 2
+        try:
+            opened = choose(choices, limits, costs, {"latency": share}, worth)
+        except UsageError:  # so little is not to be had
+            least = share
+            continue
+        if choices.costs["macs"].share(choices.state(opened)) <= MACS:
+            least, found = share, opened
+        else:
+            most = share
+    return found
 
 
 def compared(folder: Path, tool: str) -> list[dict[str, Any]]:
@@ -111,12 +144,11 @@ def compared(folder: Path, tool: str) -> list[dict[str, Any]]:
     rows = []
     for network, pixels, _ in NETWORKS:
         for seed in SEEDS:
-            paths = [folder / network / f"{way}.onnx" for way in ("full", f"macs-{seed}", f"eights-{seed}")]
-            paths.append(folder / network / f"{tool}-{seed}.onnx")
+            paths = [folder / network / f"{name}.onnx" for name in ("full", *(f"{tool}-{seed}-{way}" for way in WAYS))]
             line = [str(python), "-m", "benchmarks.devices.compare", tool, str(pixels), *map(str, paths)]
             done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
             control, *speed = json.loads(done.stdout.splitlines()[-1])
-            found = dict(zip(("macs", "eights", "device"), speed, strict=True))
+            found = dict(zip(WAYS, speed, strict=True))
             rows.append({"network": network, "seed": seed, "on": tool, "speed_up": found, "control": control})
             print(rows[-1], flush=True)
     return rows
