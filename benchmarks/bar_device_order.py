@@ -22,10 +22,9 @@ from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
 from benchmarks.devices.runtimes import on_this_cpu, openvino
-from polar_deploy import devices, models, precision, targets
-from polar_deploy.config import Build
+from polar_deploy import devices, models
 from polar_deploy.costs import State
-from polar_deploy.devices.measure import session
+from polar_deploy.devices.measure import session, session_int8
 from polar_deploy.devices.sweep import Run, ratios
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
@@ -40,17 +39,9 @@ ROUNDS = 41
 LEAST = 0.9  # rank correlation
 
 
-def quantised(path: Path, size: tuple[int, ...]) -> Run:
-    """The network in the types of `ort-int8`."""
-    images = np.random.default_rng(0).standard_normal((16, *size[1:]), np.float32)
-    typed = path.with_suffix(".int8.onnx")
-    precision.write(path, typed, targets.parse("ort-int8"), Build(), {onnx.load(path).graph.input[0].name: images})
-    return session(typed, size)
-
-
 RUNTIMES: dict[str, Callable[[Path, tuple[int, ...]], Run]] = {
     on_this_cpu("onnxruntime-x86"): session,
-    on_this_cpu("onnxruntime-x86-int8"): quantised,
+    on_this_cpu("onnxruntime-x86-int8"): session_int8,
 }
 if find_spec("openvino") and on_this_cpu("openvino-x86") in devices.names():
     RUNTIMES[on_this_cpu("openvino-x86")] = openvino

@@ -18,6 +18,7 @@ from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.workspace import write_text
 
 MOST_OFF = 0.05  # share by which the control may be off: beyond, the file would tell of the noise
+_SAMPLES = 16  # for the ranges of INT8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,17 +76,15 @@ def session(path: Path, size: tuple[int, ...]) -> Run:
 
 
 def session_int8(path: Path, size: tuple[int, ...]) -> Run:
-    """The same with Q/DQ pairs as `ort-int8` has them."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    """The same in the types of `ort-int8`."""
+    from polar_deploy import precision, targets
+    from polar_deploy.config import Build
 
-    class Samples(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left = [np.random.default_rng(1).normal(size=size).astype(np.float32)]
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return {onnx_files.read(path).graph.input[0].name: self.left.pop()} if self.left else None
-
-    quantised = path.with_suffix(".int8.onnx")
-    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(str(path), str(quantised), Samples(), per_channel=True, **kinds)
-    return session(quantised, size)
+    model = onnx_files.read(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"  # INT8 is calibrated with several samples at once
+    onnx_files.write(model, path)
+    samples = np.random.default_rng(0).standard_normal((_SAMPLES, *size[1:]), np.float32)
+    typed = path.with_suffix(".int8.onnx")
+    precision.write(path, typed, targets.parse("ort-int8"), Build(), {model.graph.input[0].name: samples})
+    return session(typed, size)
