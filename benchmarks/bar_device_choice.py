@@ -12,12 +12,9 @@ them: it needs a package index, and a quiet machine for a quarter of an hour.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ import numpy as np
 import onnx
 import torch
 
-from benchmarks.common import ROOT, write_result
-from benchmarks.devices.compare import TOOLS
+from benchmarks.common import write_result
+from benchmarks.devices.compare import TOOLS, speed_ups
 from polar_deploy import devices, models
 from polar_deploy.costs import Floats
 from polar_deploy.errors import UsageError
@@ -132,25 +129,14 @@ def by_device(choices: Choices, device: devices.Chosen, worth: Floats) -> np.nda
 
 
 def compared(folder: Path, tool: str) -> list[dict[str, Any]]:
-    """What a runtime, or a compiler, says of the graphs, in a process of an environment that has it."""
-    needed = TOOLS[tool]
-    python = Path(sys.executable)
-    if find_spec(needed.module) is None:
-        python = folder / "environments" / needed.module / "bin" / "python"
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-            subprocess.run([*pip, str(ROOT), *needed.packages], check=True)
+    """What a runtime, or a compiler, says of the graphs."""
     rows = []
-    for network, pixels, _ in NETWORKS:
-        for seed in SEEDS:
-            paths = [folder / network / f"{name}.onnx" for name in ("full", *(f"{tool}-{seed}-{way}" for way in WAYS))]
-            line = [str(python), "-m", "benchmarks.devices.compare", tool, str(pixels), *map(str, paths)]
-            done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
-            control, *speed = json.loads(done.stdout.splitlines()[-1])
-            found = dict(zip(WAYS, speed, strict=True))
-            rows.append({"network": network, "seed": seed, "on": tool, "speed_up": found, "control": control})
-            print(rows[-1], flush=True)
+    for (network, pixels, _), seed in itertools.product(NETWORKS, SEEDS):
+        paths = [folder / network / f"{name}.onnx" for name in ("full", *(f"{tool}-{seed}-{way}" for way in WAYS))]
+        control, *speed = speed_ups(tool, pixels, paths, folder)
+        found = dict(zip(WAYS, speed, strict=True))
+        rows.append({"network": network, "seed": seed, "on": tool, "speed_up": found, "control": control})
+        print(rows[-1], flush=True)
     return rows
 
 

@@ -1,16 +1,17 @@
 """Does a device's file put networks in the right order? Random widths, predicted by it and measured.
 
+    python -m benchmarks.bar_device_order [NAME ...]     # some of the runtimes; all by default
+
 For each network, `PATTERNS` sub-networks of random widths, any number of channels: their order by the file, by their
 MACs, and by the MACs that they would have in multiples of 8 (what one guesses without a file), against their times in
-the runtime, in processor time, each run right after one of the whole network. Five minutes; keep the machine quiet.
+the runtime, in processor time, each run right after one of the whole network. Each runtime works in an environment with
+its own packages, see `bar_device_choice`. A quarter of an hour; keep the machine quiet.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ from onnx import numpy_helper
 from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
-from benchmarks.devices.runtimes import on_this_cpu, openvino
+from benchmarks.devices.compare import TOOLS, Tool, speed_ups
 from polar_deploy import devices, models
 from polar_deploy.costs import State
-from polar_deploy.devices.measure import session, session_int8
-from polar_deploy.devices.sweep import Run, ratios
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.on_device import device_cost
@@ -35,21 +34,30 @@ from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 224, 1000))  # name, pixels, classes
 PATTERNS = 12
-ROUNDS = 41
 LEAST = 0.9  # rank correlation
 
 
-RUNTIMES: dict[str, Callable[[Path, tuple[int, ...]], Run]] = {
-    on_this_cpu("onnxruntime-x86"): session,
-    on_this_cpu("onnxruntime-x86-int8"): session_int8,
-}
-if find_spec("openvino") and on_this_cpu("openvino-x86") in devices.names():
-    RUNTIMES[on_this_cpu("openvino-x86")] = openvino
-
-
-def main() -> int:
+def main(names: list[str]) -> int:
     """Run the bars; 0 if all are met."""
-    rows = [row(device, load, *network) for network in NETWORKS for device, load in RUNTIMES.items()]
+    tools = [name for name, tool in TOOLS.items() if tool.measured and tool.file in devices.names()]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for network, pixels, classes in NETWORKS:
+            torch.manual_seed(0)
+            built = models.build(network, classifier(classes, pixels)).eval()
+            choices = analyse(built, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
+            opened = patterns(choices)
+            paths = [Path(folder) / network / f"{index}.onnx" for index in range(PATTERNS + 1)]
+            paths[0].parent.mkdir()
+            for path, state in zip(paths, [np.ones(choices.gates, bool), *opened], strict=True):
+                cut = rounds.operate(choices.with_masks(choices.detached, state))[-1].model
+                onnx.save(filled(detached.to_model(cut)), path)
+            states = [choices.state(each) for each in opened]
+            for tool in names or tools:
+                control, *speed = speed_ups(tool, pixels, paths, Path(folder))
+                row = compared(TOOLS[tool], choices, states, [1 / each for each in speed])
+                print(network, tool, row["correlation"], flush=True)
+                rows.append({"network": network, "device": TOOLS[tool].file, "control": control, **row})
     bars = {
         f"{each['network']} on {each['device']}: rank correlation at least {LEAST}": each["correlation"]["file"]
         >= LEAST
@@ -63,42 +71,17 @@ def main() -> int:
     return write_result("device-order", bars, {"rows": rows})
 
 
-def row(
-    device: str, load: Callable[[Path, tuple[int, ...]], Run], network: str, pixels: int, classes: int
-) -> dict[str, Any]:
+def compared(tool: Tool, choices: Choices, states: list[State], times: list[float]) -> dict[str, Any]:
     """Predictions and times of one network's patterns, as shares of the whole network's, and how their orders agree."""
-    torch.manual_seed(0)
-    size = (1, 3, pixels, pixels)
-    choices = analyse(
-        models.build(network, classifier(classes, pixels)).eval(), Example.of(torch.zeros(2, *size[1:]))
-    ).choices
-    opened = patterns(choices)
-    cost = device_cost(devices.choose(device), choices)
-    states = [choices.state(each) for each in opened]
+    cost, macs = device_cost(devices.choose(tool.file, tool.precision), choices), choices.costs["macs"]
     predicted = {
         "file": [cost.share(state) for state in states],
-        "macs": [choices.costs["macs"].share(state) for state in states],
-        "eights": [choices.costs["macs"].share(eights(choices, state)) for state in states],
+        "macs": [macs.share(state) for state in states],
+        "eights": [macs.share(eights(choices, state)) for state in states],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        runs = []
-        for index, state in enumerate([np.ones(choices.gates, bool), *opened]):
-            path = Path(folder) / f"{index}.onnx"
-            cut = rounds.operate(choices.with_masks(choices.detached, state))[-1].model
-            onnx.save(filled(detached.to_model(cut)), path)
-            runs.append(load(path, size))
-        whole, *others = runs
-        times, milliseconds = ratios(whole, dict(enumerate(others)), ROUNDS)
-    measured = [times[index] for index in range(PATTERNS)]
-    print(
-        network, device, *(f"{name} {spearmanr(each, measured)[0]:.3f}" for name, each in predicted.items()), flush=True
-    )
     return {
-        "network": network,
-        "device": device,
-        "milliseconds": round(milliseconds, 3),
-        "correlation": {name: round(float(spearmanr(each, measured)[0]), 3) for name, each in predicted.items()},
-        "measured": [round(each, 4) for each in measured],
+        "correlation": {name: round(float(spearmanr(each, times)[0]), 3) for name, each in predicted.items()},
+        "measured": [round(each, 4) for each in times],
         "predicted": {name: [round(value, 4) for value in each] for name, each in predicted.items()},
     }
 
@@ -132,4 +115,4 @@ def eights(choices: Choices, state: State) -> State:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

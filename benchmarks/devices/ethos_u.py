@@ -19,7 +19,7 @@ from ethosu.vela import vela
 
 from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
 from findings.support.int8_tflite import Network
-from polar_deploy.devices.sweep import OUTER
+from polar_deploy.devices.device import REFERENCE
 
 TITLES = {
     "ethos-u55-128": "Arm Ethos-U55, 128 MACs a cycle",
@@ -29,8 +29,8 @@ TITLES = {
 }
 METHOD = (
     f"cycles that vela --verbose-performance gives for each layer (Op Cycles), its default system and memory mode, "
-    f"INT8, {SIZE} x {SIZE} pixels, normally distributed weights; {OUTER} channels around the width that varies, and "
-    f"a 1 x 1 convolution before and after, so that no layer asked reads the network's input or writes its output"
+    f"INT8, {SIZE} x {SIZE} pixels, normally distributed weights; {REFERENCE} channels around the width that varies, "
+    f"and a 1 x 1 convolution before and after, so that no layer asked reads the network's input or writes its output"
 )
 
 
@@ -50,20 +50,20 @@ def layers(accelerator: str, network: Network, output: int) -> list[float]:
 def started() -> tuple[Network, int]:
     """A network, and what its first layer makes."""
     network = Network()
-    return network, network.conv(network.input(SIZE, OUTER), OUTER, kernel=1)
+    return network, network.conv(network.input(SIZE, REFERENCE), REFERENCE, kernel=1)
 
 
 def measured(accelerator: str, width: int, everything: bool) -> Costs:
     """The cost of each kind of layer at a width."""
     network, x = started()
-    x = network.conv(network.conv(x, width), OUTER)
-    _, out, back, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+    x = network.conv(network.conv(x, width), REFERENCE)
+    _, out, back, _ = layers(accelerator, network, network.conv(x, REFERENCE, kernel=1))
     costs = {("conv3x3", "output"): out, ("conv3x3", "input"): back}
     if everything:
         network, x = started()
         x = network.depthwise(network.conv(x, width, kernel=1))
-        x = network.conv(x, OUTER, kernel=1)
-        _, out, through, back, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+        x = network.conv(x, REFERENCE, kernel=1)
+        _, out, through, back, _ = layers(accelerator, network, network.conv(x, REFERENCE, kernel=1))
         costs |= {("conv1x1", "output"): out, ("depthwise3x3", "both"): through, ("conv1x1", "input"): back}
     return costs
 
@@ -76,7 +76,7 @@ def gate(accelerator: str) -> float:
         x = network.conv(x, 32)
         if gated:
             x = network.gate(x, (np.arange(32) % 2).astype(np.int8))
-        x = network.conv(network.conv(x, OUTER), OUTER, kernel=1)
+        x = network.conv(network.conv(x, REFERENCE), REFERENCE, kernel=1)
         found.append(sum(layers(accelerator, network, x)[1:-1]))
     return found[0] / found[1]
 
@@ -84,8 +84,8 @@ def gate(accelerator: str) -> float:
 def addition(accelerator: str) -> float:
     """Cost of an Add of two 64-channel maps over that of a 3 x 3 convolution 64 to 64."""
     network, x = started()
-    x = network.add(x, network.conv(x, OUTER))
-    _, conv, add, _ = layers(accelerator, network, network.conv(x, OUTER, kernel=1))
+    x = network.add(x, network.conv(x, REFERENCE))
+    _, conv, add, _ = layers(accelerator, network, network.conv(x, REFERENCE, kernel=1))
     return add / conv
 
 

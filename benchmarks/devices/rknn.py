@@ -19,12 +19,13 @@ from rknn.api import RKNN
 
 from benchmarks.devices.printed import printed_to
 from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
-from polar_deploy.devices.sweep import EVERY, OUTER, SOME
+from polar_deploy.devices.device import REFERENCE
+from polar_deploy.devices.sweep import EVERY, SOME
 
 TITLES = {"rk3588": "Rockchip RK3588 NPU", "rk3566": "Rockchip RK3566 NPU"}
 METHOD = (
-    f"total cycles that RKNN.build(verbose=True) lists for each layer, {SIZE} x {SIZE} pixels, random weights; {OUTER} "
-    f"channels around the width that varies, all widths in one graph as branches of one 1 x 1 convolution"
+    f"total cycles that RKNN.build(verbose=True) lists for each layer, {SIZE} x {SIZE} pixels, random weights; "
+    f"{REFERENCE} channels around the width that varies, all widths in one graph as branches of one 1 x 1 convolution"
 )
 _ROW = re.compile(r"D RKNN: .*\s\d+/\d+/(\d+)\s+\d+\s+Conv:(\S+)")
 
@@ -43,17 +44,17 @@ def model() -> onnx.ModelProto:
         return name
 
     def ends(x: str) -> None:
-        outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, OUTER, SIZE, SIZE]))
+        outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, REFERENCE, SIZE, SIZE]))
 
-    start = conv("x", "start", OUTER, OUTER, 1)
+    start = conv("x", "start", REFERENCE, REFERENCE, 1)
     for width in EVERY:
-        x = conv(start, f"conv3x3/output/{width}", width, OUTER, 3)
-        ends(conv(x, f"conv3x3/input/{width}", OUTER, width, 3))
+        x = conv(start, f"conv3x3/output/{width}", width, REFERENCE, 3)
+        ends(conv(x, f"conv3x3/input/{width}", REFERENCE, width, 3))
     for width in SOME:
-        x = conv(start, f"conv1x1/output/{width}", width, OUTER, 1)
+        x = conv(start, f"conv1x1/output/{width}", width, REFERENCE, 1)
         x = conv(x, f"depthwise3x3/both/{width}", width, width, 3, group=width)
-        ends(conv(x, f"conv1x1/input/{width}", OUTER, width, 1))
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, OUTER, SIZE, SIZE])
+        ends(conv(x, f"conv1x1/input/{width}", REFERENCE, width, 1))
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, REFERENCE, SIZE, SIZE])
     graph = helper.make_graph(nodes, "graph", [given], outputs, weights)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(made, full_check=True)
@@ -63,7 +64,7 @@ def model() -> onnx.ModelProto:
 def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, int], float]:
     """Cycles of each layer at each width, from the compiler's log."""
     onnx.save(model(), folder / "model.onnx")
-    np.save(folder / "sample.npy", np.random.default_rng(1).normal(size=(1, OUTER, SIZE, SIZE)).astype(np.float32))
+    np.save(folder / "sample.npy", np.random.default_rng(1).normal(size=(1, REFERENCE, SIZE, SIZE)).astype(np.float32))
     (folder / "samples.txt").write_text(str(folder / "sample.npy"))
     with printed_to(folder / "log"):
         rknn = RKNN(verbose=True)

@@ -8,7 +8,6 @@ a time: its files are named NAME-avx2.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from itertools import chain
@@ -21,11 +20,8 @@ from onnx import numpy_helper
 from benchmarks.devices.printed import printed_to
 from benchmarks.devices.staircase import FOLDER
 from polar_deploy import cpu
-from polar_deploy.devices import Device
 from polar_deploy.devices.measure import session, session_int8
-from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
-
-Size = tuple[int, ...]
+from polar_deploy.devices.sweep import Load, Run, Size, measured
 
 
 def sample(size: Size) -> np.ndarray:
@@ -50,8 +46,9 @@ def mnn(path: Path, size: Size) -> Run:
 
     made = path.with_suffix(".mnn")
     options = {"-f": "ONNX", "--bizCode": "x", "--modelFile": str(path), "--MNNModel": str(made)}
-    with printed_to(path.with_suffix(".log")):
-        _tools.mnnconvert(["mnnconvert", *chain.from_iterable(options.items())])
+    if not made.exists():
+        with printed_to(path.with_suffix(".log")):
+            _tools.mnnconvert(["mnnconvert", *chain.from_iterable(options.items())])
     interpreter = MNN.Interpreter(str(made))
     session = interpreter.createSession({"numThread": 1, "backend": "CPU", "precision": "normal"})
     interpreter.resizeTensor(interpreter.getSessionInput(session), size)  # which is [batch, …] in the file
@@ -108,7 +105,8 @@ def xnnpack(path: Path, size: Size) -> Run:
     from benchmarks.devices.tflite import convert
 
     made = path.with_suffix(".tflite")
-    convert(path, size, made)
+    if not made.exists():
+        convert(path, size, made)
     interpreter = Interpreter(str(made), num_threads=1)
     interpreter.allocate_tensors()
     run: Run = interpreter.invoke
@@ -116,7 +114,7 @@ def xnnpack(path: Path, size: Size) -> Run:
 
 
 # name -> title, its package, precision, how a model with an input of some size is loaded
-RUNTIMES: dict[str, tuple[str, str, str, Callable[[Path, Size], Run]]] = {
+RUNTIMES: dict[str, tuple[str, str, str, Load]] = {
     "onnxruntime-x86": ("ONNX Runtime on an x86 CPU", "onnxruntime", "fp32", session),
     "onnxruntime-x86-int8": ("ONNX Runtime on an x86 CPU, INT8", "onnxruntime", "int8", session_int8),
     "openvino-x86": ("OpenVINO on an x86 CPU", "openvino", "fp32", openvino),
@@ -144,7 +142,6 @@ def main(name: str, rounds: int = 75) -> None:
     title, package, precision, load = RUNTIMES[name]
     if on_this_cpu(name) != name:
         name, title = on_this_cpu(name), f"{title} with AVX2 alone"
-    found = {layer: sweep(lambda path: load(path, shape()), layer, each, rounds) for layer, each in LAYERS.items()}
     source = {
         "tool": package,
         "version": version(package),
@@ -152,9 +149,10 @@ def main(name: str, rounds: int = 75) -> None:
         "script": "benchmarks/devices/runtimes.py",
         "machine": machine(),
     }
-    made = Device.model_validate({**document(name, precision, source, found), "title": title})
+    device, off = measured(name, precision, source, load, rounds)
+    made = device.model_copy(update={"title": title})
     (FOLDER / f"{name}.json").write_text(made.text(), encoding="utf-8")
-    print({layer: f"control {control:+.1%}" for layer, (_, control) in found.items()})
+    print(f"control {off:.1%}")
 
 
 if __name__ == "__main__":

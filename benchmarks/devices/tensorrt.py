@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import date
 
 from benchmarks.devices.staircase import Costs, sweeps, write
-from polar_deploy.devices.sweep import OUTER
+from polar_deploy.devices.device import REFERENCE
 
 PACKS = {"fp16": 8, "bf16": 8, "int8": 32}
 METHOD = (
@@ -21,9 +21,9 @@ METHOD = (
 def costs(pack: int, width: int, everything: bool) -> Costs:
     """A pixel's multiply-accumulates of each kind of layer."""
     packed = -(-width // pack) * pack
-    found = {("conv3x3", side): 9.0 * OUTER * packed for side in ("output", "input")}
+    found = {("conv3x3", side): 9.0 * REFERENCE * packed for side in ("output", "input")}
     if everything:
-        found |= {("conv1x1", side): 1.0 * OUTER * packed for side in ("output", "input")}
+        found |= {("conv1x1", side): 1.0 * REFERENCE * packed for side in ("output", "input")}
         found |= {("depthwise3x3", "both"): 9.0 * packed}
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 PERIOD = 64  # channels; above the widest that was asked, what is offered repeats: all packs divide it
 _LISTED = re.compile(r"\[([\d\s.,e-]+)\]")  # numbers
 _WHOLE = re.compile(r"\.0\b")  # the end of a whole number
+PACK = 32  # channels; behind the widths that were asked one by one, the last so many repeat: they hold every pack
 WORTH = 0.5  # of what a narrower layer promises by its channels, what it has to save at least
 
 FINE = PERIOD + 2  # every width up to here was asked of 3 x 3 convolutions
 REFERENCE = 64  # channels around the width that varies in every sweep
+AROUND = (REFERENCE, 16, 63, 15)  # the same in sweeps of a device's like, and two that no kernel likes
 LEAST_DEPTHWISE = 0.1  # of what was measured of a depthwise layer between two others, that counts as its own
 MOST_MOVED = 0.9  # of what a further channel costs, that may be its being moved
 LEAST_SLOPE = 0.1  # of the cost of `REFERENCE` channels for as many more, however flat the costs are
@@ -29,6 +31,7 @@ LEAST_SLOPE = 0.1  # of the cost of `REFERENCE` channels for as many more, howev
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Kind = Literal["conv3x3", "conv1x1", "depthwise3x3"]
 Side = Literal["output", "input"]
+Varies = Literal["output", "input", "both", "between"]
 ELEMENTS: dict[Kind, int] = {"conv3x3": 9, "conv1x1": 1, "depthwise3x3": 9}  # of a kernel
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,12 +62,13 @@ class Sweep(_Frozen):
     """What a kind of layer costs at each width.
 
     varies: which of the layer's widths; "both" of a depthwise one, "between": two layers, of which the first writes
-    and the second reads that many channels. cost: in the device's unit.
+    and the second reads that many channels. around: the channels of the other widths. cost: in the device's unit.
     """
 
     precision: Precision
     layer: Kind
-    varies: Literal["output", "input", "both", "between"]
+    varies: Varies
+    around: Width = REFERENCE
     widths: tuple[Width, ...] = Field(min_length=2)
     cost: tuple[Positive, ...] = Field(min_length=2)
 
@@ -126,10 +130,8 @@ class Device(_Frozen):
         """Float [...], the channels that cost as much as `widths` do: `REFERENCE` are `REFERENCE`, and 0 are 0.
 
         Where the file knows writing and reading apart, they are in proportion to the costs that were asked, on straight
-        lines between them and, above the widest one, on the line of the last period. Where it knows both together, what
-        is written counts as it is. Of what is read, a width that is not offered counts as so many more channels as make
-        up for what it costs above the line between those that are. Behind the widths that were asked one by one, that
-        is what its like costs within the last period, and more by the `surcharge_growth` between the two.
+        lines between them and, above the widest one, on the line of the last period. Where it knows both together,
+        channels count as they are, and what unkind widths cost besides is their `surcharge`.
 
         Args:
             widths: [...] >= 0, channels that a layer writes or reads.
@@ -139,23 +141,45 @@ class Device(_Frozen):
         """
         import numpy as np
 
-        kind: Kind = layer if self._swept(precision, layer) else "conv3x3"
-        known = self._swept(precision, kind)
-        costs = next(known[each] for each in ("between", side, "both", *known) if each in known)
-        asked, cost = np.array(list(costs), float), np.array(list(costs.values()))
+        known = self._swept(precision, self._known(precision, layer))
         if "between" in known:
-            if side == "output":
-                return widths
-            like = np.where(widths > FINE, (widths - FINE) % PERIOD + FINE - PERIOD, widths)
-            wider = (widths - like) / np.maximum(like, 1.0)
-            above = np.interp(like, asked, self._surcharges[precision, kind])
-            above = above * (1 + self.surcharge_growth(precision) * wider)
-            read = REFERENCE * ELEMENTS[kind] * self.each(precision, kind) + 2 * self.moved(precision, kind)
-            return np.asarray(widths + above / read)
+            return widths
+        costs = next(known[each] for each in (side, "both", *known) if each in known)
+        asked, cost = np.array([*costs], float), np.array([*costs.values()])
         beyond = np.maximum(0.0, np.ceil((widths - asked[-1]) / PERIOD))
         growth = cost[-1] - np.interp(asked[-1] - PERIOD, asked, cost)
         found = np.interp(widths - beyond * PERIOD, asked, cost) + beyond * growth
         return np.where(widths > 0, REFERENCE * found / np.interp(REFERENCE, asked, cost), 0.0)
+
+    def surcharge(
+        self, widths: Floats, precision: Precision, layer: Kind, beside_offered: bool
+    ) -> tuple[Floats, Floats]:
+        """What reading channels costs a layer besides, in the unit of `each`: [...] in any case, [...] for each output.
+
+        A width that is not on offer costs more than the line between those that are, as was asked among layers of few
+        and of many channels. Where the layer writes a width that is not on offer either, it costs less: it leaves its
+        fast kernels once. Behind the widths that were asked one by one, that is what its like costs among the last
+        ones, and more by the `surcharge_growth` between the two.
+
+        Args:
+            widths: [...] >= 0, channels that a layer reads.
+            precision: one of the file's.
+            layer: a kind that was not asked costs as a 3 x 3 convolution.
+            beside_offered: whether the layer writes a width that is on offer.
+
+        Returns:
+            Zeros where the file knows writing and reading apart: then all is in `packed`.
+        """
+        import numpy as np
+
+        kind = self._known(precision, layer)
+        if "between" not in self._swept(precision, kind):
+            return np.zeros_like(widths), np.zeros_like(widths)
+        like = np.where(widths > FINE, (widths - FINE) % PACK + FINE - PACK, widths)
+        growth = 1 + self.surcharge_growth(precision) * (widths - like) / np.maximum(like, 1.0)
+        asked, *costs = self._surcharges[precision, kind, beside_offered]
+        fixed, for_each = (np.interp(like, asked, cost) * growth for cost in costs)
+        return fixed, for_each
 
     def each(self, precision: Precision, layer: Kind) -> float:
         """What a multiply-accumulate costs in a layer of `REFERENCE` channels, in the device's unit for the pixels of
@@ -180,7 +204,7 @@ class Device(_Frozen):
         Two layers with next to nothing between them still move `REFERENCE` channels in and as many out. Where the file
         knows writing and reading apart, this is part of their costs, and 0 here.
         """
-        kind: Kind = layer if self._swept(precision, layer) else "conv3x3"
+        kind = self._known(precision, layer)
         if (precision, kind) not in self._lines or layer == "depthwise3x3":
             return 0.0
         slope, start = self._lines[precision, kind]
@@ -193,16 +217,23 @@ class Device(_Frozen):
         leaves its fast kernels. Told by 3 x 3 convolutions of which a width and its like a period on were asked; 1
         where none were.
         """
+        import numpy as np
+
         costs = self._swept(precision, "conv3x3").get("between", {})
         above: dict[int, float] = {}
         if costs:
-            above = dict(zip(costs, self._surcharges[precision, "conv3x3"].tolist(), strict=True))
+            found = self._above(precision, "conv3x3", np.array([*costs], float))[REFERENCE]
+            above = dict(zip(costs, found.tolist(), strict=True))
         pairs = [(above[width], above[width + PERIOD], PERIOD / width) for width in above if width + PERIOD in above]
         if not any(near for near, _, _ in pairs):
             return 1.0
         # far = near * (1 + growth * wider), by least squares: what is hardly dearer than the line tells little
         growth = sum((far - near) * near * wider for near, far, wider in pairs)
         return min(1.0, max(0.0, growth / sum((near * wider) ** 2 for near, _, wider in pairs)))
+
+    def _known(self, precision: Precision, layer: Kind) -> Kind:
+        """The kind of layer whose costs stand for `layer`."""
+        return layer if self._swept(precision, layer) else "conv3x3"
 
     def _swept(self, precision: Precision, layer: Kind) -> dict[str, dict[int, float]]:
         """What was asked of a kind of layer: costs by width, by what varies."""
@@ -213,7 +244,8 @@ class Device(_Frozen):
         asked: dict[tuple[Precision, Kind], dict[str, dict[int, float]]] = {}
         for sweep in self.sweeps:
             costs = dict(zip(sweep.widths, sweep.cost, strict=True))
-            asked.setdefault((sweep.precision, sweep.layer), {})[sweep.varies] = costs
+            if sweep.around == REFERENCE:
+                asked.setdefault((sweep.precision, sweep.layer), {})[sweep.varies] = costs
         return asked
 
     @cached_property
@@ -222,9 +254,48 @@ class Device(_Frozen):
         return {key: _line(sides["between"]) for key, sides in self._asked.items() if "between" in sides}
 
     @cached_property
-    def _surcharges(self) -> dict[tuple[Precision, Kind], Floats]:
-        """See `_surcharge`, of the kinds of layers between which widths were asked."""
-        return {key: _surcharge(sides["between"]) for key, sides in self._asked.items() if "between" in sides}
+    def _surcharges(self) -> dict[tuple[Precision, Kind, bool], tuple[Floats, Floats, Floats]]:
+        """See `surcharge`: the widths asked, what each costs in any case and what for each output, beside a width on
+        offer (True) or not."""
+        import numpy as np
+
+        found: dict[tuple[Precision, Kind, bool], tuple[Floats, Floats, Floats]] = {}
+        for precision, layer in self._lines:
+            asked = np.array([*self._swept(precision, layer)["between"]], float)
+            wide, narrow, odd_wide, odd_narrow = AROUND
+            above = self._above(precision, layer, asked)
+            multiplied = REFERENCE * ELEMENTS[layer] * self.each(precision, layer)
+            by_outputs = partial(_by_outputs, share=multiplied / (multiplied + 2 * self.moved(precision, layer)))
+            fixed, each = by_outputs(wide, above[wide], narrow, above.get(narrow))
+            found[precision, layer, True] = found[precision, layer, False] = asked, fixed, each
+            if odd_wide in above:
+                # C channels between layers of an odd width O: one reads O and writes C, one reads C and writes O. What
+                # O costs where C is on offer is in the line. Where C is O, both cost the same; with more outputs O
+                # costs more as it does beside a width on offer. The rest is what C costs.
+                beside = {}
+                for odd in {odd_wide, odd_narrow} & above.keys():
+                    alone = np.interp(odd, asked, fixed) + asked * np.interp(odd, asked, each)
+                    both = above[odd] + alone
+                    of_odd = np.interp(odd, asked, both) / 2 * alone / max(np.interp(odd, asked, alone), 1e-300)
+                    beside[odd] = np.maximum(0.0, both - of_odd) * (above[wide] > 0)
+                fixed, each = by_outputs(odd_wide, beside[odd_wide], odd_narrow, beside.get(odd_narrow))
+                found[precision, layer, False] = asked, fixed, each
+        return found
+
+    def _above(self, precision: Precision, layer: Kind, asked: Floats) -> dict[int, Floats]:
+        """What each width costs above the lines between those on offer, [asked] >= 0, by the channels around."""
+        import numpy as np
+
+        steps = _worth_choosing(self._swept(precision, layer)["between"])
+        found = {}
+        for sweep in self.sweeps:
+            if (sweep.precision, sweep.layer, sweep.varies) == (precision, layer, "between"):
+                cost = np.interp(asked, sweep.widths, sweep.cost)
+                on_offer = np.interp(steps, asked, cost)
+                _, start = _line(dict(zip(steps, on_offer.tolist(), strict=True)))
+                lines = np.interp(asked, [0, *steps], [min(max(start, 0.0), on_offer[0]), *on_offer])
+                found[sweep.around] = np.maximum(0.0, cost - lines)
+        return found
 
     @cached_property
     def _offered(self) -> dict[Precision, tuple[int, ...]]:
@@ -255,12 +326,19 @@ def _worth_choosing(costs: Mapping[int, float]) -> tuple[int, ...]:
     return tuple(reversed(result))
 
 
-def _surcharge(costs: Mapping[int, float]) -> Floats:
-    """What each width costs above the straight lines between those that are offered: [widths] >= 0."""
+def _by_outputs(
+    wide: int, of_wide: Floats, narrow: int, of_narrow: Floats | None, share: float
+) -> tuple[Floats, Floats]:
+    """What costs so much in a layer of `wide` outputs, and so much in one of `narrow`: in any case, and for each.
+
+    share: 0 to 1, how much of it is for the outputs where the narrow layer was not asked.
+    """
     import numpy as np
 
-    steps = _worth_choosing(costs)
-    return np.maximum(0.0, np.array(list(costs.values())) - np.interp([*costs], steps, [costs[step] for step in steps]))
+    each = share * of_wide / wide
+    if of_narrow is not None:
+        each = np.clip((of_wide - of_narrow) / (wide - narrow), 0.0, of_wide / wide)
+    return of_wide - wide * each, each
 
 
 def _line(costs: Mapping[int, float]) -> tuple[float, float]:

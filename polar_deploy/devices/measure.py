@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from polar_deploy import onnx_files
-from polar_deploy.devices.device import Device
-from polar_deploy.devices.sweep import LAYERS, Run, document, shape, sweep
+from polar_deploy.devices.sweep import Run, Size, measured
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.workspace import write_text
@@ -42,17 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise MachineError("onnxruntime is not installed", "install it: pip install 'polar-deploy[ort]'")
     import onnxruntime
 
-    load = session if arguments.precision == "fp32" else session_int8
-    found = {
-        layer: sweep(lambda path: load(path, shape()), layer, widths, arguments.rounds)
-        for layer, widths in LAYERS.items()
-    }
-    off = max(abs(control) for _, control in found.values())
-    if off > MOST_OFF:
-        raise MachineError(
-            f"the machine is too noisy: a network and its own copy differ by {off:.0%}, {MOST_OFF:.0%} is allowed",
-            "stop what else runs on it, or ask for more --rounds",
-        )
     source = {
         "tool": "onnxruntime",
         "version": onnxruntime.__version__,
@@ -60,14 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
         "script": "polar_deploy/devices/measure.py",
         "machine": platform.machine(),
     }
-    device = Device.model_validate(document(path.stem.lower(), arguments.precision, source, found))
+    load = session if arguments.precision == "fp32" else session_int8
+    device, off = measured(path.stem.lower(), arguments.precision, source, load, arguments.rounds)
+    if off > MOST_OFF:
+        raise MachineError(
+            f"the machine is too noisy: a network and its own copy differ by {off:.0%}, {MOST_OFF:.0%} is allowed",
+            "stop what else runs on it, or ask for more --rounds",
+        )
     write_text(path, device.text())
     widths = ", ".join(map(str, device.offered(device.precisions[0])))
     print(f"{path}: {widths} channels pay; the control was off by {off:.1%}")
     return 0
 
 
-def session(path: Path, size: tuple[int, ...]) -> Run:
+def session(path: Path, size: Size) -> Run:
     """An ONNX file with one input of that size in ONNX Runtime, on one thread."""
     with translated(f"{path}: ONNX Runtime cannot run it"):
         made = open_session(path, session_options(threads=1))
@@ -75,16 +69,18 @@ def session(path: Path, size: tuple[int, ...]) -> Run:
     return lambda: made.run(None, given)
 
 
-def session_int8(path: Path, size: tuple[int, ...]) -> Run:
-    """The same in the types of `ort-int8`."""
+def session_int8(path: Path, size: Size) -> Run:
+    """The same in the types of `ort-int8`, in a file beside it, written once."""
     from polar_deploy import precision, targets
     from polar_deploy.config import Build
 
-    model = onnx_files.read(path)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"  # INT8 is calibrated with several samples at once
-    onnx_files.write(model, path)
-    samples = np.random.default_rng(0).standard_normal((_SAMPLES, *size[1:]), np.float32)
     typed = path.with_suffix(".int8.onnx")
-    precision.write(path, typed, targets.parse("ort-int8"), Build(), {model.graph.input[0].name: samples})
+    if not typed.exists():
+        model = onnx_files.read(path)
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"  # INT8 is calibrated with several samples at once
+        source = path.with_suffix(".batches.onnx")
+        onnx_files.write(model, source)
+        samples = np.random.default_rng(0).standard_normal((_SAMPLES, *size[1:]), np.float32)
+        precision.write(source, typed, targets.parse("ort-int8"), Build(), {model.graph.input[0].name: samples})
     return session(typed, size)

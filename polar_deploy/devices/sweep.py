@@ -12,33 +12,34 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.devices.device import FINE, REFERENCE
+from polar_deploy.devices.device import AROUND, FINE, REFERENCE, Device, Kind
 
 if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[], object]
-EVERY = (*range(1, FINE + 1), 72, 80, 88, 96, 97, 104, 112, 120, 128)  # widths of 3 x 3 convolutions
+Size = tuple[int, ...]
+Load = Callable[[Path, Size], Run]  # an ONNX file with one input of that size -> what runs it once
+EVERY = (*range(1, FINE + 1), 72, 80, 88, 96, 97, 101, 104, 112, 120, 127, 128)  # widths of 3 x 3 convolutions
 SOME = (4, 8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 48, 56, 64, 72, 80, 96)  # of the other layers
-LAYERS = {"conv3x3": EVERY, "conv1x1": SOME, "depthwise3x3": SOME}
-OUTER = REFERENCE  # channels around the width that varies
+# kind of layer, channels around the width that varies -> the widths
+SWEEPS: dict[tuple[Kind, int], Sequence[int]] = {
+    **{("conv3x3", around): EVERY for around in AROUND},
+    ("conv1x1", REFERENCE): SOME,
+    ("depthwise3x3", REFERENCE): SOME,
+}
 PIXELS = 28  # a side
 CONTROL = 0  # stands for a width; it and `REFERENCE` are copies of what every other one runs after
 LOADS = 5  # times that every network is loaded anew: where its memory lies decides, too
 _SAMPLE_SECONDS = 1e-3  # that a sample takes at least
 
 
-def shape() -> tuple[int, int, int, int]:
-    """Of the input of `model`."""
-    return 1, OUTER, PIXELS, PIXELS
-
-
-def model(layer: str, width: int) -> onnx.ModelProto:
-    """`OUTER` channels, `width` between two layers, `OUTER` channels; a depthwise layer stands between them."""
+def model(layer: Kind, width: int, around: int = REFERENCE) -> onnx.ModelProto:
+    """`around` channels, `width` between two layers, `around` channels; a depthwise layer stands between them."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(0)
@@ -53,25 +54,31 @@ def model(layer: str, width: int) -> onnx.ModelProto:
         nodes.append(helper.make_node("Conv", inputs, [f"{y}_sum"], name=y, pads=[kernel // 2] * 4, group=group))
         nodes.append(helper.make_node("Relu", [f"{y}_sum"], [y]))
 
-    conv("x", "first", width, OUTER, kernel)
+    conv("x", "first", width, around, kernel)
     if layer == "depthwise3x3":
         conv("first", "depthwise", width, width, 3, group=width)
-    conv("depthwise" if layer == "depthwise3x3" else "first", "y", OUTER, width, kernel)
-    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape()) for name in ("x", "y"))
+    conv("depthwise" if layer == "depthwise3x3" else "first", "y", around, width, kernel)
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape(around)) for name in ("x", "y"))
     graph = helper.make_graph(nodes, "graph", [given], [made], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def shape(around: int = REFERENCE) -> Size:
+    """Of the input of `model`."""
+    return 1, around, PIXELS, PIXELS
+
+
 def sweep(
-    load: Callable[[Path], Run], layer: str, widths: Sequence[int], rounds: int
+    load: Load, layer: Kind, widths: Sequence[int], rounds: int, around: int = REFERENCE
 ) -> tuple[dict[int, float], float]:
     """Milliseconds of each width, ascending, and by what share the control was off.
 
     Args:
-        load: an ONNX file -> what runs it once.
-        layer: one of `LAYERS`.
+        load: how the runtime loads a network.
+        layer: of which the width varies.
         widths: the reference is among them, whether asked or not.
         rounds: in all; each network is loaded `LOADS` times.
+        around: channels around the width that varies.
     """
     import onnx
 
@@ -82,8 +89,8 @@ def sweep(
             runs: list[Run] = []
             for width in (REFERENCE, REFERENCE, *widths):
                 path = Path(folder) / f"{len(runs)}.onnx"
-                onnx.save(model(layer, width), path)
-                runs.append(load(path))
+                onnx.save(model(layer, width, around), path)
+                runs.append(load(path, shape(around)))
             reference, *others = runs
             found.append(ratios(reference, dict(zip((CONTROL, *widths), others, strict=True)), -(-rounds // LOADS)))
     result = {width: statistics.median(ratio[width] for ratio, _ in found) for width in (CONTROL, *widths)}
@@ -115,25 +122,26 @@ def _seconds(run: Run, times: int) -> float:
     return (time.process_time() - begin) / times
 
 
-def document(
-    name: str, precision: str, source: Mapping[str, str], found: Mapping[str, tuple[Mapping[int, float], float]]
-) -> dict[str, Any]:
-    """The content of a device's file, from what `sweep` found of each layer."""
-    sweeps = [
-        {
-            "precision": precision,
-            "layer": layer,
-            "varies": "between",
-            "widths": list(costs),
-            "cost": list(costs.values()),
-        }
-        for layer, (costs, _) in found.items()
-    ]
-    off = max(abs(control) for _, control in found.values())
+def measured(name: str, precision: str, source: Mapping[str, str], load: Load, rounds: int) -> tuple[Device, float]:
+    """A device's file of a runtime on this machine, and the share by which the control was off at most."""
+    sweeps, off = [], 0.0
+    for (layer, around), widths in SWEEPS.items():
+        costs, control = sweep(load, layer, widths, rounds, around)
+        sweeps.append(
+            {
+                "precision": precision,
+                "layer": layer,
+                "varies": "between",
+                "around": around,
+                "widths": list(costs),
+                "cost": list(costs.values()),
+            }
+        )
+        off = max(off, abs(control))
     method = (
         f"processor time, runs paired with one of width {REFERENCE}, all widths in turn, loaded {LOADS} times, one "
-        f"thread, batch 1, {PIXELS} x {PIXELS} pixels, {OUTER} channels around the width that varies; the control was "
-        f"off by {off:.1%} at most"
+        f"thread, batch 1, {PIXELS} x {PIXELS} pixels; the control was off by {off:.1%} at most"
     )
-    told = {"kind": "measured", **source, "method": method}
-    return {"schema": 1, "name": name, "title": name, "source": told, "unit": "ms", "sweeps": sweeps}
+    content = {"schema": 1, "name": name, "title": name, "source": {"kind": "measured", **source, "method": method}}
+    content |= {"unit": "ms", "sweeps": sweeps}
+    return Device.model_validate(content), off

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from polar_deploy.costs import Cost, Factor, Layer, State, Term
+from polar_deploy.costs import Cost, Factor, Floats, Layer, State, Term
 from polar_deploy.devices import Chosen
 from polar_deploy.devices.device import Kind, Side
 from polar_deploy.surgery.choices import Choices
@@ -18,9 +16,9 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
     """The cost of a network on a device as a function of what is kept, in a unit of its own: only shares mean anything.
 
     A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
-    place of those that are there (`Device.packed`), and the channels that it moves (`Device.moved`): a width that no
-    kernel likes is laid out anew where it is written and where it is read. Channels of several sites that are read as
-    one count as they are, and what does not multiply costs nothing. The formula is ours.
+    place of those that are there (`Device.packed`); the channels that it moves (`Device.moved`); and what it costs
+    besides to read a width that no kernel likes (`Device.surcharge`). Channels of several sites that are read or
+    written as one count as they are, and what does not multiply costs nothing. The formula is ours.
     """
     terms = tuple(term for layer in choices.layers for term in _terms(chosen, layer))
     whole = State(tuple(site.width for site in choices.sites), (True,) * len(choices.blocks))
@@ -30,21 +28,43 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
 def _terms(chosen: Chosen, layer: Layer) -> list[Term]:
     kind: Kind = "conv1x1" if layer.kernel == 1 else "depthwise3x3" if layer.depthwise else "conv3x3"
     device, precision, macs = chosen.device, chosen.precision, layer.macs
-    factors = (_packed(chosen, factor, kind, side) for factor, side in zip(macs.factors, SIDES, strict=False))
-    terms = [Term(macs.coefficient * device.each(precision, kind), tuple(factors), macs.blocks)]
+    pixels = macs.coefficient / layer.kernel
+    packed = [
+        factor if len(factor.tables) > 1 else _with(factor, device.packed(_widths(factor), precision, kind, side))
+        for factor, side in zip(macs.factors, SIDES, strict=False)
+    ]
+    terms = [Term(macs.coefficient * device.each(precision, kind), tuple(packed), macs.blocks)]
     if moved := device.moved(precision, kind):
-        pixels = macs.coefficient / layer.kernel
-        laid_out = (_packed(chosen, factor, kind, "input") for factor in macs.factors)
-        terms += [Term(pixels * moved, (factor,), macs.blocks) for factor in laid_out]
+        terms += [Term(pixels * moved, (factor,), macs.blocks) for factor in macs.factors]
+    if not layer.depthwise:
+        terms += [Term(pixels, factors, macs.blocks) for factors in _surcharges(chosen, kind, *macs.factors)]
     return terms
 
 
-def _packed(chosen: Chosen, factor: Factor, kind: Kind, side: Side) -> Factor:
-    """The factor in packed channels."""
-    if len(factor.tables) > 1:
-        return factor
-    packed = partial(chosen.device.packed, precision=chosen.precision, layer=kind, side=side)
-    if not factor.tables:
-        return Factor(float(packed(np.array(factor.constant))))
-    ((site, table),) = factor.tables.items()
-    return Factor(0.0, {site: packed(factor.constant + table)})
+def _surcharges(chosen: Chosen, kind: Kind, written: Factor, read: Factor) -> list[tuple[Factor, Factor]]:
+    """Products of what is written, as far as it is on offer and as far as it is not, and of what is read.
+
+    Only of channels that another layer writes, whose share of what was measured is in it: not of an image's.
+    """
+    if len(written.tables) > 1 or len(read.tables) != 1:
+        return []
+    outputs, inputs = _widths(written), _widths(read)
+    on_offer = np.vectorize(chosen.offers, otypes=[bool])(outputs.astype(int))
+    products = []
+    for offered in (True, False):
+        of_these = on_offer == offered
+        fixed, each = chosen.device.surcharge(inputs, chosen.precision, kind, beside_offered=offered)
+        for written_alike, cost in ((of_these * 1.0, fixed), (of_these * outputs, each)):
+            if cost.any():
+                products.append((_with(written, written_alike), _with(read, cost)))
+    return products
+
+
+def _widths(factor: Factor) -> Floats:
+    """The channels that a factor of one site counts, by its width; [] of one that is the same at any."""
+    return np.asarray(factor.constant + next(iter(factor.tables.values()), 0.0), float)
+
+
+def _with(factor: Factor, values: Floats) -> Factor:
+    """The factor with other values in the place of `_widths`."""
+    return Factor(0.0, dict.fromkeys(factor.tables, values)) if factor.tables else Factor(float(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,69 @@ def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
     assert device.offered("fp32") == tuple(costs)
     assert device.each("fp32", "conv3x3") == pytest.approx(0.001)
     assert device.moved("fp32", "conv3x3") == pytest.approx(0.05)
-    # 33 channels cost 20 more: as much as 20 / (64 * 9 * 0.001 + 2 * 0.05) further ones that are read, and moved twice
+    # 33 channels cost 20 more, which are shared as the costs of a channel are: 64 * 9 * 0.001, and 2 * 0.05 moved
+    fixed, each = device.surcharge(np.array([32.0, 33.0]), "fp32", "conv3x3", beside_offered=True)
+    np.testing.assert_allclose(fixed, [0, 20 * 0.1 / 0.676], rtol=1e-6)
+    np.testing.assert_allclose(each, [0, 20 * 0.576 / 0.676 / 64], rtol=1e-6)
     widths = np.array([0.0, 32.0, 33.0])
-    found = device.packed(widths, "fp32", "conv3x3", "input")
-    np.testing.assert_allclose(found, [0, 32, 33 + 20 / 0.676], rtol=1e-6)
-    np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "output"), widths)
+    np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "input"), widths)
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("growth", [0.0, 1.0])
 def test_what_an_unkind_width_costs_more_behind_the_widths_that_were_asked(growth: float) -> None:
-    """33 channels cost 4 more than the line says; 97, which are 64 / 33 wider, as much more as grows that far."""
-    costs = {32: 32, 33: 37, 40: 40, 64: 64, 96: 96, 97: 101 + 4 * growth * 64 / 33, 104: 104, 128: 128}
+    """33 channels cost 4 more than the line says; 65 and 97 as much more as grows so far, or no more."""
+    more = {width: 4 * (1 + growth * (width - 33) / 33) for width in (33, 65, 97, 161)}
+    costs = {width: width + more.get(width, 0.0) for width in (32, 33, 40, 64, 65, 66, 96, 97, 104, 128)}
     device = Device.model_validate(document(costs))
     assert device.surcharge_growth("fp32") == pytest.approx(growth)
-    found = device.packed(np.array([33.0, 160.0, 161.0]), "fp32", "conv3x3", "input")
-    # the reader has half of a channel's cost, which is 1; 161 is 128 / 33 wider than 33
-    np.testing.assert_allclose(found, [33 + 4 / 0.5, 160, 161 + 4 * (1 + growth * 128 / 33) / 0.5])
+    fixed, each = device.surcharge(np.array([33.0, 160.0, 161.0]), "fp32", "conv3x3", beside_offered=True)
+    np.testing.assert_allclose(fixed + 64 * each, [more[33], 0, more[161]], atol=1e-9)
+
+
+def odd(width: int) -> bool:
+    return width % 16 > 0
+
+
+@pytest.mark.parametrize(
+    ("besides", "of_one", "of_both"),
+    [
+        # A kernel that either width makes leave, at a price of its own: a layer that reads 33 pays, and the one before
+        (lambda given, made: 7.0 * (odd(given) or odd(made)), (14.0, 0.0), (7.0, 0.0)),
+        # A price for each output, of what is read alone
+        (lambda given, made: 0.5 * made * odd(given), (0.0, 0.5), (0.0, 0.5)),
+        # Packs of 16 on both sides, one multiplication 0.01: 48 are read and written for 33
+        (
+            lambda given, made: 0.01 * (-(-given // 16) * -(-made // 16) * 256 - given * made),
+            (0.0, 2 * 0.01 * 15),
+            (0.0, 2 * 0.01 * 15),
+        ),
+    ],
+)
+def test_what_an_unkind_width_costs_beside_others(
+    besides: Callable[[int, int], float], of_one: tuple[float, float], of_both: tuple[float, float]
+) -> None:
+    """Four sweeps of layers of which all costs are known: 0.01 a multiplication, 0.1 a channel moved, and `besides`."""
+    widths = (*range(1, 67), 80, 96, 112, 128)
+
+    def layer(given: int, made: int) -> float:
+        return 0.01 * given * made + 0.1 * (given + made) + besides(given, made)
+
+    sweeps = [
+        {
+            **document({})["sweeps"][0],
+            "around": around,
+            "widths": widths,
+            "cost": [layer(around, width) + layer(width, around) for width in widths],
+        }
+        for around in (64, 16, 63, 15)
+    ]
+    device = Device.model_validate(document({}, sweeps=sweeps))
+    assert device.offered("fp32") == (16, 32, 48, 64, 80, 96, 112, 128)
+    for around, (in_any_case, for_each) in ((64, of_one), (16, of_one), (63, of_both), (15, of_both)):
+        fixed, each = device.surcharge(np.array([33.0]), "fp32", "conv3x3", beside_offered=not odd(around))
+        assert fixed[0] + around * each[0] == pytest.approx(in_any_case + around * for_each, rel=0.07), (
+            around
+        )  # of 15 outputs 16 are packed
 
 
 def test_a_device_to_which_all_widths_are_alike() -> None:

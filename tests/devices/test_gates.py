@@ -76,7 +76,7 @@ def _pair(channels: int) -> Gates:
 def _measured_between(device: str) -> dict[int, float]:
     """By width, what the device's file says of two 3 x 3 convolutions with so many channels between them."""
     content = json.loads((files(devices) / f"{device}.json").read_text(encoding="utf-8"))
-    (sweep,) = (each for each in content["sweeps"] if each["layer"] == "conv3x3")
+    (sweep,) = (each for each in content["sweeps"] if each["layer"] == "conv3x3" and each["around"] == 64)
     assert sweep["varies"] == "between"
     return dict(zip(sweep["widths"], sweep["cost"], strict=True))
 

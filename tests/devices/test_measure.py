@@ -11,6 +11,7 @@ import pytest
 from polar_deploy import devices
 from polar_deploy.devices import measure, sweep
 from polar_deploy.devices.__main__ import main
+from polar_deploy.devices.device import Kind
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def load(self, path: Path) -> Callable[[], None]:
+    def load(self, path: Path, size: tuple[int, ...]) -> Callable[[], None]:
         """Takes as many milliseconds as there are channels between the layers, and 10 more."""
         width = len(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]))
 
@@ -48,8 +49,8 @@ def test_a_sweep_gives_the_milliseconds_of_each_width(clock: Clock) -> None:
 def test_what_is_measured_is_written(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "session", lambda path, size: clock.load(path))
-    monkeypatch.setattr(measure, "LAYERS", {"conv3x3": (8, 16, 32)})
+    monkeypatch.setattr(measure, "session", clock.load)
+    monkeypatch.setattr(sweep, "SWEEPS", {("conv3x3", 64): (8, 16, 32)})
     path = tmp_path / "Mine.json"
     assert main(["measure", str(path), "--rounds", "5"]) == 0
     device = devices.load(str(path))
@@ -63,7 +64,7 @@ def test_what_is_measured_is_written(
 def test_noise_is_not_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "sweep", lambda *_: ({32: 1.0, 64: 2.0}, -0.06))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: ({32: 1.0, 64: 2.0}, -0.06))
     assert main(["measure", str(tmp_path / "mine.json")]) == 3
     assert "too noisy: a network and its own copy differ by 6%" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -74,13 +75,13 @@ def test_a_file_needs_its_ending(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mine.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layer", sweep.LAYERS)
+@pytest.mark.parametrize(("layer", "around"), sweep.SWEEPS)
 @pytest.mark.parametrize("load", [measure.session, measure.session_int8])
 def test_every_network_runs(
-    load: Callable[[Path, tuple[int, ...]], Callable[[], object]], layer: str, tmp_path: Path
+    load: Callable[[Path, tuple[int, ...]], Callable[[], object]], layer: Kind, around: int, tmp_path: Path
 ) -> None:
-    onnx.checker.check_model(sweep.model(layer, 12), full_check=True)
-    onnx.save(sweep.model(layer, 12), tmp_path / "model.onnx")
-    (y,) = load(tmp_path / "model.onnx", sweep.shape())()
-    assert y.shape == sweep.shape()
+    onnx.checker.check_model(sweep.model(layer, 12, around), full_check=True)
+    onnx.save(sweep.model(layer, 12, around), tmp_path / "model.onnx")
+    (y,) = load(tmp_path / "model.onnx", sweep.shape(around))()
+    assert y.shape == sweep.shape(around)
     assert y.any()
