@@ -176,7 +176,7 @@ class Device(_Frozen):
         if "between" not in self._swept(precision, kind):
             return np.zeros_like(widths), np.zeros_like(widths)
         like = np.where(widths > FINE, (widths - FINE) % PACK + FINE - PACK, widths)
-        growth = 1 + self.surcharge_growth(precision) * (widths - like) / np.maximum(like, 1.0)
+        growth = (widths > 0) * (1 + self.surcharge_growth(precision) * (widths - like) / np.maximum(like, 1.0))
         asked, *costs = self._surcharges[precision, kind, beside_offered]
         fixed, for_each = (np.interp(like, asked, cost) * growth for cost in costs)
         return fixed, for_each

@@ -52,7 +52,7 @@ def _surcharges(chosen: Chosen, kind: Kind, written: Factor, read: Factor) -> li
     on_offer = np.vectorize(chosen.offers, otypes=[bool])(outputs.astype(int))
     products = []
     for offered in (True, False):
-        of_these = on_offer == offered
+        of_these = (on_offer == offered) & (outputs > 0)
         fixed, each = chosen.device.surcharge(inputs, chosen.precision, kind, beside_offered=offered)
         for written_alike, cost in ((of_these * 1.0, fixed), (of_these * outputs, each)):
             if cost.any():

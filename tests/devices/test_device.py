@@ -136,10 +136,10 @@ def test_what_an_unkind_width_costs_beside_others(
     device = Device.model_validate(document({}, sweeps=sweeps))
     assert device.offered("fp32") == (16, 32, 48, 64, 80, 96, 112, 128)
     for around, (in_any_case, for_each) in ((64, of_one), (16, of_one), (63, of_both), (15, of_both)):
-        fixed, each = device.surcharge(np.array([33.0]), "fp32", "conv3x3", beside_offered=not odd(around))
-        assert fixed[0] + around * each[0] == pytest.approx(in_any_case + around * for_each, rel=0.07), (
-            around
-        )  # of 15 outputs 16 are packed
+        (fixed, none), (each, nothing) = device.surcharge(np.array([33.0, 0.0]), "fp32", "conv3x3", not odd(around))
+        assert none == nothing == 0
+        # of 15 outputs 16 are packed
+        assert fixed + around * each == pytest.approx(in_any_case + around * for_each, rel=0.07), around
 
 
 def test_a_device_to_which_all_widths_are_alike() -> None:
