@@ -23,8 +23,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _commit() -> str:
-    """The commit of the working tree, and whether files differ from it."""
-    asked = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    """The commit of the working tree, and whether files differ from it, other than results."""
+    changes = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    asked = (["git", "rev-parse", "HEAD"], changes)
     head, changed = (subprocess.run(a, cwd=ROOT, capture_output=True, text=True, check=False).stdout for a in asked)
     return head.strip() + (" with changes" if changed.strip() else "")
 
