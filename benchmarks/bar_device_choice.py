@@ -19,21 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
 
 from benchmarks.common import write_result
 from benchmarks.devices.compare import TOOLS, speed_ups
-from polar_deploy import devices, models
+from benchmarks.devices.networks import choices_of, write
+from polar_deploy import devices
 from polar_deploy.costs import Floats
 from polar_deploy.errors import UsageError
-from polar_deploy.export import Example
-from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.choice import Limits, choose
 from polar_deploy.gating.latency import latency_cost
-from polar_deploy.surgery import detached, rounds
 from polar_deploy.surgery.choices import Choices
-from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 64, 200))  # name, pixels, classes
 SEEDS = range(2)
@@ -51,7 +46,7 @@ def main(names: list[str]) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        chosen = [row for network in NETWORKS for row in write(folder, asked, *network)]
+        chosen = [row for network in NETWORKS for row in choose_all(folder, asked, *network)]
         for tool in asked:
             rows += compared(folder, tool)
     gains = [row["speed_up"]["device"] / row["speed_up"]["macs"] for row in rows]
@@ -75,18 +70,11 @@ def main(names: list[str]) -> int:
     return write_result("device-choice", bars, figures)
 
 
-def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) -> list[dict[str, Any]]:
+def choose_all(folder: Path, tools: list[str], name: str, pixels: int, classes: int) -> list[dict[str, Any]]:
     """Write ONNX graphs NETWORK/full.onnx and NETWORK/TOOL-SEED-WAY.onnx; return what was chosen."""
-    torch.manual_seed(0)
-    network = models.build(name, classifier(classes, pixels)).eval()
-    choices = analyse(network, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
+    choices = choices_of(name, pixels, classes)
     (folder / name).mkdir(parents=True, exist_ok=True)
-
-    def save(path: Path, opened: np.ndarray) -> None:
-        small = rounds.operate(choices.with_masks(choices.detached, opened))[-1].model
-        onnx.save(detached.to_model(small), path)
-
-    save(folder / name / "full.onnx", np.ones(choices.gates, bool))
+    write(choices, np.ones(choices.gates, bool), folder / name / "full.onnx")
     rows = []
     for seed, tool in itertools.product(SEEDS, tools):
         worth = np.random.default_rng(seed).gamma(1, size=choices.gates)
@@ -94,7 +82,7 @@ def write(folder: Path, tools: list[str], name: str, pixels: int, classes: int) 
         share = choices.costs["macs"].share(choices.state(by_file))
         ways = {way: by_macs(choices, worth, share, align) for way, align in (("macs", 1), ("eights", 8))}
         for way, opened in (ways | {"device": by_file}).items():
-            save(folder / name / f"{tool}-{seed}-{way}.onnx", opened)
+            write(choices, opened, folder / name / f"{tool}-{seed}-{way}.onnx")
             state = choices.state(opened)
             found = {"network": name, "on": tool, "seed": seed, "way": way}
             found["macs"] = round(choices.costs["macs"].share(state), 4)

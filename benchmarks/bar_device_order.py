@@ -16,21 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
-from onnx import numpy_helper
 from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
 from benchmarks.devices.compare import TOOLS, Tool, speed_ups
-from polar_deploy import devices, models
+from benchmarks.devices.networks import choices_of, write
+from polar_deploy import devices
 from polar_deploy.costs import State
-from polar_deploy.export import Example
-from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.on_device import device_cost
-from polar_deploy.surgery import detached, rounds
 from polar_deploy.surgery.choices import Choices
-from polar_deploy.tasks.classification import classifier
 
 NETWORKS = (("resnet20", 32, 10), ("resnet18", 224, 1000))  # name, pixels, classes
 PATTERNS = 12
@@ -43,15 +37,12 @@ def main(names: list[str]) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for network, pixels, classes in NETWORKS:
-            torch.manual_seed(0)
-            built = models.build(network, classifier(classes, pixels)).eval()
-            choices = analyse(built, Example.of(torch.zeros(2, 3, pixels, pixels))).choices
+            choices = choices_of(network, pixels, classes)
             opened = patterns(choices)
             paths = [Path(folder) / network / f"{index}.onnx" for index in range(PATTERNS + 1)]
             paths[0].parent.mkdir()
             for path, state in zip(paths, [np.ones(choices.gates, bool), *opened], strict=True):
-                cut = rounds.operate(choices.with_masks(choices.detached, state))[-1].model
-                onnx.save(filled(detached.to_model(cut)), path)
+                write(choices, state, path)
             states = [choices.state(each) for each in opened]
             for tool in names or tools:
                 control, *speed = speed_ups(tool, pixels, paths, Path(folder))
@@ -84,17 +75,6 @@ def compared(tool: Tool, choices: Choices, states: list[State], times: list[floa
         "measured": [round(each, 4) for each in times],
         "predicted": {name: [round(value, 4) for value in each] for name, each in predicted.items()},
     }
-
-
-def filled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with weights: the choices know shapes alone, and what lies in their place may be no number."""
-    draw = np.random.default_rng(0)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            sizes = tuple(tensor.dims)
-            weights = draw.standard_normal(sizes) / np.prod(sizes[1:]) ** 0.5 if len(sizes) > 1 else np.ones(sizes)
-            tensor.CopyFrom(numpy_helper.from_array(weights.astype(np.float32), tensor.name))
-    return model
 
 
 def patterns(choices: Choices) -> list[np.ndarray]:
