@@ -228,7 +228,7 @@ def devices() -> str:
 
 
 def device_files() -> str:
-    """Whether widths that a device's file offers are faster than others, at the same MACs."""
+    """Whether a choice by a device's file is faster than others, at the same MACs."""
     found = result("device-choice")
     measured, rows = found["rows"], []
     for network, on in dict.fromkeys((each["network"], each["on"]) for each in measured):
@@ -236,7 +236,7 @@ def device_files() -> str:
         rows.append(
             (network, on, *(", ".join(f"{run[way]:.2f}" for run in runs) for way in ("macs", "eights", "device")))
         )
-    head = ("network", "speed-up on", "any width", "multiples of 8", "the device's widths")
+    head = ("network", "speed-up on", "any width", "multiples of 8", "the device's file")
     cpu = found["machine"]["cpu"]
     return f"{table(head, rows)}\n\n{_from('device-choice')}: processor time on one {cpu}, or the compiler's cycles."
 
