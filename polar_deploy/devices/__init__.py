@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from polar_deploy.devices.device import Device, Precision
 from polar_deploy.errors import ContentError, UsageError, first_problem
 from polar_deploy.workspace import read_json
+
+if TYPE_CHECKING:
+    from polar_deploy.devices.width_costs import WidthCosts
 
 __all__ = ["Chosen", "Device", "choose", "load", "names"]
 
@@ -28,6 +32,13 @@ class Chosen:
 
     device: Device
     precision: Precision
+
+    @cached_property
+    def costs(self) -> WidthCosts:
+        """What channels cost there."""
+        from polar_deploy.devices.width_costs import WidthCosts
+
+        return WidthCosts(self.device, self.precision)
 
     def offers(self, width: int) -> bool:
         """Whether so many channels are worth choosing."""

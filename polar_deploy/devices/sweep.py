@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.devices.device import AROUND, FINE, REFERENCE, Device, Kind
+from polar_deploy.devices.device import AROUND_ODD, AROUND_OFFERED, FINE, REFERENCE, Device, Kind
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +28,7 @@ EVERY = (*range(1, FINE + 1), 72, 80, 88, 96, 97, 101, 104, 112, 120, 127, 128) 
 SOME = (4, 8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 48, 56, 64, 72, 80, 96)  # of the other layers
 # kind of layer, channels around the width that varies -> the widths
 SWEEPS: dict[tuple[Kind, int], Sequence[int]] = {
-    **{("conv3x3", around): EVERY for around in AROUND},
+    **{("conv3x3", around): EVERY for around in AROUND_OFFERED + AROUND_ODD},
     ("conv1x1", REFERENCE): SOME,
     ("depthwise3x3", REFERENCE): SOME,
 }

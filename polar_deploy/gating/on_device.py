@@ -6,7 +6,8 @@ import numpy as np
 
 from polar_deploy.costs import Cost, Factor, Floats, Layer, State, Term
 from polar_deploy.devices import Chosen
-from polar_deploy.devices.device import Kind, Side
+from polar_deploy.devices.device import Kind
+from polar_deploy.devices.width_costs import Side
 from polar_deploy.surgery.choices import Choices
 
 SIDES: tuple[Side, ...] = ("output", "input")  # of a layer's factors
@@ -16,9 +17,9 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
     """The cost of a network on a device as a function of what is kept, in a unit of its own: only shares mean anything.
 
     A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
-    place of those that are there (`Device.packed`); the channels that it moves (`Device.moved`); and what it costs
-    besides to read a width that no kernel likes (`Device.surcharge`). Channels of several sites that are read or
-    written as one count as they are, and what does not multiply costs nothing. The formula is ours.
+    place of those that are there (`WidthCosts.packed`); the channels that it moves (`moved`); and what it costs besides
+    to read a width that no kernel likes (`surcharge`). Channels of several sites that are read or written as one count
+    as they are, and what does not multiply costs nothing. The formula is ours.
     """
     terms = tuple(term for layer in choices.layers for term in _terms(chosen, layer))
     whole = State(tuple(site.width for site in choices.sites), (True,) * len(choices.blocks))
@@ -27,14 +28,14 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
 
 def _terms(chosen: Chosen, layer: Layer) -> list[Term]:
     kind: Kind = "conv1x1" if layer.kernel == 1 else "depthwise3x3" if layer.depthwise else "conv3x3"
-    device, precision, macs = chosen.device, chosen.precision, layer.macs
+    costs, macs = chosen.costs, layer.macs
     pixels = macs.coefficient / layer.kernel
     packed = [
-        factor if len(factor.tables) > 1 else _with(factor, device.packed(_widths(factor), precision, kind, side))
+        factor if len(factor.tables) > 1 else _with(factor, costs.packed(_widths(factor), kind, side))
         for factor, side in zip(macs.factors, SIDES, strict=False)
     ]
-    terms = [Term(macs.coefficient * device.each(precision, kind), tuple(packed), macs.blocks)]
-    if moved := device.moved(precision, kind):
+    terms = [Term(macs.coefficient * costs.each(kind), tuple(packed), macs.blocks)]
+    if moved := costs.moved(kind):
         terms += [Term(pixels * moved, (factor,), macs.blocks) for factor in macs.factors]
     if not layer.depthwise:
         terms += [Term(pixels, factors, macs.blocks) for factors in _surcharges(chosen, kind, *macs.factors)]
@@ -53,7 +54,7 @@ def _surcharges(chosen: Chosen, kind: Kind, written: Factor, read: Factor) -> li
     products = []
     for offered in (True, False):
         of_these = (on_offer == offered) & (outputs > 0)
-        fixed, each = chosen.device.surcharge(inputs, chosen.precision, kind, beside_offered=offered)
+        fixed, each = chosen.costs.surcharge(inputs, kind, beside_offered=offered)
         for written_alike, cost in ((of_these * 1.0, fixed), (of_these * outputs, each)):
             if cost.any():
                 products.append((_with(written, written_alike), _with(read, cost)))

@@ -12,6 +12,7 @@ import pytest
 
 from polar_deploy import devices
 from polar_deploy.devices import Chosen, Device
+from polar_deploy.devices.width_costs import WidthCosts
 from polar_deploy.errors import ContentError, UsageError
 from tests.support.schemas import schema, valid
 
@@ -30,6 +31,10 @@ def document(costs: dict[int, float], **changes: Any) -> dict[str, Any]:
         "sweeps": [{**sweep, "widths": list(costs), "cost": list(costs.values())}],
         **changes,
     }
+
+
+def costs_of(device: Device) -> WidthCosts:
+    return Chosen(device, "fp32").costs
 
 
 def offered(costs: dict[int, float]) -> tuple[int, ...]:
@@ -75,14 +80,14 @@ def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
     costs = {width: 1.152 * width + 0.05 * (128 + 2 * width) for width in (8, 16, 24, 32, 40, 48, 56, 64)}
     device = Device.model_validate(document(dict(sorted((costs | {33: costs[32] + 1.252 + 20}).items()))))
     assert device.offered("fp32") == tuple(costs)
-    assert device.each("fp32", "conv3x3") == pytest.approx(0.001)
-    assert device.moved("fp32", "conv3x3") == pytest.approx(0.05)
+    assert costs_of(device).each("conv3x3") == pytest.approx(0.001)
+    assert costs_of(device).moved("conv3x3") == pytest.approx(0.05)
     # 33 channels cost 20 more, which are shared as the costs of a channel are: 64 * 9 * 0.001, and 2 * 0.05 moved
-    fixed, each = device.surcharge(np.array([32.0, 33.0]), "fp32", "conv3x3", beside_offered=True)
+    fixed, each = costs_of(device).surcharge(np.array([32.0, 33.0]), "conv3x3", beside_offered=True)
     np.testing.assert_allclose(fixed, [0, 20 * 0.1 / 0.676], rtol=1e-6)
     np.testing.assert_allclose(each, [0, 20 * 0.576 / 0.676 / 64], rtol=1e-6)
     widths = np.array([0.0, 32.0, 33.0])
-    np.testing.assert_array_equal(device.packed(widths, "fp32", "conv3x3", "input"), widths)
+    np.testing.assert_array_equal(costs_of(device).packed(widths, "conv3x3", "input"), widths)
 
 
 @pytest.mark.parametrize("growth", [0.0, 1.0])
@@ -91,8 +96,8 @@ def test_what_an_unkind_width_costs_more_behind_the_widths_that_were_asked(growt
     more = {width: 4 * (1 + growth * (width - 33) / 33) for width in (33, 65, 97, 161)}
     costs = {width: width + more.get(width, 0.0) for width in (32, 33, 40, 64, 65, 66, 96, 97, 104, 128)}
     device = Device.model_validate(document(costs))
-    assert device.surcharge_growth("fp32") == pytest.approx(growth)
-    fixed, each = device.surcharge(np.array([33.0, 160.0, 161.0]), "fp32", "conv3x3", beside_offered=True)
+    assert costs_of(device).surcharge_growth == pytest.approx(growth)
+    fixed, each = costs_of(device).surcharge(np.array([33.0, 160.0, 161.0]), "conv3x3", beside_offered=True)
     np.testing.assert_allclose(fixed + 64 * each, [more[33], 0, more[161]], atol=1e-9)
 
 
@@ -136,7 +141,7 @@ def test_what_an_unkind_width_costs_beside_others(
     device = Device.model_validate(document({}, sweeps=sweeps))
     assert device.offered("fp32") == (16, 32, 48, 64, 80, 96, 112, 128)
     for around, (in_any_case, for_each) in ((64, of_one), (16, of_one), (63, of_both), (15, of_both)):
-        (fixed, none), (each, nothing) = device.surcharge(np.array([33.0, 0.0]), "fp32", "conv3x3", not odd(around))
+        (fixed, none), (each, nothing) = costs_of(device).surcharge(np.array([33.0, 0.0]), "conv3x3", not odd(around))
         assert none == nothing == 0
         # of 15 outputs 16 are packed
         assert fixed + around * each == pytest.approx(in_any_case + around * for_each, rel=0.07), around
@@ -144,8 +149,8 @@ def test_what_an_unkind_width_costs_beside_others(
 
 def test_a_device_to_which_all_widths_are_alike() -> None:
     device = Device.model_validate(document({8: 5.0, 16: 5.0, 32: 5.0, 64: 5.0}))
-    assert device.each("fp32", "conv1x1") > 0
-    found = device.packed(np.array([0.0, 8.0, 20.0, 64.0, 100.0]), "fp32", "conv1x1", "input")
+    assert costs_of(device).each("conv1x1") > 0
+    found = costs_of(device).packed(np.array([0.0, 8.0, 20.0, 64.0, 100.0]), "conv1x1", "input")
     np.testing.assert_array_equal(found, [0, 8, 20, 64, 100])
 
 
