@@ -102,7 +102,7 @@ def by_device(choices: Choices, device: devices.Chosen, worth: Floats) -> np.nda
     limits = Limits.of(choices.sites, 1, MIN_WIDTH, device.offers)
     costs = {"latency": latency_cost(device, choices)}
     least, most, found = 0.0, 1.0, None
-    while found is None or most - least > FINE:
+    while most - least > FINE:
         share = (least + most) / 2
         try:
             opened = choose(choices, limits, costs, {"latency": share}, worth)
@@ -113,6 +113,7 @@ def by_device(choices: Choices, device: devices.Chosen, worth: Floats) -> np.nda
             least, found = share, opened
         else:
             most = share
+    assert found is not None, f"no network of {MACS:.0%} of the MACs in the widths that the device's file offers"
     return found
 
 
