@@ -152,7 +152,8 @@ def choose_measured(
     """The same, where what is chosen turns out to be within the latency budget when it runs.
 
     A latency table adds up savings of single sites, and a choice picks those that came out too large. So what was
-    chosen is measured whole; while it takes longer than asked, it is chosen again under as much a tighter budget.
+    chosen is measured whole; while it takes longer than asked, it is chosen again under a budget that is as much below
+    what `costs` say of it.
 
     Raises:
         UsageError: no state is within the budgets as `costs` have them.
@@ -162,7 +163,7 @@ def choose_measured(
         found = measured(counts(choices, best))
         if found <= (1 + TOLERANCE) * asked["latency"]:
             break
-        aim["latency"] *= asked["latency"] / found
+        aim["latency"] = costs["latency"].share(choices.state(best)) * asked["latency"] / found
         if not is_reachable(choices, limits, costs, aim):
             break
         best = choose(choices, limits, costs, aim, worth, sensitivity)
