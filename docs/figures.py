@@ -223,8 +223,10 @@ def devices() -> str:
             costs = device.staircase(precision)
             ratios = [f"{costs[width] / costs[32]:.2f}" for width in (24, 31, 33)]
             widths = ", ".join(map(str, device.offered(precision)))
+            weight = known.Chosen(device, precision).costs.weight_in_macs
+            ratios.append("" if weight is None else f"{weight:.0f}")
             rows.append((f"`{device.name}`", f"{precision.upper()}, {device.source.kind}", widths, *ratios))
-    return table(("device", "precision", "widths that pay, to 128", "24/32", "31/32", "33/32"), rows)
+    return table(("device", "precision", "widths that pay, to 128", "24/32", "31/32", "33/32", "a weight"), rows)
 
 
 def device_files() -> str:

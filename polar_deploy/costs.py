@@ -65,10 +65,12 @@ class Layer:
         macs: its multiply-accumulates: a product of the channels that it writes and, where each of them is made of
             all that it reads, of those.
         kernel: elements of the kernel, 9 for 3 x 3; 1 for matrix products.
+        weights: of each product of the widths; 0 where it multiplies two computed tensors.
     """
 
     macs: Term
     kernel: int = 1
+    weights: float = 0.0
 
     @property
     def depthwise(self) -> bool:

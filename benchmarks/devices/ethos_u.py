@@ -11,6 +11,7 @@ import io
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from ethosu.vela import vela
 
 from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
 from findings.support.int8_tflite import Network
-from polar_deploy.devices.device import REFERENCE
+from polar_deploy.devices.device import AROUND_MANY, REFERENCE
+from polar_deploy.devices.sweep import FEW_PIXELS
 
 TITLES = {
     "ethos-u55-128": "Arm Ethos-U55, 128 MACs a cycle",
@@ -29,7 +31,7 @@ TITLES = {
 }
 METHOD = (
     f"cycles that vela --verbose-performance gives for each layer (Op Cycles), its default system and memory mode, "
-    f"INT8, {SIZE} x {SIZE} pixels, normally distributed weights; {REFERENCE} channels around the width that varies, "
+    f"INT8, normally distributed weights; {REFERENCE} or {AROUND_MANY} channels around the width that varies, "
     f"and a 1 x 1 convolution before and after, so that no layer asked reads the network's input or writes its output"
 )
 
@@ -47,10 +49,10 @@ def layers(accelerator: str, network: Network, output: int) -> list[float]:
             return [float(row["Op Cycles"]) for row in csv.DictReader(file)]
 
 
-def started() -> tuple[Network, int]:
+def started(channels: int = REFERENCE, pixels: int = SIZE) -> tuple[Network, int]:
     """A network, and what its first layer makes."""
     network = Network()
-    return network, network.conv(network.input(SIZE, REFERENCE), REFERENCE, kernel=1)
+    return network, network.conv(network.input(pixels, channels), channels, kernel=1)
 
 
 def measured(accelerator: str, width: int, everything: bool) -> Costs:
@@ -66,6 +68,17 @@ def measured(accelerator: str, width: int, everything: bool) -> Costs:
         _, out, through, back, _ = layers(accelerator, network, network.conv(x, REFERENCE, kernel=1))
         costs |= {("conv1x1", "output"): out, ("depthwise3x3", "both"): through, ("conv1x1", "input"): back}
     return costs
+
+
+def many(accelerator: str, width: int) -> Costs:
+    """The cost of two layers on few pixels, from and to many channels."""
+    found = {}
+    for layer, kernel in (("conv3x3", 3), ("conv1x1", 1)):
+        network, x = started(AROUND_MANY, FEW_PIXELS)
+        x = network.conv(network.conv(x, width, kernel), AROUND_MANY, kernel)
+        *_, out, back, _ = layers(accelerator, network, network.conv(x, AROUND_MANY, kernel=1))  # U85 copies the input
+        found[layer, "between"] = out + back
+    return found
 
 
 def gate(accelerator: str) -> float:
@@ -92,7 +105,7 @@ def addition(accelerator: str) -> float:
 def main(names: list[str]) -> None:
     """Write one file an accelerator."""
     for name in names or list(TITLES):
-        found = sweeps(lambda width, everything, name=name: measured(name, width, everything), "int8")
+        found = sweeps(partial(measured, name), "int8", many=partial(many, name))
         write(
             name,
             {

@@ -19,13 +19,13 @@ from rknn.api import RKNN
 
 from benchmarks.devices.printed import printed_to
 from benchmarks.devices.staircase import SIZE, Costs, sweeps, write
-from polar_deploy.devices.device import REFERENCE
-from polar_deploy.devices.sweep import EVERY, SOME
+from polar_deploy.devices.device import AROUND_MANY, REFERENCE
+from polar_deploy.devices.sweep import EVERY, FEW_PIXELS, MANY, SOME
 
 TITLES = {"rk3588": "Rockchip RK3588 NPU", "rk3566": "Rockchip RK3566 NPU"}
 METHOD = (
-    f"total cycles that RKNN.build(verbose=True) lists for each layer, {SIZE} x {SIZE} pixels, random weights; "
-    f"{REFERENCE} channels around the width that varies, all widths in one graph as branches of one 1 x 1 convolution"
+    f"total cycles that RKNN.build(verbose=True) lists for each layer, random weights; {REFERENCE} or {AROUND_MANY} "
+    "channels around the width that varies, all widths in one graph as branches of a 1 x 1 convolution"
 )
 _ROW = re.compile(r"D RKNN: .*\s\d+/\d+/(\d+)\s+\d+\s+Conv:(\S+)")
 
@@ -35,16 +35,17 @@ def model() -> onnx.ModelProto:
     random = np.random.default_rng(0)
     nodes, weights, outputs = [], [], []
 
-    def conv(x: str, name: str, channels: int, width: int, kernel: int, group: int = 1) -> str:
+    def conv(x: str, name: str, channels: int, width: int, kernel: int, group: int = 1, stride: int = 1) -> str:
         weight = random.normal(size=(channels, width // group, kernel, kernel)).astype(np.float32) / kernel / width**0.5
         weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{name}/weight"))
         inputs = [x, f"{name}/weight"]
-        nodes.append(helper.make_node("Conv", inputs, [f"{name}/y"], name=name, pads=[kernel // 2] * 4, group=group))
+        attributes = {"pads": [kernel // 2] * 4, "group": group, "strides": [stride] * 2}
+        nodes.append(helper.make_node("Conv", inputs, [f"{name}/y"], name=name, **attributes))
         nodes.append(helper.make_node("Relu", [f"{name}/y"], [name]))
         return name
 
-    def ends(x: str) -> None:
-        outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, REFERENCE, SIZE, SIZE]))
+    def ends(x: str, channels: int = REFERENCE, pixels: int = SIZE) -> None:
+        outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, channels, pixels, pixels]))
 
     start = conv("x", "start", REFERENCE, REFERENCE, 1)
     for width in EVERY:
@@ -54,6 +55,11 @@ def model() -> onnx.ModelProto:
         x = conv(start, f"conv1x1/output/{width}", width, REFERENCE, 1)
         x = conv(x, f"depthwise3x3/both/{width}", width, width, 3, group=width)
         ends(conv(x, f"conv1x1/input/{width}", REFERENCE, width, 1))
+    few = conv(start, "few", AROUND_MANY, REFERENCE, 1, stride=SIZE // FEW_PIXELS)
+    for layer, kernel in (("conv3x3", 3), ("conv1x1", 1)):
+        for width in MANY:
+            x = conv(few, f"{layer}/first/{width}", width, AROUND_MANY, kernel)
+            ends(conv(x, f"{layer}/second/{width}", AROUND_MANY, width, kernel), AROUND_MANY, FEW_PIXELS)
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, REFERENCE, SIZE, SIZE])
     graph = helper.make_graph(nodes, "graph", [given], outputs, weights)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -74,12 +80,13 @@ def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, i
         done = done or rknn.build(**quantised)
     if done:
         raise SystemExit(f"rknn-toolkit2 could not build for {platform}: {(folder / 'log').read_text()[-2000:]}")
-    found = {}
+    found: dict[tuple[str, str, int], float] = {}
     for line in (folder / "log").read_text(errors="replace").splitlines():
         row = _ROW.search(line)
         if row and row[2].count("/") == 2:
             layer, varies, width = row[2].split("/")
-            found[layer, varies, int(width)] = float(row[1])
+            key = layer, varies, int(width.partition("_tile")[0])  # a layer may be split
+            found[key] = found.get(key, 0.0) + float(row[1])
     return found
 
 
@@ -92,9 +99,20 @@ def main(names: list[str]) -> None:
                 table = build(name, precision, Path(folder))
 
             def measure(width: int, everything: bool, table: dict[tuple[str, str, int], float] = table) -> Costs:
-                return {(layer, varies): cost for (layer, varies, each), cost in table.items() if each == width}
+                asked = ("output", "both", "input")
+                return {
+                    (layer, varies): cost
+                    for (layer, varies, each), cost in table.items()
+                    if each == width and varies in asked
+                }
 
-            found += sweeps(measure, precision)
+            def many(width: int, table: dict[tuple[str, str, int], float] = table) -> Costs:
+                return {
+                    (layer, "between"): table[layer, "first", width] + table[layer, "second", width]
+                    for layer in ("conv3x3", "conv1x1")
+                }
+
+            found += sweeps(measure, precision, many=many)
         source = {
             "kind": "estimate",
             "tool": "rknn-toolkit2",

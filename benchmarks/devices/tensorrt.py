@@ -7,6 +7,7 @@ by 8 in NHWC8, which FP16 and BF16 use, by 32 in CHW32, which INT8 uses, and rou
 from __future__ import annotations
 
 from datetime import date
+from functools import partial
 
 from benchmarks.devices.staircase import Costs, sweeps, write
 from polar_deploy.devices.device import REFERENCE
@@ -40,7 +41,8 @@ def main() -> None:
     }
     found = []
     for precision, pack in PACKS.items():
-        found += sweeps(lambda width, everything, pack=pack: costs(pack, width, everything), precision, lambda _: None)
+        ask = partial(costs, pack)
+        found += sweeps(ask, precision, pixels=1, log=lambda _: None)
     write("tensorrt", {"title": "TensorRT on an NVIDIA GPU", "source": source, "unit": "macs", "sweeps": found})
 
 

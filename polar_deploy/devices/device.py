@@ -21,6 +21,7 @@ FINE = PERIOD + 2  # every width up to here was asked of 3 x 3 convolutions
 REFERENCE = 64  # channels around the width that varies in every sweep
 AROUND_OFFERED = (REFERENCE, 16)  # channels around it in sweeps between layers of many channels and of few
 AROUND_ODD = (63, 15)  # the same, of widths that no kernel likes
+AROUND_MANY = 512  # channels around it in sweeps on maps of few pixels, where what a layer costs is its weights
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Kind = Literal["conv3x3", "conv1x1", "depthwise3x3"]
@@ -54,13 +55,15 @@ class Sweep(_Frozen):
     """What a kind of layer costs at each width.
 
     varies: which of the layer's widths; "both" of a depthwise one, "between": two layers, of which the first writes
-    and the second reads that many channels. around: the channels of the other widths. cost: in the device's unit.
+    and the second reads that many channels. around: the channels of the other widths. pixels: a side, of the maps.
+    cost: in the device's unit.
     """
 
     precision: Precision
     layer: Kind
     varies: Literal["output", "input", "both", "between"]
     around: Width = REFERENCE
+    pixels: Width
     widths: tuple[Width, ...] = Field(min_length=2)
     cost: tuple[Positive, ...] = Field(min_length=2)
 
@@ -94,6 +97,10 @@ class Device(_Frozen):
         for precision in self.precisions:
             if not self.staircase(precision):
                 raise ValueError(f"no costs of 3 x 3 convolutions in {precision}")
+            sides = {each.pixels for each in self.sweeps if (each.precision, each.around) == (precision, REFERENCE)}
+            if len(sides) > 1:
+                listed = " and ".join(map(str, sorted(sides)))
+                raise ValueError(f"maps of {listed} pixels a side in {precision}: their costs cannot be compared")
         return self
 
     def text(self) -> str:
@@ -105,6 +112,11 @@ class Device(_Frozen):
     def precisions(self) -> tuple[Precision, ...]:
         """Those that were asked."""
         return tuple(dict.fromkeys(sweep.precision for sweep in self.sweeps))
+
+    def pixels(self, precision: Precision) -> int:
+        """Of a map in the sweeps among `REFERENCE` channels."""
+        found = (each for each in self.sweeps if (each.precision, each.around) == (precision, REFERENCE))
+        return next(found).pixels ** 2
 
     def nearest(self, precision: str) -> Precision:
         """The precision whose costs stand for `precision`: itself where it was asked, else the file's first."""

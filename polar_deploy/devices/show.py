@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from polar_deploy.devices import Device, load
+from polar_deploy.devices import Chosen, Device, load
 from polar_deploy.devices.device import Precision
 from polar_deploy.errors import printable
 
@@ -42,6 +42,8 @@ def _print_staircase(device: Device, precision: Precision) -> None:
     costs, offered = device.staircase(precision), device.offered(precision)
     dearest = max(costs.values())
     print(f"\n{precision}: two 3 x 3 convolutions with so many channels between them, {device.unit}; *: worth choosing")
+    if (weight := Chosen(device, precision).costs.weight_in_macs) is not None:
+        print(f"a weight costs as much as {weight:.0f} multiplications, which shows in layers on few pixels")
     for width, cost in costs.items():
         mark = "*" if width in offered else " "
         print(f"{width:5} {mark} {cost:12.6g} {'#' * round(BAR * cost / dearest)}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polar_deploy.devices.device import AROUND_ODD, AROUND_OFFERED, FINE, REFERENCE, Device, Kind
+from polar_deploy.devices.device import AROUND_MANY, AROUND_ODD, AROUND_OFFERED, FINE, REFERENCE, Device, Kind
 
 if TYPE_CHECKING:
     import onnx
@@ -26,19 +26,22 @@ Size = tuple[int, ...]
 Load = Callable[[Path, Size], Run]  # an ONNX file with one input of that size -> what runs it once
 EVERY = (*range(1, FINE + 1), 72, 80, 88, 96, 97, 101, 104, 112, 120, 127, 128)  # widths of 3 x 3 convolutions
 SOME = (4, 8, 12, 16, 20, 24, 28, 31, 32, 33, 36, 40, 48, 56, 64, 72, 80, 96)  # of the other layers
-# kind of layer, channels around the width that varies -> the widths
-SWEEPS: dict[tuple[Kind, int], Sequence[int]] = {
-    **{("conv3x3", around): EVERY for around in AROUND_OFFERED + AROUND_ODD},
-    ("conv1x1", REFERENCE): SOME,
-    ("depthwise3x3", REFERENCE): SOME,
+MANY = (128, 256, 384, 512)  # on maps of few pixels
+PIXELS, FEW_PIXELS = 28, 4  # a side
+# kind of layer, channels around the width that varies, pixels -> the widths
+SWEEPS: dict[tuple[Kind, int, int], Sequence[int]] = {
+    **{("conv3x3", around, PIXELS): EVERY for around in AROUND_OFFERED + AROUND_ODD},
+    ("conv1x1", REFERENCE, PIXELS): SOME,
+    ("depthwise3x3", REFERENCE, PIXELS): SOME,
+    ("conv3x3", AROUND_MANY, FEW_PIXELS): MANY,
+    ("conv1x1", AROUND_MANY, FEW_PIXELS): MANY,
 }
-PIXELS = 28  # a side
 CONTROL = 0  # stands for a width; it and `REFERENCE` are copies of what every other one runs after
 LOADS = 5  # times that every network is loaded anew: where its memory lies decides, too
 _SAMPLE_SECONDS = 1e-3  # that a sample takes at least
 
 
-def model(layer: Kind, width: int, around: int = REFERENCE) -> onnx.ModelProto:
+def model(layer: Kind, width: int, around: int = REFERENCE, pixels: int = PIXELS) -> onnx.ModelProto:
     """`around` channels, `width` between two layers, `around` channels; a depthwise layer stands between them."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -58,18 +61,19 @@ def model(layer: Kind, width: int, around: int = REFERENCE) -> onnx.ModelProto:
     if layer == "depthwise3x3":
         conv("first", "depthwise", width, width, 3, group=width)
     conv("depthwise" if layer == "depthwise3x3" else "first", "y", around, width, kernel)
-    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape(around)) for name in ("x", "y"))
+    size = shape(around, pixels)
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name in ("x", "y"))
     graph = helper.make_graph(nodes, "graph", [given], [made], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def shape(around: int = REFERENCE) -> Size:
+def shape(around: int = REFERENCE, pixels: int = PIXELS) -> Size:
     """Of the input of `model`."""
-    return 1, around, PIXELS, PIXELS
+    return 1, around, pixels, pixels
 
 
 def sweep(
-    load: Load, layer: Kind, widths: Sequence[int], rounds: int, around: int = REFERENCE
+    load: Load, layer: Kind, widths: Sequence[int], rounds: int, around: int = REFERENCE, pixels: int = PIXELS
 ) -> tuple[dict[int, float], float]:
     """Milliseconds of each width, ascending, and by what share the control was off.
 
@@ -79,6 +83,7 @@ def sweep(
         widths: the reference is among them, whether asked or not.
         rounds: in all; each network is loaded `LOADS` times.
         around: channels around the width that varies.
+        pixels: a side, of the maps.
     """
     import onnx
 
@@ -89,8 +94,8 @@ def sweep(
             runs: list[Run] = []
             for width in (REFERENCE, REFERENCE, *widths):
                 path = Path(folder) / f"{len(runs)}.onnx"
-                onnx.save(model(layer, width, around), path)
-                runs.append(load(path, shape(around)))
+                onnx.save(model(layer, width, around, pixels), path)
+                runs.append(load(path, shape(around, pixels)))
             reference, *others = runs
             found.append(ratios(reference, dict(zip((CONTROL, *widths), others, strict=True)), -(-rounds // LOADS)))
     result = {width: statistics.median(ratio[width] for ratio, _ in found) for width in (CONTROL, *widths)}
@@ -125,14 +130,15 @@ def _seconds(run: Run, times: int) -> float:
 def measured(name: str, precision: str, source: Mapping[str, str], load: Load, rounds: int) -> tuple[Device, float]:
     """A device's file of a runtime on this machine, and the share by which the control was off at most."""
     sweeps, off = [], 0.0
-    for (layer, around), widths in SWEEPS.items():
-        costs, control = sweep(load, layer, widths, rounds, around)
+    for (layer, around, pixels), widths in SWEEPS.items():
+        costs, control = sweep(load, layer, widths, rounds, around, pixels)
         sweeps.append(
             {
                 "precision": precision,
                 "layer": layer,
                 "varies": "between",
                 "around": around,
+                "pixels": pixels,
                 "widths": list(costs),
                 "cost": list(costs.values()),
             }
@@ -140,7 +146,7 @@ def measured(name: str, precision: str, source: Mapping[str, str], load: Load, r
         off = max(off, abs(control))
     method = (
         f"processor time, runs paired with one of width {REFERENCE}, all widths in turn, loaded {LOADS} times, one "
-        f"thread, batch 1, {PIXELS} x {PIXELS} pixels; the control was off by {off:.1%} at most"
+        f"thread, batch 1; the control was off by {off:.1%} at most"
     )
     content = {"schema": 1, "name": name, "title": name, "source": {"kind": "measured", **source, "method": method}}
     content |= {"unit": "ms", "sweeps": sweeps}

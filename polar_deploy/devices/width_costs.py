@@ -11,6 +11,7 @@ import numpy as np
 
 from polar_deploy.costs import Floats
 from polar_deploy.devices.device import (
+    AROUND_MANY,
     AROUND_ODD,
     AROUND_OFFERED,
     ELEMENTS,
@@ -20,6 +21,7 @@ from polar_deploy.devices.device import (
     Device,
     Kind,
     Precision,
+    Sweep,
     worth_choosing,
 )
 
@@ -114,6 +116,37 @@ class WidthCosts:
         slope, start = self._lines[kind]
         return min(max(start, 0.0) / (2 * REFERENCE), MOST_MOVED * slope / 2)
 
+    def weight(self, layer: Kind) -> float:
+        """What a weight costs, however many pixels it is multiplied with, in the unit of `each`: >= 0.
+
+        It has to be fetched, and some kernels compute others from it first (Winograd's). Told by layers of many
+        channels on maps of few pixels: what they cost beyond what their multiplications and moves do elsewhere, by
+        least squares. A kind that was not asked costs as a 3 x 3 convolution; 0 where that was not asked either.
+        """
+        kind = layer if layer in self._of_many else "conv3x3"
+        if kind not in self._of_many:
+            return 0.0
+        sweep = self._of_many[kind]
+        widths = np.array(sweep.widths, float)
+        weights = 2 * AROUND_MANY * ELEMENTS[kind] * widths
+        elsewhere = self.each(kind) * weights + self.moved(kind) * 2 * (AROUND_MANY + widths)
+        pixels = sweep.pixels**2
+        rest = np.array(sweep.cost) * self.device.pixels(self.precision) - pixels * elsewhere
+        return max(0.0, float(rest @ weights / (weights @ weights)))
+
+    @property
+    def weight_in_macs(self) -> float | None:
+        """With how many multiplications a weight of a 3 x 3 convolution costs as much; None where it was not asked."""
+        return self.weight("conv3x3") / self.each("conv3x3") if "conv3x3" in self._of_many else None
+
+    @property
+    def _of_many(self) -> dict[Kind, Sweep]:
+        return {sweep.layer: sweep for sweep in self._sweeps if sweep.around == AROUND_MANY}
+
+    @property
+    def _sweeps(self) -> list[Sweep]:
+        return [sweep for sweep in self.device.sweeps if sweep.precision == self.precision]
+
     @cached_property
     def surcharge_growth(self) -> float:
         """How what a width costs above the line between those that are offered grows with the width, 0 to 1.
@@ -171,8 +204,8 @@ class WidthCosts:
         """What each width costs above the lines between those on offer, [asked] >= 0, by the channels around."""
         steps = worth_choosing(self._costs(layer)["between"])
         found = {}
-        for sweep in self.device.sweeps:
-            if (sweep.precision, sweep.layer, sweep.varies) == (self.precision, layer, "between"):
+        for sweep in self._sweeps:
+            if (sweep.layer, sweep.varies) == (layer, "between") and sweep.around != AROUND_MANY:
                 cost = np.interp(asked, sweep.widths, sweep.cost)
                 on_offer = np.interp(steps, asked, cost)
                 _, start = _line(dict(zip(steps, on_offer.tolist(), strict=True)))

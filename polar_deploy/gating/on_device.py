@@ -17,9 +17,9 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
     """The cost of a network on a device as a function of what is kept, in a unit of its own: only shares mean anything.
 
     A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
-    place of those that are there (`WidthCosts.packed`); the channels that it moves (`moved`); and what it costs besides
-    to read a width that no kernel likes (`surcharge`). Channels of several sites that are read or written as one count
-    as they are, and what does not multiply costs nothing. The formula is ours.
+    place of those that are there (`WidthCosts.packed`); as many of its weights (`weight`); the channels that it moves
+    (`moved`); and what it costs besides to read a width that no kernel likes (`surcharge`). Channels of several sites
+    that are read or written as one count as they are, and what does not multiply costs nothing. The formula is ours.
     """
     terms = tuple(term for layer in choices.layers for term in _terms(chosen, layer))
     whole = State(tuple(site.width for site in choices.sites), (True,) * len(choices.blocks))
@@ -34,7 +34,8 @@ def _terms(chosen: Chosen, layer: Layer) -> list[Term]:
         factor if len(factor.tables) > 1 else _with(factor, costs.packed(_widths(factor), kind, side))
         for factor, side in zip(macs.factors, SIDES, strict=False)
     ]
-    terms = [Term(macs.coefficient * costs.each(kind), tuple(packed), macs.blocks)]
+    product = macs.coefficient * costs.each(kind) + layer.weights * costs.weight(kind)
+    terms = [Term(product, tuple(packed), macs.blocks)]
     if moved := costs.moved(kind):
         terms += [Term(pixels * moved, (factor,), macs.blocks) for factor in macs.factors]
     if not layer.depthwise:

@@ -30,7 +30,7 @@ class Part:
     """Something that costs: so much for each combination of channels along `axes`, while its blocks are open.
 
     axes: for each factor, int [its length], the number of the channel that each index stands for.
-    kernel: see `Layer`.
+    kernel, weights: see `Layer`.
     """
 
     cost: str
@@ -38,6 +38,7 @@ class Part:
     axes: tuple[Ints, ...]
     blocks: frozenset[int]
     kernel: int = 1
+    weights: float = 0.0
 
 
 class Pricing:
@@ -90,7 +91,7 @@ class Pricing:
 
     def layers(self) -> tuple[Layer, ...]:
         """What the MACs are made of."""
-        return tuple(Layer(self._term(part), part.kernel) for part in self._parts_of("macs"))
+        return tuple(Layer(self._term(part), part.kernel, part.weights) for part in self._parts_of("macs"))
 
     def _parts_of(self, cost: str) -> Iterator[Part]:
         return (part for part in self._parts if part.cost == cost)
@@ -121,8 +122,8 @@ class Pricing:
             step = self._survey.steps.get(id(node))
             if step is not None and macs.get(position):
                 axes = self._widths(step)
-                each, blocks = macs[position] / math.prod(map(len, axes)), self._survey.blocks_of(node)
-                yield Part("macs", each, axes, blocks, _kernel(step))
+                products, blocks = math.prod(map(len, axes)), self._survey.blocks_of(node)
+                yield Part("macs", macs[position] / products, axes, blocks, _kernel(step), _weights(step) / products)
 
     def _params(self) -> Iterator[Part]:
         """The parameters that are left where nothing is closed: surgery folds factors and what is constant."""
@@ -264,6 +265,12 @@ def _kernel(step: Step) -> int:
     """Elements of a layer's kernel; 1 where it has none."""
     shape = step.graph.shape(step.original[1]) if step.node.op in ("Conv", "ConvTranspose") else None
     return math.prod(dim for dim in shape[2:] if isinstance(dim, int)) if shape is not None else 1
+
+
+def _weights(step: Step) -> int:
+    """How many weights a layer has; 0 where it multiplies two computed tensors."""
+    values = step.original[WEIGHTS[step.node.op]].values
+    return values.size if values is not None else 0
 
 
 def _any_open(readers: Sequence[frozenset[int]]) -> Iterator[tuple[int, frozenset[int]]]:

@@ -20,7 +20,7 @@ FOLDER = Path(devices.__file__).parent
 
 
 def document(costs: dict[int, float], **changes: Any) -> dict[str, Any]:
-    sweep = {"precision": "fp32", "layer": "conv3x3", "varies": "between"}
+    sweep = {"precision": "fp32", "layer": "conv3x3", "varies": "between", "pixels": 10}
     source = {"kind": "measured", "tool": "a clock", "version": "1", "date": "2026-11-29", "method": "", "script": ""}
     return {
         "schema": 1,
@@ -68,7 +68,7 @@ def test_a_width_is_offered_that_saves_half_of_its_share() -> None:
 
 
 def test_writing_and_reading_a_width_both_count() -> None:
-    sweep = {"precision": "int8", "layer": "conv3x3", "widths": [16, 24, 32]}
+    sweep = {"precision": "int8", "layer": "conv3x3", "pixels": 16, "widths": [16, 24, 32]}
     sweeps = [{**sweep, "varies": "output", "cost": [4, 6, 8]}, {**sweep, "varies": "input", "cost": [4, 9, 8]}]
     device = Device.model_validate(document({}, sweeps=sweeps))
     assert device.staircase("int8") == {16: 8, 24: 15, 32: 16}
@@ -88,6 +88,33 @@ def test_what_is_multiplied_and_what_is_moved_are_told_apart() -> None:
     np.testing.assert_allclose(each, [0, 20 * 0.576 / 0.676 / 64], rtol=1e-6)
     widths = np.array([0.0, 32.0, 33.0])
     np.testing.assert_array_equal(costs_of(device).packed(widths, "conv3x3", "input"), widths)
+
+
+def test_what_weights_cost() -> None:
+    """0.001 a multiplication on 10 x 10 pixels, 0.05 a channel moved; 0.3 a weight, which takes few pixels to show."""
+    # On 10 x 10 pixels weights cost nothing, so that all is known
+    plain = {width: 1.152 * width + 0.05 * (128 + 2 * width) for width in (8, 16, 24, 32, 40, 48, 56, 64)}
+    first = document(plain)["sweeps"][0]
+
+    def many(layer: str, elements: int, weight: float) -> dict[str, Any]:
+        widths = [128, 512]
+        weights = {width: 2 * 512 * width * elements for width in widths}
+        per_pixel = {width: (0.001 * weights[width] + 0.05 * 2 * (512 + width)) / 100 for width in widths}
+        cost = [4 * per_pixel[width] + weight * weights[width] / 100 for width in widths]
+        return {**first, "layer": layer, "around": 512, "pixels": 2, "widths": widths, "cost": cost}
+
+    known = costs_of(Device.model_validate(document({}, sweeps=[first, many("conv3x3", 9, 0.3)])))
+    assert known.weight("conv3x3") == pytest.approx(0.3)
+    assert known.weight("conv1x1") == pytest.approx(0.3)  # which was not asked
+    of_both = [first, many("conv3x3", 9, 0.3), many("conv1x1", 1, 0.4)]
+    assert costs_of(Device.model_validate(document({}, sweeps=of_both))).weight("conv1x1") == pytest.approx(0.4)
+    cheaper = costs_of(Device.model_validate(document({}, sweeps=[first, many("conv3x3", 9, -0.0001)])))
+    assert cheaper.weight("conv3x3") == 0
+    assert costs_of(Device.model_validate(document(plain))).weight("conv3x3") == 0
+    # and what is told of widths is the same
+    assert known.device.staircase("fp32") == pytest.approx(plain)
+    assert known.each("conv3x3") == pytest.approx(0.001)
+    assert known.surcharge_growth == costs_of(Device.model_validate(document(plain))).surcharge_growth
 
 
 @pytest.mark.parametrize("growth", [0.0, 1.0])
@@ -207,6 +234,18 @@ def test_sweeps_that_are_none(costs: dict[int, float], words: str, tmp_path: Pat
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(document(costs)))
     with pytest.raises(ContentError, match=words):
+        devices.load(str(path))
+
+
+def test_costs_that_cannot_be_compared(tmp_path: Path) -> None:
+    whole = document({16: 1, 32: 2})
+    (sweep,) = whole["sweeps"]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(whole | {"sweeps": [sweep, {**sweep, "layer": "conv1x1", "pixels": 7}]}))
+    with pytest.raises(ContentError, match="maps of 7 and 10 pixels a side in fp32"):
+        devices.load(str(path))
+    path.write_text(json.dumps(whole | {"sweeps": [{**sweep, "layer": "conv1x1"}]}))
+    with pytest.raises(ContentError, match="no costs of 3 x 3 convolutions in fp32"):
         devices.load(str(path))
 
 

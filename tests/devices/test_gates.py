@@ -100,12 +100,32 @@ def test_a_runtime_tells_latency(channels: int) -> None:
     assert _share_by_file("onnxruntime-x86", channels) == pytest.approx(costs[channels] / costs[64], rel=0.04)
 
 
+def test_weights_cost_whatever_they_are_multiplied_with() -> None:
+    def sweep(around: int, pixels: int, cost: Callable[[int, int], float]) -> dict[str, Any]:
+        costs = [cost(2 * around * width * 9, pixels**2) for width in (16, 32, 64)]
+        what = {"precision": "fp32", "layer": "conv3x3", "varies": "between", "around": around, "pixels": pixels}
+        return {**what, "widths": [16, 32, 64], "cost": costs}
+
+    rk3588 = devices.load("rk3588").model_dump(by_alias=True)
+    sweeps = [sweep(64, 10, lambda weights, pixels: weights * pixels)]
+    sweeps.append(sweep(512, 2, lambda weights, pixels: weights * pixels + 30 * weights))
+    device = devices.Device.model_validate({**rk3588, "name": "mine", "sweeps": sweeps})
+    for side in (8, 2):
+        x = torch.zeros(2, 64, side, side)
+        gates = Gates(two_layers(), x, analysis=analysis_of(two_layers, tuple(x.shape)))
+        cost = device_cost(devices.Chosen(device, "fp32"), gates.analysis.choices)
+        # per weight and channel between: as many multiplications as pixels, and as much as 30 more
+        assert cost.full == pytest.approx(100 * 2 * 64 * 64 * 9 * (side**2 + 30), rel=1e-6)
+
+
 def test_kinds_of_layers_cost_differently() -> None:
     network = nn.Sequential(
         nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, 64, 1)
     )
     choices = analyse(network, Example.of(torch.zeros(2, 64, 8, 8))).choices
-    cost = device_cost(devices.choose("rk3588", "fp16"), choices)
+    rk3588 = devices.load("rk3588")
+    without_weights = [sweep for sweep in rk3588.sweeps if sweep.around == 64]
+    cost = device_cost(devices.Chosen(rk3588.model_copy(update={"sweeps": without_weights}), "fp16"), choices)
     plain, depthwise, pointwise = (term(choices.state(np.ones(choices.gates, bool))) for term in cost.terms)
     # What the file has for 64 channels: 18,432 cycles to write, as many to read; 3,117 and 3,117; 2,820
     assert (plain / pointwise, plain / depthwise) == pytest.approx((18432 / 3117, 18432 / 2820))
@@ -137,6 +157,7 @@ def test_what_is_chosen_is_tightened_until_it_keeps_to_the_latency_as_it_runs(sl
     assert left * slower > 0.5  # and is no smaller than it has to be: there are widths in steps of 4
     assert asked[0] == pytest.approx(slower * plain(0.6))
     assert len(asked) == 1 if slower * plain(0.6) <= 0.6 * 1.02 else len(asked) > 1
+    assert len({*asked}) == len(asked)  # nothing was too slow twice
 
 
 def plain(budget: float) -> float:

@@ -50,7 +50,7 @@ def test_what_is_measured_is_written(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "session", clock.load)
-    monkeypatch.setattr(sweep, "SWEEPS", {("conv3x3", 64): (8, 16, 32)})
+    monkeypatch.setattr(sweep, "SWEEPS", {("conv3x3", 64, 28): (8, 16, 32)})
     path = tmp_path / "Mine.json"
     assert main(["measure", str(path), "--rounds", "5"]) == 0
     device = devices.load(str(path))
@@ -75,13 +75,18 @@ def test_a_file_needs_its_ending(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mine.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("layer", "around"), sweep.SWEEPS)
+@pytest.mark.parametrize(("layer", "around", "pixels"), sweep.SWEEPS)
 @pytest.mark.parametrize("load", [measure.session, measure.session_int8])
 def test_every_network_runs(
-    load: Callable[[Path, tuple[int, ...]], Callable[[], object]], layer: Kind, around: int, tmp_path: Path
+    load: Callable[[Path, tuple[int, ...]], Callable[[], object]],
+    layer: Kind,
+    around: int,
+    pixels: int,
+    tmp_path: Path,
 ) -> None:
-    onnx.checker.check_model(sweep.model(layer, 12, around), full_check=True)
-    onnx.save(sweep.model(layer, 12, around), tmp_path / "model.onnx")
-    (y,) = load(tmp_path / "model.onnx", sweep.shape(around))()
-    assert y.shape == sweep.shape(around)
+    model, size = sweep.model(layer, 12, around, pixels), sweep.shape(around, pixels)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "model.onnx")
+    (y,) = load(tmp_path / "model.onnx", size)()
+    assert y.shape == size
     assert y.any()

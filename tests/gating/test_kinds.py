@@ -6,6 +6,7 @@ a random state by ONNX Runtime's graph after surgery.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polar_deploy import Gates
 from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.export import Example
+from polar_deploy.gating.analysis import analyse
 from polar_deploy.gating.rehearsal import random_state
 from polar_deploy.surgery import compress_file, cost
 
@@ -434,3 +437,15 @@ def test_gates_are_where_they_should_be() -> None:
         "a product by hand": {"a": ("channel", 16, 1)},
         "tied weights": {"stem": ("channel", 16, 1)},
     }
+
+
+@pytest.mark.parametrize(
+    "kind", ["gates on tokens", "groups", "attention", "a transposed convolution", "a product by hand"]
+)
+def test_what_a_layer_fetches_are_its_weights(kind: str) -> None:
+    build, side = KINDS[kind]
+    network = build().eval()
+    choices = analyse(network, Example.of(torch.zeros(2, 3, side, side))).choices
+    widths = tuple(site.width for site in choices.sites)
+    fetched = (layer.weights * math.prod(factor(widths) for factor in layer.macs.factors) for layer in choices.layers)
+    assert sum(fetched) == sum(weight.numel() for weight in network.parameters() if weight.ndim > 1)
