@@ -9,6 +9,7 @@ project's folder with the Python of an environment that has the packages of `TOO
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -78,7 +79,8 @@ def speed_ups(name: str, pixels: int, paths: Sequence[Path], environments: Path)
             pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
             subprocess.run([*pip, str(ROOT), *needed.packages], check=True)
     line = [str(python), "-m", "benchmarks.devices.compare", name, str(pixels), *map(str, paths)]
-    done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}  # some tools leave files in the folder that they run in
+    done = subprocess.run(line, cwd=environments, env=here, check=True, capture_output=True, text=True)
     result: list[float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -5,6 +5,7 @@ Run it from the project's folder with the Python of an environment that has rknn
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
@@ -96,6 +97,7 @@ def main(names: list[str]) -> None:
         found = []
         for precision in ("fp16", "int8"):
             with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)  # where the toolkit leaves files
                 table = build(name, precision, Path(folder))
 
             def measure(width: int, everything: bool, table: dict[tuple[str, str, int], float] = table) -> Costs:

@@ -37,34 +37,64 @@ SWEEPS: dict[tuple[Kind, int, int], Sequence[int]] = {
     ("conv1x1", AROUND_MANY, FEW_PIXELS): MANY,
 }
 CONTROL = 0  # stands for a width; it and `REFERENCE` are copies of what every other one runs after
+SUMS = 3  # of maps, in the network that tells what one costs
 LOADS = 5  # times that every network is loaded anew: where its memory lies decides, too
 _SAMPLE_SECONDS = 1e-3  # that a sample takes at least
 
 
+class _Network:
+    """Convolutions, each with a rectifier, from "x" to "y"."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+
+    def conv(
+        self, x: str, y: str, channels: int, given: int, kernel: int, *, group: int = 1, beside: str | None = None
+    ) -> None:
+        """From `x` to `y`; beside: what is added before the rectifier."""
+        from onnx import helper, numpy_helper
+
+        weight = self._random.normal(size=(channels, given // group, kernel, kernel)) / (kernel * given**0.5)
+        bias = self._random.normal(size=channels)
+        for name, values in ((f"{y}_weight", weight), (f"{y}_bias", bias)):
+            self._weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        inputs, made = [x, f"{y}_weight", f"{y}_bias"], f"{y}_sum"
+        self._nodes.append(helper.make_node("Conv", inputs, [made], name=y, pads=[kernel // 2] * 4, group=group))
+        if beside is not None:
+            self._nodes.append(helper.make_node("Add", [made, beside], [f"{y}_total"]))
+            made = f"{y}_total"
+        self._nodes.append(helper.make_node("Relu", [made], [y]))
+
+    def model(self, size: Size) -> onnx.ModelProto:
+        """The network; size: of its input and its output."""
+        from onnx import TensorProto, helper
+
+        given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name in ("x", "y"))
+        graph = helper.make_graph(self._nodes, "graph", [given], [made], self._weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 def model(layer: Kind, width: int, around: int = REFERENCE, pixels: int = PIXELS) -> onnx.ModelProto:
     """`around` channels, `width` between two layers, `around` channels; a depthwise layer stands between them."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    random = np.random.default_rng(0)
-    kernel = 3 if layer == "conv3x3" else 1
-    nodes, weights = [], []
-
-    def conv(x: str, y: str, channels: int, given: int, kernel: int, group: int = 1) -> None:
-        weight = random.normal(size=(channels, given // group, kernel, kernel)) / (kernel * given**0.5)
-        weights.append(numpy_helper.from_array(weight.astype(np.float32), f"{y}_weight"))
-        weights.append(numpy_helper.from_array(random.normal(size=channels).astype(np.float32), f"{y}_bias"))
-        inputs = [x, f"{y}_weight", f"{y}_bias"]
-        nodes.append(helper.make_node("Conv", inputs, [f"{y}_sum"], name=y, pads=[kernel // 2] * 4, group=group))
-        nodes.append(helper.make_node("Relu", [f"{y}_sum"], [y]))
-
-    conv("x", "first", width, around, kernel)
+    network, kernel = _Network(), 3 if layer == "conv3x3" else 1
+    network.conv("x", "first", width, around, kernel)
     if layer == "depthwise3x3":
-        conv("first", "depthwise", width, width, 3, group=width)
-    conv("depthwise" if layer == "depthwise3x3" else "first", "y", around, width, kernel)
-    size = shape(around, pixels)
-    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name in ("x", "y"))
-    graph = helper.make_graph(nodes, "graph", [given], [made], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        network.conv("first", "depthwise", width, width, 3, group=width)
+    network.conv("depthwise" if layer == "depthwise3x3" else "first", "y", around, width, kernel)
+    return network.model(shape(around, pixels))
+
+
+def residual(branches: bool) -> onnx.ModelProto:
+    """A 3 x 3 convolution and `SUMS` more, all of `REFERENCE` channels; branches: what each reads is added to it."""
+    network, x = _Network(), "first"
+    network.conv("x", x, REFERENCE, REFERENCE, 3)
+    for index in range(1, SUMS + 1):
+        y = "y" if index == SUMS else f"y{index}"
+        network.conv(x, y, REFERENCE, REFERENCE, 3, beside=x if branches else None)
+        x = y
+    return network.model(shape())
 
 
 def shape(around: int = REFERENCE, pixels: int = PIXELS) -> Size:
@@ -85,22 +115,42 @@ def sweep(
         around: channels around the width that varies.
         pixels: a side, of the maps.
     """
+    widths = sorted({*widths, REFERENCE})
+    models = {width: model(layer, width, around, pixels) for width in widths}
+    models = {CONTROL: models[REFERENCE], **models}
+    found = _compared(load, models[REFERENCE], models, rounds)
+    result = {width: statistics.median(ratio[width] for ratio, _ in found) for width in (CONTROL, *widths)}
+    base, control = statistics.median(base for _, base in found), result.pop(CONTROL) / result[REFERENCE] - 1
+    return {width: round(base * ratio, 5) for width, ratio in result.items()}, control
+
+
+def addition(load: Load, rounds: int) -> float:
+    """What an Add of two maps costs over a 3 x 3 convolution of the same `REFERENCE` channels: >= 0.
+
+    Where a runtime fuses both, it is what the fused one costs more.
+    """
+    found = _compared(load, residual(branches=False), {CONTROL: residual(branches=True)}, rounds)
+    more = statistics.median(ratio[CONTROL] for ratio, _ in found) - 1
+    return max(0.0, round(more * (SUMS + 1) / SUMS, 4))
+
+
+def _compared(
+    load: Load, reference: onnx.ModelProto, models: Mapping[int, onnx.ModelProto], rounds: int
+) -> list[tuple[dict[int, float], float]]:
+    """`ratios`, each time that all networks are loaded."""
     import onnx
 
-    widths = sorted({*widths, REFERENCE})
     found = []
     for _ in range(LOADS):
         with tempfile.TemporaryDirectory() as folder:
             runs: list[Run] = []
-            for width in (REFERENCE, REFERENCE, *widths):
-                path = Path(folder) / f"{len(runs)}.onnx"
-                onnx.save(model(layer, width, around, pixels), path)
-                runs.append(load(path, shape(around, pixels)))
-            reference, *others = runs
-            found.append(ratios(reference, dict(zip((CONTROL, *widths), others, strict=True)), -(-rounds // LOADS)))
-    result = {width: statistics.median(ratio[width] for ratio, _ in found) for width in (CONTROL, *widths)}
-    base, control = statistics.median(base for _, base in found), result.pop(CONTROL) / result[REFERENCE] - 1
-    return {width: round(base * ratio, 5) for width, ratio in result.items()}, control
+            for each in (reference, *models.values()):
+                path, sizes = Path(folder) / f"{len(runs)}.onnx", each.graph.input[0].type.tensor_type.shape.dim
+                onnx.save(each, path)
+                runs.append(load(path, tuple(dim.dim_value for dim in sizes)))
+            first, *others = runs
+            found.append(ratios(first, dict(zip(models, others, strict=True)), -(-rounds // LOADS)))
+    return found
 
 
 def ratios(reference: Run, runs: Mapping[int, Run], rounds: int) -> tuple[dict[int, float], float]:
@@ -149,5 +199,5 @@ def measured(name: str, precision: str, source: Mapping[str, str], load: Load, r
         f"thread, batch 1; the control was off by {off:.1%} at most"
     )
     content = {"schema": 1, "name": name, "title": name, "source": {"kind": "measured", **source, "method": method}}
-    content |= {"unit": "ms", "sweeps": sweeps}
+    content |= {"unit": "ms", "sweeps": sweeps, "addition": addition(load, rounds)}
     return Device.model_validate(content), off

@@ -135,6 +135,12 @@ class WidthCosts:
         return max(0.0, float(rest @ weights / (weights @ weights)))
 
     @property
+    def added(self) -> float:
+        """What an element costs that is a sum of two, in the unit of `each`; 0 where the file does not tell."""
+        staircase = self.device.staircase(self.precision)
+        return (self.device.addition or 0.0) * _at_reference(staircase) / (2 * REFERENCE)
+
+    @property
     def weight_in_macs(self) -> float | None:
         """With how many multiplications a weight of a 3 x 3 convolution costs as much; None where it was not asked."""
         return self.weight("conv3x3") / self.each("conv3x3") if "conv3x3" in self._of_many else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from polar_deploy.costs import Cost, Factor, Floats, Layer, State, Term
@@ -18,10 +20,13 @@ def device_cost(chosen: Chosen, choices: Choices) -> Cost:
 
     A layer costs its MACs, at what one costs in a layer of its kind, with the channels that the device computes in
     place of those that are there (`WidthCosts.packed`); as many of its weights (`weight`); the channels that it moves
-    (`moved`); and what it costs besides to read a width that no kernel likes (`surcharge`). Channels of several sites
-    that are read or written as one count as they are, and what does not multiply costs nothing. The formula is ours.
+    (`moved`); and what it costs besides to read a width that no kernel likes (`surcharge`). Sums of branches cost by
+    the element (`added`), and other layers without weights nothing. Channels of several sites that are read or written
+    as one count as they are. The formula is ours.
     """
     terms = tuple(term for layer in choices.layers for term in _terms(chosen, layer))
+    if added := chosen.costs.added:
+        terms += tuple(replace(term, coefficient=added * term.coefficient) for term in choices.additions)
     whole = State(tuple(site.width for site in choices.sites), (True,) * len(choices.blocks))
     return Cost(sum(term(whole) for term in terms), terms)
 

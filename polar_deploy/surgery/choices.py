@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from polar_deploy.costs import Cost, Layer, State
+from polar_deploy.costs import Cost, Layer, State, Term
 from polar_deploy.errors import UsageError
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.count import count
@@ -114,6 +114,7 @@ class Choices:
         alive: sets of blocks (indices) of which at least one has to stay.
         costs: "macs" and "params".
         layers: what the MACs are made of.
+        additions: elements of the sums of computed tensors.
         reasons: why layers whose channels have no gate have none, and branches that are no blocks.
         folding: BatchNormalizations that will be folded into the layer before them, by their label, and whether that
             layer gets a bias from it: they count as that bias.
@@ -127,6 +128,7 @@ class Choices:
     alive: tuple[frozenset[int], ...]
     costs: dict[str, Cost]
     layers: tuple[Layer, ...]
+    additions: tuple[Term, ...]
     reasons: dict[str, str]
     folding: dict[str, bool]
 
@@ -217,6 +219,7 @@ def find(
         alive=pricing.alive,
         costs={"macs": pricing.cost("macs"), "params": pricing.cost("params")},
         layers=pricing.layers(),
+        additions=pricing.additions(),
         reasons={**survey.reasons, **ungated.reasons(survey, pricing.gated)},
         folding=pricing.folding,
     )

@@ -89,6 +89,7 @@ WEIGHTS = {
 }
 
 
+SUMS = ("Add", "Sum")
 DOMAINS = (*STANDARD, MICROSOFT)
 FOLDING = ("Conv", "ConvTranspose", "Gemm")  # that a BatchNormalization behind them folds into
 
@@ -132,14 +133,17 @@ def count(
     return Cost(macs, params, tuple(layers), inputs)
 
 
-def layer_macs(model: onnx.ModelProto) -> dict[int, int]:
-    """Multiply-accumulates at batch 1 of every node that has any, by its position in the graph."""
+def layer_work(model: onnx.ModelProto) -> dict[int, int]:
+    """What a node does at batch 1, by its position in the graph: multiply-accumulates, or the elements of a sum."""
     _, shape_of = Skeleton(model).at_batch_1()
-    return {
-        position: _multiply(node, node.op_type, shape_of)[0]
-        for position, node in enumerate(model.graph.node)
-        if node.op_type in WEIGHTS and node.domain in DOMAINS
-    }
+    found = {}
+    for position, node in enumerate(model.graph.node):
+        if node.op_type in WEIGHTS and node.domain in DOMAINS:
+            found[position] = _multiply(node, node.op_type, shape_of)[0]
+        elif node.op_type in SUMS:
+            sizes = shape_of(node.output[0]) or ()
+            found[position] = math.prod(size for size in sizes if isinstance(size, int))
+    return found
 
 
 def foldable_norms(model: onnx.ModelProto) -> dict[int, bool]:

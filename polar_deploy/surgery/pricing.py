@@ -14,7 +14,7 @@ import numpy as np
 from polar_deploy.costs import Cost, Factor, Layer, Term
 from polar_deploy.surgery import rounds
 from polar_deploy.surgery.choices import NEVER, Block, Site
-from polar_deploy.surgery.count import WEIGHTS, count, foldable_norms, layer_macs, parameters
+from polar_deploy.surgery.count import SUMS, WEIGHTS, count, foldable_norms, layer_work, parameters
 from polar_deploy.surgery.mixing import Mixing, Plan
 from polar_deploy.surgery.reshape_channels import ALONG_ONE
 from polar_deploy.surgery.survey import Survey, is_writer, numbers
@@ -54,6 +54,7 @@ class Pricing:
         norms = foldable_norms(survey.whole)
         self.folding = {survey.label(position): bias for position, bias in norms.items()}
         self._full = count(survey.whole, norms)
+        self._work = layer_work(survey.detached.model)
         self._parts = [*self._macs(), *self._params()]
         groups = self._grouped()
         self._site_of = np.full(len(units), NEVER)  # by unit
@@ -93,6 +94,19 @@ class Pricing:
         """What the MACs are made of."""
         return tuple(Layer(self._term(part), part.kernel, part.weights) for part in self._parts_of("macs"))
 
+    def additions(self) -> tuple[Term, ...]:
+        """Elements of the sums of computed tensors; one that a block is added in goes with the block."""
+        found = []
+        for position, node in enumerate(self._survey.graph.original_nodes):
+            step = self._survey.steps.get(id(node))
+            if step is not None and self._is_sum(step) and self._work.get(position):
+                axes = self._widths(step)
+                blocks = self._survey.blocks_of(node) | self._survey.added_in(node)
+                found.append(
+                    self._term(Part("additions", self._work[position] / math.prod(map(len, axes)), axes, blocks))
+                )
+        return tuple(found)
+
     def _parts_of(self, cost: str) -> Iterator[Part]:
         return (part for part in self._parts if part.cost == cost)
 
@@ -117,13 +131,14 @@ class Pricing:
         return np.where(unit == NEVER, NEVER, self._gate_of[unit])
 
     def _macs(self) -> Iterator[Part]:
-        macs = layer_macs(self._survey.detached.model)
         for position, node in enumerate(self._survey.graph.original_nodes):
             step = self._survey.steps.get(id(node))
-            if step is not None and macs.get(position):
+            if step is not None and node.op not in SUMS and self._work.get(position):
                 axes = self._widths(step)
                 products, blocks = math.prod(map(len, axes)), self._survey.blocks_of(node)
-                yield Part("macs", macs[position] / products, axes, blocks, _kernel(step), _weights(step) / products)
+                yield Part(
+                    "macs", self._work[position] / products, axes, blocks, _kernel(step), _weights(step) / products
+                )
 
     def _params(self) -> Iterator[Part]:
         """The parameters that are left where nothing is closed: surgery folds factors and what is constant."""
@@ -250,11 +265,16 @@ class Pricing:
             for site, name in enumerate(_unique(names))
         )
 
+    @staticmethod
+    def _is_sum(step: Step) -> bool:
+        """Whether it adds computed tensors."""
+        return step.node.op in SUMS and sum(channels is not None for channels in step.inputs) > 1
+
     def _summed(self) -> set[int]:
         """The sites that are sums of several computed tensors."""
         found: set[int] = set()
         for step in self._survey.facts.alive:
-            if step.node.op in ("Add", "Sum") and sum(channels is not None for channels in step.inputs) > 1:
+            if self._is_sum(step):
                 for channels in step.outputs:
                     units = self._units[numbers(channels)]
                     found.update(self._site_of[units[units != NEVER]].tolist())

@@ -91,6 +91,10 @@ class Survey:
         """Indices of the blocks that a node goes with."""
         return frozenset(index for index, cone in enumerate(self.blocks) if id(node) in cone.nodes)
 
+    def added_in(self, node: Node) -> frozenset[int]:
+        """Indices of the blocks that a sum adds to a shortcut."""
+        return frozenset(index for index, cone in enumerate(self.blocks) if self._way(cone.mask)[1] is node)
+
     def channels(self, mask: int) -> Ints | None:
         """Numbers, in the graph, of the channels that a mask lies on; None where surgery cannot follow them."""
         step = self.steps.get(id(self._muls[mask]))

@@ -118,6 +118,41 @@ def test_weights_cost_whatever_they_are_multiplied_with() -> None:
         assert cost.full == pytest.approx(100 * 2 * 64 * 64 * 9 * (side**2 + 30), rel=1e-6)
 
 
+class Residual(nn.Module):
+    """Two branches, the second one on the sum of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        for branch in self.branches:
+            x = torch.relu(x + branch(x))
+        return self.head(x)
+
+
+def test_a_sum_costs_and_goes_with_its_branch() -> None:
+    choices = analyse(Residual(), Example.of(X)).choices
+    rk3588 = devices.load("rk3588")
+
+    def cost(opened: np.ndarray, addition: float) -> float:
+        device = rk3588.model_copy(update={"addition": addition})
+        return device_cost(devices.Chosen(device, "fp16"), choices).absolute(choices.state(opened))
+
+    everything = np.ones(choices.gates, bool)
+    one_closed = everything.copy()
+    one_closed[choices.blocks[0].gate] = False
+    half = everything.copy()
+    (stream,) = (site for site in choices.sites if site.kind == "stream")
+    half[stream.gates.start + 8 : stream.gates.stop] = False
+    # What a convolution of 64 channels costs for an element: half of 18,432 + 18,432 cycles, over 64 channels
+    element = 0.25 * 18432 / 64
+    for opened, elements in ((everything, 2 * 16 * 64), (one_closed, 16 * 64), (half, 2 * 8 * 64)):
+        assert cost(opened, 0.25) - cost(opened, 0.0) == pytest.approx(element * elements, rel=1e-6)
+
+
 def test_kinds_of_layers_cost_differently() -> None:
     network = nn.Sequential(
         nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, 64, 1)

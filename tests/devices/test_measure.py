@@ -23,11 +23,13 @@ class Clock:
         return self.now
 
     def load(self, path: Path, size: tuple[int, ...]) -> Callable[[], None]:
-        """Takes as many milliseconds as there are channels between the layers, and 10 more."""
-        width = len(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]))
+        """Takes as many milliseconds as there are channels between the layers, 10 more, and 2 for each sum."""
+        graph = onnx.load(path).graph
+        width = len(onnx.numpy_helper.to_array(graph.initializer[0]))
+        sums = sum(node.op_type == "Add" for node in graph.node)
 
         def run() -> None:
-            self.now += (10 + width) / 1e3
+            self.now += (10 + width + 2 * sums) / 1e3
 
         return run
 
@@ -46,6 +48,11 @@ def test_a_sweep_gives_the_milliseconds_of_each_width(clock: Clock) -> None:
     assert control == pytest.approx(0, abs=1e-9)
 
 
+def test_what_a_sum_costs(clock: Clock) -> None:
+    # Four layers of 64 channels take 74 ms, a layer 18.5
+    assert sweep.addition(clock.load, rounds=5) == pytest.approx(2 / 18.5, abs=1e-4)
+
+
 def test_what_is_measured_is_written(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +64,7 @@ def test_what_is_measured_is_written(
     assert device.name == "mine"
     assert device.staircase("fp32") == pytest.approx({8: 18, 16: 26, 32: 42, 64: 74}, rel=1e-4)
     assert device.offered("fp32") == (8, 16, 32, 64)
+    assert device.addition == pytest.approx(2 / 18.5, abs=1e-4)
     assert '"widths": [8, 16, 32, 64]' in path.read_text()
     assert "8, 16, 32, 64 channels pay" in capsys.readouterr().out
 
@@ -65,6 +73,7 @@ def test_noise_is_not_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweep, "sweep", lambda *_: ({32: 1.0, 64: 2.0}, -0.06))
+    monkeypatch.setattr(sweep, "addition", lambda *_: 0.1)
     assert main(["measure", str(tmp_path / "mine.json")]) == 3
     assert "too noisy: a network and its own copy differ by 6%" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -89,4 +98,17 @@ def test_every_network_runs(
     onnx.save(model, tmp_path / "model.onnx")
     (y,) = load(tmp_path / "model.onnx", size)()
     assert y.shape == size
+    assert y.any()
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("load", [measure.session, measure.session_int8])
+def test_a_network_with_branches_runs(
+    load: Callable[[Path, tuple[int, ...]], Callable[[], object]], branches: bool, tmp_path: Path
+) -> None:
+    model = sweep.residual(branches)
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "Add" for node in model.graph.node) == 3 * branches
+    onnx.save(model, tmp_path / "model.onnx")
+    (y,) = load(tmp_path / "model.onnx", sweep.shape())()
     assert y.any()
