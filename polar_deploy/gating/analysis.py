@@ -19,6 +19,7 @@ from polar_deploy.gating.places import Place, Places
 from polar_deploy.surgery import choices
 from polar_deploy.surgery.choices import Choices
 from polar_deploy.surgery.detached import DetachedModel
+from polar_deploy.surgery.ungated import WHOLE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Analysis:
     @property
     def ungated(self) -> dict[str, str]:
         """Layers whose channels have no gate, and those that cannot be masked, with the reason; their cost counts."""
-        return {**self.choices.reasons, **self.unmasked}
+        known = self.choices.reasons
+        whole = {name for name, reason in known.items() if reason.endswith(WHOLE)}
+        return known | {name: f"{reason}{WHOLE if name in whole else ''}" for name, reason in self.unmasked.items()}
 
     @cached_property
     def _gate_of(self) -> list[Tensor]:

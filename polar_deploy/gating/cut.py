@@ -19,7 +19,7 @@ from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, require_float32
-from polar_deploy.gating.places import Calls, argument_of, is_within, watch
+from polar_deploy.gating.places import Calls, argument_of, is_within, result_of, watch
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.detached import DetachedModel
@@ -157,22 +157,30 @@ class Absent(nn.Module):
     """Stands for a module that was removed with its branch: zeros of the shape that the module would have given.
 
     Where each axis of that is as long as the same one of what comes in, or of one length, exporters and compilers can
-    follow it for any batch and size. Else the module is asked.
+    follow it for any batch and size. Else the module is asked. Of several things that it gave back the others are None.
+    Settings of the module, which others may look at, are there still; its parameters are None.
 
     Args:
         module: what was removed; asked for shapes alone, on the meta device.
-        argument: the position or keyword of what it read.
-        shape: of that in the whole network, [B, ...].
+        calls: how it was called in the whole network; its first argument is the tensor whose shape tells that of zeros.
         axis: of the channels in that.
         made: axis and number of the channels that it gives back from now on; None, inside of a branch: as before.
+        result: the position of the zeros in what it gives back; None: they are all.
     """
 
     def __init__(
-        self, module: nn.Module, argument: int | str, shape: Sequence[int], axis: int, made: tuple[int, int] | None
+        self, module: nn.Module, calls: Calls, axis: int, made: tuple[int, int] | None, result: int | None
     ) -> None:
         super().__init__()
-        self._argument = argument
-        self._asked = [copy.deepcopy(module).to("meta").eval()]  # in a list: it is no part of this network
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str, tuple)) and name not in vars(self):
+                setattr(self, name, value)
+        for name in module._parameters:
+            self.register_parameter(name, None)
+        self.register_forward_hook(_called)
+        self._results, self._result = calls.results, result
+        self._argument, shape = _first(calls)
+        self._asked = [(copy.deepcopy(module).to("meta").eval(), calls)]  # in a list: it is no part of this network
         self._given, self._made = (axis, shape[axis]), made
         self._known: dict[torch.Size, list[int]] = {}
         self._lengths = self._learned(shape)
@@ -180,8 +188,14 @@ class Absent(nn.Module):
             self._asked = []
 
     @torch.no_grad()
-    def forward(self, *args: Any, **named: Any) -> Tensor:
+    def forward(self, *args: Any, **named: Any) -> Any:
         """Zeros [B, ...] like the argument."""
+        zeros = self._zeros(*args, **named)
+        if self._result is None:
+            return zeros
+        return tuple(zeros if at == self._result else None for at in range(self._results or 0))
+
+    def _zeros(self, *args: Any, **named: Any) -> Tensor:
         x: Tensor = argument_of(args, named, self._argument)
         if self._lengths is not None:
             return x.new_zeros([x.shape[at] if size is None else size for at, size in enumerate(self._lengths)])
@@ -194,10 +208,16 @@ class Absent(nn.Module):
     def _ask(self, shape: Sequence[int]) -> list[int]:
         """The shape of what comes out for one that comes in, with whatever number of channels."""
         axis, width = self._given
-        (module,) = self._asked
+        ((module, calls),) = self._asked
         given = [width if at == axis else size for at, size in enumerate(shape)]
-        x = torch.empty(given, device="meta", dtype=next(module.parameters()).dtype)
-        made = list((module(**{self._argument: x}) if isinstance(self._argument, str) else module(x)).shape)
+        before, dtype = calls.inputs[0][self._argument], next(module.parameters()).dtype
+        asked = torch.utils._pytree.tree_map_only(Tensor, lambda held: held.to("meta"), calls.others)
+        for key, own in calls.inputs[0].items():
+            if own is not None:  # what was of the same shape is of the same shape
+                asked[key] = torch.empty(given if own == before else own, device="meta", dtype=dtype)
+        positions = [key for key in asked if isinstance(key, int)]
+        named = {key: value for key, value in asked.items() if isinstance(key, str)}
+        made = list(result_of(module(*(asked[key] for key in sorted(positions)), **named), self._result).shape)
         if self._made is not None:
             made[self._made[0]] = self._made[1]
         return made
@@ -220,6 +240,11 @@ class Absent(nn.Module):
             else:
                 return None
         return lengths or None
+
+
+def _called(module: nn.Module, args: object, output: object) -> None:
+    """Forward hook that makes modules call this one: PyTorch's encoder layers compute with the weights of theirs
+    without a call, unless one of them has a hook."""
 
 
 def _drop(network: nn.Module, analysis: Analysis, opened: Bools, calls: dict[str, Calls]) -> None:
@@ -258,17 +283,31 @@ def _has_parameters(network: nn.Module, path: str) -> bool:
 def _absent(
     module: nn.Module, path: str, calls: Calls, block: Block | None, analysis: Analysis, opened: Bools
 ) -> Absent:
-    argument, given = next(iter(calls.inputs[0].items()), (0, None)) if calls.inputs else (0, None)
-    made = calls.outputs[0] if calls.outputs else None
-    if given is None or made is None or len(calls.outputs) != 1:
-        raise ContentError(f"{path} went with its branch, but is no module of one tensor in and one out", _DEPLOY)
-    parameter = next(module.parameters())
-    axis_in = 1 if parameter.dim() != 2 else len(given) - 1
-    ends = None
+    given = _first(calls)[1] if len(calls.inputs) == 1 else ()
+    if not given or not calls.outputs[0]:
+        raise ContentError(
+            f"{path} went with its branch, but is no module that is called once with a tensor, and gives one back",
+            _DEPLOY,
+        )
+    ends, result = None, next(iter(calls.outputs[0]))
     if block is not None:
-        axis = analysis.places[block.mask].axis
-        ends = axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
-    return Absent(module, argument, given, axis_in, ends)
+        place = analysis.places[block.mask]
+        result = place.result if place.module == path else result
+        ends = place.axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
+    return Absent(module, calls, _channel_axis(module, len(given)), ends, result)
+
+
+def _channel_axis(module: nn.Module, rank: int) -> int:
+    """The axis of the channels in what a module reads: the last one of tokens, else the second."""
+    first = next(each for each in module.modules() if any(True for _ in each.parameters(recurse=False)))
+    tokens = isinstance(first, (nn.LayerNorm, nn.RMSNorm)) or next(first.parameters()).dim() == 2
+    return rank - 1 if tokens else 1
+
+
+def _first(calls: Calls) -> tuple[int | str, tuple[int, ...]]:
+    """The first argument of a module that is a tensor, and its shape; () where none is."""
+    given = calls.inputs[0].items()
+    return next(((key, shape) for key, shape in given if shape is not None), (0, ()))
 
 
 def _follow(network: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from polar_deploy.errors import UsageError
 from polar_deploy.export import device_of
 from polar_deploy.gating.analysis import Analysis
-from polar_deploy.gating.places import Place, argument_of
+from polar_deploy.gating.places import Place, argument_of, result_of, with_result
 
 INPUT, OUTPUT = "polar_deploy_input_mask", "polar_deploy_output_mask"  # names of the buffers
 _Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
@@ -152,19 +152,20 @@ def _take_back(module: nn.Module) -> None:
 
 
 class MaskOutput(_Masking):
-    """Forward hook: what the module gives back is multiplied by its mask."""
+    """Forward hook: what the module gives back, or one thing of several, is multiplied by its mask."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(place, OUTPUT)
+        self._result = place.result
 
-    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-        mask = getattr(module, OUTPUT)
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        x, mask = result_of(output, self._result), getattr(module, OUTPUT)
         if torch.compiler.is_compiling():
-            return self._product(output, mask)
-        replaced = self._heard(module, output, mask) if _listeners else None
+            return with_result(output, self._result, self._product(x, mask))
+        replaced = self._heard(module, x, mask) if _listeners else None
         if replaced is not None:
-            return replaced
-        return None if self._open(mask) else self._product(output, mask)
+            return with_result(output, self._result, replaced)
+        return None if self._open(mask) else with_result(output, self._result, self._product(x, mask))
 
 
 def _masked_weight(module: nn.Module, mask: Tensor) -> Tensor:

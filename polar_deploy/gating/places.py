@@ -26,12 +26,33 @@ from polar_deploy.surgery.survey import depending, is_writer
 
 @dataclass
 class Calls:
-    """How a module was called: in each call the shapes of its tensors, by their positions or keywords, and whether it
-    gave back one tensor.
+    """How a module was called.
+
+    Attributes:
+        inputs: in each call the shapes of its arguments by their positions or keywords; None of what is no tensor.
+        outputs: in each call the shapes of the tensors that it gave back, by their positions in a tuple or list; None
+            is the position of one that it gave back alone.
+        others: what it was given last that is no tensor.
+        results: how many things it gave back last, in a tuple or list; None: one alone.
     """
 
     inputs: list[dict[int | str, tuple[int, ...] | None]] = field(default_factory=list)
-    outputs: list[tuple[int, ...] | None] = field(default_factory=list)
+    outputs: list[dict[int | None, tuple[int, ...]]] = field(default_factory=list)
+    others: dict[int | str, Any] = field(default_factory=dict)
+    results: int | None = None
+
+
+def result_of(output: Any, position: int | None) -> Any:
+    """What a module gave back at a position, or alone."""
+    return output if position is None else output[position]
+
+
+def with_result(output: Any, position: int | None, result: Tensor) -> Any:
+    """What a module gave back, with something else at a position, or alone."""
+    if position is None:
+        return result
+    values = [*output[:position], result, *output[position + 1 :]]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
 
 def argument_of(args: Sequence[Any], kwargs: Mapping[str, Any], key: int | str) -> Any:
@@ -90,6 +111,7 @@ class Place:
     """A module that carries a mask.
 
     argument: which of its arguments is masked, by position or keyword; None: what it gives back.
+    result: which of several things that it gives back; None: the only one.
     """
 
     module: str
@@ -97,6 +119,7 @@ class Place:
     axis: int  # of the channels, from the front
     rank: int
     batch: int = 0  # axis of the samples: not the first one where tokens are in front, as PyTorch's attention has them
+    result: int | None = None
 
 
 @torch.no_grad()
@@ -110,7 +133,11 @@ def watch(network: nn.Module, example: Example) -> dict[str, Calls]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, calls: Calls = calls) -> None:
             given = (*enumerate(args), *kwargs.items())
             calls.inputs.append({key: tuple(x.shape) if isinstance(x, Tensor) else None for key, x in given})
-            calls.outputs.append(tuple(output.shape) if isinstance(output, Tensor) else None)
+            calls.others = {key: x for key, x in given if not isinstance(x, Tensor)}
+            several = isinstance(output, (tuple, list))
+            calls.results = len(output) if several else None
+            made = dict(enumerate(output)) if several else {None: output}
+            calls.outputs.append({key: tuple(x.shape) for key, x in made.items() if isinstance(x, Tensor)})
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
@@ -212,17 +239,18 @@ class Places:
             return
         for side in sides:
             for tensor in self._upwards(side):
-                path = self._ending(tensor)
+                end = self._ending(tensor)
                 channels = self._facts.of(tensor)
-                if path is None or channels is None or len(channels.axes) != 1:
+                if end is None or channels is None or len(channels.axes) != 1:
                     continue
+                path, result = end
                 shape = self.graph.shape(tensor) or ()
                 (reader,), axis = tensor.outputs, channels.axes[0]
                 readers = (self._position[id(reader)],)
                 name = self._name(f"{path}:out")
                 self._add(
                     Mask(name, tensor.name, readers, len(shape), axis, len(channels), block=True),
-                    Place(path, None, axis, len(shape), _batch(shape)),
+                    Place(path, None, axis, len(shape), _batch(shape), result),
                 )
                 break
 
@@ -271,23 +299,27 @@ class Places:
                 return
             tensor = computed[0]
 
-    def _ending(self, tensor: Any) -> str | None:
-        """The innermost module that hands out `tensor` as its only result, and is called once."""
+    def _ending(self, tensor: Any) -> tuple[str, int | None] | None:
+        """The innermost module that hands out `tensor`, and is called once; and where in what it gives back that is."""
         path = self._module[id(tensor.inputs[0])]
         while path:
             outside = not any(self._is_inside(node, path) for node in tensor.outputs)
-            if outside and self._gives(path, tensor) and not is_ignored(path, self._ignore):
-                return path
+            fitting = self._fitting(path, tensor) if outside and not is_ignored(path, self._ignore) else []
+            if len(fitting) == 1:
+                return path, fitting[0]
             path = path.rpartition(".")[0]
         return None
 
-    def _gives(self, path: str, tensor: Any) -> bool:
-        """Whether a module was called once, and gave one tensor of the shape of `tensor`."""
+    def _fitting(self, path: str, tensor: Any) -> list[int | None]:
+        """The positions, in what a module gave back when it was called once, of what has the shape of `tensor`."""
         calls, shape = self._calls.get(path), self.graph.shape(tensor) or ()
-        given = calls.outputs[0] if calls is not None and len(calls.outputs) == 1 else None
-        if given is None or len(given) != len(shape):
-            return False
-        return all(known == size for known, size in zip(shape, given, strict=True) if isinstance(known, int))
+        made = calls.outputs[0] if calls is not None and len(calls.outputs) == 1 else {}
+        return [
+            position
+            for position, given in made.items()
+            if len(given) == len(shape)
+            and all(known == size for known, size in zip(shape, given, strict=True) if isinstance(known, int))
+        ]
 
 
 _KEEPING_ZERO = ("Mul", "Div", "Neg", "Transpose", "Reshape", "Identity", "Dropout", "Squeeze", "Unsqueeze", "Flatten")

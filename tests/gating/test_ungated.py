@@ -154,8 +154,8 @@ def test_what_can_go_only_with_its_branch_is_said() -> None:
     stream = "LayerNormalization 1.norm1: its statistics run over all channels"
     assert found.ungated == {
         "0": stream,
-        "1.self_attn": INSIDE,
-        "1.self_attn.out_proj": stream,
+        "1.self_attn": f"{INSIDE}; the branch that it is in can go whole",
+        "1.self_attn.out_proj": f"{stream}; the branch that it is in can go whole",
         "1.linear2": f"{stream}; the branch that it is in can go whole",
         "2": OUTPUT,
     }
