@@ -92,23 +92,29 @@ def _from(name: str) -> str:
 
 def ablation() -> str:
     """Learned gates against networks that nobody has to learn."""
-    parts = []
-    for path in sorted(RESULTS.glob("ablation-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        floors = {name for each in found["variants"] for name in each["against"]}
-        best = next(each["variant"] for each in found["variants"] if each["variant"] in floors)  # they are in order
-        rows = [("full network", f"{found['full']:.2f} %", "", "1", "1", "1")]
-        for each in found["variants"]:
-            cost, speed = each["cost"], [value for value in each["speedup"] if value]
-            shown = f"{sum(speed) / len(speed):.2f}×" if speed else "–"
-            accuracy, above = f"{each['accuracy']:.2f} %", _above(each["against"].get(best))
-            rows.append((each["variant"], accuracy, above, f"{cost['macs']:.2f}", f"{cost['params']:.2f}", shown))
-        seeds = sorted({len(each["by_seed"]) for each in found["variants"]})  # a variant may be behind the others
-        title = f"{found['recipe'].removesuffix('.yaml')}, {found['budget']}"
-        head = (title, "top-1", f"above {best}", "MACs", "parameters", "speed")
-        count = "one seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds a row"
-        parts.append(f"{table(head, rows)}\n\n{_from(path.stem)}, {count}.")
-    return "\n\n".join(parts)
+    return "\n\n".join(_ablation(path.stem) for path in sorted(RESULTS.glob("ablation-*.json")))
+
+
+def floors() -> str:
+    """The same at one budget of latency."""
+    return _ablation("ablation-floors-latency67")
+
+
+def _ablation(name: str) -> str:
+    found = result(name)
+    floors = {name for each in found["variants"] for name in each["against"]}
+    best = next(each["variant"] for each in found["variants"] if each["variant"] in floors)  # they are in order
+    rows = [("full network", f"{found['full']:.2f} %", "", "1", "1", "1")]
+    for each in found["variants"]:
+        cost, speed = each["cost"], [value for value in each["speedup"] if value]
+        shown = f"{sum(speed) / len(speed):.2f}×" if speed else "–"
+        accuracy, above = f"{each['accuracy']:.2f} %", _above(each["against"].get(best))
+        rows.append((each["variant"], accuracy, above, f"{cost['macs']:.2f}", f"{cost['params']:.2f}", shown))
+    seeds = sorted({len(each["by_seed"]) for each in found["variants"]})  # a variant may be behind the others
+    title = f"{found['recipe'].removesuffix('.yaml')}, {found['budget']}"
+    head = (title, "top-1", f"above {best}", "MACs", "parameters", "speed")
+    count = "one seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds a row"
+    return f"{table(head, rows)}\n\n{_from(name)}, {count}."
 
 
 def _above(paired: dict[str, float] | None) -> str:
@@ -297,6 +303,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "paper": paper,
     "ablation": ablation,
+    "floors": floors,
     "surgery-speed": surgery_speed,
     "surgery-proofs": surgery_proofs,
     "int8": int8,
