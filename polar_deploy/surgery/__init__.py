@@ -1,7 +1,7 @@
 """Exact removal of dead channels and blocks from any ONNX graph in which gates, or zero filters, close channels.
 
     from polar_deploy.surgery import compress_file
-    compress_file(Path("gated.onnx"), Path("compressed.onnx"))
+    compress_file("gated.onnx", "compressed.onnx")
 
 Facts come first (`facts`: constants forward, need backward; `sets`: what can only go together), cuts after (`cut`).
 What an operator does to channels stands in one handler a family (`ops`). Needs no torch.

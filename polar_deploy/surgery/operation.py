@@ -72,7 +72,12 @@ def compress(model: onnx.ModelProto, *, verify: bool = True, allow_unverified: b
 
 
 def compress_file(
-    source: Path, target: Path, *, report: Path | None = None, verify: bool = True, allow_unverified: bool = False
+    source: Path | str,
+    target: Path | str,
+    *,
+    report: Path | str | None = None,
+    verify: bool = True,
+    allow_unverified: bool = False,
 ) -> dict[str, Any]:
     """Reads `source`, writes the smaller model to `target` and, if asked, the report; all whole or not at all.
 
@@ -87,6 +92,7 @@ def compress_file(
         ContentError: the model is invalid, the proof failed, or (unless `allow_unverified`) it cannot be made.
         MachineError: ONNX Runtime is not installed and `verify` is set; no space.
     """
+    source, target, report = Path(source), Path(target), Path(report) if report is not None else None
     _check_places(source, target, report)
     before = detached.read(source, check=False)
     with ExitStack() as files:  # they are moved into place at the end, the last one entered first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_a_model_comes_out_of_storage_as_it_went_in() -> None:
 def test_external_data_stays_external(tmp_path: Path) -> None:
     model = _wide()
     _save_external(model, tmp_path / "in.onnx")
-    report = compress_file(tmp_path / "in.onnx", tmp_path / "out" / "out.onnx")
+    places_as_text = (str(tmp_path / "in.onnx"), str(tmp_path / "out" / "out.onnx"))
+    report = compress_file(*places_as_text, report=str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
     assert report["verified"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["out.onnx", "out.onnx.data"]
     shell = onnx.load(tmp_path / "out" / "out.onnx", load_external_data=False)
