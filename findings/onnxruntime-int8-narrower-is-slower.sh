@@ -6,8 +6,8 @@
 #   multiplications are gone, and the network is slower than before. 24 channels take 0.8 times as long.
 # Versions: numpy 2.4.6, onnx 1.23.2, onnxruntime 1.32.0, Python 3.11.
 # For users of polar_deploy: ort-int8 keeps widths that are multiples of 16 by default, and a latency budget by a
-#   device's file counts what others cost. With half of the MACs a ResNet-20 is 1.9 times as fast so, and 0.8 times
-#   with any width (docs/devices.md).
+#   device's file counts what others cost. With half of the MACs a ResNet-20 is 1.7 to 1.9 times as fast so, and 0.8
+#   times with any width (docs/devices.md).
 
 set -euo pipefail
 work=$(mktemp -d)
