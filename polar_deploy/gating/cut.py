@@ -19,7 +19,7 @@ from polar_deploy.errors import ContentError, UsageError, first_line
 from polar_deploy.export import device_of, evaluating, module_of, own_tensors
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, require_float32
-from polar_deploy.gating.places import Calls, argument_of, is_within, result_of, watch
+from polar_deploy.gating.places import Calls, argument_of, is_within, result_of, watch, with_result
 from polar_deploy.gating.rehearsal import noise
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.detached import DetachedModel
@@ -178,7 +178,7 @@ class Absent(nn.Module):
         for name in module._parameters:
             self.register_parameter(name, None)
         self.register_forward_hook(_called)
-        self._results, self._result = calls.results, result
+        self._empty, self._result = calls.empty, result
         self._argument, shape = _first(calls)
         self._asked = [(copy.deepcopy(module).to("meta").eval(), calls)]  # in a list: it is no part of this network
         self._given, self._made = (axis, shape[axis]), made
@@ -190,10 +190,7 @@ class Absent(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **named: Any) -> Any:
         """Zeros [B, ...] like the argument."""
-        zeros = self._zeros(*args, **named)
-        if self._result is None:
-            return zeros
-        return tuple(zeros if at == self._result else None for at in range(self._results or 0))
+        return with_result(self._empty, self._result, self._zeros(*args, **named))
 
     def _zeros(self, *args: Any, **named: Any) -> Tensor:
         x: Tensor = argument_of(args, named, self._argument)

@@ -33,13 +33,13 @@ class Calls:
         outputs: in each call the shapes of the tensors that it gave back, by their positions in a tuple or list; None
             is the position of one that it gave back alone.
         others: what it was given last that is no tensor.
-        results: how many things it gave back last, in a tuple or list; None: one alone.
+        empty: the tuple or list that it gave back last, of nothing but None; None: it gave one thing alone.
     """
 
     inputs: list[dict[int | str, tuple[int, ...] | None]] = field(default_factory=list)
     outputs: list[dict[int | None, tuple[int, ...]]] = field(default_factory=list)
     others: dict[int | str, Any] = field(default_factory=dict)
-    results: int | None = None
+    empty: Any = None
 
 
 def result_of(output: Any, position: int | None) -> Any:
@@ -51,8 +51,12 @@ def with_result(output: Any, position: int | None, result: Tensor) -> Any:
     """What a module gave back, with something else at a position, or alone."""
     if position is None:
         return result
-    values = [*output[:position], result, *output[position + 1 :]]
-    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    return _filled(output, [*output[:position], result, *output[position + 1 :]])
+
+
+def _filled(like: Any, values: list[Any]) -> Any:
+    """Values in a tuple, named tuple or list as another one."""
+    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
 
 
 def argument_of(args: Sequence[Any], kwargs: Mapping[str, Any], key: int | str) -> Any:
@@ -135,7 +139,7 @@ def watch(network: nn.Module, example: Example) -> dict[str, Calls]:
             calls.inputs.append({key: tuple(x.shape) if isinstance(x, Tensor) else None for key, x in given})
             calls.others = {key: x for key, x in given if not isinstance(x, Tensor)}
             several = isinstance(output, (tuple, list))
-            calls.results = len(output) if several else None
+            calls.empty = _filled(output, [None] * len(output)) if several else None
             made = dict(enumerate(output)) if several else {None: output}
             calls.outputs.append({key: tuple(x.shape) for key, x in made.items() if isinstance(x, Tensor)})
 

@@ -80,6 +80,10 @@ def first(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)[0]
 
 
+def shifted(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x).shifted
+
+
 def attending(read: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
     return Branch(nn.MultiheadAttention(16, 2, batch_first=True), read)
 
@@ -96,7 +100,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "attention by keywords": (lambda: attending(by_keywords), "branch", 0),
     "attention to other tokens": (lambda: attending(to_others), "branch", 0),
     "a recurrent layer": (lambda: Branch(nn.LSTM(16, 16, batch_first=True), first), "branch", 0),
-    "a named tuple": (lambda: Branch(Named(), first), "branch", 0),
+    "a named tuple": (lambda: Branch(Named(), shifted), "branch", 0),
     "an encoder": (lambda: encoder(norm_first=False), "layers.0.self_attn", 1),
     "an encoder, norms first": (lambda: encoder(norm_first=True), "layers.0.self_attn", 1),
     "an encoder's other branch": (lambda: encoder(norm_first=True), "layers.1.linear2", 2),
