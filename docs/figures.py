@@ -102,8 +102,8 @@ def floors() -> str:
 
 def _ablation(name: str) -> str:
     found = result(name)
-    floors = {name for each in found["variants"] for name in each["against"]}
-    best = next(each["variant"] for each in found["variants"] if each["variant"] in floors)  # they are in order
+    references = {name for each in found["variants"] for name in each["against"]}
+    best = next(each["variant"] for each in found["variants"] if each["variant"] in references)  # they are in order
     rows = [("full network", f"{found['full']:.2f} %", "", "1", "1", "1")]
     for each in found["variants"]:
         cost, speed = each["cost"], [value for value in each["speedup"] if value]

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +29,7 @@ METHOD = (
     f"total cycles that RKNN.build(verbose=True) lists for each layer, random weights; {REFERENCE} or {AROUND_MANY} "
     "channels around the width that varies, all widths in one graph as branches of a 1 x 1 convolution"
 )
+Table = dict[tuple[str, str, int], float]  # layer, what varies, width -> cycles
 _ROW = re.compile(r"D RKNN: .*\s\d+/\d+/(\d+)\s+\d+\s+Conv:(\S+)")
 
 
@@ -68,7 +70,7 @@ def model() -> onnx.ModelProto:
     return made
 
 
-def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, int], float]:
+def build(platform: str, precision: str, folder: Path) -> Table:
     """Cycles of each layer at each width, from the compiler's log."""
     onnx.save(model(), folder / "model.onnx")
     np.save(folder / "sample.npy", np.random.default_rng(1).normal(size=(1, REFERENCE, SIZE, SIZE)).astype(np.float32))
@@ -81,7 +83,7 @@ def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, i
         done = done or rknn.build(**quantised)
     if done:
         raise SystemExit(f"rknn-toolkit2 could not build for {platform}: {(folder / 'log').read_text()[-2000:]}")
-    found: dict[tuple[str, str, int], float] = {}
+    found: Table = {}
     for line in (folder / "log").read_text(errors="replace").splitlines():
         row = _ROW.search(line)
         if row and row[2].count("/") == 2:
@@ -89,6 +91,20 @@ def build(platform: str, precision: str, folder: Path) -> dict[tuple[str, str, i
             key = layer, varies, int(width.partition("_tile")[0])  # a layer may be split
             found[key] = found.get(key, 0.0) + float(row[1])
     return found
+
+
+def measured(table: Table, width: int, everything: bool) -> Costs:
+    """The cost of each kind of layer at a width."""
+    asked = ("output", "both", "input")
+    return {(layer, varies): cost for (layer, varies, each), cost in table.items() if each == width and varies in asked}
+
+
+def many(table: Table, width: int) -> Costs:
+    """The cost of two layers on few pixels, from and to many channels."""
+    return {
+        (layer, "between"): table[layer, "first", width] + table[layer, "second", width]
+        for layer in ("conv3x3", "conv1x1")
+    }
 
 
 def main(names: list[str]) -> None:
@@ -100,21 +116,7 @@ def main(names: list[str]) -> None:
                 os.chdir(folder)  # where the toolkit leaves files
                 table = build(name, precision, Path(folder))
 
-            def measure(width: int, everything: bool, table: dict[tuple[str, str, int], float] = table) -> Costs:
-                asked = ("output", "both", "input")
-                return {
-                    (layer, varies): cost
-                    for (layer, varies, each), cost in table.items()
-                    if each == width and varies in asked
-                }
-
-            def many(width: int, table: dict[tuple[str, str, int], float] = table) -> Costs:
-                return {
-                    (layer, "between"): table[layer, "first", width] + table[layer, "second", width]
-                    for layer in ("conv3x3", "conv1x1")
-                }
-
-            found += sweeps(measure, precision, many=many)
+            found += sweeps(partial(measured, table), precision, many=partial(many, table))
         source = {
             "kind": "estimate",
             "tool": "rknn-toolkit2",

@@ -97,8 +97,7 @@ class Device(_Frozen):
         for precision in self.precisions:
             if not self.staircase(precision):
                 raise ValueError(f"no costs of 3 x 3 convolutions in {precision}")
-            sides = {each.pixels for each in self.sweeps if (each.precision, each.around) == (precision, REFERENCE)}
-            if len(sides) > 1:
+            if len(sides := self._sides(precision)) > 1:
                 listed = " and ".join(map(str, sorted(sides)))
                 raise ValueError(f"maps of {listed} pixels a side in {precision}: their costs cannot be compared")
         return self
@@ -113,10 +112,13 @@ class Device(_Frozen):
         """Those that were asked."""
         return tuple(dict.fromkeys(sweep.precision for sweep in self.sweeps))
 
-    def pixels(self, precision: Precision) -> int:
-        """Of a map in the sweeps among `REFERENCE` channels."""
-        found = (each for each in self.sweeps if (each.precision, each.around) == (precision, REFERENCE))
-        return next(found).pixels ** 2
+    def map_area(self, precision: Precision) -> int:
+        """Pixels of a map in the sweeps among `REFERENCE` channels."""
+        (side,) = self._sides(precision)
+        return side**2
+
+    def _sides(self, precision: Precision) -> set[int]:
+        return {each.pixels for each in self.sweeps if (each.precision, each.around) == (precision, REFERENCE)}
 
     def nearest(self, precision: str) -> Precision:
         """The precision whose costs stand for `precision`: itself where it was asked, else the file's first."""

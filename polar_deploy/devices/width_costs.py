@@ -130,8 +130,7 @@ class WidthCosts:
         widths = np.array(sweep.widths, float)
         weights = 2 * AROUND_MANY * ELEMENTS[kind] * widths
         elsewhere = self.each(kind) * weights + self.moved(kind) * 2 * (AROUND_MANY + widths)
-        pixels = sweep.pixels**2
-        rest = np.array(sweep.cost) * self.device.pixels(self.precision) - pixels * elsewhere
+        rest = np.array(sweep.cost) * self.device.map_area(self.precision) - sweep.pixels**2 * elsewhere
         return max(0.0, float(rest @ weights / (weights @ weights)))
 
     @property
@@ -145,7 +144,7 @@ class WidthCosts:
         """With how many multiplications a weight of a 3 x 3 convolution costs as much; None where it was not asked."""
         return self.weight("conv3x3") / self.each("conv3x3") if "conv3x3" in self._of_many else None
 
-    @property
+    @cached_property
     def _of_many(self) -> dict[Kind, Sweep]:
         return {sweep.layer: sweep for sweep in self._sweeps if sweep.around == AROUND_MANY}
 

@@ -163,14 +163,11 @@ class Absent(nn.Module):
     Args:
         module: what was removed; asked for shapes alone, on the meta device.
         calls: how it was called in the whole network; its first argument is the tensor whose shape tells that of zeros.
-        axis: of the channels in that.
         made: axis and number of the channels that it gives back from now on; None, inside of a branch: as before.
         result: the position of the zeros in what it gives back; None: they are all.
     """
 
-    def __init__(
-        self, module: nn.Module, calls: Calls, axis: int, made: tuple[int, int] | None, result: int | None
-    ) -> None:
+    def __init__(self, module: nn.Module, calls: Calls, made: tuple[int, int] | None, result: int | None) -> None:
         super().__init__()
         for name, value in vars(module).items():
             if isinstance(value, (bool, int, float, str, tuple)) and name not in vars(self):
@@ -180,6 +177,7 @@ class Absent(nn.Module):
         self.register_forward_hook(_called)
         self._empty, self._result = calls.empty, result
         self._argument, shape = _first(calls)
+        axis = _channel_axis(module, len(shape))
         self._asked = [(copy.deepcopy(module).to("meta").eval(), calls)]  # in a list: it is no part of this network
         self._given, self._made = (axis, shape[axis]), made
         self._known: dict[torch.Size, list[int]] = {}
@@ -280,8 +278,7 @@ def _has_parameters(network: nn.Module, path: str) -> bool:
 def _absent(
     module: nn.Module, path: str, calls: Calls, block: Block | None, analysis: Analysis, opened: Bools
 ) -> Absent:
-    given = _first(calls)[1] if len(calls.inputs) == 1 else ()
-    if not given or not calls.outputs[0]:
+    if len(calls.inputs) != 1 or not _first(calls)[1] or not calls.outputs[0]:
         raise ContentError(
             f"{path} went with its branch, but is no module that is called once with a tensor, and gives one back",
             _DEPLOY,
@@ -291,7 +288,7 @@ def _absent(
         place = analysis.places[block.mask]
         result = place.result if place.module == path else result
         ends = place.axis, int(np.count_nonzero(np.append(opened, True)[block.channels]))  # `NEVER` is the last one
-    return Absent(module, calls, _channel_axis(module, len(given)), ends, result)
+    return Absent(module, calls, ends, result)
 
 
 def _channel_axis(module: nn.Module, rank: int) -> int:

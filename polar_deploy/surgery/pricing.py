@@ -97,15 +97,19 @@ class Pricing:
     def additions(self) -> tuple[Term, ...]:
         """Elements of the sums of computed tensors; one that a block is added in goes with the block."""
         found = []
+        for step, elements in self._working():
+            if self._is_sum(step):
+                axes = self._widths(step)
+                blocks = self._survey.blocks_of(step.node) | self._survey.added_in(step.node)
+                found.append(self._term(Part("additions", elements / math.prod(map(len, axes)), axes, blocks)))
+        return tuple(found)
+
+    def _working(self) -> Iterator[tuple[Step, int]]:
+        """The nodes that multiply or add up, and how much: see `layer_work`."""
         for position, node in enumerate(self._survey.graph.original_nodes):
             step = self._survey.steps.get(id(node))
-            if step is not None and self._is_sum(step) and self._work.get(position):
-                axes = self._widths(step)
-                blocks = self._survey.blocks_of(node) | self._survey.added_in(node)
-                found.append(
-                    self._term(Part("additions", self._work[position] / math.prod(map(len, axes)), axes, blocks))
-                )
-        return tuple(found)
+            if step is not None and self._work.get(position):
+                yield step, self._work[position]
 
     def _parts_of(self, cost: str) -> Iterator[Part]:
         return (part for part in self._parts if part.cost == cost)
@@ -131,14 +135,11 @@ class Pricing:
         return np.where(unit == NEVER, NEVER, self._gate_of[unit])
 
     def _macs(self) -> Iterator[Part]:
-        for position, node in enumerate(self._survey.graph.original_nodes):
-            step = self._survey.steps.get(id(node))
-            if step is not None and node.op not in SUMS and self._work.get(position):
+        for step, macs in self._working():
+            if step.node.op not in SUMS:
                 axes = self._widths(step)
-                products, blocks = math.prod(map(len, axes)), self._survey.blocks_of(node)
-                yield Part(
-                    "macs", self._work[position] / products, axes, blocks, _kernel(step), _weights(step) / products
-                )
+                products, blocks = math.prod(map(len, axes)), self._survey.blocks_of(step.node)
+                yield Part("macs", macs / products, axes, blocks, _kernel(step), _weights(step) / products)
 
     def _params(self) -> Iterator[Part]:
         """The parameters that are left where nothing is closed: surgery folds factors and what is constant."""

@@ -93,7 +93,11 @@ class Survey:
 
     def added_in(self, node: Node) -> frozenset[int]:
         """Indices of the blocks that a sum adds to a shortcut."""
-        return frozenset(index for index, cone in enumerate(self.blocks) if self._way(cone.mask)[1] is node)
+        return frozenset(self._added.get(id(node), ()))
+
+    @cached_property
+    def _added(self) -> dict[int, list[int]]:
+        return self._by_sum(self.blocks)
 
     def channels(self, mask: int) -> Ints | None:
         """Numbers, in the graph, of the channels that a mask lies on; None where surgery cannot follow them."""
@@ -255,10 +259,14 @@ class Survey:
 
     def _sums(self, found: Sequence[Cone]) -> list[tuple[int, ...]]:
         """Blocks (indices) that are added to each other, with nothing else in the sum."""
+        return [tuple(each) for each in self._by_sum(found).values() if len(each) > 1]
+
+    def _by_sum(self, found: Sequence[Cone]) -> dict[int, list[int]]:
+        """Blocks (indices) by the id of the sum that each is added in."""
         added: dict[int, list[int]] = {}
         for index, cone in enumerate(found):
             added.setdefault(id(self._way(cone.mask)[1]), []).append(index)
-        return [tuple(each) for each in added.values() if len(each) > 1]
+        return added
 
     def _vital(self) -> list[frozenset[int]]:
         """More sets of blocks (indices) that cannot all go: without them an output would be the same for all inputs."""
