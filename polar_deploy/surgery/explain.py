@@ -11,6 +11,7 @@ import numpy as np
 
 from polar_deploy.errors import UsageError
 from polar_deploy.surgery import detached, sets
+from polar_deploy.surgery.defaults import without_defaults
 from polar_deploy.surgery.facts import Facts
 from polar_deploy.surgery.graph import Graph
 from polar_deploy.surgery.inline import inlined
@@ -36,7 +37,7 @@ def explain_file(source: Path, name: str) -> list[str]:
     """
     model = detached.read(source)
     model.skeleton.check(str(source))
-    graph = Graph(with_observed(inlined(model)))
+    graph = Graph(with_observed(inlined(without_defaults(model))))
     tensor = _tensor(graph, name, source)
     given = Facts(graph).named(tensor)
     facts, plan = sets.plan(graph)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar_deploy.onnx_files import Array, copy_field, copy_fields, metadata
+from polar_deploy.surgery.defaults import SEPARATE
 from polar_deploy.surgery.detached import (
     ANNOTATIONS,
     DetachedModel,
@@ -319,16 +320,15 @@ class Graph:
             arrays[tensor.name] = values
 
     def _write_inputs(self, graph: onnx.GraphProto) -> None:
-        """Inputs as they were; old models list their initializers among them, those that are left are listed again."""
+        """Inputs as they were; where weights were among them, all that are left are: one alone would be optional."""
         import onnx
 
         constants = self._given.keys()
-        listed = {value.name for value in self.model.graph.input}
+        are_listed = any(value.name in constants for value in self.model.graph.input)
         graph.input.extend(value for value in self.model.graph.input if value.name not in constants)
         graph.input.extend(
             onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            for tensor in graph.initializer
-            if tensor.name in listed or self.model.ir_version < 4
+            for tensor in (graph.initializer if are_listed or self.model.ir_version < SEPARATE else ())
         )
 
     def _name_constants(self) -> None:

@@ -14,6 +14,7 @@ from polar_deploy.errors import ContentError, MachineError, UsageError
 from polar_deploy.onnx_files import data_path
 from polar_deploy.surgery import detached, report, rounds
 from polar_deploy.surgery.count import count
+from polar_deploy.surgery.defaults import with_defaults, without_defaults
 from polar_deploy.surgery.inline import inlined
 from polar_deploy.surgery.observed import with_observed
 from polar_deploy.surgery.runtime import onnx_runtime
@@ -177,20 +178,24 @@ class Operation:
                 return None, report.as_it_is(self.before.model, doubt.what, unproven=True)
 
     def _cut(self) -> tuple[DetachedModel, dict[str, Any]]:
-        seen = with_observed(inlined(self.before))
+        given = without_defaults(self.before)
+        seen = with_observed(inlined(given))
         done = rounds.operate(seen)
-        after = self.before if done[-1].model is seen else done[-1].model
+        after = self.before if done[-1].model is seen else with_defaults(done[-1].model, self.before)
         path = self.write(after)
-        proof = self._prove(after, path) if self.verify else None
-        told = report.build(done, self.before, proof)
+        proof = self._prove(given, after, path) if self.verify else None
+        told = report.build(done, given, proof)
         for each in done:
             each.release()
         return after, told
 
-    def _prove(self, after: DetachedModel, path: Path) -> Proof | str:
-        """The proof, or why there is none, which is an error unless that is allowed or nothing was changed."""
+    def _prove(self, given: DetachedModel, after: DetachedModel, path: Path) -> Proof | str:
+        """The proof, or why there is none, which is an error unless that is allowed or nothing was changed.
+
+        given: the model before, to whose inputs numbers are given, optional ones included.
+        """
         try:
-            return verify(self.before.model, self.source(), path)
+            return verify(given.model, self.source(), path)
         except NotVerifiedError as error:
             if not self.allow_unverified and after is not self.before:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
@@ -143,6 +144,40 @@ def test_initializers_listed_among_the_inputs() -> None:
         "two.weight",
         "two.bias",
     }
+
+
+def test_weights_listed_among_the_inputs_where_they_need_not_be() -> None:
+    """As older exporters write it; the result lists its weights again, so that it can be cut once more."""
+    net = Net()
+    x = net.gate(net.relu(net.conv("input", 4, "one"), "act"), [1], "gate")
+    model = net.model(net.conv(x, 4, "two"))
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    smaller = compress(model).model
+    assert weight(smaller, "one").shape[0] == 3
+    assert {value.name for value in smaller.graph.input} == {"input", *(t.name for t in smaller.graph.initializer)}
+    assert compress(smaller).model == smaller
+
+
+def test_an_input_with_a_default_stays_one_whatever_the_default_is() -> None:
+    net = Net()
+    style = net.constant("style", np.zeros((4, 1, 1), np.float32))
+    x = net.gate(net.relu(net.conv("input", 6, "one"), "act"), [1, 2], "gate")
+    styled = net.node("Mul", [net.conv(x, 4, "two"), style], "styled")
+    net.width["styled"] = 4
+    model = net.model(net.head(styled))
+    model.graph.input.append(helper.make_tensor_value_info(style, 1, [4, 1, 1]))
+    surgery = cut(model)
+    assert surgery.report["verified"]
+    assert weight(surgery.model, "two").shape[:2] == (4, 4)
+    assert not constant(surgery.model, style).any()
+    feeds = {"input": net.random.standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    for given in (feeds, feeds | {style: net.random.standard_normal((4, 1, 1)).astype(np.float32)}):
+        expected, found = (
+            ort.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, given)[0]
+            for each in (model, surgery.model)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nodes_without_names_and_with_the_same_name() -> None:
