@@ -46,3 +46,9 @@ def frozen(array: Array) -> Array:
     """An array that several may share, because nobody can write to it."""
     array.flags.writeable = False
     return array
+
+
+def same_bits(one: Array | None, other: Array | None) -> bool:
+    """Whether two constants hold the same bits, shape and type included."""
+    a, b = np.asarray(one), np.asarray(other)
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())

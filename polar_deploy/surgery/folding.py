@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.ir import Node
 
 MOST = 1 << 24  # elements of constants that are looked at
-FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays computed: the file would grow
+FOLDED_ANYWAY = 1 << 12  # elements; what becomes larger than it was stays computed
 REARRANGING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same elements
 
 # Weights stay quantised, and what is drawn at random is no constant.
@@ -57,7 +57,8 @@ def _is_foldable(graph: Graph, node: Node) -> bool:
         math.prod(dim if isinstance(dim, int) else MOST + 1 for dim in ((None,) if shape is None else shape))
         for shape in shapes
     )
-    return given <= MOST and result <= max(given, FOLDED_ANYWAY)
+    most = MOST if node.op == "Constant" else max(given, FOLDED_ANYWAY)
+    return given <= MOST and result <= most
 
 
 def _evaluate(graph: Graph, node: Node) -> list[Array] | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_deploy.onnx_files import Array, copy_field, copy_fields, metadata
+from polar_deploy.surgery.arrays import same_bits
 from polar_deploy.surgery.defaults import SEPARATE
 from polar_deploy.surgery.detached import (
     ANNOTATIONS,
@@ -18,10 +18,11 @@ from polar_deploy.surgery.detached import (
     names_in_bodies,
 )
 from polar_deploy.surgery.folding import fold
-from polar_deploy.surgery.ir import Node, Tensor, attributes, has_body
+from polar_deploy.surgery.ir import Folded, Node, Tensor, attributes, has_body, labels_of
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.tensor_data import PACKED
 from polar_deploy.surgery.transposes import join_transposes
+from polar_deploy.surgery.unfolding import unfold
 from polar_deploy.surgery.validation import SMALL, array_of, dtype_of, not_inferred, opset_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Graph:
         self._held = set(self._tensors)
         self.inputs = [self._tensor(value.name) for value in model.graph.input if value.name not in self._held]
         self.outputs = [self._tensor(value.name) for value in model.graph.output]
-        named = labels if labels is not None else _labels(model.graph.node)
+        named = labels if labels is not None else labels_of(model.graph.node)
         self._nodes = [self._node(proto, label) for proto, label in zip(model.graph.node, named, strict=True)]
         self.original_nodes = list(self._nodes)  # holds on to removed nodes: they are told apart by id
         self._alive = {id(node) for node in self._nodes}
@@ -63,6 +64,7 @@ class Graph:
         self._originals: dict[str, Tensor] = {}
         self._touched: dict[int, set[str]] = {}
         self._sizes: dict[str, dict[int, int]] = {}  # by tensor and axis, of what was cut and no inference tells
+        self.folded: list[Folded] = []  # in topological order
         self._origins = fold(self)
         if self.follows_heads:
             join_transposes(self)
@@ -229,7 +231,8 @@ class Graph:
         self._alive = alive
         for node in dropped:
             node.clear_inputs()
-            self.is_changed |= node.op != "Constant"
+        held = {id(folded.node) for folded in self.folded}  # of which `to_detached` decides
+        self.is_changed |= any(id(node) not in held for node in dropped)
         return dropped
 
     def to_detached(self) -> DetachedModel:
@@ -240,6 +243,10 @@ class Graph:
         """
         import onnx
 
+        unfold(self)
+        self._nodes = [node for node in self.original_nodes if id(node) in self._alive]
+        stay_folded = (each.node for each in self.folded if not self.contains(each.node))
+        self.is_changed |= any(node.op != "Constant" for node in stay_folded)
         if not self.is_changed:
             return self._detached
         self._name_constants()
@@ -340,7 +347,7 @@ class Graph:
             for node, index in users:
                 if id(node) in alive:
                     own = node.inputs[index]
-                    variant = next((v for v in variants if v is own or _is_same(v, own)), None)
+                    variant = next((v for v in variants if same_bits(v.values, own.values)), None)
                     if variant is None:
                         variants.append(own)
                     elif variant is not own:
@@ -353,9 +360,21 @@ class Graph:
 
     def hold(self, node: Node, values: Sequence[Array]) -> None:
         """Makes constants of a node's results; the node then makes nothing."""
+        self.folded.append(Folded(node, tuple(node.inputs), tuple(node.outputs)))
         for tensor, each in zip([tensor for tensor in node.outputs if tensor.name], values, strict=True):
             tensor.values = each
         node.clear_outputs()
+
+    def unfold(self, folded: Folded, readers: Sequence[tuple[Node, int]]) -> None:
+        """Takes `hold` back, when unused nodes are dropped; `readers`, at these inputs, read what the node makes."""
+        folded.node.restore(folded.inputs, folded.outputs)
+        made = {tensor.name: tensor for tensor in folded.outputs}
+        for reader, index in readers:
+            reader.set_input(index, made[reader.inputs[index].name])
+        for name, tensor in made.items():
+            tensor.values = None
+            self._edited.pop(name, None)
+        self._alive.add(id(folded.node))
 
     def stand_for(self, node: Node, before: Node, after: Node, name: str, value: object) -> None:
         """Makes `node`, with another attribute, do what `before`, it and `after` did one behind the other."""
@@ -370,21 +389,6 @@ def _given(tensor: onnx.TensorProto, detached: DetachedModel) -> Array:
     """The values of an initializer."""
     values = detached.arrays.get(tensor.name)
     return array_of(tensor) if values is None else values
-
-
-def _labels(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    called = [node.name for node in nodes]
-    names = Counter(called)
-    return [
-        name if name and names[name] == 1 else next(iter(node.output), node.op_type)
-        for name, node in zip(called, nodes, strict=True)
-    ]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two constants hold the same bits."""
-    a, b = np.asarray(one.values), np.asarray(other.values)
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _free_name(name: str, taken: set[str]) -> str:

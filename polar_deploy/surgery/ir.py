@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import onnx
 
     from polar_deploy.surgery.detached import Array
@@ -80,11 +83,37 @@ class Node:
         while self.outputs:
             self.drop_output(-1)
 
+    def restore(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+        """Makes the node, which has neither, read and make tensors again."""
+        for tensor in inputs:
+            self.add_input(tensor)
+        for tensor in outputs:
+            self.outputs.append(tensor)
+            tensor.inputs.append(self)
+
     def set_output(self, index: int, tensor: Tensor) -> None:
         """Makes the node write to another tensor, which no other one makes."""
         self.outputs[index].inputs.remove(self)
         self.outputs[index] = tensor
         tensor.inputs.append(self)
+
+
+class Folded(NamedTuple):
+    """A node whose results are held as constants instead, with what it read and made."""
+
+    node: Node
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def labels_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """What reports call nodes: their names where these are unique, else their first outputs."""
+    called = [node.name for node in nodes]
+    names = Counter(called)
+    return [
+        name if name and names[name] == 1 else next(iter(node.output), node.op_type)
+        for name, node in zip(called, nodes, strict=True)
+    ]
 
 
 def has_body(proto: onnx.NodeProto) -> bool:

@@ -262,6 +262,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     for key in ("macs", "params") if report["macs"] else ():
         was, now = report[key]
         tell(f"{key}: {was:,} → {now:,} ({now / was if was else 1:.1%})")
+    if report["params"][1] > report["params"][0]:
+        tell(
+            "more parameters than before: weights that several nodes share, or that are stored in a compressed form, "
+            "are cut in different ways or scaled"
+        )
     if report["as_it_is"]:
         tell(f"the model is as it was: {report['as_it_is']}")
         return
@@ -301,8 +306,10 @@ def _pair(pair: list[int]) -> str:
 
 
 def _left(pair: list[int]) -> str:
-    """A large number and what is left of it."""
+    """A large number and what is left of it; more than 0 becomes of 0 where a shared weight is cut for each reader."""
     was, now = pair
+    if not was and now:
+        return _pair(pair)
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if was >= size:
             return f"{was / size:.3g} {unit}" + (f" {now / was:4.0%}" if now != was else " " * 5)
