@@ -169,6 +169,11 @@ class Step(Generic[PlanT_co]):
             raise Unsupported("the channels of its input are not known")
         return channels
 
+    def along(self, index: int, axis: int) -> Channels | None:
+        """Channels of an input that lie on `axis` alone; None where nothing is known about those."""
+        channels = self.inputs[index]
+        return channels if channels is not None and channels.axes == (axis,) else None
+
     def rank(self, index: int = 0) -> int:
         """The rank of an input. Raises Unsupported."""
         shape = self.graph.shape(self.original[index])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from polar_deploy.surgery.facts import Bools, Channels, Floats, Ints, Link, Step
     from polar_deploy.surgery.quantization import Weight
 
+OTHER_AXIS, WHOLE = "it mixes another axis than that of the channels", "it is read as a whole"
+
 
 @dataclass(eq=False, slots=True)
 class MixingWeights:
@@ -220,8 +222,7 @@ class Mixing(Operator[Plan]):
 
     def source(self, step: Step) -> Channels | None:
         """The channels that are mixed; None where nothing is known about them."""
-        source = step.inputs[self.data(step)]
-        return source if source is not None and source.axes == (self.input_axis(step),) else None
+        return step.along(self.data(step), self.input_axis(step))
 
     def constants(self, step: Step[Plan]) -> None:
         plan, target = step.plan, step.output
@@ -260,8 +261,7 @@ class Mixing(Operator[Plan]):
             added = plan.addend is not None and channels is plan.addend.source
             if channels is not None and channels is not source and not added:
                 mixed = index == self.data(step)
-                reason = "it mixes another axis than that of the channels" if mixed else "it is read as a whole"
-                channels.pin(step.note(reason))
+                channels.pin(step.note(OTHER_AXIS if mixed else WHOLE))
         if (link := plan.addend) is not None:
             link.source.needed[link.out_of[target.needed[link.into]]] = True
         if source is None:

@@ -5,6 +5,8 @@ Hidden units go that nobody reads, neither behind the layer nor at its next step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import pytest
@@ -142,6 +144,58 @@ def test_hidden_units_that_nobody_needs_go(kind: str, directions: int, dead: str
     np.testing.assert_array_equal(weight(surgery.model, "tested", 2), weight(model, "tested", 2)[:, rows][..., LEFT])
 
 
+def _on_input(kind: str, shape: Sequence[int | str], *, directions: int = 1, turned: bool = False) -> onnx.ModelProto:
+    """The units DEAD of a layer are closed behind it; it reads the input, [steps, batch, 6] or `turned` to that."""
+    net = Net()
+    net.inputs = [onnx.helper.make_tensor_value_info("input", 1, shape)]
+    gates = KINDS[kind] * HIDDEN
+    x = net.node("Transpose", ["input"], "steps", perm=[1, 0, 2]) if turned else "input"
+    recurrence = _normal(net, directions, gates, HIDDEN)
+    recurrence[..., DEAD] = 0
+    weights = {"w": _normal(net, directions, gates, 6), "r": recurrence, "b": _normal(net, directions, 2 * gates)}
+    inputs = [x, *(net.constant(name, values) for name, values in weights.items())]
+    way = {"direction": "bidirectional"} if directions == 2 else {}
+    net.nodes.append(onnx.helper.make_node(kind, inputs, ["y"], name="tested", hidden_size=HIDDEN, **way))
+    x = net.node("ReduceMean", ["y"], "mean", axes=[0], keepdims=0)  # [directions, batch, hidden]
+    x = net.node("Flatten", [net.node("Transpose", [x], "turn", perm=[1, 0, 2])], "flat")
+    net.width["flat"] = directions * HIDDEN
+    x = net.gate(x, [turn * HIDDEN + unit for turn in range(directions) for unit in DEAD], "gate", shape="1c")
+    return net.model(net.gemm(x, directions * HIDDEN, 4, "logits"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("turned", [False, True], ids=["steps first", "batch first"])
+@pytest.mark.parametrize(("steps", "batch"), [("steps", "batch"), (4, "batch"), ("steps", 3), (4, 3)])
+def test_hidden_units_of_a_layer_that_reads_an_input_go(
+    kind: str, directions: int, turned: bool, steps: int | str, batch: int | str
+) -> None:
+    model = _on_input(kind, (batch, steps, 6) if turned else (steps, batch, 6), directions=directions, turned=turned)
+    surgery = cut(model)
+    assert _sizes(surgery.model) == (3, 3, 3 * directions)
+    rows = [gate * HIDDEN + unit for gate in range(KINDS[kind]) for unit in LEFT]
+    np.testing.assert_array_equal(weight(surgery.model, "tested"), weight(model, "tested")[:, rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_on_the_axis_of_the_batch_stay(kind: str) -> None:
+    """Columns of an image are the inputs, its channels the batch, and images the steps."""
+    net = Net(size=4)
+    x = net.gate(net.conv("input", 6, "one"), CLOSED, "gate")
+    x = net.node("ReduceMean", [x], "columns", axes=[2], keepdims=0)
+    recurrence = _normal(net, 1, KINDS[kind] * HIDDEN, HIDDEN)
+    recurrence[..., DEAD] = 0
+    inputs = [x, net.constant("w", _normal(net, 1, KINDS[kind] * HIDDEN, 4)), net.constant("r", recurrence)]
+    net.nodes.append(onnx.helper.make_node(kind, inputs, ["y"], name="tested", hidden_size=HIDDEN))
+    x = net.node("ReduceMean", ["y"], "mean", axes=[1, 2], keepdims=0)  # [images, hidden]
+    net.width["mean"] = HIDDEN
+    surgery = cut(net.model(net.gemm(net.gate(x, DEAD, "units", shape="1c"), HIDDEN, 4, "logits")))
+    assert _sizes(surgery.model) == (3, 3, 3)
+    assert weight(surgery.model, "one").shape[0] == 6
+    reasons = {entry["reason"] for entry in surgery.report["cuts_not_made"]}
+    assert reasons == {"it mixes another axis than that of the channels"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_unit_that_a_living_one_reads_stays(kind: str) -> None:
     """Unit 1 is read by unit 0 at the next step, unit 3 by nobody."""
@@ -182,6 +236,26 @@ def test_states_that_are_computed_zeros_are_left_out(kind: str, start: float, le
     assert _sizes(surgery.model) == (left, left, 2 * left)
     operators = {node.op_type for node in surgery.model.graph.node}
     assert ("Expand" in operators) is (start != 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_that_are_expanded_to_their_own_size_are_left_out(kind: str) -> None:
+    """PyTorch writes them so for a batch of fixed size."""
+    model = _on_input(kind, (4, 2, 6))
+    graph, net = model.graph, Net()
+    batch = net.node("Shape", ["input"], "batch", start=1, end=2)
+    parts = [net.constant(name, np.array([size])) for name, size in (("layers", 1), ("units", HIDDEN))]
+    size = net.node("Concat", [parts[0], batch, parts[1]], "size", axis=0)
+    net.node("Expand", [net.constant("zeros", np.zeros((1, 2, HIDDEN), np.float32)), size], "state")
+    graph.initializer.extend(net.constants)
+    layer = next(node for node in graph.node if node.name == "tested")
+    layer.input.extend(["", "state", "state"] if kind == "LSTM" else ["", "state"])
+    nodes = [*net.nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    surgery = cut(model)
+    assert _sizes(surgery.model) == (3, 3, 3)
+    assert "Expand" not in {node.op_type for node in surgery.model.graph.node}
 
 
 def test_states_and_peepholes_are_cut() -> None:

@@ -31,7 +31,7 @@ class Expand(ShapeDriven[ShapeInput]):
         given = held.shape if held is not None else step.graph.shape(step.original[0]) or ()
         before = (*(1,) * (len(after) - len(given)), *given)
         if held is not None:
-            target = step.create(_wide(before, after))
+            target = step.create(_wide(held, before, after))
         else:
             target = self._join(step, step.require(), len(after) - len(given))
         step.plan = ShapeInput()
@@ -105,15 +105,16 @@ class Expand(ShapeDriven[ShapeInput]):
                     step.graph.set_constant(step.node, 0, held.take(target.keep(axis), axis=own))
 
 
-def _wide(shape: Shape, after: Shape) -> tuple[int, ...]:
+def _wide(held: Array, shape: Shape, after: Shape) -> tuple[int, ...]:
     """Where the channels of a constant lie that is repeated to the shape `after`: where it has an extent.
 
-    If it has none, on axis 1, or the last one where the size of that is not fixed. Raises Unsupported.
+    If it has none, or several and one number everywhere: on axis 1, or the last one where the size of that is not
+    fixed. Raises Unsupported.
     """
     wide = tuple(axis for axis, dim in enumerate(shape) if dim != 1)
-    if len(wide) > 1 or len(shape) < 2:
+    if len(shape) < 2 or (len(wide) > 1 and not (held == held.ravel()[:1]).all()):
         raise Unsupported("the channels of its input are not known")
-    return wide or ((1,) if isinstance(after[1], int) else (len(after) - 1,))
+    return wide if len(wide) == 1 else ((1,) if isinstance(after[1], int) else (len(after) - 1,))
 
 
 def _cut_shape(asked: Array, step: Step, target: Channels) -> Array:

@@ -15,7 +15,8 @@ import numpy as np
 
 from polar_deploy.surgery.arrays import all_of, any_of, every
 from polar_deploy.surgery.dtype_limits import fits
-from polar_deploy.surgery.facts import Link, Unsupported
+from polar_deploy.surgery.facts import Link
+from polar_deploy.surgery.mixing import OTHER_AXIS, WHOLE
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
@@ -77,11 +78,9 @@ class Recurrent(Operator[Cells]):
     """Handler of a recurrent layer. Its plan is a `Cells`."""
 
     def couple(self, step: Step[Cells]) -> None:
-        source, axis, attrs = step.require(INPUT), step.rank() - 1, step.node.attrs
-        if source.axes != (axis,):
-            raise Unsupported("it mixes another axis than that of the channels")
+        source, attrs = self.source(step), step.node.attrs
         weight, recurrence = step.parameter(WEIGHT, "weight"), step.parameter(RECURRENCE, "weight")
-        if weight.shape[-1] != len(source):
+        if source is not None and weight.shape[-1] != len(source):
             raise ValueError(f"it reads {len(source)} channels with {weight.shape}")
         for index, what in ((BIAS, "bias"), (PEEPHOLES, "peephole weight")):
             if step.has(index):
@@ -95,6 +94,10 @@ class Recurrent(Operator[Cells]):
         for output, tensor in enumerate(step.made):
             if tensor.name and (tensor.outputs or not step.graph.is_private(tensor.name)):
                 self._open(step, cells, output)
+
+    def source(self, step: Step) -> Channels | None:
+        """The channels that the layer reads; None where nothing is known about them."""
+        return step.along(INPUT, step.rank() - 1)
 
     def _open(self, step: Step, cells: Cells, output: int) -> None:
         """Opens the facts about an output: [steps, directions, batch, hidden], the last two have no steps."""
@@ -123,7 +126,11 @@ class Recurrent(Operator[Cells]):
             target.nonnegative = zero.ravel().copy()
 
     def _absorb(self, step: Step, cells: Cells) -> None:
-        source, weight = step.require(INPUT), step.parameter(WEIGHT, "weight")
+        source, weight = self.source(step), step.parameter(WEIGHT, "weight")
+        if source is None:
+            cells.absorbed = np.zeros(weight.shape[-1], bool)
+            cells.moved = np.zeros(weight.shape[:2])
+            return
         cells.absorbed = source.constant.copy()
         cells.moved = weight[..., cells.absorbed].astype(np.float64) @ source.value[cells.absorbed]
         if not fits(cells.moved, weight.dtype).all():
@@ -161,7 +168,7 @@ class Recurrent(Operator[Cells]):
         return all(values is not None and not any_of(values != 0) for values in starts)
 
     def need(self, step: Step[Cells]) -> None:
-        cells, source = step.plan, step.require(INPUT)
+        cells, source = step.plan, self.source(step)
         wanted = np.full(cells.zero.shape, cells.fixed)
         for target in cells.results:
             wanted = wanted | target.needed.reshape(wanted.shape)
@@ -179,18 +186,19 @@ class Recurrent(Operator[Cells]):
             target.needed |= wanted.ravel()
             if cells.fixed:
                 target.pin(step.note(MIXED))
-        read = cells.of_units(step.parameter(WEIGHT, "weight"))[np.nonzero(wanted)[0], :, np.nonzero(wanted)[1]]
-        source.needed |= read.any(axis=(0, 1)) & ~cells.absorbed
+        if source is not None:
+            read = cells.of_units(step.parameter(WEIGHT, "weight"))[np.nonzero(wanted)[0], :, np.nonzero(wanted)[1]]
+            source.needed |= read.any(axis=(0, 1)) & ~cells.absorbed
         for index, channels in enumerate(step.inputs):
             if index in cells.zeros and channels is not None:
                 step.replaced[index] = np.zeros(len(channels))
-            elif index != INPUT and channels is not None:
-                channels.pin(step.note("it is read as a whole"))
+            elif channels is not None and channels is not source:
+                channels.pin(step.note(OTHER_AXIS if index == INPUT else WHOLE))
 
     def retain(self, step: Step[Cells]) -> list[Retained]:
-        source, cells = step.require(INPUT), step.plan
+        source, cells = self.source(step), step.plan
         found = []
-        if source.is_removed:
+        if source is not None and source.is_removed:
             found.append(Retained(source, np.zeros(1, np.int64), "an operator must keep one input channel"))
         for target in cells.results:
             kept = target.kept.reshape(cells.zero.shape)
@@ -200,7 +208,7 @@ class Recurrent(Operator[Cells]):
         return found
 
     def slice(self, step: Step[Cells]) -> None:
-        source, cells, weight = step.require(INPUT), step.plan, step.parameter(WEIGHT, "weight")
+        source, cells, weight = self.source(step), step.plan, step.parameter(WEIGHT, "weight")
         units: Bools = np.ones(cells.hidden, bool)
         for target in cells.results:
             units = np.any(target.kept.reshape(cells.zero.shape), axis=0)
@@ -209,7 +217,8 @@ class Recurrent(Operator[Cells]):
         bias = np.zeros((cells.directions, 2 * weight.shape[1])) if held is None else held.astype(np.float64)
         bias[:, : weight.shape[1]] += cells.moved
         emptied = np.where(cells.absorbed, np.zeros((), weight.dtype), weight)
-        self._write(step, WEIGHT, weight, emptied, idle, units, source.kept)
+        columns = None if source is None else source.kept
+        self._write(step, WEIGHT, weight, emptied, idle, units, columns)
         recurrence = step.parameter(RECURRENCE, "weight")
         self._write(step, RECURRENCE, recurrence, recurrence, idle, units, units)
         if held is not None or cells.moved.any():
