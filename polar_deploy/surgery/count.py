@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from polar_deploy.onnx_files import attribute_value
 from polar_deploy.surgery.inference import Skeleton
+from polar_deploy.surgery.ops.einsum import REST, parse
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import MICROSOFT, STANDARD
 
@@ -229,15 +230,10 @@ def _einsum(node: onnx.NodeProto, shapes: Sequence[tuple[int, ...] | None]) -> t
     """The same of an Einsum: two inputs at a time from the left, each pair over all indices that stay or are summed.
 
     A pair that sums over no common index multiplies element by element, which does not count. Dots are not followed.
-    Where the equation tells no result, what is not summed is what it names once.
     """
-    equation = attribute_value(node, "equation", b"").decode().replace(" ", "")
-    left, arrow, result = equation.partition("->")
-    if not arrow:
-        result = "".join(letter for letter, times in Counter(left).items() if times == 1)
-    terms = left.split(",")
+    terms, result = parse(attribute_value(node, "equation", b"").decode())
     known = [shape for shape in shapes if shape is not None]
-    if "." in equation or list(map(len, terms)) != list(map(len, known)):
+    if REST in "".join(terms) or list(map(len, terms)) != list(map(len, known)):
         return 0, (0, 0)
     size = dict(zip("".join(terms), itertools.chain(*known), strict=True))
     macs, made, width = 0, set(terms[0]), (0, 0)

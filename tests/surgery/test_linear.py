@@ -476,6 +476,27 @@ def test_einsum_with_dots() -> None:
     assert weight(surgery.model, "tested").shape == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ("equation", "axis"),
+    [("bic,co", 2), ("zic,co", 1), ("icz,ca", 0), ("...c,co", 2), ("c...,ca", 2), ("z...c,co", 1)],
+)
+def test_einsum_without_a_result_sorts_what_stands_once(equation: str, axis: int) -> None:
+    """Six channels come in, and five go out, on `axis`, where a gate closes two."""
+    net, letters = Net(), equation.partition(",")[0].replace("...", "-" if "z" in equation else "--")
+    sizes: dict[str, int | str] = {"c": 6, "b": "batch", "z": "batch"}
+    net.inputs = [onnx.helper.make_tensor_value_info("input", 1, [sizes.get(letter, 4) for letter in letters])]
+    matrix = net.random.standard_normal((6, 5)).astype(np.float32)
+    factor = np.array([0, 1, 1, 0, 1], np.float32).reshape([-1, *[1] * (2 - axis)])
+    x = net.node("Einsum", ["input", net.constant("matrix", matrix)], "tested", equation=equation)
+    x = net.node("Mul", [x, net.constant("factor", factor)], "gate")
+    x = net.node("Transpose", [x], "last", perm=[*(i for i in range(3) if i != axis), axis])
+    net.linear(x, 5, 3, "y")
+    model = net.model("y.sum", ranks=[3])
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model.graph.output[0].CopyFrom(onnx.shape_inference.infer_shapes(model).graph.output[0])
+    np.testing.assert_array_equal(weight(cut(model).model, "tested"), matrix[:, [1, 2, 4]])
+
+
 @pytest.mark.parametrize("equation", ["nchw,co->no", "nchw,cn->nhw", "nchw,ch->nw"])
 def test_einsum_that_is_something_else(equation: str) -> None:
     net = Net()

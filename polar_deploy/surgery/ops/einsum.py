@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,23 +41,18 @@ class Einsum(Mixing):
     bias_input = None
 
     def couple(self, step: Step[Plan]) -> None:
-        terms, result = self.equation(step)
-        if result is None or len(terms) != 2 or any(is_stored(step, index) for index in (0, 1)):
+        terms, result = parse(step.node.attrs["equation"])
+        if len(terms) != 2 or any(is_stored(step, index) for index in (0, 1)):
             super().couple(step)
         elif REST in "".join(terms) or any(len(set(term)) < len(term) for term in (*terms, result)):
             raise Unsupported(NOT_FOLLOWED)
         else:
             follow(step, terms[0], terms[1], result)
 
-    def equation(self, step: Step) -> tuple[list[str], str | None]:
-        """The terms of the inputs, and of the result where it is given."""
-        left, arrow, result = step.node.attrs["equation"].replace(" ", "").partition("->")
-        return left.split(","), result if arrow else None
-
     def product(self, step: Step) -> Product:
         """What the equation says. Raises Unsupported where it is another one."""
-        terms, result = self.equation(step)
-        if result is None or len(terms) != 2 or len(step.node.inputs) != 2:
+        terms, result = parse(step.node.attrs["equation"])
+        if len(terms) != 2 or len(step.node.inputs) != 2:
             raise Unsupported("its equation is no product of two tensors")
         matrix = next((index for index in (1, 0) if is_stored(step, index)), None)
         if matrix is None:
@@ -108,6 +104,17 @@ class Einsum(Mixing):
             rows = trim.weight[0, :, :, 0]
             values = rows.T if self.product(step).by_column else rows
             self.matrix(step).write(step.graph, values, trim.kept)
+
+
+def parse(equation: str) -> tuple[list[str], str]:
+    """The terms of the inputs, and that of the result: where it is left out, the dots and what stands once, sorted."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        times = Counter("".join(terms).replace(REST, ""))
+        dots = REST if REST in left else ""
+        result = dots + "".join(sorted(letter for letter in times if times[letter] == 1))
+    return terms, result
 
 
 def _axis(term: str, letter: str, rank: int) -> int:
