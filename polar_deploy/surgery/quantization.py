@@ -14,8 +14,11 @@ import numpy as np
 from polar_deploy.surgery.arrays import all_of, frozen
 from polar_deploy.surgery.dtype_limits import is_whole
 from polar_deploy.surgery.facts import Unsupported
+from polar_deploy.surgery.standins import MICROSOFT, STANDARD
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_deploy.surgery.detached import Array
     from polar_deploy.surgery.facts import Bools, Floats, Step
     from polar_deploy.surgery.graph import Graph
@@ -116,7 +119,8 @@ def smallest(dtype: np.dtype[Any]) -> float:
 class Weight:
     """A constant of a layer as the model stores it, be it at the layer itself or before a DequantizeLinear.
 
-    values: what is stored, at input `index` of `node`.
+    values: what the layer reads, stored at input `index` of `node`.
+    order: where the axes of `values` are stored, of what a Transpose turns before the layer; None: as they are.
     scale, zero: [1] or [outputs]: the numbers are `(values - zero) * scale`; zero in the type of `values`.
     vectors: (node, input) of every scale and zero point with an entry an output.
     plain: the numbers are stored as they are.
@@ -129,6 +133,7 @@ class Weight:
     zero: Array
     vectors: tuple[tuple[Node, int], ...] = ()
     plain: bool = True
+    order: Sequence[int] | None = None
 
     @property
     def unsure(self) -> str | None:
@@ -145,7 +150,8 @@ class Weight:
     def write(self, graph: Graph, values: Array | None, kept: Bools) -> None:
         """Stores other values for the outputs that are `kept`; None: they stay."""
         if values is not None:
-            graph.set_constant(self.node, self.index, values)
+            stored = values if self.order is None else values.transpose(np.argsort(self.order))
+            graph.set_constant(self.node, self.index, stored)
         for node, index in self.vectors if not all_of(kept) else ():
             old = graph.constant(node, index)
             assert old is not None
@@ -161,19 +167,21 @@ def weight(step: Step, index: int, what: str, axis: int = 0) -> Weight:
     graph, values = step.graph, step.constant(index)
     if values is not None:
         return Weight(step.node, index, values, ONE, _nothing(values.dtype))
-    node = _dequantize(step.node.inputs[index])
+    turn, node = _makers(step.node.inputs[index])
     values = None if node is None else graph.constant(node, INPUT)
     if node is None or values is None:
         raise Unsupported(f"its {what} is {step.node.origin(index)}")
-    result = node.outputs[0]
-    if len(result.outputs) != 1 or not graph.is_private(result.name):
+    results = [maker.outputs[0] for maker in (node, turn) if maker is not None]
+    if any(len(result.outputs) != 1 or not graph.is_private(result.name) for result in results):
         raise Unsupported(f"its dequantised {what} is shared")
     rank = max(values.ndim, 1)
+    order = None if turn is None else turn.attrs.get("perm") or range(values.ndim)[::-1]
     found = scheme(graph, node, SCALE, ZERO, node.attrs.get("axis", 1) % rank, values.dtype)
-    if found.axis not in (None, axis % rank):
+    if found.axis not in (None, axis % rank if order is None else order[axis]):
         raise Unsupported(f"its {what} is quantised along another axis than that of its outputs")
     vectors = tuple((node, vector) for vector in found.vectors)
-    return Weight(node, INPUT, values, found.scale, found.zero, vectors, plain=False)
+    values = values if order is None else values.transpose(order)
+    return Weight(node, INPUT, values, found.scale, found.zero, vectors, plain=False, order=order)
 
 
 @cache
@@ -184,12 +192,18 @@ def _nothing(dtype: np.dtype[Any]) -> Array:
 
 def is_stored(step: Step, index: int) -> bool:
     """Whether an input is a constant, be it a quantised one."""
-    node = _dequantize(step.node.inputs[index])
+    _, node = _makers(step.node.inputs[index])
     return step.constant(index) is not None or (node is not None and step.graph.constant(node, INPUT) is not None)
 
 
-def _dequantize(tensor: Tensor) -> Node | None:
-    """The DequantizeLinear that makes a tensor."""
-    maker = tensor.inputs[0] if tensor.inputs else None
-    known = maker is not None and maker.op == "DequantizeLinear" and maker.domain in ("", "ai.onnx", "com.microsoft")
-    return maker if known else None
+def _makers(tensor: Tensor) -> tuple[Node | None, Node | None]:
+    """The Transpose, if there is one, and the DequantizeLinear before it that make a tensor."""
+    maker = _maker(tensor)
+    turn = maker if maker is not None and maker.op == "Transpose" and maker.domain in STANDARD else None
+    node = maker if turn is None else _maker(turn.inputs[0])
+    known = node is not None and node.op == "DequantizeLinear" and node.domain in (*STANDARD, MICROSOFT)
+    return turn, node if known else None
+
+
+def _maker(tensor: Tensor) -> Node | None:
+    return tensor.inputs[0] if tensor.inputs else None

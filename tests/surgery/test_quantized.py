@@ -272,6 +272,74 @@ def test_quantized_weights_are_cut(kind: str, along: str) -> None:
     assert operators(surgery.model)["DequantizeLinear"] == 1
 
 
+def turned(model: onnx.ModelProto, *, told: bool = True) -> list[int]:
+    """Stores the weight of a `quantized_layer` in another order of axes, behind a Transpose, and returns that.
+
+    told: the last axis is stored first; else axes are reversed, which a Transpose does that is told nothing.
+    """
+    held = next(tensor for tensor in model.graph.initializer if tensor.name == "w.stored")
+    values, dequantize = constant(model, "w.stored"), next(node for node in model.graph.node if node.name == "w.dq")
+    rank = values.ndim
+    order = [*range(1, rank), 0] if told else [*range(rank)][::-1]  # where each axis of the weight is stored
+    held.CopyFrom(onnx.numpy_helper.from_array(values.transpose(np.argsort(order)).copy(), "w.stored"))
+    for attribute in dequantize.attribute:
+        attribute.i = order[attribute.i]
+    layer = next(node for node in model.graph.node if node.name == "two")
+    layer.input[1] = "w.turned"
+    node = helper.make_node("Transpose", ["w.dq"], ["w.turned"], "w.turned", **({"perm": order} if told else {}))
+    model.graph.node.insert(list(model.graph.node).index(layer), node)
+    return order
+
+
+@pytest.mark.parametrize("along", ["tensor", "outputs"])
+@pytest.mark.parametrize("told", [True, False], ids=["perm", "reversed"])
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_quantized_weights_behind_a_transpose_are_cut(kind: str, told: bool, along: str) -> None:
+    """As NVIDIA's toolkits write nn.Linear."""
+    _, _, into, out, _ = LAYERS[kind]
+    model = quantized_layer(kind, out if along == "outputs" else None)
+    rows, weights = [0, 1, 3], constant(model, "w.stored")
+    order = turned(model, told=told)
+    surgery = cut(model)
+    expected = weights.take(OPEN, axis=into).take(rows, axis=out).transpose(np.argsort(order))
+    np.testing.assert_array_equal(constant(surgery.model, "w.stored"), expected)
+    for part in ("w.scale", "w.zero"):
+        before = constant(model, part)
+        np.testing.assert_array_equal(constant(surgery.model, part), before[rows] if before.ndim else before)
+    assert weight(surgery.model, "one").shape[0] == 4
+    assert surgery.report["unsupported"] == surgery.report["cuts_not_made"] == []
+    assert operators(surgery.model)["Transpose"] == 1
+
+
+@pytest.mark.parametrize("kind", ["Gemm", "Gemm transB", "MatMul"])
+def test_a_constant_before_a_quantized_weight_behind_a_transpose(kind: str) -> None:
+    """It moves into the bias where there is one; the oracle looks at the rest."""
+    model = quantized_layer(kind, LAYERS[kind][3], value=0.5)
+    turned(model)
+    assert weight(cut(model).model, "one").shape[0] == (6 if kind == "MatMul" else 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("another axis", "its weight is quantised along another axis than that of its outputs"),
+        ("two readers", "its dequantised weight is shared"),
+        ("two turned", "its dequantised weight is shared"),
+    ],
+)
+def test_walls_of_weights_behind_a_transpose(change: str, reason: str) -> None:
+    model = quantized_layer("MatMul", 0 if change == "another axis" else 1)
+    turned(model)
+    if change != "another axis":
+        read = "w.dq" if change == "two readers" else "w.turned"
+        model.graph.node.append(helper.make_node("Identity", [read], ["weights"], "weights"))
+        shape = (4, 6) if change == "two readers" else (6, 4)
+        model.graph.output.append(helper.make_tensor_value_info("weights", 1, shape))
+    surgery = cut(model)
+    assert weight(surgery.model, "one").shape[0] == 6
+    assert {"node": "two", "operator": "MatMul", "reason": reason} in surgery.report["unsupported"]
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
 def test_types_of_weights(dtype: Any) -> None:
     if dtype == np.uint8:

@@ -11,6 +11,7 @@ from polar_deploy.surgery import reshape_channels
 from polar_deploy.surgery.facts import Unsupported
 from polar_deploy.surgery.operator import Operator, PlanT, Retained
 from polar_deploy.surgery.ops.extent import ShapeDriven, ShapeInput
+from polar_deploy.surgery.quantization import is_stored
 from polar_deploy.surgery.shape_origin import Size, is_fixed, trace
 
 if TYPE_CHECKING:
@@ -232,9 +233,11 @@ class Squeeze(Regroup):
 
 
 class Transpose(Operator):
-    """Transpose: the channels' axes move."""
+    """Transpose: the channels' axes move. Layers cut the quantised weights that it turns themselves."""
 
     def couple(self, step: Step) -> None:
+        if step.inputs[0] is None and is_stored(step, 0):
+            return
         source = step.require()
         rank = len(step.graph.shape(step.original[0]) or ())
         order = step.node.attrs.get("perm") or list(range(rank))[::-1]
@@ -244,7 +247,7 @@ class Transpose(Operator):
         step.link(source, target, numbers, np.arange(len(target)))
 
     def through(self, step: Step) -> int | None:
-        return 0 if len(step.output.axes) == 1 else None
+        return 0 if step.outputs and len(step.output.axes) == 1 else None
 
 
 HANDLERS: dict[str, Operator] = {
