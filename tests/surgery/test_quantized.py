@@ -340,6 +340,20 @@ def test_walls_of_weights_behind_a_transpose(change: str, reason: str) -> None:
     assert {"node": "two", "operator": "MatMul", "reason": reason} in surgery.report["unsupported"]
 
 
+def test_a_sum_with_a_quantised_constant_behind_a_transpose() -> None:
+    """It is no weight: the channels that it is added to stay, and the gate behind folds all the same."""
+    net = Net()
+    net.inputs = [onnx.helper.make_tensor_value_info("input", 1, ["batch", 8, 5])]
+    held = net.node("Transpose", [stored(net, "w", (6, 8))], "turned", perm=[1, 0])
+    x = net.node("Add", [net.linear("input", 5, 6, "one"), held], "sum")
+    gate = net.constant("factor", np.array([1, 0, 1, 1, 0, 1], np.float32))
+    net.linear(net.node("Mul", [x, gate], "gate"), 6, 3, "two")
+    net.width["two.sum"] = 8
+    surgery = cut(net.model("two.sum", ranks=[3]))
+    assert "gate" not in names(surgery.model)
+    assert weight(surgery.model, "one").shape == (5, 6)
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
 def test_types_of_weights(dtype: Any) -> None:
     if dtype == np.uint8:

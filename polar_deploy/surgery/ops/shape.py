@@ -237,6 +237,7 @@ class Transpose(Operator):
 
     def couple(self, step: Step) -> None:
         if step.inputs[0] is None and is_stored(step, 0):
+            step.facts.open_opaque(step, step.made[0], step.note("it turns a quantised constant"))
             return
         source = step.require()
         rank = len(step.graph.shape(step.original[0]) or ())
