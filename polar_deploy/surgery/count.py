@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from polar_deploy.onnx_files import attribute_value
 from polar_deploy.surgery.inference import Skeleton
+from polar_deploy.surgery.ir import has_body
 from polar_deploy.surgery.ops.einsum import REST, parse
 from polar_deploy.surgery.sizes import Shape
 from polar_deploy.surgery.standins import MICROSOFT, STANDARD
@@ -109,12 +110,18 @@ def count(
     """
     inputs, shape_of = (skeleton or Skeleton(model)).at_batch_1()
     sizes = parameters(model)
+    made = _made_of(model, sizes)
     folding = folding or {}
     counted: set[str] = set()
+    rearranged: set[str] = set()
     params = macs = 0
     layers: list[Layer] = []
     for position, node in enumerate(model.graph.node):
-        operator, own = node.op_type, [name for name in node.input if name in sizes]
+        operator = node.op_type
+        if operator not in WEIGHTS and node.output[0] in made:
+            rearranged.update(name for name in node.input if name in sizes)
+            continue  # they count where what is made of them is read
+        own = [each for name in node.input for each in made.get(name, (name,) if name in sizes else ())]
         if not own and operator not in WEIGHTS:
             continue
         if position in folding:
@@ -128,9 +135,11 @@ def count(
         if operator in WEIGHTS and node.domain in DOMAINS:
             done, width = _multiply(node, operator, shape_of)
             macs += done
-            if own if operator == "Einsum" else node.input[WEIGHTS[operator]] in sizes:
+            weights = node.input if operator == "Einsum" else [node.input[WEIGHTS[operator]]]
+            if any(name in sizes or made.get(name) for name in weights):
                 groups = attribute_value(node, "group", 1)
                 layers.append(Layer(position, node.name or node.output[0], operator, done, new, width, groups))
+    params += sum(sizes[name] for name in rearranged - counted)
     return Cost(macs, params, tuple(layers), inputs)
 
 
@@ -192,6 +201,24 @@ def parameters(model: onnx.ModelProto) -> dict[str, int]:
             names = [node.input[i] for i in (WEIGHTS.get(operator, 0), 8) if i < len(node.input)]  # 8: the bias
             sizes.update((name, every[name]) for name in names if name in every)
     return sizes
+
+
+def _made_of(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """The parameters that a tensor is made of, for each that is computed from constants and shapes alone.
+
+    So exporters write the weights of an LSTM, whose gates ONNX has in another order than PyTorch.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    made: dict[str, tuple[str, ...]] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Constant", "Shape", "Size"):
+            constants.add(node.output[0])
+        elif node.input and constants.issuperset(filter(None, node.input)) and not has_body(node):
+            constants.update(node.output)
+            if node.output[0] not in sizes:  # as what is dequantised is
+                found = [each for name in node.input for each in made.get(name, (name,) if name in sizes else ())]
+                made.update(dict.fromkeys(node.output, tuple(dict.fromkeys(found))))
+    return made
 
 
 def _multiply(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 ALIGNMENTS = (32, 16, 8, 4, 2, 1)
 LONGEST_LINE = 400  # characters of what is printed
+OTHERS = "products without weights"  # of two computed tensors, as in attention; no layer of the report does that
 MULTIPLES = (8, 16, 32)  # what devices round widths up to, by precision
 
 
@@ -254,6 +255,9 @@ def show(report: dict[str, Any], console: Console) -> None:
             table.add_row(_plain(layer["name"]), *row, _shares(layer["padding"]))
         else:
             table.add_row(_plain(layer["name"]), *row[:1], f"{layer['out'][0]:,} → removed")
+    rest = [total - sum(layer["macs"][i] for layer in report["layers"]) for i, total in enumerate(report["macs"] or ())]
+    if any(rest):
+        table.add_row(OTHERS, "", "", _left(rest))
     console.print(table)
 
     def tell(line: str) -> None:

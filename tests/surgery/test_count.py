@@ -158,3 +158,27 @@ def test_products_of_an_einsum(
     found = count(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))
     assert found.macs == macs
     assert [layer.width for layer in found.layers] == ([] if width is None else [width])
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_rows_add_up_where_weights_are_computed_from_constants(by_shape: bool) -> None:
+    """As PyTorch's exporter writes an LSTM: its gates in another order, cut out at numbers or at parts of a shape."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        lstm (float[N, 5, 3] x, float[4] h) => (float[5, 1, N, 4] y)
+        <float[16, 3] w, float[1, 16, 4] r, int64[1] zero = {0}, int64[1] last = {16}, int64[1] fixed = {4}> {
+            steps = Transpose<perm = [1, 0, 2]>(x)
+            four = CUT
+            first = Slice(w, zero, four)
+            others = Slice(w, four, last)
+            joined = Concat<axis = 0>(others, first)
+            weight = Unsqueeze(joined, zero)
+            y = LSTM<hidden_size = 4>(steps, weight, r)
+        }""".replace("CUT", "Shape(h)" if by_shape else "Identity(fixed)")
+    )
+    shapes = (("w", (16, 3)), ("r", (1, 16, 4)))
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.ones(shape, np.float32), n) for n, shape in shapes)
+    counted = cost(model)
+    (layer,) = counted.layers
+    assert (layer.operator, layer.macs, layer.params) == ("LSTM", 5 * 16 * (3 + 4), 16 * (3 + 4))
+    assert (counted.macs, counted.params) == (layer.macs, layer.params)

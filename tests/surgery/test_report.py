@@ -152,6 +152,20 @@ def test_gates_are_counted_in_words_and_a_graph_without_any_is_told(capsys: pyte
         assert ("nothing to cut" in shown) is (not closed)
 
 
+def test_a_row_says_what_products_of_computed_tensors_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows add up to the total."""
+    net = Net()
+    x = net.relu(net.conv("input", 4, "one"), "act")
+    net.width[product := net.node("MatMul", [x, x], "product")] = 4
+    model = net.model(net.head(net.conv(product, 4, "two")))
+    report = compress(model).report
+    rest = report["macs"][0] - sum(layer["macs"][0] for layer in report["layers"])
+    assert rest == 4 * 8 * 8 * 8
+    show(report, Console(width=200))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "products without weights" in line)
+    assert row.split()[-2:] == ["2.05", "k"]
+
+
 def test_a_graph_without_inputs_to_feed() -> None:
     """Everything is constant: nothing to cut, nothing to fail on."""
     value = helper.make_tensor_value_info("y", 1, [2])
