@@ -99,5 +99,6 @@ def operate(model: DetachedModel) -> list[Round]:
             result.skeleton.check("the cut graph")
             result.skeleton.at_batch_1()
         except NotUnderstoodError as error:
+            model.skeleton.at_batch_1()  # raises where the graph as given fits no sizes either, which is no bug
             raise ContentError(error.what, "please report this graph as a bug of polar_deploy.surgery") from error
     return rounds

@@ -6,6 +6,7 @@ a U-Net that wants multiples of 64. The usual sizes are tried first, then those 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice, product
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +30,11 @@ PAIRS = ((224, 379, 32), (224, 384, 32), (224, 384, 0))
 USUAL = 224
 # What networks are made for, and small ones.
 COMMON = (32, 64, 128, 16, 256, 8, 512, 96, 160, 192, 320, 384, 448, 640, 48, 28, 80, 112, 24, 40, 56, 72, 299, 4, 2, 1)
+# What sound is made for, and long sequences; tried where inputs of that size are no larger than MOST_ELEMENTS.
+LARGER = (1024, 2048, 4096, 8000, 16000, 16384, 22050, 24000, 32000, 44100, 48000, 65536, 80000, 160000)
+MOST_ELEMENTS = 1 << 22
+RATIOS = (1, 0.5, 2, 0.25, 4)  # of an input's sizes to those of the first one, as in pyramids of pictures
+MOST_RELATED = 200
 FIXED_BATCHES = (2, 4, 8, 16, 32, 64, 3, 5, 6, 7, 9, 10, 12, 24)  # that were baked into a graph
 LARGEST_BATCH = 64
 MOST_AT_ONCE = 2048  # of a baked batch times another size
@@ -100,9 +106,42 @@ def candidates(model: onnx.ModelProto, batches: tuple[int, ...]) -> Iterator[Siz
     )
     tries = min(MOST_TRIES, max(MOST_NODES // max(len(model.graph.node), 1) // 8, 40))
     yield from islice(alike, len(batches) * (1 + len(hints) + len(COMMON)))
+    yield from islice(_related(shapes, batches), min(tries, MOST_RELATED))
     yield from islice(in_batches, tries)
+    yield from _larger(shapes, batches)
     yield from islice(unlike, tries)
     yield from islice(alike, tries)
+
+
+def _related(shapes: dict[str, Shape], batches: tuple[int, ...]) -> Iterator[Sizes]:
+    """Sizes where each input is a part or a multiple of the first: pyramids first, then any, the nearest first."""
+    others = symbols(shapes)[1]
+    by_input = [[dim for dim in shape if dim in others] for shape in shapes.values()]
+    inputs = [own for own in by_input if own]
+    after = len(inputs) - 1
+    pyramids = (tuple(ratio**level for level in range(1, after + 1)) for ratio in RATIOS[1:])
+    several = dict.fromkeys((*pyramids, *islice(product(RATIOS, repeat=after), 1, MOST_RELATED)) if after > 0 else ())
+    for ratios, batch in product(several, batches):
+        sizes = assign(shapes, batch)
+        for own, ratio in zip(
+            inputs[:0:-1], ratios[::-1], strict=True
+        ):  # an earlier input has a say on what they share
+            sizes |= {str(dim): int(USUAL * ratio) for dim in own}
+        sizes |= {str(dim): USUAL for dim in inputs[0]}
+        if min(sizes.values()) > 0 and _elements(shapes, sizes) <= MOST_ELEMENTS:
+            yield sizes
+
+
+def _larger(shapes: dict[str, Shape], batches: tuple[int, ...]) -> Iterator[Sizes]:
+    """Sizes above the usual ones, of inputs that do not grow too large with them."""
+    for size, batch in product(LARGER if symbols(shapes)[1] else (), batches):
+        sizes = assign(shapes, batch, size)
+        if _elements(shapes, sizes) <= MOST_ELEMENTS:
+            yield sizes
+
+
+def _elements(shapes: dict[str, Shape], sizes: Sizes) -> int:
+    return max(math.prod(shape) for shape in fill(shapes, sizes).values())
 
 
 def _hints(model: onnx.ModelProto) -> list[int]:

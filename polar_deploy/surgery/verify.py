@@ -198,8 +198,11 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
         OutOfMemoryError: none were found, and the first ones took more memory than there is.
     """
     first, *others = BATCHES
+    leading, open_sizes = symbols(input_shapes(model))
     reasons: list[PolarDeployError] = []
+    tried: set[int] = set()
     for attempt in islice(inputs.attempts(model, first), most):
+        tried.update(attempt.sizes[name] for name in open_sizes)
         found = try_inputs(model, run, attempt, reasons)
         if found or sum(isinstance(reason, OutOfMemoryError) for reason in reasons) == MOST_OUT_OF_MEMORY:
             break
@@ -207,8 +210,13 @@ def inputs_taken(model: onnx.ModelProto, run: Run, most: int = MOST_ATTEMPTS) ->
         raise reasons[0]
     if found is None:
         kind = UndecidedError if inputs.hold_sizes(model) else NotVerifiedError
-        raise kind(f"the cut cannot be verified, no inputs were found that the graph takes: {reasons[0].what}", NOT_RUN)
-    leading = symbols(input_shapes(model))[0]
+        sizes = (
+            f" ({len(tried)} sizes from {min(tried)} to {max(tried)} tried for {', '.join(open_sizes)})"
+            if tried
+            else ""
+        )
+        what = f"the cut cannot be verified, no inputs were found that the graph takes{sizes}: {reasons[0].what}"
+        raise kind(what, NOT_RUN)
     more = [found.attempt._replace(sizes=found.attempt.sizes | dict.fromkeys(leading, batch)) for batch in others]
     return [found, *(trial for attempt in more if (trial := try_inputs(model, run, attempt, reasons)) is not None)]
 

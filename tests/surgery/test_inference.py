@@ -9,9 +9,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from polar_deploy.surgery import compress
 from polar_deploy.surgery.count import count
 from polar_deploy.surgery.inference import Skeleton
 from polar_deploy.surgery.validation import NotUnderstoodError
+from tests.surgery.graphs import Net
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -103,3 +105,32 @@ def test_what_comes_in_may_come_out_as_well(batch: str | int) -> None:
     shape = Skeleton(both).at_batch_1()[1]
     assert [shape(name) for name in ("x", "w", "flat")] == [(1, 3, 4, 4), (8, 3, 3, 3), (1, 32)]
     assert count(both).macs == 8 * 2 * 2 * 3 * 9 + 32 * 5
+
+
+@pytest.mark.parametrize("levels", [(1, 2), (1, 2, 4), (2, 1), (4, 1), (4, 2, 1)])
+def test_inputs_whose_sizes_belong_together(levels: tuple[int, ...]) -> None:
+    """Each is enlarged to the size of the largest; what they are called does not tell that."""
+    net = Net()
+    inputs = [helper.make_tensor_value_info(f"x{i}", 1, ["N", 3, f"H{i}", f"W{i}"]) for i in range(len(levels))]
+    large = [
+        net.node("Resize", [f"x{i}", "", net.constant(f"scale{i}", np.array([1, 1, by, by], "f"))], f"up{i}")
+        for i, by in enumerate(levels)
+    ]
+    x = net.node("Concat", large, "joined", axis=1)
+    net.width[x] = 3 * len(levels)
+    x = net.gate(net.relu(net.conv(x, 8, "one"), "act"), [0, 1], "gate")
+    model = net.model(net.head(net.conv(x, 4, "two")))
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    assert compress(model).report["layers"][0]["out"] == [8, 6]
+
+
+@pytest.mark.parametrize("kernel", [1024, 9000])
+def test_sizes_of_sound(kernel: int) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        sound (float[N, 1, T] x) => (float[N, 2, S] y) <float[2, 1, {kernel}] w> {{ y = Conv(x, w) }}"""
+    )
+    weights = np.ones((2, 1, kernel), np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    assert compress(model).report["verified"]
