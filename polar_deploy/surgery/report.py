@@ -53,7 +53,7 @@ def build(rounds: list[Round], given: DetachedModel, proof: Proof | str | None) 
         "layers": _layers(rounds, before, after),
         "blocks_removed": [block for done in rounds for block in _blocks(done)],
         "gates": _gates(rounds),
-        "cuts_not_made": _cuts_not_made(last.facts, last.sets),
+        "cuts_not_made": _cuts_not_made(last.facts, last.sets) + _gates_not_followed(rounds),
         "unsupported": [
             _entry(step.plan) for step in last.facts.alive if isinstance(step.plan, Note) and _is_end(step)
         ],
@@ -200,6 +200,34 @@ def _cuts_not_made(facts: Facts, sets: Sets) -> list[dict[str, Any]]:
     ]
 
 
+def _gates_not_followed(rounds: list[Round]) -> list[dict[str, Any]]:
+    """Products with a vector that has zeros which are no gates, since nothing is known of the channels there."""
+    facts = rounds[-1].facts
+    gates = {gate.node for done in rounds for gate in done.cut.gates}
+    makers = {tensor.name: step for step in facts.steps for tensor in step.made}
+    found = []
+    for step in facts.alive:
+        held = [tensor.values for tensor in step.original if tensor.values is not None]
+        if step.node.op != "Mul" or len(held) != 1 or step.label in gates:
+            continue
+        zeros = int(np.count_nonzero(held[0] == 0))
+        if zeros and 1 < held[0].size == max(held[0].shape):
+            why = _end_before(step, makers) or step.note("its zeros lie along no axis whose channels are followed")
+            found.append({"layer": step.label, "channels": zeros, **_entry(why)})
+    return found
+
+
+def _end_before(step: Step, makers: dict[str, Step]) -> Note | None:
+    """The first node on the way to `step` that channels were not followed through; None where they came all along."""
+    note: Note | None = None
+    at: Step | None = step
+    while at is not None:
+        note = at.plan if isinstance(at.plan, Note) else note
+        behind = [makers[tensor.name] for tensor in at.original if tensor.name in makers]
+        at = next((each for each in behind if isinstance(each.plan, Note) or not each.outputs), None)
+    return note
+
+
 def reasons(facts: Facts, sets: Sets, asked: Bools) -> dict[int, tuple[str, str, str]]:
     """Why the sets stay that are asked for ([channels of the graph] by label), each with node, operator and reason.
 
@@ -278,7 +306,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     outcomes = Counter(gate["outcome"] for gate in report["gates"])
     gates = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none"
     tell(f"blocks removed: {len(report['blocks_removed'])}; gates: {gates}")
-    if not outcomes and not report["cuts_not_made"] and report["params"][0] == report["params"][1]:
+    unexplained = not (outcomes or report["cuts_not_made"] or report["unsupported"])
+    if unexplained and report["params"][0] == report["params"][1]:
         tell("nothing to cut: no channel is closed, by a gate or by a filter of zeros")
     for entry in report["cuts_not_made"]:
         tell(

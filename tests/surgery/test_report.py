@@ -166,6 +166,24 @@ def test_a_row_says_what_products_of_computed_tensors_cost(capsys: pytest.Captur
     assert row.split()[-2:] == ["2.05", "k"]
 
 
+def test_a_gate_behind_what_is_not_followed_has_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 3, L, 4] x) => (float[N, L, 4] y)
+        <float[4] gate = {1, 0, 0, 1}, float[3] sums = {1, 2, 3}> {
+            z = Einsum<equation = "nclw,c->nlw">(x, sums)
+            y = Mul(z, gate)
+        }"""
+    )
+    report = compress(model).report
+    (kept,) = report["cuts_not_made"]
+    assert (kept["channels"], kept["operator"], report["gates"]) == (2, "Einsum", [])
+    show(report, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "kept: 2 closed channels of y: " in shown
+    assert "nothing to cut" not in shown
+
+
 def test_a_graph_without_inputs_to_feed() -> None:
     """Everything is constant: nothing to cut, nothing to fail on."""
     value = helper.make_tensor_value_info("y", 1, [2])
