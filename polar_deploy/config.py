@@ -246,6 +246,7 @@ class Gates(_Frozen):
         Literal["batch", "sample"], About("who decides: one for all samples, or a light network for each")
     ] = "batch"
     blocks: Annotated[bool, About("whether whole residual blocks have gates, too")] = True
+    heads: Annotated[bool, About("whether heads of attention have gates, too")] = False
     close_from: Annotated[
         Share | None,
         About("where gates begin to close", "share of the gated run", "0.05, or 0.3 in a run from scratch"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -56,12 +56,15 @@ class Analysis:
         return [gates.to(device) for gates in self._gate_of]
 
 
-def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True) -> Analysis:
+def analyse(
+    network: nn.Module, example: Example, *, ignore: Sequence[str] = (), blocks: bool = True, heads: bool = False
+) -> Analysis:
     """Find the gates of a network; it is run and exported in evaluation mode, and left as it was.
 
     Args:
         ignore: patterns (`head*`) of the paths of modules whose input and output get no mask, nor what is inside.
         blocks: whether residual branches get gates.
+        heads: whether heads of attention get gates.
 
     Raises:
         ContentError: PyTorch cannot export the network, or loses a part of it, such as the projection of an LSTM.
@@ -85,7 +88,7 @@ def analyse(network: nn.Module, example: Example, *, ignore: Sequence[str] = (),
                 "give paths as in named_modules(), or patterns of them such as 'head*'",
             )
     structure, example = export.captured(network, example)
-    blank = choices.without_values(structure, set(export.own_tensors(network)))
+    blank = choices.without_values(replace(structure, heads=heads), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
     made = choices.find(blank, found.masks, found.name_of, places.layers(network, blank))
     if not made.gates:

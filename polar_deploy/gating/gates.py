@@ -63,6 +63,7 @@ class Gates:
             `polar_deploy.devices.choose` gives for a precision.
         min_width: share of its channels that a layer keeps at least.
         blocks: whether whole residual branches have gates, too.
+        heads: whether heads of attention have gates; `cut` needs modules that read their number from an attribute.
         mode: "batch": one decision for all samples. "sample": as in the method of Zhi et al., a light network decides
             for each sample, and a polarizing loss makes all samples agree.
         close_from, freeze_at: shares of the run at which gates begin to close, and at which they are fixed; None: 0.07
@@ -75,7 +76,7 @@ class Gates:
             it runs, not only as a table adds it up.
         rehearse: random states that are closed, cut and counted before anything is trained.
         analysis: what `polar_deploy.gating.analysis.analyse` found for a network of the same structure: saves the
-            export. `example_inputs`, `ignore` and `blocks` are not looked at then.
+            export. `example_inputs`, `ignore`, `blocks` and `heads` are not looked at then.
 
     Attributes:
         phase: "open" before anything closes, "learning" while gates close, or "frozen".
@@ -101,6 +102,7 @@ class Gates:
         device: str | Chosen | None = None,
         min_width: float = 0.25,
         blocks: bool = True,
+        heads: bool = False,
         mode: Literal["batch", "sample"] = "batch",
         close_from: float = 0.05,
         freeze_at: float | None = None,
@@ -114,7 +116,9 @@ class Gates:
         self.model, self.mode = model, mode
         require_values(model)  # as `analyse` does, where one is given
         masking.require_bare(model)
-        self.analysis = analysis or analyse(model, Example.of(example_inputs), ignore=ignore, blocks=blocks)
+        self.analysis = analysis or analyse(
+            model, Example.of(example_inputs), ignore=ignore, blocks=blocks, heads=heads
+        )
         chosen = devices.given(device)
         self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
@@ -180,8 +184,7 @@ class Gates:
 
     def smallest(self) -> dict[str, float]:
         """Costs, as shares of the full network's, of the smallest sub-network that can be reached."""
-        known = self.analysis.choices.costs
-        state = smallest(self.analysis.choices, self._limits, known)
+        state = smallest(self.analysis.choices, self._limits, self.analysis.choices.costs)
         return {name: cost.share(state) for name, cost in self._costs.items()}
 
     def promise(self, opened: Bools | None = None) -> dict[str, int]:
@@ -292,7 +295,10 @@ class Gates:
 
     def detach(self) -> None:
         """Take all hooks and masks off the model."""
-        self._quiet()
+        self._run_eagerly(False)
+        masking.listen(self._observer, on=False)
+        if self._sampler is not None:
+            masking.listen(self._sampler, on=False)
         masking.detach(self.model, self.analysis.places, self._handles)
         self._handles = []
 
@@ -392,9 +398,3 @@ class Gates:
         elif not on and self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
-
-    def _quiet(self) -> None:
-        self._run_eagerly(False)
-        masking.listen(self._observer, on=False)
-        if self._sampler is not None:
-            masking.listen(self._sampler, on=False)

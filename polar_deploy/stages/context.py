@@ -149,8 +149,8 @@ class RunContext:
         from polar_deploy.gating.deploy import masked
         from polar_deploy.gating.rehearsal import rehearse
 
-        network = self.network()
-        found = analyse(network, self.example(), blocks=self.settings.gates.blocks)
+        network, asked = self.network(), self.settings.gates
+        found = analyse(network, self.example(), blocks=asked.blocks, heads=asked.heads)
         with masked(network, found):
             rehearse(network, found)
         return found

@@ -202,7 +202,7 @@ def _table_fingerprint(run: RunContext) -> Fingerprint:
     from polar_deploy.engines import machine
 
     settings = run.settings.model_dump(mode="json", include={"model", "input_size", "target", "build"})
-    settings["blocks"] = run.settings.gates.blocks
+    settings |= {"blocks": run.settings.gates.blocks, "heads": run.settings.gates.heads}
     settings["shapes"] = [
         {name: spec.shape for name, spec in ends.items()} for ends in (run.task.inputs, run.task.outputs)
     ]

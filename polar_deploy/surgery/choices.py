@@ -247,7 +247,7 @@ def insert(detached: DetachedModel, masks: Sequence[Mask]) -> DetachedModel:
     del model.graph.node[:]
     for position, node in enumerate(nodes):
         model.graph.node.extend([*before.get(position, ()), node])
-    return replace(detached, model=model, heads=False)  # gates have no heads
+    return replace(detached, model=model)
 
 
 def constant_name(mask: Mask) -> str:
@@ -280,4 +280,4 @@ def with_values(detached: DetachedModel, values: Mapping[str, Array]) -> Detache
                 arrays[tensor.name] = array
             else:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    return replace(detached, model=model, arrays=arrays, heads=False)
+    return replace(detached, model=model, arrays=arrays)

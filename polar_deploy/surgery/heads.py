@@ -10,7 +10,7 @@ is left is a block: the same dimensions in every head.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from polar_deploy.surgery.arrays import all_of, any_of, every, frozen
 from polar_deploy.surgery.dtype_limits import is_half
-from polar_deploy.surgery.facts import Bools, Link, Unsupported
+from polar_deploy.surgery.facts import Bools, Ints, Link, Unsupported
 from polar_deploy.surgery.operator import Operator, Retained
 
 if TYPE_CHECKING:
@@ -63,9 +63,18 @@ class Terms:
 
     def any(self, pairs: Array, labels: Labels) -> Bools:
         """[channels] of one tensor for which any of the pairs that they are in is true."""
+        return self._gathered(np.any, pairs, labels)
+
+    def heads(self, labels: Labels, shared: Labels) -> Ints:
+        """[channels] of one tensor: the number of the indices that each has along `shared` labels."""
+        numbers = np.arange(math.prod(self.sizes[label] for label in shared))
+        return self._gathered(np.max, self.spread(numbers, shared), labels)
+
+    def _gathered(self, reduce: Callable[..., Array], pairs: Array, labels: Labels) -> Array:
+        """[channels] of one tensor what the pairs that they are in come to."""
         order = list(self.sizes)
         full = np.broadcast_to(pairs, list(self.sizes.values()))
-        array: Array = np.any(full, axis=tuple(at for at, label in enumerate(order) if label not in labels))
+        array = reduce(full, axis=tuple(at for at, label in enumerate(order) if label not in labels))
         inside = [label for label in order if label in labels]
         return np.asarray(array.transpose([inside.index(label) for label in labels]).ravel())
 
@@ -179,6 +188,12 @@ class Product(Operator[Terms]):
             if any_of(missing := wanted & ~channels.kept):
                 found.append(Retained(channels, np.flatnonzero(missing), PAIR))
         return found
+
+    def heads(self, step: Step[Terms]) -> list[tuple[Channels, Ints]]:
+        """By what all of its tensors have an index along, if they have one."""
+        terms, tensors = step.plan, self._tensors(step)
+        shared = tuple(label for label in terms.result if all(label in labels for _, labels in tensors))
+        return [(channels, terms.heads(labels, shared)) for channels, labels in tensors] if shared else []
 
     def _tensors(self, step: Step[Terms]) -> list[tuple[Channels, Labels]]:
         """The factors and the result, as far as their channels matter, with the labels of these."""

@@ -76,6 +76,10 @@ class Operator(Generic[PlanT]):
             else:
                 link.source.needed[link.out_of[link.target.needed[link.into]]] = True
 
+    def heads(self, step: Step[PlanT]) -> list[tuple[Channels, Ints]]:
+        """Tensors of attention, each with the head [channels] that every one of its channels belongs to."""
+        return []
+
     def retain(self, step: Step[PlanT]) -> list[Retained]:
         """Channels that must stay although nobody needs them, given the cut as planned, and why.
 

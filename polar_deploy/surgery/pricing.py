@@ -173,12 +173,23 @@ class Pricing:
     def _widths(self, step: Step) -> tuple[Ints, ...]:
         """The axes whose product a node's multiply-accumulates are: those of its output, and the one it sums over."""
         output = self._survey.facts.of(step.made[0])
-        axes = [] if output is None else [_along(output, axis) for axis in output.axes]
+        axes = [] if output is None else self._independent(output)
         if isinstance(step.handler, Mixing) and isinstance(step.plan, Plan):
             source = step.handler.source(step)
             if source is not None and len(step.plan.absorbed) == 1:
                 axes.append(numbers(source))
         return tuple(axes)
+
+    def _independent(self, channels: Channels) -> list[Ints]:
+        """The axes along which other gates stand at each index; one, of all channels, where that is so along several.
+
+        Behind a head of attention, which goes whole, that is the axis of heads alone.
+        """
+        units = self._units[numbers(channels)].reshape(channels.dims)
+        varying = [axis for at, axis in enumerate(channels.axes) if (units != units.take([0], axis=at)).any()]
+        return (
+            [numbers(channels)] if len(varying) > 1 else [_along(channels, axis) for axis in varying or channels.axes]
+        )
 
     def _parameter_axes(self, step: Step, index: int, shape: tuple[int, ...]) -> tuple[Ints, ...]:
         """The axes of a parameter that run along channels."""

@@ -132,10 +132,15 @@ class Survey:
         """Pairs of channels that are chosen together although each could be cut alone.
 
         A group of a grouped convolution goes whole, inside and out (one channel of every group would be another way);
-        and what one weight reads or writes in several places, as each place would get a copy of its own otherwise.
+        so does a head of attention, with its queries, keys and values; and what one weight reads or writes in several
+        places, as each place would get a copy of its own otherwise.
         """
         shared: dict[str, Step] = {}
         for step in self.facts.alive:
+            heads = step.handler.heads(step)
+            for channels, head in heads:
+                first, own = heads[0]
+                yield (first.first + np.unique(own, return_index=True)[1])[head], numbers(channels)
             if is_writer(step) and (groups := len(step.plan.absorbed)) > 1:
                 sides = [x for x in (step.handler.source(step), step.output) if x is not None]  # type: ignore[attr-defined]
                 members = [numbers(side).reshape(groups, -1) for side in sides]
@@ -298,12 +303,19 @@ class Survey:
         return [cone for cone in found if id(self._muls[cone.mask]) in reached] or list(found)
 
     def _cone(self, masks: set[int]) -> frozenset[int]:
-        """Ids of the nodes that feed nothing when these masks are closed."""
-        dead = {id(self._muls[mask]) for mask in masks}
+        """Ids of the nodes that feed nothing when these masks are closed, and something when they are open."""
+        return self._unread({id(self._muls[mask]) for mask in masks}) - self._idle
+
+    @cached_property
+    def _idle(self) -> frozenset[int]:
+        """Ids of the nodes that others stand for."""
+        return self._unread(set())
+
+    def _unread(self, dead: set[int]) -> frozenset[int]:
+        """Ids of `dead` nodes, and of those that only they read."""
         for node in reversed(self.graph.nodes):
             private = all(self.graph.is_private(tensor.name) for tensor in node.outputs)
-            readers = [reader for tensor in node.outputs for reader in tensor.outputs]
-            if private and readers and all(id(reader) in dead for reader in readers):
+            if private and all(id(reader) in dead for tensor in node.outputs for reader in tensor.outputs):
                 dead.add(id(node))
         return frozenset(dead)
 
