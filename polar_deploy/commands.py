@@ -11,8 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from polar_deploy.disk import DISK_FULL
 from polar_deploy.errors import INTERNAL, MachineError, PolarDeployError, UsageError, one_line
-from polar_deploy.workspace import DISK_FULL
 
 _STREAMS = 3  # the first number of a file that is none of the standard streams
 INTERRUPTED = "interrupted"  # what is said after Ctrl-C

@@ -108,25 +108,32 @@ def _lead(arguments: argparse.Namespace, team: Team) -> int:
     from polar_deploy.stages.plan import plan
     from polar_deploy.stages.resolve import choose_target, default_folder, resolve
     from polar_deploy.stages.runner import require_machine, run_stages
+    from polar_deploy.workspace import Workspace
 
     settings = choose_target(_settings(arguments))
     require(arguments.track)
     require_machine(settings, stages, builds=not arguments.dry_run)
     folder = arguments.out or default_folder(settings)
-    quiet = arguments.quiet or arguments.dry_run
-    context = RunContext(
-        resolve(settings, folder),
-        folder,
-        Progress(quiet=quiet),
-        default_budget=settings.budget is None,
-        team=team,
-        track=arguments.track,
-    )
+    progress = Progress(quiet=arguments.quiet or arguments.dry_run)
+
+    def context() -> RunContext:
+        return RunContext(
+            resolve(settings, folder),
+            folder,
+            progress,
+            default_budget=settings.budget is None,
+            team=team,
+            track=arguments.track,
+        )
+
     if arguments.dry_run:
-        _print_plan(plan(context, stages), as_json=arguments.json)
+        _print_plan(plan(context(), stages), as_json=arguments.json)
         return 0
-    run_stages(context, stages)
-    return _print_result(context, {stage.name for stage in stages}, arguments)
+    progress.note(f"run in {folder}")
+    with Workspace(folder).locked():  # first: what comes next takes a minute on a slow machine
+        run = context()
+        run_stages(run, stages)
+    return _print_result(run, {stage.name for stage in stages}, arguments)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

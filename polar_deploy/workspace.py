@@ -5,11 +5,9 @@ Nothing here looks at the clock: a stage is up to date when the content of its s
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from polar_deploy import limits
-from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
+from polar_deploy.disk import LEFTOVER, full_disk_noticed, translated
+from polar_deploy.errors import ContentError, UsageError
 
-_LEFTOVER = re.compile(r"\.(.*)\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # what `_aside` gives
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
-_FULL_BELOW = 65536  # bytes: less than any file worth writing
 _CHUNK = 1 << 20  # bytes read at once
 
 
@@ -45,12 +39,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     tmp = _aside(path)
-    with _translated(path):
+    with translated(path):
         if path.exists() and not path.is_file():  # a device or a pipe would be replaced
             raise UsageError(f"{path} is not a regular file", "give the path of a file, new or old")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _full_disk_noticed(path):
+            with full_disk_noticed(path):
                 yield tmp
             _fsync(tmp)
             os.replace(tmp, path)
@@ -71,12 +65,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         As `atomic_path`.
     """
     tmp, old = _aside(path), _aside(path)
-    with _translated(path):
+    with translated(path):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UsageError(f"{path} is not a folder", "choose another place, or move that file away")
         tmp.mkdir(parents=True)
         try:
-            with _full_disk_noticed(path):
+            with full_disk_noticed(path):
                 yield tmp
             for written in [*tmp.rglob("*"), tmp]:
                 _fsync(written)
@@ -94,7 +88,7 @@ def remove_folder(path: Path) -> None:
         UsageError: the place is read-only.
     """
     old = _aside(path)
-    with _translated(path):
+    with translated(path):
         if path.is_dir():
             os.replace(path, old)
             shutil.rmtree(old, ignore_errors=True)
@@ -183,69 +177,6 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn an OSError about `path`, its folders or its temporary file into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if not _concerns(error, path):
-            raise  # some other file, which the block read
-        if error.errno in DISK_FULL:
-            raise _disk_full(path) from error
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            what = f"cannot write {path}: {error.filename} is a file, not a folder"
-            raise UsageError(what, "choose another place, or move that file away") from error
-        what = f"cannot write {path}: {error.strerror}"
-        if error.errno in _FORBIDDEN:
-            raise UsageError(what, "choose a place that you may write to, or mend its permissions") from error
-        if error.errno in _BROKEN:
-            raise MachineError(what, "check the disk, or choose another place") from error
-        raise  # not about a disk at all: the network, for one
-
-
-def _concerns(error: OSError, path: Path) -> bool:
-    if not isinstance(error.filename, (str, bytes)):
-        return True  # a write names no file
-    named = Path(os.fsdecode(error.filename))
-    is_temporary = named.parent == path.parent and _LEFTOVER.fullmatch(named.name) is not None
-    return is_temporary or path.is_relative_to(named)
-
-
-@contextmanager
-def _full_disk_noticed(path: Path) -> Iterator[None]:
-    """Tell a full disk from the errors of libraries that hide it (numpy, safetensors, torch).
-
-    It must look while the temporary file still fills the disk.
-    """
-    try:
-        yield
-    except PolarDeployError:
-        raise
-    except Exception as error:
-        named = getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error)
-        if named or shutil.disk_usage(path.parent).free < _FULL_BELOW:
-            raise _disk_full(path) from error
-        raise
-
-
-def _meant(path: Path) -> Path:
-    """What a file that is written inside a folder aside is a part of, by the name that people know."""
-    for each in reversed((path, *path.parents)):  # the outermost one
-        if aside := _LEFTOVER.fullmatch(each.name):
-            return each.with_name(f"{aside[1]}{aside[2] or ''}")
-    return path
-
-
-def _disk_full(path: Path) -> MachineError:
-    folder = path
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    what = f"no space left to write {_meant(path)}: {free:,} bytes are free there (or a quota is used up)"
-    return MachineError(what, "free some space or choose another place, then give the same command again")
-
-
 # --------------------------------------------------------------------------- the folder of a run
 
 
@@ -276,7 +207,8 @@ class Workspace:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        with _translated(self.folder):
+        with translated(self.folder):
+            self._new = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
@@ -287,7 +219,8 @@ class Workspace:
     def locked(self, patience: float = 0) -> Iterator[None]:
         """Keep other runs out of the folder, and clear away what a killed run left half-written.
 
-        The operating system holds the lock, so a dead process never does.
+        The operating system holds the lock, so a dead process never does. A folder that was made for this, and in which
+        nothing was written, goes again.
 
         Args:
             patience: seconds to wait for another run to end.
@@ -298,7 +231,7 @@ class Workspace:
         import filelock  # 60 ms
 
         lock, holder = filelock.FileLock(self.path(".lock")), self.path(".lock.pid")
-        with _translated(self.path(".lock")):
+        with translated(self.path(".lock")):
             try:
                 lock.acquire(timeout=patience)
             except filelock.Timeout as error:
@@ -306,12 +239,13 @@ class Workspace:
                 what = f"another run (process {number}) works in {self.folder}"
                 raise UsageError(what, "wait for it to end, or give another folder with --out") from error
         try:
-            with _translated(holder):
+            with translated(holder):
                 holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
                 self._remove_leftovers()
             yield
         finally:
             holder.unlink(missing_ok=True)
+            self._remove_unused()
             lock.release()
 
     def is_current(self, stage: str, fingerprint: Fingerprint, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
@@ -338,6 +272,17 @@ class Workspace:
         made = self._made(stage)
         return made is not None and made.settings != fingerprint.settings
 
+    def is_of_another(self, stage: str, fingerprint: Fingerprint, inputs: Iterable[Path]) -> bool:
+        """Tell whether `stage` was finished with other settings or inputs or by another program, or nobody knows."""
+        if not self.has_stamp(stage):
+            return False
+        now = self._state(fingerprint, inputs, ())
+        try:
+            before = read_json(self._stamp_path(stage))
+        except ContentError:
+            return True
+        return not isinstance(before, dict) or any(before.get(key) != now[key] for key in now if key != "outputs")
+
     def other_program(self, stage: str, fingerprint: Fingerprint) -> str | None:
         """The program by which `stage` was finished with these settings, if it was another one than now."""
         made = self._made(stage)
@@ -360,7 +305,7 @@ class Workspace:
     def invalidate(self, stage: str) -> None:
         """Remove the stamp of `stage`: to be called before the stage starts to write."""
         stamp = self._stamp_path(stage)
-        with _translated(stamp):
+        with translated(stamp):
             stamp.unlink(missing_ok=True)
 
     def _stamp_path(self, stage: str) -> Path:
@@ -385,7 +330,14 @@ class Workspace:
             hashes[place.relative_to(folder).as_posix() if inside else f"outside {index}"] = sha256(place)
         return hashes
 
+    def _remove_unused(self) -> None:
+        if self._new and os.listdir(self.folder) == [".lock"]:
+            self.path(".lock").unlink()
+            for folder in self._new:
+                if not os.listdir(folder):
+                    folder.rmdir()
+
     def _remove_leftovers(self) -> None:
         for path in list(self.folder.rglob(".*.tmp*")):
-            if _LEFTOVER.fullmatch(path.name):
+            if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -385,7 +385,10 @@ def test_another_run_in_the_folder(miniature: Miniature, tmp_path: Path) -> None
         assert other.stdout
         assert other.stdout.readline() == "locked\n"
         before = contents(folder)
-        refused(polar(*MINIATURE, "--out", folder), 2, f"another run (process {other.pid}) works in {folder}")
+        with pytest.MonkeyPatch.context() as patch:  # asked first: neither settings nor networks are looked at
+            patch.setattr("polar_deploy.stages.resolve.resolve", None)
+            outcome = polar(*MINIATURE, "--out", folder)
+        refused(outcome, 2, f"run in {folder}\n", f"another run (process {other.pid}) works in {folder}")
         assert contents(folder) == before
         other.communicate()
     assert polar(*MINIATURE, "--out", folder, "--until", "full").code == 0

@@ -293,6 +293,19 @@ def test_two_runs_do_not_share_a_folder_and_a_dead_one_does_not_block(tmp_path: 
     assert names(workspace.folder) == [".lock"]
 
 
+def test_a_folder_that_was_made_and_nothing_was_written_in_goes_again(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "runs/one").locked():
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with Workspace(tmp_path / "mine").locked():
+        pass
+    assert names(tmp_path / "mine") == [".lock"]
+    with Workspace(tmp_path / "runs/one").locked():
+        (tmp_path / "runs/one/file").write_text("written")
+    assert names(tmp_path / "runs/one") == [".lock", "file"]
+
+
 def test_an_error_inside_releases_the_lock(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     with pytest.raises(ZeroDivisionError), workspace.locked():
@@ -369,17 +382,21 @@ def test_a_forgotten_or_damaged_stamp_makes_the_stage_run_again(finished: Finish
 
 
 def test_it_is_known_whether_settings_or_program_were_others(finished: Finished) -> None:
-    workspace, _, _ = finished
+    workspace, inputs, _ = finished
     newer = Fingerprint(KEY.settings, "polar_deploy 1.2.4")
     other = Fingerprint(digest({}), "polar_deploy 1.2.4")
     assert [workspace.has_other_settings("gates", each) for each in (KEY, newer, other)] == [False, False, True]
     programs = [workspace.other_program("gates", each) for each in (KEY, newer, other)]
     assert programs == [None, "polar_deploy 1.2.3", None]
     assert not workspace.has_other_settings("export", KEY)  # nobody knows
+    assert [workspace.is_of_another("gates", each, inputs) for each in (KEY, newer, other)] == [False, True, True]
+    assert workspace.is_of_another("gates", KEY, [])
+    assert not workspace.is_of_another("export", KEY, inputs)
     assert workspace.other_program("export", KEY) is None
     for damaged in ("[]", "{}", '{"settings": 1}'):
         workspace.path("stamps/gates.json").write_text(damaged)
         assert workspace.has_other_settings("gates", KEY)
+        assert workspace.is_of_another("gates", KEY, inputs)
         assert workspace.other_program("gates", newer) is None
 
 

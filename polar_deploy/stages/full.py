@@ -79,6 +79,7 @@ STAGE = Stage(
     reads=(),
     given=_given,
     writes=(FULL_WEIGHTS, FULL_LOG),
+    trained=(FULL_WEIGHTS, FULL_LOG),
     scratch=(FULL_CHECKPOINT,),
     packages=TORCH,
     builds_network=True,

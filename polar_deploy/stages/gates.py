@@ -222,6 +222,7 @@ STAGE = Stage(
     reads=(FULL_WEIGHTS,),
     given=_given,
     writes=(GATED_WEIGHTS, GATES, GATED_LOG, LATENCY_TABLE),
+    trained=(GATED_WEIGHTS, GATES, GATED_LOG),
     scratch=(GATED_CHECKPOINT,),
     packages=TORCH,
     builds_network=True,

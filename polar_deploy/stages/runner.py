@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from polar_deploy.stages import STAGES, full, gates, report
 from polar_deploy.stages.artefacts import SETTINGS
 from polar_deploy.stages.context import RunContext
 from polar_deploy.stages.stage import Stage
+from polar_deploy.workspace import atomic_folder, write_text
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
@@ -61,16 +64,15 @@ def _require_measurable(target: targets.Target) -> None:
 
 
 def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
-    """Run stages in order; those that are up to date are left as they are.
+    """Run stages in order, in a folder that is locked; those that are up to date are left as they are.
 
     Raises:
-        UsageError: a file is missing, the budget is out of reach, or another run works in the folder.
+        UsageError: a file is missing, or the budget is out of reach.
         MachineError: memory or disk space ran out.
         ContentError: a file is not what it should be, or a stage failed on it.
     """
     from polar_deploy import recipes
     from polar_deploy.tracking import tracked
-    from polar_deploy.workspace import write_text
 
     _preflight(run, stages)
     training = run.settings.training
@@ -78,7 +80,7 @@ def run_stages(run: RunContext, stages: Sequence[Stage]) -> None:
     if run.settings.full_weights is None:
         epochs["full"] = training.full_epochs
     run.progress.plan({stage.name: epochs[stage.name] for stage in stages if stage.name in epochs})
-    with run.workspace.locked(), run.progress:
+    with run.progress:
         if gates.STAGE in stages and run.measures_latency and not is_current(run, gates.STAGE):
             gates.require_reachable(run, measure=True)  # before an epoch is trained
         told = run.settings.model_dump(mode="json")
@@ -152,6 +154,7 @@ def run_stage(run: RunContext, stage: Stage) -> bool:
         run.progress.stage(stage.name)
         if before := run.workspace.other_program(stage.name, fingerprint):
             run.progress.note(f"{stage.name}: made anew, what is there is by {before} and not {fingerprint.program}")
+        keep_before(run, stage)
         run.workspace.invalidate(stage.name)
         with translated(stage.name):
             stage.run(run)
@@ -162,6 +165,29 @@ def run_stage(run: RunContext, stage: Stage) -> bool:
     for artefact in stage.scratch:  # of an earlier run, too, that was killed when its stage was finished
         run.path(artefact).unlink(missing_ok=True)
     return is_due
+
+
+def keep_before(run: RunContext, stage: Stage) -> None:
+    """Copy what a stage trained otherwise, to its end or not, into a folder of its own: hours that go otherwise."""
+    held = [path for path in map(run.path, (*stage.trained, *stage.scratch)) if path.is_file()]
+    if not stage.trained or not held or not _is_trained_otherwise(run, stage):
+        return
+    names = itertools.chain(("before",), (f"before-{number}" for number in itertools.count(2)))
+    place = next(path for path in (run.path(f"{stage.name}.{name}") for name in names) if not path.exists())
+    with atomic_folder(place) as folder:
+        for path in held:
+            shutil.copy2(path, folder / path.name)
+    run.progress.note(f"{stage.name}: what was trained before is kept in {place}")
+
+
+def _is_trained_otherwise(run: RunContext, stage: Stage) -> bool:
+    from polar_deploy.training import checkpoint
+
+    fingerprint = stage.fingerprint(run)
+    if run.workspace.has_stamp(stage.name):
+        return run.workspace.is_of_another(stage.name, fingerprint, stage.inputs(run))
+    begun = [path for path in map(run.path, stage.scratch) if path.is_file()]
+    return any(not checkpoint.fits(path, str(fingerprint)) for path in begun)
 
 
 @contextmanager

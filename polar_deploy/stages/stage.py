@@ -41,6 +41,7 @@ class Stage:
         reads, writes: files of the run's folder.
         given: files of the user's that it reads.
         looks_at: more files that it reads, where they are.
+        trained: those of them that took hours: before they are made otherwise, what is there is kept.
         scratch: files that are removed when it is finished.
         packages: what it imports: (module, the extra of this package that brings it).
         builds_network: whether it needs the user's network as a module.
@@ -55,6 +56,7 @@ class Stage:
     writes: tuple[Artefact, ...]
     given: Callable[[RunContext], list[Path]] = lambda run: []
     looks_at: tuple[Artefact, ...] = ()
+    trained: tuple[Artefact, ...] = ()
     scratch: tuple[Artefact, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     builds_network: bool = False

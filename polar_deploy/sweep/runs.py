@@ -23,7 +23,7 @@ from polar_deploy.errors import MachineError, PolarDeployError, first_line
 from polar_deploy.stages import between, full, gates
 from polar_deploy.stages.artefacts import LATENCY_TABLE, Artefact
 from polar_deploy.stages.context import RunContext
-from polar_deploy.stages.runner import is_current, run_stages
+from polar_deploy.stages.runner import is_current, keep_before, run_stages
 
 if TYPE_CHECKING:
     from polar_deploy.progress import Progress
@@ -191,7 +191,7 @@ def _run(run: RunContext, stages: Sequence[Stage], donor: Path) -> int:
     with run.workspace.locked(_PATIENCE):
         if donor != run.folder:
             adopt(run, donor)
-    run_stages(run, stages)
+        run_stages(run, stages)
     return 0
 
 
@@ -201,6 +201,7 @@ def adopt(run: RunContext, donor: Path) -> None:
         stamp = Path("stamps", f"{stage.name}.json")
         if is_current(run, stage) or not (donor / stamp).is_file():
             continue
+        keep_before(run, stage)
         for name in [*map(Path, stage.writes), stamp]:
             if (donor / name).is_file():
                 run.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -217,11 +218,10 @@ def _time(run: RunContext, others: Collection[RunContext]) -> int:
 
     key = _key(run, gates.STAGE)
     donors = [other.folder for other in others if other.folder != run.folder and _key(other, gates.STAGE) == key]
-    if not _is_trained(run):
-        with run.workspace.locked(_PATIENCE):
-            for donor in donors:
-                adopt(run, donor)
-    run_stages(run, between("full", "report"))
+    with run.workspace.locked(_PATIENCE):
+        for donor in () if _is_trained(run) else donors:
+            adopt(run, donor)
+        run_stages(run, between("full", "report"))
     return Parity.read(run.path(PARITY)).verdict.exit_code
 
 

@@ -98,6 +98,28 @@ def test_a_network_that_is_trained_otherwise_now_begins_again_and_says_so(
     assert "full: made anew, what is there is by training 1 and not training 2" in outcome.err
     assert "gates: begins again: its checkpoint is damaged, or of other settings, data or training" in outcome.err
     assert "goes on" not in outcome.err
+    assert f"gates: what was trained before is kept in {folder / 'gates.before'}\n" in outcome.err
+    assert (folder / "gates.before/checkpoint.safetensors").is_file()
+
+
+def test_what_other_settings_trained_is_kept(miniature: Miniature, tmp_path: Path) -> None:
+    folder = miniature.copy(tmp_path / "run")
+    until = ("--out", folder, "--until", "gates")
+    outcome = polar(*MINIATURE, *until, "--set", "training.full_epochs=1")
+    assert outcome.ran == ["full", "gates"]
+    whole = contents(miniature.folder)
+    kept = {"full": ("weights.safetensors", "training.jsonl")}
+    kept["gated"] = (*kept["full"], "gates.json")
+    for place, name in (("full", "full"), ("gated", "gates")):
+        assert f"{name}: what was trained before is kept in {folder / name}.before\n" in outcome.err
+        here = contents(folder / f"{name}.before")
+        assert here == {file: whole[f"{place}/{file}"] for file in kept[place]}
+    outcome = polar(*MINIATURE, *until)
+    assert f"full: what was trained before is kept in {folder / 'full'}.before-2\n" in outcome.err
+    kept_so_far = sorted(path.name for path in folder.glob("*.before*"))
+    assert kept_so_far == ["full.before", "full.before-2", "gates.before", "gates.before-2"]
+    assert polar(*MINIATURE, *until).up_to_date == ["full", "gates"]
+    assert sorted(path.name for path in folder.glob("*.before*")) == kept_so_far
 
 
 def test_the_budget_of_a_half_trained_network_does_not_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
