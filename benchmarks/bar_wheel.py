@@ -27,7 +27,7 @@ WANTED = {
 # Command, its exit code in an environment without any extra, and what it says
 COMMANDS = (
     (("--version",), 0, "polar_deploy "),
-    (("doctor",), 0, "pip install 'polar-deploy[ort]'"),
+    (("doctor",), 0, "pip install '.[ort]'"),
     (("settings", "lr"), 0, "training:"),
     (("devices", "list"), 0, "ethos-u55"),
     (("bundle", "schema"), 0, "polar_deploy.bundle"),

@@ -193,6 +193,8 @@ def _fill(made: argparse.ArgumentParser, node: Node, words: Sequence[str] | None
         )
         if asked_for:
             _fill(inner, child, None if words is None else words[1:])
+    if words and words[0] not in node.commands and (near := get_close_matches(words[0], node.commands, n=1)):
+        made.error(f"there is no command {words[0]}; did you mean {near[0]}?")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

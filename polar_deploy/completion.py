@@ -12,6 +12,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from polar_deploy import extras
 from polar_deploy.errors import MachineError
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the script. It is made of the parsers themselves, so that it knows every option."""
     if find_spec("shtab") is None:
-        raise MachineError("shtab is not installed", "install it: pip install 'polar-deploy[completion]'")
+        raise MachineError("shtab is not installed", f"install it, {extras.install('completion')}")
     import shtab
 
     from polar_deploy import cli

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 WINDOW = 0.01  # a budget counts as used up within 1 % of the full network's cost
+
+
+def rounded_up(share: float) -> float:
+    """The smallest share that can be reached as it is told, in thousandths: one that can be asked for."""
+    return ceil(share * 1000) / 1000
 
 
 @dataclass(frozen=True)

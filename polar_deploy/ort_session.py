@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from polar_deploy import onnx_files
+from polar_deploy import extras, onnx_files
 from polar_deploy.errors import ContentError, MachineError, OutOfMemoryError, PolarDeployError, one_line
 from polar_deploy.limits import is_out_of_memory
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CPU = ("CPUExecutionProvider",)
 Level = Literal["none", "basic", "all"]  # none: the graph as it stands; basic: ONNX's own operators only
 _LONGEST = 300  # characters of its messages, which may run over pages
-_INSTALL = "install it: pip install 'polar-deploy[ort]'"
+_INSTALL = f"install it, {extras.install('ort')}"
 # What ONNX Runtime says of valid graphs that it cannot run: no kernel for a type, custom operators, a newer opset,
 # names that it wants to be unique.
 _BEYOND = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from polar_deploy import __version__, cli, recipes
 from polar_deploy.errors import UsageError, printable
 from polar_deploy.settings import Setting, every
 from polar_deploy.stages import NAMES, between
+from polar_deploy.stages.artefacts import SETTINGS
 from polar_deploy.tracking import LIBRARIES, require
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from polar_deploy.stages.context import RunContext
     from polar_deploy.stages.distributed import Team
 
+_NAMES = 10  # of classes in a plan
 _REASONS = 8  # why layers have no gates: so many lines of it in a plan
 _READ: dict[str, Callable[[str], dict[str, object]]] = {  # options whose text says more than one value
     "budget": lambda text: {"budget": recipes.parse_budget(text)},
@@ -149,7 +151,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             options |= dict.fromkeys(given, setting.about.option.partition(" ")[0])
     overrides |= dict(recipes.parse_set(text) for text in arguments.set)
     if arguments.recipe is None and "model" not in overrides:
-        raise UsageError("no model: neither --model nor --recipe is given", "name one, such as --model resnet56")
+        written = None if arguments.out is None else arguments.out / SETTINGS
+        known = written is not None and written.is_file()
+        todo = (
+            f"give --recipe {written}, the settings of that folder" if known else "name one, such as --model resnet56"
+        )
+        raise UsageError("no model: neither --model nor --recipe is given", todo)
     recipe = None if arguments.recipe is None else recipes.find(arguments.recipe)
     return recipes.load(recipe, overrides, options)
 
@@ -159,18 +166,23 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(plan, indent=1))
         return
     from polar_deploy.config import Settings
+    from polar_deploy.costs import rounded_up
     from polar_deploy.report.formats import short
 
     gates, full, least = plan["gates"], plan["full"], plan["smallest"]
     print(recipes.dump(Settings.model_validate(plan["settings"])), end="")
     print(f"---\nfolder    {plan['folder']}\nstages    {' → '.join(plan['stages'])}")
+    if data := plan["data"]:
+        held = ", ".join(f"{count} of {part}" for part, count in data["pictures"].items())
+        print(printable(f"data      {len(data['classes'])} classes ({_few(data['classes'])}); pictures: {held}"))
     print(
         f"gates     {gates['channels']} channels at {gates['channel_sites']} sites ({gates['streams']} streams), "
         f"{gates['blocks']} blocks; {_layers(len(gates['ungated']))} without"
     )
     _print_ungated(gates["ungated"])
     print(f"full      {short(full['macs'])} MACs, {short(full['params'])} parameters")
-    print(f"smallest  {', '.join(f'{name}={share:.3f}' for name, share in least.items())} of the full network")
+    smallest = ", ".join(f"{name}={rounded_up(share):.3f}" for name, share in least.items())
+    print(f"smallest  {smallest} of the full network")
     if device := plan["device"]:
         widths = ", ".join(map(str, device["widths"]))
         print(f"device    {device['name']}, {device['precision']} ({device['source']}): {widths} channels, and so on")
@@ -192,6 +204,10 @@ def _print_ungated(reasons: Mapping[str, str]) -> None:
         print(printable(line))
     if rest := lines[_REASONS:]:
         print(f"no gate   for {len(rest)} other reasons: see --json")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "")
 
 
 def _layers(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from polar_deploy import extras
 from polar_deploy.backends import BACKENDS, Backend
 from polar_deploy.errors import MachineError, UsageError
 
@@ -93,14 +94,14 @@ def identity(target: Target) -> dict[str, str | None]:
 
 def install(target: Target) -> str:
     """The command that installs what `target` takes."""
-    return f"pip install 'polar-deploy[{target.backend.extra}]'"
+    return extras.install(target.backend.extra)
 
 
 def _way_out(target: Target) -> str:
     """Name the nearest target that works here, or what to install for it."""
     if target.backend.lacking_hardware(target.precision) is None:
-        return f"install what is missing: {install(target)}"
+        return f"install what is missing, {install(target)}"
     near = TARGETS.get(f"{EVERYWHERE}-{target.precision}", TARGETS[f"{EVERYWHERE}-fp32"])
     if lacks_to_build(near):
-        return f"install polar-deploy[{near.backend.extra}], which is enough for --target {near.name}"
+        return f"install what is enough for --target {near.name}, {install(near)}"
     return f"use --target {near.name}, which works here"

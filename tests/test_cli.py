@@ -195,6 +195,10 @@ def test_an_option_that_there_is_not_is_told_by_its_command() -> None:
     assert "--full-weights" in outcome.err
     assert outcome.err.endswith(" run: error: unrecognized arguments: --modle resnet20; did you mean --model?\n")
     assert command_line("settings", "--whatever").err.endswith("unrecognized arguments: --whatever\n")
+    for words, meant in ((("surgry", "a.onnx"), "surgery"), (("report", "compar"), "compare")):
+        outcome = command_line(*words)
+        told = f"error: there is no command {words[0] if meant == 'surgery' else words[1]}; did you mean {meant}?\n"
+        assert (outcome.code, outcome.err.endswith(told)) == (2, True)
     early = command_line("--quiet", "run", "--model", "resnet20")  # options stand behind their command
     assert early.code == 2
     assert early.err.endswith(" run: error: unrecognized arguments: --quiet\n")
@@ -253,7 +257,7 @@ def test_completion_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
     outcome = command_line("completion", "bash")
     assert (outcome.code, outcome.out) == (3, "")
     assert outcome.err == (
-        "error: shtab is not installed\n  what to do: install it: pip install 'polar-deploy[completion]'\n"
+        "error: shtab is not installed\n  what to do: install it, in the checkout: pip install '.[completion]'\n"
     )
 
 

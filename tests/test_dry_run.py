@@ -134,7 +134,10 @@ def test_a_budget_that_cannot_be_reached(dry: bool, tmp_path: Path) -> None:
     assert "0.013 of the full network's macs is left" in outcome.err
     advice = re.search(r"ask for at least macs=([\d.]+)", outcome.err)
     assert advice
-    assert polar(*command, "--budget", advice[1], "--dry-run").code == 0
+    assert advice[1] == "0.013"
+    reached = polar(*command, "--budget", advice[1], "--dry-run")
+    assert reached.code == 0
+    assert "smallest  macs=0.013, " in reached.out
     assert os.listdir(tmp_path) == []
 
 

@@ -285,6 +285,12 @@ def test_training_that_diverges(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- files between the stages
 
 
+def test_a_folder_has_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: resnet20\n")
+    outcome = polar("--from", "parity", "--out", tmp_path)
+    refused(outcome, 2, "no model: ", f"give --recipe {tmp_path / 'run.yaml'}, the settings of that folder")
+
+
 def test_a_stage_without_its_predecessors_files(tmp_path: Path) -> None:
     for stage in ("surgery", "build", "parity"):
         outcome = polar(*TINY, "--out", tmp_path / "run", "--from", stage)

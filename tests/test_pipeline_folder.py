@@ -139,3 +139,26 @@ def test_folders_that_are_none_end_with_one_sentence(tmp_path: Path, monkeypatch
     assert outcome.code == 4
     assert "error: flat has 0 class folders" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["flat"]
+
+
+def test_a_plan_tells_what_a_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part, count in (("train", 9), ("val", 4)):
+        for name in ("circle", "cross"):
+            (tmp_path / "shapes" / part / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / "shapes" / part / name / f"{number}.png").write_bytes(b"")  # none is read
+    plan = ("--model", "tests.support.tiny:net", "--budget", "0.5", "--data", "folder:shapes", "--dry-run")
+    outcome = polar(*plan)
+    assert outcome.code == 0, outcome.err
+    assert "data      2 classes (circle, cross); pictures: 16 of train, 2 of validation, 8 of test\n" in outcome.out
+    (tmp_path / "shapes/val/cross").rename(tmp_path / "shapes/val/square")
+    outcome = polar(*plan)
+    assert outcome.code == 4
+    assert "training and test classes differ in 2, first in 'cross'" in outcome.err
+    (tmp_path / "shapes/val/square").rename(tmp_path / "shapes/val/cross")
+    for part in ("train", "val"):
+        (tmp_path / "shapes" / part / "empty").mkdir()
+    outcome = polar(*plan)
+    assert outcome.code == 4
+    assert "shapes/train/empty holds no pictures" in outcome.err

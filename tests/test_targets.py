@@ -120,7 +120,7 @@ def test_where_there_is_a_gpu_what_runs_engines_has_to_be_there_too(
     monkeypatch.setattr(gpu, "first", lambda: Gpu("RTX 4090", (8, 9)))
     with pytest.raises(MachineError, match=r"cuda-bindings >= 12\.6 is not installed") as error:
         check(parse("rtx-fp16"))
-    assert "pip install 'polar-deploy[rtx]'" in error.value.todo
+    assert "pip install '.[rtx]'" in error.value.todo
 
 
 def lacking() -> Gpu:
@@ -255,7 +255,7 @@ def test_openvino_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(MachineError, match=r"openvino >= [\d.]+ is not installed") as error:
         check(parse("ov-int8"))
-    assert "pip install 'polar-deploy[openvino]'" in error.value.todo
+    assert "pip install '.[openvino]'" in error.value.todo
 
 
 def test_importing_targets_is_light() -> None:

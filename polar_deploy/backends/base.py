@@ -81,7 +81,7 @@ class Backend:
         name: first part of its targets' names, and "backend" in build.json.
         library: its name for people.
         runtime: the module of `polar_deploy.engines` that builds and loads its engines.
-        extra: what `pip install 'polar-deploy[…]'` takes for it.
+        extra: the extra of this package that brings what it takes.
         align: default alignment of the compressed network's widths, in channels, by precision; these are its targets.
         packages: what it takes to run its engines.
         build_packages: what it takes besides to build them.

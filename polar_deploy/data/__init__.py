@@ -26,6 +26,7 @@ __all__ = [
     "LazySource",
     "Split",
     "image_folders",
+    "listed",
     "load",
     "normalise",
     "spec",
@@ -93,6 +94,18 @@ def load(
     wanted = replace(known, input_size=input_size or known.input_size)
     with readable():
         return sound(_loader(name, download=download)(wanted, data_dir), skip_broken=skip_broken)
+
+
+def listed(name: str, data_dir: Path | None = None) -> Dataset | None:
+    """The pictures of "folder:DIR" by the names of their files, none of them read; None: another data set.
+
+    Raises:
+        As `load`.
+    """
+    if folder_of(name) is None:
+        return None
+    with readable():
+        return _loader(name, download=False)(spec(name, data_dir), data_dir)
 
 
 @contextmanager

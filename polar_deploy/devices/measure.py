@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polar_deploy import onnx_files
+from polar_deploy import extras, onnx_files
 from polar_deploy.devices.sweep import Run, Size, measured
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.ort_session import open_session, session_options, translated
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if path.suffix != ".json":
         raise UsageError(f"{path} is not named .json", "give it a name such as mine.json")
     if find_spec("onnxruntime") is None:
-        raise MachineError("onnxruntime is not installed", "install it: pip install 'polar-deploy[ort]'")
+        raise MachineError("onnxruntime is not installed", f"install it, {extras.install('ort')}")
     import onnxruntime
 
     source = {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy import extras
 from polar_deploy.errors import MachineError
 
 _TODO = {
@@ -112,7 +113,8 @@ def _runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise MachineError(f"cuda-bindings cannot be imported: {error}", "pip install polar-deploy[gpu]") from error
+        what = f"cuda-bindings cannot be imported: {error}"
+        raise MachineError(what, f"install it, {extras.install('gpu')}") from error
     return runtime
 
 

@@ -6,14 +6,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from types import NoneType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from polar_deploy import export
-from polar_deploy.errors import ContentError, UsageError
+from polar_deploy.errors import ContentError, PolarDeployError, UsageError, first_line
 from polar_deploy.export import Example
+from polar_deploy.exportable import no_autocast
 from polar_deploy.gating import places
 from polar_deploy.gating.places import Place, Places
 from polar_deploy.surgery import choices
@@ -67,7 +69,8 @@ def analyse(
         heads: whether heads of attention get gates.
 
     Raises:
-        ContentError: PyTorch cannot export the network, or loses a part of it, such as the projection of an LSTM.
+        ContentError: the network cannot be called with the example, or gives back what is no tensor; PyTorch cannot
+            export it, or loses a part of it, such as the projection of an LSTM.
         UsageError: there is no gate in it, or nothing in it to ignore, it has no parameters in float32, or some of them
             have no values or no shapes yet.
     """
@@ -87,6 +90,7 @@ def analyse(
                 f"ignore={pattern!r} fits no module of {type(network).__name__}",
                 "give paths as in named_modules(), or patterns of them such as 'head*'",
             )
+    _require_callable(network, example.given or example)
     structure, example = export.captured(network, example)
     blank = choices.without_values(replace(structure, heads=heads), set(export.own_tensors(network)))
     found = Places(blank, places.watch(network, example), places.aliases(network), ignore, blocks=blocks)
@@ -99,6 +103,37 @@ def analyse(
         )
     made, used = made.with_gates_alone()
     return Analysis(example, blank, made, tuple(found.places[index] for index in used), found.unmasked)
+
+
+@torch.no_grad()
+def _require_callable(network: nn.Module, example: Example) -> None:
+    """Raise ContentError where a network cannot be called with an example, or gives back what is no tensor."""
+    name, given = type(network).__name__, ", ".join(map(_described, torch.utils._pytree.tree_leaves(example.args)))
+    given = ", ".join(filter(None, [given, *(f"{key}={_described(each)}" for key, each in example.kwargs.items())]))
+    try:
+        with export.evaluating(network), no_autocast():
+            output = network(*example.args, **example.kwargs)
+    except (MemoryError, torch.OutOfMemoryError, PolarDeployError):
+        raise
+    except Exception as error:
+        raise ContentError(
+            f"{name} cannot be called with the example ({given}): {type(error).__name__}: {first_line(error)}",
+            "give an example as its forward takes it: tensors with the batch as their first axis; or mend the forward",
+        ) from error
+    leaves = torch.utils._pytree.tree_leaves(output)
+    wrong = [each for each in leaves if not isinstance(each, (Tensor, int, float, NoneType))]
+    if wrong or not any(isinstance(each, Tensor) for each in leaves):
+        what = f"a {type(wrong[0]).__name__}" if wrong else "no tensor"
+        raise ContentError(
+            f"{name} gives back {what}{' among its outputs' if wrong and output is not wrong[0] else ''}",
+            "let its forward return tensors: one, a tuple of them, or a dictionary",
+        )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
 
 
 def require_patterns(patterns: Sequence[str]) -> Sequence[str]:

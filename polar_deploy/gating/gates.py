@@ -87,7 +87,7 @@ class Gates:
     Raises:
         UsageError: there is no gate, the budget is out of reach, latency is asked without a table, an argument is out
             of its range, or the model has gates already, or parameters without values or shapes.
-        ContentError: PyTorch cannot export the model, or what it exports does not lead back to its modules.
+        ContentError: the model does not take the example, or its export fails or does not lead back to its modules.
     """
 
     def __init__(

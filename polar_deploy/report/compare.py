@@ -16,7 +16,7 @@ from polar_deploy.documents.parity import Interval, Latency, known_drop
 from polar_deploy.documents.part import Pair
 from polar_deploy.documents.report import Report
 from polar_deploy.errors import UsageError
-from polar_deploy.report import formats
+from polar_deploy.report import formats, outdated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,6 +64,8 @@ def compare(paths: Sequence[Path]) -> Comparison:
         ContentError: a report.json is damaged, or of another version.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _folders(path)))
+    for folder in folders:
+        outdated.warn(folder, "report")
     names = _names(folders)
     runs = [_run(folder / "report.json", name) for folder, name in zip(folders, names, strict=True)]
     runs.sort(key=lambda each: each.latency_ms.compressed.median if each.latency_ms else float("inf"))

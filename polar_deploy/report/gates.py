@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polar_deploy.documents.gates import GateSite, GateStates
+from polar_deploy.report import outdated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw the gates of a run."""
     from polar_deploy.progress import console
 
-    draw(GateStates.read(arguments.folder / "gated/gates.json"), console())
+    states = GateStates.read(arguments.folder / "gated/gates.json")
+    outdated.warn(arguments.folder, "gates")
+    draw(states, console())
     return 0
 
 

@@ -9,6 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from polar_deploy.errors import UsageError
+from polar_deploy.report import outdated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     page = arguments.folder / "report.html"
     if not page.is_file():
         raise UsageError(f"there is no {page}", "give a run's folder; `--from report` makes a page that is missing")
+    outdated.warn(arguments.folder, "report")
     print(page.resolve())
     if not arguments.no_browser and _has_screen():
         webbrowser.open(page.resolve().as_uri())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy import targets
+from polar_deploy import targets, tasks
 from polar_deploy.errors import MachineError
 from polar_deploy.stages import full
 from polar_deploy.stages.gates import known_latency, limits, require_reachable
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
-    """The resolved settings, stages, gates, cost of the full network, smallest reachable cost, the target's needs.
+    """The resolved settings, stages, what a folder of pictures holds, gates, costs, and the target's needs.
+
+    Costs are those of the full network, and the smallest that can be reached.
 
     Raises:
         UsageError: the model has no place for a gate, the budget is below the smallest reachable cost, or the full
             network's weights are not where they should be.
         ContentError: these weights are of another network; or the network cannot be exported, or what surgery makes of
-            it is not what is promised.
+            it is not what is promised; or a folder of pictures is not what a run takes.
     """
     from polar_deploy.gating import budgets
 
+    data = tasks.listed(run.settings) if any(stage.reads_data for stage in stages) else None
     if full.STAGE in stages and run.settings.full_weights is not None:  # else no network is built for it
         full.load_given(run, run.network())
     require_reachable(run)
@@ -34,6 +37,7 @@ def plan(run: RunContext, stages: Sequence[Stage]) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "folder": str(run.folder),
         "stages": [stage.name for stage in stages],
+        "data": data,
         "gates": {
             "channel_sites": len(choices.sites),
             "channels": sum(site.width * site.size for site in choices.sites),

@@ -35,9 +35,9 @@ def _run(run: RunContext) -> None:
 
 
 def _fingerprint(run: RunContext) -> Fingerprint:
-    from polar_deploy.config import LOCAL_PATHS
+    from polar_deploy.report.outdated import depends_on
 
-    return fingerprint(run.settings.model_dump(mode="json", exclude=LOCAL_PATHS))
+    return fingerprint(depends_on(run.settings))
 
 
 STAGE = Stage(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from polar_deploy import targets, tasks
+from polar_deploy import extras, targets, tasks
 from polar_deploy.errors import ContentError, MachineError, PolarDeployError, UsageError
 from polar_deploy.stages import STAGES, full, gates, report
 from polar_deploy.stages.artefacts import SETTINGS
@@ -49,7 +49,7 @@ def require_machine(settings: Settings, stages: Sequence[Stage], *, builds: bool
         needed += tasks.packages(settings.task)
     for module, extra in dict.fromkeys(needed):
         if find_spec(module) is None:
-            raise MachineError(f"{module} is not installed", f"install it: pip install 'polar-deploy[{extra}]'")
+            raise MachineError(f"{module} is not installed", f"install it, {extras.install(extra)}")
 
 
 def _require_measurable(target: targets.Target) -> None:

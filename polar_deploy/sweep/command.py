@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_deploy import extras
 from polar_deploy.errors import MachineError, UsageError
 from polar_deploy.tracking import LIBRARIES, require
 
@@ -94,7 +95,7 @@ def _require_ray() -> None:
     from importlib.util import find_spec
 
     if find_spec("ray") is None:
-        raise MachineError("ray is not installed", "install it: pip install 'polar-deploy[sweep]'")
+        raise MachineError("ray is not installed", f"install it, {extras.install('sweep')}")
 
 
 def _workers_here() -> int:

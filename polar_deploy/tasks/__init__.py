@@ -33,6 +33,7 @@ such a dictionary has, an auxiliary head for example, the loss gets in training,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ __all__ = [
     "data_name",
     "defaults",
     "draw_inputs",
+    "listed",
     "make",
     "packages",
 ]
@@ -98,6 +100,22 @@ def packages(name: str) -> tuple[tuple[str, str], ...]:
     """What a built-in task needs beside the base installation: modules, and the extra that brings each."""
     needed: tuple[tuple[str, str], ...] = () if is_reference(name) else getattr(_built_in(name), "PACKAGES", ())
     return needed
+
+
+def listed(settings: ResolvedSettings) -> dict[str, Any] | None:
+    """What can be told of the data unread: "classes" by name, "pictures" by the part; None: nothing.
+
+    Raises:
+        UsageError, ContentError: a run would refuse what is there.
+    """
+    if is_reference(settings.task):
+        return None
+    look: Callable[[ResolvedSettings], dict[str, Any] | None] = getattr(_built_in(settings.task), "listed", _unknown)
+    return look(settings)
+
+
+def _unknown(settings: ResolvedSettings) -> None:
+    return None
 
 
 def make(settings: ResolvedSettings) -> Task:

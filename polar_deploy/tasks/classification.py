@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,21 @@ def make(settings: ResolvedSettings) -> Task:
     assert settings.input_size is not None
     classes = data.spec(settings.data, settings.data_dir).classes
     return classifier(classes, settings.input_size, settings.training, lambda: _read(settings), settings.normalize)
+
+
+def listed(settings: ResolvedSettings) -> dict[str, Any] | None:
+    """Names of the classes, and number of pictures of each part, of a folder that is not read; None: no folder.
+
+    Raises:
+        ContentError: it is not what a run takes.
+    """
+    dataset = data.listed(settings.data, settings.data_dir)
+    if dataset is None:
+        return None
+    validation = dataset.validation if dataset.validation is not None else split_validation(dataset, settings.seed)[1]
+    learned = len(dataset.train.labels) - len(validation)
+    pictures = {"train": learned, "validation": len(validation), "test": len(dataset.test.labels)}
+    return {"classes": list(dataset.class_names), "pictures": pictures}
 
 
 def no_data() -> Data:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from polar_deploy import extras
 from polar_deploy.documents.training_log import Epoch
 from polar_deploy.errors import MachineError, one_line
 from polar_deploy.progress import Progress
@@ -125,7 +126,7 @@ def require(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(LIBRARIES[name]) is None:
             raise MachineError(
-                f"--track {name}: {LIBRARIES[name]} is not installed", f"install it: pip install 'polar-deploy[{name}]'"
+                f"--track {name}: {LIBRARIES[name]} is not installed", f"install it, {extras.install(name)}"
             )
 
 

@@ -21,9 +21,9 @@ _BY_HAND = re.compile(r"[Mm]easured (by hand )?on |`[\w/-]+\.json`|<!-- generate
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'polar-deploy[docs]'")
-    pytest.importorskip("furo", reason="furo is not installed: pip install 'polar-deploy[docs]'")
-    pytest.importorskip("myst_parser", reason="myst-parser is not installed: pip install 'polar-deploy[docs]'")
+    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install '.[docs]'")
+    pytest.importorskip("furo", reason="furo is not installed: pip install '.[docs]'")
+    pytest.importorskip("myst_parser", reason="myst-parser is not installed: pip install '.[docs]'")
     builder = "dummy"  # reads and resolves everything, and writes no page
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", builder, "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=child_environment(traced=False), capture_output=True, text=True)

@@ -47,14 +47,14 @@ def test_machine_without_a_gpu(without_gpu: None, capsys: pytest.CaptureFixture[
         "build": [],
         "run": [],
         "proves_types": True,
-        "install": "pip install 'polar-deploy[ort]'",
+        "install": "in the checkout: pip install '.[ort]'",
     }
     assert "no NVIDIA driver (libcuda.so.1 is not found)" in found.targets["rtx-fp16"].run
     assert set(found.targets) == set(targets.TARGETS)
     shown = page(capsys)
     assert "GPU           none: no NVIDIA driver (libcuda.so.1 is not found)" in shown
     assert "--target auto  means ort-fp32 here" in shown
-    assert "pip install 'polar-deploy[ort-gpu]'" in shown  # the brackets are no markup
+    assert "pip install '.[ort-gpu]'" in shown  # the brackets are no markup
 
 
 def test_gpus_lack_what_their_architecture_lacks(with_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:

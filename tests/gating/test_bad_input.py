@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,43 @@ def test_a_state_with_a_budget_that_nothing_tells_is_refused(analysis: Any) -> N
         gates.load_state_dict(state)
     assert gates.budget == {"macs": 0.5}
     assert gates.state_dict()["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), r"\(ndarray\): TypeError: "),
+        (torch.zeros(1, 4, 8, 8), r"\(float32 \[1, 4, 8, 8\]\): RuntimeError: "),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), r"\(int64 \[1, 3, 8, 8\]\): RuntimeError: "),
+        (torch.zeros(3, 8, 8), r"\(float32 \[3, 8, 8\]\): RuntimeError: "),
+    ],
+)
+def test_an_example_that_the_model_does_not_take_is_told(example: object, told: str) -> None:
+    model = network().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ContentError, match=rf"Sequential cannot be called with the example {told}"):
+        Gates(model, example, 0.5, STEPS)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (lambda x: "done", "gives back a str$"),
+        (lambda x: None, "gives back no tensor$"),
+        (lambda x: {"logits": x, "name": "mine"}, "gives back a str among its outputs$"),
+    ],
+)
+def test_what_is_no_tensor_is_no_output(output: Any, told: str) -> None:
+    class Answering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return output(self.layers(x))
+
+    with pytest.raises(ContentError) as caught:
+        Gates(Answering(), EXAMPLE, 0.5, STEPS)
+    assert re.search(f"Answering {told}", caught.value.what)

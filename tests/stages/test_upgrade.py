@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from polar_deploy import cli
 from polar_deploy.documents.latency_table import MeasuredTable
 from polar_deploy.engines import table
 from polar_deploy.progress import Progress
 from polar_deploy.stages import NAMES, stage
-from tests.conftest import MINIATURE, Miniature, Outcome, contents, polar
+from tests.conftest import MINIATURE, Miniature, Outcome, called, contents, polar
 from tests.support.kills import differences
 from tests.test_latency_budget import TINY
 from tests.test_latency_budget import _measured as measured_table
@@ -74,6 +75,23 @@ def test_what_is_left_of_the_run_before_is_told(
         in outcome.err
     )
     assert "of the run before" not in polar(*until).err
+
+
+def test_what_is_shown_of_a_run_before_is_told(miniature: Miniature, tmp_path: Path) -> None:
+    folder = miniature.copy(tmp_path / "run")
+    shown = (("gates", "show", folder), ("report", "view", folder, "--no-browser"), ("report", "compare", folder))
+    assert [called(cli.main, *each).err for each in shown] == [""] * 3
+    for made in (("--epochs", "1", "--until", "full"), ("--until", "full")):
+        assert polar(*MINIATURE, "--out", folder, *made).code == 0
+        read = "full/weights.safetensors is another one than stage gates has read"
+        told = [called(cli.main, *each).err for each in shown]
+        before = made[0] == "--until"  # trained as before: as far as that goes, nothing is of another run
+        assert [f"warning: this is of an earlier run in {folder}: " in each for each in told] == [not before] * 3
+        assert [read in each for each in told] == [not before] * 3
+        settings = f"{folder / 'run.yaml'} has other settings"
+        assert [settings in each for each in told] == [False, not before, not before]
+    (folder / "stamps/gates.json").unlink()
+    assert "stage gates has begun again and not ended" in called(cli.main, *shown[0]).err
 
 
 def test_a_half_trained_network_goes_on(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from math import ceil, inf
+from math import inf
 
 import numpy as np
 
-from polar_deploy.costs import WINDOW, Floats, State
+from polar_deploy.costs import WINDOW, Floats, State, rounded_up
 from polar_deploy.errors import UsageError
 from polar_deploy.gating.solver.exchange import Point, Search
 from polar_deploy.gating.solver.levels import Flags, Integers, Model, by_levels, rises
@@ -65,13 +65,13 @@ def unreachable(problem: Problem, state: State) -> UsageError:
     least = problem.shares(state)
     over = {name: least[name] - asked for name, asked in problem.asked.items() if least[name] > asked}
     name = max(over, key=lambda each: over[each])
-    enough = {each: ceil(least[each] * 1000 + 1) / 1000 for each in over}
+    enough = {each: rounded_up(least[each]) for each in over}
     asked = " and ".join(f"{each}={share:.3f}" for each, share in enough.items())
     hopeless = [each for each, share in enough.items() if share >= 1]
     todo = f"no cut saves {hopeless[0]} here: ask for another budget" if hopeless else f"ask for at least {asked}"
     return UsageError(
         f"budget {name}={problem.asked[name]} cannot be reached: with every gate closed that may close, "
-        f"{least[name]:.3f} of the full network's {name} is left",
+        f"{enough[name]:.3f} of the full network's {name} is left",
         f"{todo}, or lower gates.min_width or --align",
     )
 
