@@ -22,6 +22,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from polar_deploy import extras
 from polar_deploy.errors import ContentError, first_line
 from polar_deploy.exportable import Exportable, constant_parameters, no_autocast
 from polar_deploy.onnx_files import metadata
@@ -375,7 +376,7 @@ def check(path: Path, inputs: Arrays, expected: Arrays) -> float:
         ContentError: an output of floats differs by more than `TOLERANCE`, another one at all.
         MachineError: ONNX Runtime is not installed.
     """
-    options = session_options(todo="install the extra 'ort': no export can be checked without it")
+    options = session_options(todo=f"install it, {extras.install('ort')}")
     with translated(f"{path}: ONNX Runtime cannot run this export"):
         session = open_session(path, options)
         known = {value.name for value in session.get_inputs()}  # an exporter leaves out what is not read

@@ -161,4 +161,4 @@ def test_a_plan_tells_what_a_folder_holds(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "shapes" / part / "empty").mkdir()
     outcome = polar(*plan)
     assert outcome.code == 4
-    assert "shapes/train/empty holds no pictures" in outcome.err
+    assert "/empty holds no pictures" in outcome.err

@@ -161,7 +161,7 @@ def test_everything_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) ->
         assert f"{part} is not installed" in error.value.what
     with pytest.raises(MachineError, match=r"onnxruntime >= 1\.19 is not installed") as error:
         check(parse("ort-fp32"))
-    assert "polar-deploy[ort]" in error.value.todo
+    assert "'.[ort]'" in error.value.todo
 
 
 @pytest.mark.parametrize(

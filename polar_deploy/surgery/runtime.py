@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from polar_deploy import extras
 from polar_deploy.errors import ContentError, OutOfMemoryError, first_line
 from polar_deploy.ort_session import Level, open_session, session_options, translated
 from polar_deploy.surgery.inputs import Value, Values
@@ -43,7 +44,8 @@ def onnx_runtime(path: Path, *, exact_integers: bool = False) -> Run:
         OutOfMemoryError: it got no memory for it.
     """
     level: Level = "all" if exact_integers else "none"
-    options = session_options(threads=1, level=level, todo="install polar-deploy[ort], or pass --no-verify")
+    todo = f"install it, {extras.install('ort')}, or pass --no-verify"
+    options = session_options(threads=1, level=level, todo=todo)
     if exact_integers:
         options.add_session_config_entry("session.x64quantprecision", "1")
         # It makes graphs invalid that have signed pairs of opset 21 or later (ONNX Runtime 1.32).

@@ -41,7 +41,7 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.Monke
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="--track mlflow: mlflow is not installed") as caught:
         tracking.require(["mlflow"])
-    assert "polar-deploy[mlflow]" in caught.value.todo
+    assert "'.[mlflow]'" in caught.value.todo
     outcome = polar("--model", "resnet20", "--data", "digits", "--track", "tensorboard", "--dry-run")
     assert outcome.code == 3
     assert "tensorboard is not installed" in outcome.err
