@@ -85,8 +85,12 @@ def test_what_is_shown_of_a_run_before_is_told(miniature: Miniature, tmp_path: P
         assert polar(*MINIATURE, "--out", folder, *made).code == 0
         read = "full/weights.safetensors is another one than stage gates has read"
         told = [called(cli.main, *each).err for each in shown]
-        before = made[0] == "--until"  # trained as before: as far as that goes, nothing is of another run
-        assert [f"warning: this is of an earlier run in {folder}: " in each for each in told] == [not before] * 3
+        before = made[0] == "--until"  # the same weights again, and a log with other seconds, which the report reads
+        assert [f"warning: this is of an earlier run in {folder}: " in each for each in told] == [
+            not before,
+            True,
+            True,
+        ]
         assert [read in each for each in told] == [not before] * 3
         settings = f"{folder / 'run.yaml'} has other settings"
         assert [settings in each for each in told] == [False, not before, not before]
