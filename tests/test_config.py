@@ -55,7 +55,7 @@ def test_gates_are_fixed_within_the_run(freeze: float) -> None:
 
 @pytest.mark.parametrize("gone", ["polarization", "steering", "temperature", "travel"])
 def test_gates_have_no_settings_of_before(gone: str) -> None:
-    assert set(Gates.model_fields) == {"mode", "blocks", "close_from", "freeze_at", "min_width"}
+    assert set(Gates.model_fields) == {"mode", "blocks", "heads", "close_from", "freeze_at", "min_width"}
     with pytest.raises(ValidationError, match="Extra inputs"):
         Gates.model_validate({gone: 1.0})
 

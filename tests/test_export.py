@@ -504,7 +504,7 @@ def test_without_onnxruntime_the_error_says_which_extra(exported: _Exported, mon
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MachineError, match="onnxruntime is not installed") as caught:
         check(exported.path, _named(1), {"logits": np.zeros((1, 10), np.float32)})
-    assert "'ort'" in caught.value.todo
+    assert "'.[ort]'" in caught.value.todo
 
 
 def test_a_reference_holds_its_arrays(tmp_path: Path) -> None:

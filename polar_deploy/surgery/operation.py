@@ -89,7 +89,7 @@ def compress_file(
         The report.
 
     Raises:
-        UsageError: `source` is missing, it and `target` are one file, or a place cannot be written.
+        UsageError: `source` is missing, or a place cannot be written.
         ContentError: the model is invalid, the proof failed, or (unless `allow_unverified`) it cannot be made.
         MachineError: ONNX Runtime is not installed and `verify` is set; no space.
     """
@@ -117,9 +117,7 @@ def compress_file(
 
 
 def _check_places(source: Path, target: Path, report: Path | None) -> None:
-    """Raises UsageError where the smaller model would replace the one that is read, or the report a model."""
-    if source.exists() and target.exists() and source.samefile(target):
-        raise UsageError(f"the smaller model would replace {source}, which it is made of", "give it a place of its own")
+    """Raises UsageError where the report would replace a model."""
     if report is not None and report.resolve() in (source.resolve(), target.resolve()):
         raise UsageError(f"the report would replace the model {report}", "give the report a place of its own")
 

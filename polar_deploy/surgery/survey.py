@@ -137,10 +137,10 @@ class Survey:
         """
         shared: dict[str, Step] = {}
         for step in self.facts.alive:
-            heads = step.handler.heads(step)
-            for channels, head in heads:
-                first, own = heads[0]
-                yield (first.first + np.unique(own, return_index=True)[1])[head], numbers(channels)
+            tensors = step.handler.heads(step)
+            for channels, head in tensors:
+                leader, own = tensors[0]
+                yield (leader.first + np.unique(own, return_index=True)[1])[head], numbers(channels)
             if is_writer(step) and (groups := len(step.plan.absorbed)) > 1:
                 sides = [x for x in (step.handler.source(step), step.output) if x is not None]  # type: ignore[attr-defined]
                 members = [numbers(side).reshape(groups, -1) for side in sides]

@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[object, set[str]]] = {
     "training.threads": (1, BOTH),
     "gates.mode": ("sample", GATED),
     "gates.blocks": (False, GATED),
+    "gates.heads": (True, GATED),
     "gates.close_from": (0.1, GATED),
     "gates.freeze_at": (0.5, GATED),
     "gates.min_width": (0.5, GATED),
@@ -195,6 +196,7 @@ def test_a_table_is_measured_again_only_where_its_engines_change(tmp_path: Path)
         {"target": "ort-int8"},
         {"build.tf32": True},
         {"gates.blocks": False},
+        {"gates.heads": True},
         {"model": "resnet32"},
         narrower,
     ):

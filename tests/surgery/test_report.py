@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 from rich.console import Console
 
-from polar_deploy.errors import ContentError, MachineError, UsageError
+from polar_deploy.errors import ContentError, MachineError
 from polar_deploy.surgery import compress, compress_file, cost
 from polar_deploy.surgery.report import alignment, show
 from tests.support.schemas import valid
@@ -199,18 +199,6 @@ def test_import_is_light() -> None:
     code = "import sys, polar_deploy.surgery; print({'torch', 'onnx', 'onnxruntime'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-def test_a_model_does_not_replace_the_one_that_it_is_made_of(tmp_path: Path) -> None:
-    source = tmp_path / "gated.onnx"
-    onnx.save(_model(), source)
-    before = source.read_bytes()
-    (tmp_path / "link.onnx").symlink_to(source)
-    os.link(source, tmp_path / "hard.onnx")
-    for name in ("gated.onnx", "link.onnx", "hard.onnx"):
-        with pytest.raises(UsageError, match=r"the smaller model would replace .*gated\.onnx, which it is made of"):
-            compress_file(source, tmp_path / name)
-    assert source.read_bytes() == before
 
 
 def test_a_full_disk_is_told_by_the_name_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

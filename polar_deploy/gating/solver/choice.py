@@ -71,7 +71,7 @@ def unreachable(problem: Problem, state: State) -> UsageError:
     todo = f"no cut saves {hopeless[0]} here: ask for another budget" if hopeless else f"ask for at least {asked}"
     return UsageError(
         f"budget {name}={problem.asked[name]} cannot be reached: with every gate closed that may close, "
-        f"{enough[name]:.3f} of the full network's {name} is left",
+        f"{least[name]:.3f} of the full network's {name} is left",
         f"{todo}, or lower gates.min_width or --align",
     )
 

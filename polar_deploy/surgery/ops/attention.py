@@ -48,12 +48,12 @@ class Rotary(Operator[int]):
         source, rank = step.require(), step.rank()
         if source.axes != ((1, 3) if rank == 4 else (2,)):
             raise Unsupported("the channels of its input are not those of heads")
-        step.plan = source.dims[0] if rank == 4 else self.heads(step)
+        step.plan = source.dims[0] if rank == 4 else self.head_count(step)
         target = step.carry()
         numbers = np.arange(len(target)).reshape(step.plan, -1)
         step.tie(target, np.broadcast_to(numbers[:, :1], numbers[:, 1:].shape).ravel(), numbers[:, 1:].ravel())
 
-    def heads(self, step: Step) -> int:
+    def head_count(self, step: Step) -> int:
         """How many heads lie on the one axis of the channels."""
         count: int = step.node.attrs.get("num_heads", 0)
         if count < 1:

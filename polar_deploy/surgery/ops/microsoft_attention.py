@@ -211,9 +211,9 @@ class SelfAttention(Layer[Projected]):
 class MicrosoftRotary(Rotary):
     """RotaryEmbedding of com.microsoft: inputs are the data, positions and both tables."""
 
-    def heads(self, step: Step) -> int:
+    def head_count(self, step: Step) -> int:
         if step.node.attrs.get("num_heads", 0):
-            return super().heads(step)
+            return super().head_count(step)
         table = step.graph.shape(step.original[2])
         width = table[-1] if table else None
         if not isinstance(width, int) or len(step.require()) % (2 * width):
