@@ -6,7 +6,6 @@ is made of it for inference, BatchNormalizations are folded. Neither merges cons
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import inspect
 import io
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from polar_deploy import extras
 from polar_deploy.errors import ContentError, first_line
 from polar_deploy.exportable import Exportable, constant_parameters, no_autocast
-from polar_deploy.onnx_files import metadata
+from polar_deploy.module_names import modules_of, name_nodes
 from polar_deploy.ort_session import open_session, session_options, translated
 from polar_deploy.surgery import detached
 from polar_deploy.surgery.choices import with_values
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 OPSET = 18  # the exporter's own; lower ones are converted, and not always
 TOLERANCE = 1e-5  # of the output's scale
 OWN = "polar_deploy."  # what keys of this package's notes in a graph begin with
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def with_weights(structure: DetachedModel, network: nn.Module) -> DetachedModel:
 def save(structure: DetachedModel, path: Path, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> None:
     """Write a structure as ONNX for inference, atomically; what one file cannot hold, with its weights in PATH.data.
 
-    Constants are folded, and BatchNormalizations in the layers before them.
+    Constants are folded, and BatchNormalizations in the layers before them. Nodes are named after their modules.
 
     Args:
         inputs, outputs: names of the graph's tensors; (): the exporter's.
@@ -220,6 +218,7 @@ def save(structure: DetachedModel, path: Path, *, inputs: Sequence[str] = (), ou
         rewriter.rewrite(model)
     _name_constants(model)
     graph = onnx_ir.to_proto(model)
+    name_nodes(graph.graph, modules_of(structure.model.graph))
     _drop_notes(graph)
     _require_noted(structure.model, graph)
     detached.save(graph, path)
@@ -284,16 +283,6 @@ def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | No
         )
     assert program is not None
     return program
-
-
-def module_of(node: onnx.NodeProto) -> str | None:
-    """The path of the module that a node of an exported graph was computed in; None where that is not told."""
-    told = metadata(node).get(_SCOPES)
-    scopes = ast.literal_eval(told) if told else []
-    if len(scopes) < 2 or any(scope.startswith("_empty_nn_module_stack") for scope in scopes):
-        return None
-    path: str = scopes[-2]
-    return path.partition("@")[0]  # what is called for the second time has its number there
 
 
 def _drop_made_biases(model: onnx.ModelProto, parameters: set[str]) -> None:

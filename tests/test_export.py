@@ -32,7 +32,6 @@ from polar_deploy.export import (
     Example,
     check,
     evaluating,
-    module_of,
     save,
     structure,
     with_weights,
@@ -40,6 +39,7 @@ from polar_deploy.export import (
 from polar_deploy.gating import deploy
 from polar_deploy.gating.analysis import Analysis, analyse
 from polar_deploy.gating.deploy import GATES, KIND, SITE
+from polar_deploy.module_names import module_of
 from polar_deploy.surgery.detached import to_model
 from polar_deploy.surgery.facts import Bools
 from polar_deploy.tasks.classification import classifier
@@ -566,3 +566,40 @@ def test_channels_that_lie_last_in_memory_have_their_gates(network: nn.Module, t
     session = onnxruntime.InferenceSession(tmp_path / "gated.onnx")
     (found,) = session.run(None, {"x": example.numpy()})
     np.testing.assert_allclose(found, network.eval()(example).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+class _Branches(nn.Module):
+    """A layer that is called twice, a folded BatchNormalization, an attention, and what the network does itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.twice(torch.relu(self.twice(x))) + x)
+        return self.encoder(x.flatten(2).transpose(1, 2))
+
+
+def test_nodes_are_named_after_their_modules(tmp_path: Path) -> None:
+    network = _Branches().eval()
+    save(structure(network, Example.of(torch.randn(2, 3, 4, 4))), tmp_path / "a.onnx")
+    nodes = onnx.load(tmp_path / "a.onnx").graph.node
+    assert [node.name for node in nodes][:6] == [
+        "stem.0/Conv",  # with the BatchNormalization of stem.1
+        "twice/Conv",
+        "Relu",
+        "twice/Conv_1",
+        "Add",
+        "Relu_1",
+    ]
+    names = {node.name for node in nodes}
+    assert len(names) == len(nodes)
+    assert {
+        "encoder.linear1/MatMul",
+        "encoder.norm1/LayerNormalization",
+        "encoder.self_attn/MatMul",
+        "encoder/Add",
+    } <= names

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.padding import _ConstantPadNd
 
 from polar_deploy.errors import ContentError, UsageError, first_line
-from polar_deploy.export import device_of, evaluating, module_of, own_tensors
+from polar_deploy.export import device_of, evaluating, own_tensors
 from polar_deploy.gating import masking
 from polar_deploy.gating.analysis import Analysis, require_float32
 from polar_deploy.gating.places import Calls, argument_of, is_within, result_of, watch, with_result
 from polar_deploy.gating.recount import recount
 from polar_deploy.gating.rehearsal import noise
+from polar_deploy.module_names import module_of
 from polar_deploy.surgery.choices import Block
 from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Bools

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polar_deploy.export import Example, evaluating, module_of
+from polar_deploy.export import Example, evaluating
+from polar_deploy.module_names import module_of
 from polar_deploy.surgery.choices import Mask
 from polar_deploy.surgery.detached import DetachedModel
 from polar_deploy.surgery.facts import Facts, Step
