@@ -94,12 +94,12 @@ def choose_all(folder: Path, tools: list[str], name: str, pixels: int, classes: 
 
 def by_macs(choices: Choices, worth: Floats, share: float, align: int) -> np.ndarray:
     """The gates that stay under a budget of MACs."""
-    return choose(choices, Limits.of(choices.sites, align, MIN_WIDTH), choices.costs, {"macs": share}, worth)
+    return choose(choices, Limits.of(choices, align, MIN_WIDTH), choices.costs, {"macs": share}, worth)
 
 
 def by_device(choices: Choices, device: devices.Chosen, worth: Floats) -> np.ndarray:
     """The gates that stay under the largest budget of the device's cost that leaves at most `MACS`."""
-    limits = Limits.of(choices.sites, 1, MIN_WIDTH, device.offers)
+    limits = Limits.of(choices, 1, MIN_WIDTH, device.offers)
     costs = {"latency": latency_cost(device, choices)}
     least, most, found = 0.0, 1.0, None
     while most - least > FINE:

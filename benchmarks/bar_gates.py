@@ -59,7 +59,7 @@ def choice(gates: Gates, align: int) -> dict[str, Any]:
     """Seconds of the choice at half of the MACs, for utilities drawn at random."""
     choices = gates.analysis.choices
     worth = np.random.default_rng(0).gamma(0.5, size=choices.gates)
-    limits = Limits.of(choices.sites, align, 0.25)
+    limits = Limits.of(choices, align, 0.25)
     start = time.monotonic()
     opened = choose(choices, limits, choices.costs, {"macs": 0.5}, worth)
     return {

@@ -6,7 +6,7 @@ where nothing was; which ones is an order: the most useful first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -34,18 +34,22 @@ def alignment_of(width: int, align: int) -> int:
     return align if width >= 2 * align else next(a for a in (16, 8, 1) if a <= max(1, width // 2))
 
 
-def widths(site: Site, align: int, min_width: float, offers: Callable[[int], bool] | None = None) -> tuple[int, ...]:
+def widths(
+    site: Site, align: int, min_width: float, offers: Callable[[int], bool] | None = None, beside: int = 0
+) -> tuple[int, ...]:
     """How many gates of a site may be open, ascending; the last is all of them.
 
     A gate of several channels (a group of a grouped convolution) counts as so many. `offers`: whether the device
-    likes so many channels; it takes the place of `align`.
+    likes so many channels; it takes the place of `align`. `beside`: channels of other sites, or that stay, in the
+    widest layer that writes the site's: what goes is a multiple then, so that the layer keeps to multiples whatever
+    the other sites lose.
     """
+    least = max(1, ceil(min_width * site.width))
     if offers:
-        least = max(1, ceil(min_width * site.width))
-        return (*(gates for gates in range(least, site.width) if offers(gates * site.size)), site.width)
-    step = ceil(alignment_of(site.width * site.size, align) / site.size)
-    least = max(step, ceil(min_width * site.width / step) * step)
-    return (*range(least, site.width, step), site.width)
+        return (*(gates for gates in range(least, site.width) if offers(beside + gates * site.size)), site.width)
+    step = ceil(alignment_of(beside + site.width * site.size, align) / site.size)
+    first = site.width % step if beside else 0
+    return (*(gates for gates in range(first, site.width, step) if gates >= least), site.width)
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,7 @@ class Limits:
     widths: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(
-        cls, sites: Sequence[Site], align: int, min_width: float, offers: Callable[[int], bool] | None = None
-    ) -> Limits:
+    def of(cls, choices: Choices, align: int, min_width: float, offers: Callable[[int], bool] | None = None) -> Limits:
         """Multiples of `align` channels, or what a device `offers`; at least the share `min_width` of each site.
 
         Raises:
@@ -67,7 +69,19 @@ class Limits:
             raise UsageError(f"align={align!r}", "give a number of channels, such as 1, 8 or 16")
         if not is_number(min_width) or not 0 <= min_width <= 1:
             raise UsageError(f"min_width={min_width!r}", "give the share of its channels that a layer keeps, 0 to 1")
-        return cls(tuple(widths(site, align, min_width, offers) for site in sites))
+        sites = zip(choices.sites, _beside(choices), strict=True)
+        return cls(tuple(widths(site, align, min_width, offers, beside) for site, beside in sites))
+
+
+def _beside(choices: Choices) -> list[int]:
+    """For each site the most channels that a layer writes besides the site's own."""
+    most = [0] * len(choices.sites)
+    for layer in choices.layers:
+        for written in layer.macs.factors[:1]:
+            whole = written.constant + sum(table[-1] for table in written.tables.values())
+            for site, table in written.tables.items():
+                most[site] = max(most[site], round(whole - table[-1]))
+    return most
 
 
 def problem(

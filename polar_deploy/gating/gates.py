@@ -120,7 +120,7 @@ class Gates:
             model, Example.of(example_inputs), ignore=ignore, blocks=blocks, heads=heads
         )
         chosen = devices.given(device)
-        self._limits = Limits.of(self.sites, align, min_width, chosen.offers if chosen else None)
+        self._limits = Limits.of(self.analysis.choices, align, min_width, chosen.offers if chosen else None)
         self._costs = dict(self.analysis.choices.costs)
         if "latency" in self.budget:
             self._costs["latency"] = latency_cost(budgets.latency_source(latency_table, chosen), self.analysis.choices)

@@ -89,7 +89,7 @@ def limits(run: RunContext) -> Limits:
     from polar_deploy.gating.choice import Limits
 
     offers = run.device.offers if run.device else None
-    return Limits.of(run.analysis.choices.sites, run.settings.align, run.settings.gates.min_width, offers)
+    return Limits.of(run.analysis.choices, run.settings.align, run.settings.gates.min_width, offers)
 
 
 def require_reachable(run: RunContext, *, measure: bool = False) -> None:

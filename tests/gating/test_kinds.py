@@ -6,6 +6,7 @@ a random state by ONNX Runtime's graph after surgery.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +24,7 @@ from polar_deploy import Gates
 from polar_deploy.errors import ContentError, UsageError
 from polar_deploy.export import Example
 from polar_deploy.gating.analysis import analyse
+from polar_deploy.gating.choice import Limits
 from polar_deploy.gating.rehearsal import random_state
 from polar_deploy.surgery import compress_file, cost
 
@@ -175,6 +177,22 @@ class Branches(nn.Module):
         x = torch.relu(self.stem(x))
         x = torch.relu(self.norms[0](self.wide(x)) + self.norms[1](self.narrow(x)) + self.norms[2](x))
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet's: branches of halves of the channels, which are shuffled, so that layers are of several sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 48, 3, padding=1), nn.Linear(48, 10)
+        self.branches = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for branch in self.branches:
+            kept, read = x.chunk(2, 1)
+            x = F.channel_shuffle(torch.cat([kept, torch.relu(branch(read))], 1), 2)
+        return self.head(x.mean((2, 3)))
 
 
 class Grouped(nn.Module):
@@ -437,6 +455,21 @@ def test_gates_are_where_they_should_be() -> None:
         "a product by hand": {"a": ("channel", 16, 1)},
         "tied weights": {"stem": ("channel", 16, 1)},
     }
+
+
+def test_a_layer_of_several_sites_keeps_a_multiple_of_the_alignment() -> None:
+    """Whatever each of the sites keeps."""
+    gates = Gates(Shuffled().eval(), torch.zeros(1, 3, 8, 8), 0.6, align=8, min_width=0.0, rehearse=0)
+    choices = gates.analysis.choices
+    allowed = Limits.of(choices, 8, 0.0).widths
+    layers = [layer.macs.factors[0] for layer in choices.layers if len(layer.macs.factors[0].tables) > 1]
+    assert layers
+    for written in layers:
+        own = sorted(written.tables)
+        kept = itertools.product(*(allowed[site] for site in own))
+        totals = {written.constant + sum(written.tables[s][n] for s, n in zip(own, each, strict=True)) for each in kept}
+        assert len(totals) > 1
+        assert all(total % 8 == 0 for total in totals), totals
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_loop_closes_what_is_missed_least_and_not_what_gradients_say() -> None
     widths = [int(gates.opened[site.gates.start : site.gates.stop].sum()) for site in gates.sites]
     assert widths == [16, 8]
     worth = gates.utility.double().numpy()
-    limits = Limits.of(gates.sites, 8, 0.5)
+    limits = Limits.of(gates.analysis.choices, 8, 0.5)
     added_up = choose(gates.analysis.choices, limits, gates.analysis.choices.costs, {"macs": 0.75}, worth)
     assert [int(added_up[site.gates.start : site.gates.stop].sum()) for site in gates.sites] == [8, 16]
 
