@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import io
 import math
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -257,7 +258,7 @@ def _captured(network: nn.Module, example: Example) -> tuple[torch.onnx.ONNXProg
 
 
 def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | None) -> torch.onnx.ONNXProgram:
-    """One try of the exporter, which prints its progress to stdout; that belongs to results."""
+    """One try of the exporter, which prints its progress to stdout, where results belong, and graphs to stderr."""
     shapes = _shapes(network, dynamic)
     args = example.args if example.kwargs else (*example.args, {})  # it takes a dictionary at the end for named ones
     with contextlib.ExitStack() as stack:
@@ -269,7 +270,8 @@ def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | No
             warnings.catch_warnings(),
         ):
             stack.enter_context(state)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for printed in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(printed(io.StringIO()))
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -348,10 +350,14 @@ def _unless_growing(node: onnx_ir.Node) -> bool | None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong at first: the exporter wraps it in pages of advice."""
+    """What went wrong at first, and where in the network: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    of_libraries = (*torch.__path__, str(Path(__file__).parent), contextlib.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((each for each in reversed(frames) if not each.filename.startswith(of_libraries)), None)
+    where = f" ({place.filename}, line {place.lineno}: {place.line})" if place else ""
+    return f"{type(error).__name__}: {first_line(error)}{where}"
 
 
 def check(path: Path, inputs: Arrays, expected: Arrays) -> float:

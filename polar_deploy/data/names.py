@@ -65,14 +65,21 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"there is no {kind} called '{name}'", f"use {listed}, or your own as package.module:function")
 
 
-def call_reference(reference: str, **arguments: object) -> object:
+def call_reference(reference: str, synonyms: Mapping[str, str] | None = None, **arguments: object) -> object:
     """Import "package.module:function", the current folder included, and return `function(**arguments)`.
+
+    Args:
+        synonyms: what others call an argument, by our name: functions that have that, or take any (`**kwargs`), and
+            do not have ours, are called with it.
 
     Raises:
         UsageError: there is no such module or function.
         ContentError: the function takes other arguments, or the user's code failed, on import or in the call.
     """
     function = _import_function(reference)
+    for ours, theirs in (synonyms or {}).items():
+        if ours in arguments and _takes_only(function, theirs, ours):
+            arguments[theirs] = arguments.pop(ours)
     _require_signature(reference, function, arguments)
     try:
         return function(**arguments)
@@ -115,6 +122,16 @@ def _functions(module: ModuleType) -> list[str]:
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
     ]
+
+
+def _takes_only(function: Callable[..., object], name: str, other: str) -> bool:
+    """Whether it takes an argument of the one name, or of any, and has none of the other."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return False
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return other not in parameters and (name in parameters or takes_any)
 
 
 def _require_signature(reference: str, function: Callable[..., object], arguments: Mapping[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import groupby
 
 from polar_deploy.devices import Chosen, Device, load
 from polar_deploy.devices.device import Precision
@@ -38,12 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_staircase(device: Device, precision: Precision) -> None:
-    """Two 3 x 3 convolutions with so many channels between them; * marks a width that is worth choosing."""
+    """Two 3 x 3 convolutions with so many channels between them; * marks a width that is worth choosing.
+
+    Neighbours that are not, and whose bars are as long, share a line, with the cost of the widest.
+    """
     costs, offered = device.staircase(precision), device.offered(precision)
     dearest = max(costs.values())
     print(f"\n{precision}: two 3 x 3 convolutions with so many channels between them, {device.unit}; *: worth choosing")
     if (weight := Chosen(device, precision).costs.weight_in_macs) is not None:
         print(f"a weight costs as much as {weight:.0f} multiplications, which shows in layers on few pixels")
-    for width, cost in costs.items():
-        mark = "*" if width in offered else " "
-        print(f"{width:5} {mark} {cost:12.6g} {'#' * round(BAR * cost / dearest)}")
+    for (bar, worth), alike in groupby(costs, lambda each: (round(BAR * costs[each] / dearest), each in offered)):
+        widths = list(alike)
+        for first, last in [(each, each) for each in widths] if worth else [(widths[0], widths[-1])]:
+            label = str(first) if first == last else f"{first}-{last}"
+            print(f"{label:>7} {'*' if worth else ' '} {costs[last]:12.6g} {'#' * bar}")

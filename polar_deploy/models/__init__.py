@@ -74,7 +74,8 @@ def _torchvision(name: str, task: Task, classes: int) -> nn.Module:
 
 
 def _own(reference: str, task: Task) -> nn.Module:
-    model = call_reference(reference, **({} if task.classes is None else {"classes": task.classes}))
+    arguments = {} if task.classes is None else {"classes": task.classes}
+    model = call_reference(reference, {"classes": "num_classes"}, **arguments)
     if not isinstance(model, nn.Module):
         raise ContentError(f"'{reference}' returned a {type(model).__name__}", "return a torch.nn.Module")
     task.only_outputs(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polar_deploy.documents.gates import GateSite, GateStates
+from polar_deploy.errors import UsageError
 from polar_deploy.report import outdated
 
 if TYPE_CHECKING:
@@ -26,9 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the gates of a run."""
+    """Draw the gates of a run.
+
+    Raises:
+        UsageError: this is no run's folder, or its gates stage has not run.
+    """
     from polar_deploy.progress import console
 
+    if not arguments.folder.is_dir():
+        todo = "give the folder of a run (its --out); what a graph lost, the surgery.json beside it tells"
+        raise UsageError(f"{arguments.folder} is no folder", todo)
     states = GateStates.read(arguments.folder / "gated/gates.json")
     outdated.warn(arguments.folder, "gates")
     draw(states, console())

@@ -22,8 +22,10 @@ def test_a_device_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "rk3588"]) == 0
     out = capsys.readouterr().out
     assert "rknn-toolkit2 2.5.0" in out
-    assert "\n   32 *" in out
-    assert "\n   33  " in out
+    fp16 = [line.split() for line in out.split("int8:")[0].splitlines() if line.endswith("#")]
+    starred = [line[0] for line in fp16 if line[1] == "*"]
+    assert starred == ["1", "16", "32", "48", "64", "80", "96", "112", "128"]  # the pack of 16, and the narrowest
+    assert [line[:2] for line in fp16[4:6]] == [["32", "*"], ["33-47", "32256"]]  # neighbours as dear share a line
     assert main(["show", "rk3588", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["offered"]["int8"] == [32, 64, 96, 128]
 

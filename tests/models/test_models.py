@@ -113,6 +113,9 @@ def nothing(classes): return None
 def fails(classes): raise KeyError("depth")
 def refuses(classes): raise UsageError("no", "do")
 def no_arguments(): return net(2)
+def theirs(*, weights=None, num_classes=1000): return net(num_classes)
+def any_options(weights=None, **options): return net(**{"classes": options["num_classes"]})
+def ours_first(classes, num_classes=1000, **options): return net(classes)
 """
 
 
@@ -126,8 +129,9 @@ def _own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("_own_code")
-def test_the_users_own() -> None:
-    model = models.build("own_nets:net", classifier(6, 12))
+@pytest.mark.parametrize("function", ["net", "theirs", "any_options", "ours_first"])
+def test_the_users_own(function: str) -> None:
+    model = models.build(f"own_nets:{function}", classifier(6, 12))
     assert model.training
     assert parameters(model) == (3 * 9 + 1) * 4 + (4 + 1) * 6
 

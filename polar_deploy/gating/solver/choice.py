@@ -72,7 +72,7 @@ def unreachable(problem: Problem, state: State) -> UsageError:
     return UsageError(
         f"budget {name}={problem.asked[name]} cannot be reached: with every gate closed that may close, "
         f"{least[name]:.3f} of the full network's {name} is left",
-        f"{todo}, or lower gates.min_width or --align",
+        f"{todo}, or lower min_width or align",
     )
 
 
