@@ -36,7 +36,7 @@ def table(report: Report, console: Console) -> None:
 
 
 def _rows(report: Report) -> list[Row]:
-    blocks, rows = report.blocks, _accuracy(report)
+    blocks, rows = report.blocks, [*_accuracy(report), *_budget(report)]
     for label, cost, unit in (
         ("MACs", report.macs, ""),
         ("parameters", report.params, ""),
@@ -82,6 +82,22 @@ def _accuracy(report: Report) -> list[Row]:
     return rows
 
 
+def _budget(report: Report) -> list[Row]:
+    """What was asked for, what was chosen by it, and how a latency came out: the verdict asks whether it is faster."""
+    rows = []
+    for name, share in report.budget.achieved.items():
+        told = f"{report.budget.asked[name]:g} asked"
+        if name == "latency" and (speedup := _speedup(report.latency, report.predicted)):
+            told += f", {1 / speedup:.3f} measured"
+        rows.append((f"budget, {name}", "1", f"{share:.3f}", told))
+    return rows
+
+
+def _speedup(latency: Sequence[Timed], predicted: Predicted | None) -> float | None:
+    """The median at the batch size of the latency table; None where there is none, or it was not measured."""
+    return next((each.speedup.median for each in latency if predicted and each.batch == predicted.batch), None)
+
+
 def _losses(full: Loss, compressed: Loss, metric: Metric | None) -> tuple[str, str, str]:
     """What the precision costs both engines: in the metric, or else in their outputs."""
     if metric is None or full.drop is None or compressed.drop is None:
@@ -117,8 +133,8 @@ def _predicted(predicted: Predicted, latency: Sequence[Timed]) -> Row:
     """What the latency table promised, and by how much what was measured differs from it."""
     full, compressed = predicted.full_ms, predicted.compressed_ms
     row = (f"by table, batch {predicted.batch}", milliseconds(full), milliseconds(compressed))
-    measured = [each.speedup.median for each in latency if each.batch == predicted.batch]
-    off = f", off by {100 * (compressed / full * measured[0] - 1):+.1f} %" if measured else ""
+    speedup = _speedup(latency, predicted)
+    off = f", off by {100 * (compressed / full * speedup - 1):+.1f} %" if speedup else ""
     return (*row, f"{full / compressed:.2f}× as fast{off}")
 
 

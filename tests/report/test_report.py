@@ -220,7 +220,7 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
     inner = {"name": "d", "kind": "channel", "width": 4, "widths": [2, 4], "ms": [9, 10], "within": ["b"]}
     table = {"schema": 1, "target": "ort-fp32", "batch": 1, "full_ms": 10.0, "sites": [*blocks, inner], "overlaps": []}
     write_json(folder / "latency-table.json", table)
-    write_json(folder / "gated/gates.json", {**GATES, "budget": {"latency": 0.6}})
+    write_json(folder / "gated/gates.json", {**GATES, "budget": {"latency": 0.6}, "achieved": {"latency": 0.6}})
     document = built(folder)
     predicted = document["predicted"]
     assert [predicted[key] for key in ("batch", "full_ms", "compressed_ms")] == [1, 10.0, 6.0]
@@ -232,6 +232,7 @@ def test_predicted_latency_is_held_against_the_measured_one(folder: Path) -> Non
         "6 ms",
         "1.67× as fast, off by -14.2 %",
     ]
+    assert row(printed(document), "budget, latency") == ["budget, latency", "1", "0.600", "0.6 asked, 0.699 measured"]
 
 
 def test_the_network_is_told_layer_by_layer_in_the_names_of_its_modules(folder: Path) -> None:
