@@ -109,7 +109,7 @@ def test_a_folder_with_settings_of_its_own(tmp_path: Path) -> None:
     assert dataset.train.images[np.arange(4)].shape == (4, 48, 48, 3)
 
 
-@pytest.mark.parametrize(("file", "wrong", "right"), [("nets", "num_classes", "classes"), ("sets", "root", "data_dir")])
+@pytest.mark.parametrize(("file", "wrong", "right"), [("nets", "n_classes", "classes"), ("sets", "root", "data_dir")])
 def test_a_wrong_signature_is_answered_with_the_right_one(here: Path, file: str, wrong: str, right: str) -> None:
     (here / "mypackage" / f"wrong_{file}.py").write_text(f"def make({wrong}):\n    return None\n", encoding="utf-8")
     calls = {
