@@ -6,6 +6,7 @@ A verdict is not a failure: parity failed (exit 1) and undecided (exit 5) are re
 from __future__ import annotations
 
 import re
+import traceback
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's message, which may run over pages; the error's type where it says nothing."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:_LONGEST_LINE]
+
+
+def innermost(error: BaseException, beside: tuple[str, ...]) -> traceback.FrameSummary | None:
+    """Where an error was raised, outside of these files and folders: as a rule in code of the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame for frame in reversed(frames) if not frame.filename.startswith(beside)), None)
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import inspect
 import io
 import math
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polar_deploy import extras
-from polar_deploy.errors import ContentError, first_line
+from polar_deploy.errors import ContentError, first_line, innermost
 from polar_deploy.exportable import Exportable, constant_parameters, no_autocast
 from polar_deploy.module_names import modules_of, name_nodes
 from polar_deploy.ort_session import open_session, session_options, translated
@@ -268,10 +267,10 @@ def _program(network: nn.Module, example: Example, dynamic: tuple[Any, Any] | No
             Exportable(),
             no_autocast(),
             warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
         ):
             stack.enter_context(state)
-        for printed in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-            stack.enter_context(printed(io.StringIO()))
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -353,9 +352,7 @@ def _first_cause(error: BaseException) -> str:
     """What went wrong at first, and where in the network: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    of_libraries = (*torch.__path__, str(Path(__file__).parent), contextlib.__file__)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = next((each for each in reversed(frames) if not each.filename.startswith(of_libraries)), None)
+    place = innermost(error, (*torch.__path__, str(Path(__file__).parent), contextlib.__file__))
     where = f" ({place.filename}, line {place.lineno}: {place.line})" if place else ""
     return f"{type(error).__name__}: {first_line(error)}{where}"
 

@@ -6,14 +6,13 @@ import difflib
 import importlib
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polar_deploy.config import LOCAL_PATHS
-from polar_deploy.errors import ContentError, PolarDeployError, UsageError
+from polar_deploy.errors import ContentError, PolarDeployError, UsageError, innermost
 
 if TYPE_CHECKING:
     from polar_deploy.config import Settings
@@ -77,10 +76,11 @@ def call_reference(reference: str, synonyms: Mapping[str, str] | None = None, **
         ContentError: the function takes other arguments, or the user's code failed, on import or in the call.
     """
     function = _import_function(reference)
-    for ours, theirs in (synonyms or {}).items():
-        if ours in arguments and _takes_only(function, theirs, ours):
-            arguments[theirs] = arguments.pop(ours)
-    _require_signature(reference, function, arguments)
+    if (signature := signature_of(function)) is not None:
+        for ours, theirs in (synonyms or {}).items():
+            if ours in arguments and _takes_only(signature, theirs, ours):
+                arguments[theirs] = arguments.pop(ours)
+        _require_signature(reference, signature, arguments)
     try:
         return function(**arguments)
     except PolarDeployError:
@@ -124,21 +124,22 @@ def _functions(module: ModuleType) -> list[str]:
     ]
 
 
-def _takes_only(function: Callable[..., object], name: str, other: str) -> bool:
-    """Whether it takes an argument of the one name, or of any, and has none of the other."""
+def signature_of(function: Callable[..., object]) -> inspect.Signature | None:
+    """How a function is called; None of one that is not Python's."""
     try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of a function that is not Python's
-        return False
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes_only(signature: inspect.Signature, name: str, other: str) -> bool:
+    """Whether it has an argument of the one name, or takes any, and has none of the other."""
+    parameters = signature.parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return other not in parameters and (name in parameters or takes_any)
 
 
-def _require_signature(reference: str, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a function that is not Python's
-        return
+def _require_signature(reference: str, signature: inspect.Signature, arguments: Mapping[str, object]) -> None:
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -153,7 +154,7 @@ def _failed(reference: str, error: Exception) -> ContentError:
     if isinstance(error, SyntaxError):
         where = f" at {error.filename}, line {error.lineno}"
     else:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]  # the user's own
-        where = f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+        place = innermost(error, (__file__,))
+        where = f" at {place.filename}, line {place.lineno}" if place else ""
     problem = f"'{reference}' failed{where}: {type(error).__name__}: {error}"
     return ContentError(problem, "correct it and start again")

@@ -34,10 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from polar_deploy.progress import console
 
-    if not arguments.folder.is_dir():
+    path = arguments.folder / "gated/gates.json"
+    if not path.is_file():
         todo = "give the folder of a run (its --out); what a graph lost, the surgery.json beside it tells"
-        raise UsageError(f"{arguments.folder} is no folder", todo)
-    states = GateStates.read(arguments.folder / "gated/gates.json")
+        raise UsageError(f"there is no {path}", todo)
+    states = GateStates.read(path)
     outdated.warn(arguments.folder, "gates")
     draw(states, console())
     return 0

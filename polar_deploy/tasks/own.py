@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from polar_deploy.data.names import call_reference
+from polar_deploy.data.names import call_reference, signature_of
 from polar_deploy.errors import ContentError
 from polar_deploy.tasks.metric import Metric
 from polar_deploy.tasks.task import Task
@@ -63,10 +62,8 @@ def _require_signature(reference: str, name: str, function: object, arguments: s
         raise ContentError(
             f"'{reference}': {name} is a {type(function).__name__}, not a function", f"define it as {right}"
         )
-    given: Callable[..., object] = function
-    try:
-        signature = inspect.signature(given)
-    except (TypeError, ValueError):  # of a function that is not Python's
+    signature = signature_of(function)
+    if signature is None:
         return
     try:
         signature.bind(*filter(None, arguments.split(", ")))

@@ -459,8 +459,7 @@ def test_gates_are_where_they_should_be() -> None:
 
 def test_a_layer_of_several_sites_keeps_a_multiple_of_the_alignment() -> None:
     """Whatever each of the sites keeps."""
-    gates = Gates(Shuffled().eval(), torch.zeros(1, 3, 8, 8), 0.6, align=8, min_width=0.0, rehearse=0)
-    choices = gates.analysis.choices
+    choices = analyse(Shuffled().eval(), Example.of(torch.zeros(2, 3, 8, 8))).choices
     allowed = Limits.of(choices, 8, 0.0).widths
     layers = [layer.macs.factors[0] for layer in choices.layers if len(layer.macs.factors[0].tables) > 1]
     assert layers
